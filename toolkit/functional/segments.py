@@ -1,0 +1,71 @@
+"""Sequences on packed and padded rows; the only place that knows what ``cu_seq_lens`` means.
+
+Legend: B rows, T positions of a row, S sequences, N selected (active) tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import DataError
+
+NO_SEQUENCE = -1
+"""Index of a position that belongs to no sequence, such as the padding at the end of a packed row."""
+
+
+def sequence_ids(shape: torch.Size, cu_seq_lens: Tensor | None, device: torch.device | None = None) -> Tensor:
+    """Number the sequence that each position belongs to.
+
+    Without `cu_seq_lens` every row is one sequence. With it the row is packed: sequence s covers positions
+    ``cu_seq_lens[s] .. cu_seq_lens[s+1] - 1``, and positions after the last boundary belong to none.
+
+    Args:
+        shape: shape of the labels, [T], [1, T] (packed) or [B, T] (padded).
+        cu_seq_lens: [S + 1] int boundaries, 0 first, not decreasing, at most T; only for one packed row.
+        device: where to build the result; that of `cu_seq_lens` by default.
+
+    Returns:
+        int64 of `shape`; `NO_SEQUENCE` where a position belongs to no sequence.
+
+    Raises:
+        DataError: the boundaries do not start at 0, decrease, exceed T, or come with more than one row.
+    """
+    rows, length = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[-1])
+    if cu_seq_lens is None:
+        return torch.arange(rows, device=device).unsqueeze(-1).expand(rows, length).reshape(shape)
+    if rows != 1:
+        raise DataError(
+            f"cu_seq_lens describes one packed row [1, T], but the labels have {rows} rows; "
+            "pack them into one row or leave cu_seq_lens out (each row is then one sequence)"
+        )
+    bounds = cu_seq_lens.detach().to(device=device, dtype=torch.int64)
+    steps = bounds.diff()
+    if bounds.dim() != 1 or len(bounds) < 2 or bounds[0] != 0 or bool((steps < 0).any()) or bounds[-1] > length:
+        raise DataError(
+            f"cu_seq_lens={cu_seq_lens.tolist()} does not cut a row of {length} positions: it must start at 0, "
+            f"never decrease and end at {length} or before"
+        )
+    ids = torch.arange(len(steps), device=bounds.device).repeat_interleave(steps)
+    tail = ids.new_full((length - len(ids),), NO_SEQUENCE)
+    return torch.cat([ids, tail]).reshape(shape)
+
+
+def segment_sum(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
+    """Sum the values of each sequence.
+
+    Args:
+        values: [N].
+        ids: [N] int64 in 0 .. num_sequences - 1.
+        num_sequences: S.
+
+    Returns:
+        [S], 0 for a sequence without a value.
+    """
+    return values.new_zeros(num_sequences).index_add(0, ids, values)
+
+
+def segment_mean(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
+    """Average the values of each sequence: [N] -> [S], 0 for a sequence without a value."""
+    counts = segment_sum(torch.ones_like(values), ids, num_sequences)
+    return segment_sum(values, ids, num_sequences) / counts.clamp(min=1)

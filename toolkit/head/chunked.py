@@ -1,0 +1,88 @@
+"""Any loss that is a sum over tokens, computed chunk by chunk with the logits of one chunk alive at a time.
+
+Legend: T positions, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.head.gradients import HeadGradients
+
+ChunkLoss = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Any]]
+"""``f(hidden chunk, weight, bias, chunk index) -> (scalar loss, anything to keep)``."""
+
+
+def chunked_loss(
+    loss_fn: ChunkLoss, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, lengths: Sequence[int]
+) -> tuple[Tensor, list[Any]]:
+    """Sum `loss_fn` over chunks of the token axis; each chunk's gradient is taken in forward, then its graph is freed.
+
+    The gradient reaches `hidden_states`, `head_weight` and `head_bias` only; other tensors that `loss_fn` uses count
+    as constants. Any upstream gradient is respected. A second derivative is refused.
+
+    Args:
+        loss_fn: called once for each chunk; it may do anything with the chunk, logits included.
+        hidden_states: [..., T, D].
+        head_weight: [V, D].
+        head_bias: [V], optional.
+        lengths: positions of each chunk, T in all.
+
+    Returns:
+        The summed scalar loss (fp32 or wider), and what `loss_fn` returned besides, a list with one entry a chunk.
+    """
+    if not torch.is_grad_enabled():
+        parts = [
+            loss_fn(chunk, head_weight, head_bias, index)
+            for index, chunk in enumerate(hidden_states.split(list(lengths), dim=-2))
+        ]
+        return _total([loss for loss, _ in parts]), [extra for _, extra in parts]
+    extras: list[Any] = []
+    loss = _ChunkedLoss.apply(hidden_states, head_weight, head_bias, loss_fn, tuple(lengths), extras)
+    return loss, extras
+
+
+def _total(losses: Sequence[Tensor]) -> Tensor:
+    wide = torch.promote_types(losses[0].dtype, torch.float32)
+    return torch.stack([loss.detach().to(wide) for loss in losses]).sum()
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss_fn: ChunkLoss,
+        lengths: tuple[int, ...],
+        extras: list[Any],
+    ) -> Tensor:
+        token_dim = hidden.dim() - 2
+        grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], token_dim)
+        losses, start = [], 0
+        for index, length in enumerate(lengths):
+            span = slice(start, start + length)
+            inputs = grads.leaves(hidden.narrow(token_dim, start, length))
+            with torch.enable_grad():
+                loss, extra = loss_fn(*inputs, index)
+            grads.add([loss], None, inputs, span)
+            losses.append(loss.detach())
+            extras.append(extra)
+            start = span.stop
+        results = grads.results()
+        ctx.has_grad = [result is not None for result in results]
+        ctx.save_for_backward(*[result for result in results if result is not None])
+        return _total(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = iter(ctx.saved_tensors)
+        # Scaled out of place: the saved gradients must survive a second backward (retain_graph=True).
+        scaled = [(grad := next(saved)) * grad_loss.to(grad.dtype) if has else None for has in ctx.has_grad]
+        return (*scaled, None, None, None)

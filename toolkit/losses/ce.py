@@ -1,0 +1,58 @@
+"""Cross-entropy on labelled text. Legend: B rows, T positions of a row, N selected tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from toolkit.losses.base import BaseLossContext, BaseLossKwargs, as_loss_dtype, select_active
+from toolkit.losses.calibration import calibrated_weights, sequence_ids_of_batches
+from toolkit.losses.config import CELossConfig
+from toolkit.losses.items import CELossContextInputItem
+from toolkit.metrics import Mean, Metric, Sum
+
+
+class CELossKwargs(BaseLossKwargs):
+    """Labels and calibrated weights."""
+
+
+class CELossContext(BaseLossContext[CELossContextInputItem]):
+    """``loss = sum_t weight_t * (-log pi(y_t))``."""
+
+    loss_cfg: CELossConfig
+    loss_kwargs: CELossKwargs
+
+    @classmethod
+    def build_batches_loss_kwargs(
+        cls,
+        data_batches: list[CELossContextInputItem],
+        loss_cfg: CELossConfig,
+        cu_seq_lens_list: list[Tensor] | None = None,
+        sp_mesh: DeviceMesh | None = None,
+    ) -> list[CELossKwargs]:
+        """Fix the weight of every token of the step; see the base class for the arguments."""
+        labels = [item.shifted_labels for item in data_batches]
+        ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh)
+        weights = calibrated_weights(
+            labels,
+            ids,
+            mode=loss_cfg.loss_reduction,
+            ignore_idx=loss_cfg.ignore_idx,
+            gradient_reduction=loss_cfg.gradient_reduction,
+            sp_mesh=sp_mesh,
+        )
+        return [CELossKwargs(shifted_labels=y, loss_weight=w) for y, w in zip(labels, weights, strict=True)]
+
+    def loss_fn(
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: CELossKwargs
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Return the weighted sum of negative log-probabilities and its metrics."""
+        hidden, labels, weights = select_active(
+            loss_kwargs, self.loss_cfg.ignore_idx, hidden_states, loss_kwargs.shifted_labels, loss_kwargs.loss_weight
+        )
+        assert hidden is not None
+        assert labels is not None
+        assert weights is not None
+        token_losses = -self.token_logprobs(hidden, head_weight, head_bias, labels).logprobs
+        loss = (as_loss_dtype(weights, token_losses) * token_losses).sum()
+        return loss, {"loss": Sum(loss.detach().double()), "nll": Mean.of(token_losses)}

@@ -1,0 +1,106 @@
+"""The configs of all losses; no torch here, so that the command line can check them in a moment."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, field_serializer, field_validator, model_validator
+
+from toolkit.errors import ConfigError
+from toolkit.functional.registry import policy_loss
+from toolkit.schema import Config
+
+if TYPE_CHECKING:
+    from toolkit.losses.base import BaseLossContext
+    from toolkit.losses.ce import CELossContext
+    from toolkit.losses.grpo import GRPOLossContext
+
+
+class BaseLossConfig(Config):
+    """What every loss can be told. Subclass it, add fields and say which context computes the loss."""
+
+    ignore_idx: int = -100
+    """Label of a position that is not scored; -100 as in PyTorch's cross-entropy."""
+    mode: Literal["eager", "chunk"] = "eager"
+    """eager holds the logits of all tokens; chunk those of `chunk_size` tokens at a time. Loss and gradient agree."""
+    chunk_size: Annotated[int, Field(gt=0)] | None = 1024
+    """Tokens in a chunk when mode is chunk; 1024 as in XTuner."""
+    gradient_reduction: Literal["mean", "sum"] = "mean"
+    """What the training back-end does to gradients over ranks: DDP and FSDP average ("mean")."""
+
+    @property
+    @abstractmethod
+    def loss_ctx_cls(self) -> type[BaseLossContext[Any]]:
+        """The context class that computes this loss."""
+        raise NotImplementedError(f"{type(self).__name__} must define the property loss_ctx_cls")
+
+    @model_validator(mode="after")
+    def _chunk_mode_needs_a_size(self) -> BaseLossConfig:
+        if self.mode == "chunk" and self.chunk_size is None:
+            raise ConfigError("mode='chunk' needs chunk_size, the number of tokens in a chunk; 1024 is a good start")
+        return self
+
+
+class CELossConfig(BaseLossConfig):
+    """Cross-entropy with the labels: supervised fine-tuning."""
+
+    loss_reduction: Literal["token", "sample", "square"] = "token"
+    """token: mean over tokens; sample: mean over sequences of their token means; square: weight 1/sqrt(length)."""
+
+    @property
+    def loss_ctx_cls(self) -> type[CELossContext]:
+        """`CELossContext`."""
+        from toolkit.losses.ce import CELossContext
+
+        return CELossContext
+
+
+class GRPOLossConfig(BaseLossConfig):
+    """A policy loss weighted by advantages, plus an optional KL term: the mean over all scored tokens of both."""
+
+    policy_loss_cfg: Mapping[str, Any] = Field(default_factory=lambda: {"loss_type": "vanilla"})
+    """``loss_type``, the name of a registered policy loss, and the options of that loss."""
+    use_kl_loss: bool = False
+    """Add ``kl_loss_coef`` x KL(policy || reference); the items then need ``ref_logprobs``."""
+    kl_loss_coef: Annotated[float, Field(ge=0)] = 0.001
+    """Coefficient of the KL term; 0.001 as in XTuner."""
+    kl_loss_type: Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"] | None = None
+    """Estimator of the KL term; kl = k1, mse = k2 and low_var_kl = k3."""
+    use_entropy_metric: bool = False
+    """Report the policy's mean entropy; costs one more pass over the logits."""
+
+    @field_validator("policy_loss_cfg", mode="after")
+    @classmethod
+    def _check_policy_loss(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "loss_type" not in given:
+            raise ConfigError("policy_loss_cfg has no loss_type; name a policy loss, e.g. dict(loss_type='vanilla')")
+        loss = policy_loss(given["loss_type"])
+        options = loss.options({key: value for key, value in given.items() if key != "loss_type"})
+        return MappingProxyType({"loss_type": loss.name, **options})
+
+    @field_serializer("policy_loss_cfg")
+    def _plain_policy_loss(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(value)
+
+    @model_validator(mode="after")
+    def _kl_needs_an_estimator(self) -> GRPOLossConfig:
+        if self.kl_loss_type is not None and not self.use_kl_loss:
+            warnings.warn(
+                f"kl_loss_type={self.kl_loss_type!r} has no effect with use_kl_loss=False", UserWarning, stacklevel=2
+            )
+        if self.use_kl_loss and self.kl_loss_type is None:
+            raise ConfigError(
+                "use_kl_loss=True needs kl_loss_type, one of 'k1', 'k2', 'k3' or 'abs' (on the command line: kl=k3)"
+            )
+        return self
+
+    @property
+    def loss_ctx_cls(self) -> type[GRPOLossContext]:
+        """`GRPOLossContext`."""
+        from toolkit.losses.grpo import GRPOLossContext
+
+        return GRPOLossContext

@@ -1,0 +1,112 @@
+"""Records of tensors (items, kwargs) that never change: every transform gives back a new one.
+
+Legend: B rows, T positions of a row. A per-token field has the shape of ``shifted_labels``: [1, T] or [B, T].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from toolkit.distributed import sp_split
+from toolkit.errors import DataError, ToolkitError
+from toolkit.schema import Model
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Marks a field with one value for each position: ``Annotated[Tensor | None, PerToken(pad=0.0)]``."""
+
+    pad: float
+    """What stands where there is no token."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Marks a tensor that belongs to the whole micro-batch and is the same in every chunk and shard."""
+
+
+class TensorRecord(Model):
+    """Base of items and kwargs: known fields only, no assignment, transforms that return new objects."""
+
+    model_config = ConfigDict(frozen=True)
+    error_class: ClassVar[type[ToolkitError]] = DataError
+
+    @classmethod
+    def layout(cls, name: str) -> PerToken | Shared:
+        """Return how field `name` lies over the tokens, declared in this class or in one that it extends.
+
+        Raises:
+            DataError: nobody declared it.
+        """
+        for owner in cls.__mro__:
+            field = getattr(owner, "model_fields", {}).get(name)
+            for mark in field.metadata if field is not None else ():
+                if isinstance(mark, (PerToken, Shared)):
+                    return mark
+        raise DataError(
+            f"{cls.__name__}.{name} is a tensor, but how it lies over the tokens is not declared; write "
+            f"{name}: Annotated[Tensor, PerToken(pad=0.0)] if it has one value a position, else Annotated[Tensor, Shared()]"
+        )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and value of every field that holds a tensor."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                yield name, value
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed; nothing is validated again."""
+        return self.model_copy(update=changes)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy with every tensor on `device`."""
+        return self.replace(**{name: value.to(device) for name, value in self.tensors()})
+
+    def chunk(self, chunk_size: int) -> list[Self]:
+        """Cut the token axis (the last one) into pieces of at most `chunk_size` positions, views of this record."""
+        pieces = {
+            name: value.split(chunk_size, dim=-1)
+            for name, value in self.tensors()
+            if isinstance(self.layout(name), PerToken)
+        }
+        counts = {name: len(piece) for name, piece in pieces.items()}
+        if len(set(counts.values())) > 1:
+            lengths = {name: value.shape[-1] for name, value in self.tensors() if name in counts}
+            raise DataError(f"the per-token fields of {type(self).__name__} differ in length: {lengths}")
+        number = next(iter(counts.values()), 1)
+        return [self.replace(**{name: piece[i] for name, piece in pieces.items()}) for i in range(number)]
+
+    def sp_split(self, sp_mesh: DeviceMesh, *, ignore_idx: int | None = None) -> Self:
+        """Return this rank's shard of every per-token field, each padded with its declared value where needed.
+
+        Args:
+            sp_mesh: one-dimensional mesh of the ranks that share a sequence.
+            ignore_idx: what pads ``shifted_labels`` when the loss uses another value than -100.
+        """
+        changes = {}
+        for name, value in self.tensors():
+            mark = self.layout(name)
+            if isinstance(mark, PerToken):
+                pad = ignore_idx if name == "shifted_labels" and ignore_idx is not None else mark.pad
+                changes[name] = sp_split(value, sp_mesh, dim=-1, pad=pad)
+        return self.replace(**changes)
+
+    def __repr__(self) -> str:
+        shown = []
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                shown.append(f"{name}={list(value.shape)} {str(value.dtype).removeprefix('torch.')}")
+            elif value is not None:
+                shown.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    __str__ = __repr__

@@ -1,0 +1,177 @@
+"""GRPO and its relatives: a registered policy loss plus an optional KL term.
+
+Legend: B rows, T positions of a row, N selected tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from toolkit.errors import DataError
+from toolkit.functional.kl import k3, kl_estimate
+from toolkit.functional.registry import policy_loss
+from toolkit.functional.segments import NO_SEQUENCE
+from toolkit.functional.terms import PolicyTerms
+from toolkit.losses.base import BaseLossContext, BaseLossKwargs, as_loss_dtype, check_finite, select_active
+from toolkit.losses.calibration import calibrated_weights, sequence_ids_of_batches
+from toolkit.losses.config import GRPOLossConfig
+from toolkit.losses.fields import PerToken
+from toolkit.losses.items import RLLossContextInputItem
+from toolkit.metrics import Max, Mean, Metric, Min, Sum
+
+
+class GRPOLossKwargs(BaseLossKwargs):
+    """Everything the loss of one micro-batch needs; all fields [1, T] or [B, T]."""
+
+    advantages: Annotated[Tensor, PerToken(pad=0.0)]
+    old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    sequence_ids: Annotated[Tensor | None, PerToken(pad=NO_SEQUENCE)] = None
+
+
+class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
+    """``loss = sum_t weight_t * (policy_loss_t + kl_loss_coef * kl_t)``, weight_t = 1 / all scored tokens of the step."""
+
+    loss_cfg: GRPOLossConfig
+    loss_kwargs: GRPOLossKwargs
+
+    @classmethod
+    def build_batches_loss_kwargs(
+        cls,
+        data_batches: list[RLLossContextInputItem],
+        loss_cfg: GRPOLossConfig,
+        cu_seq_lens_list: list[Tensor] | None = None,
+        sp_mesh: DeviceMesh | None = None,
+    ) -> list[GRPOLossKwargs]:
+        """Check the items and fix the weight of every token of the step; see the base class for the arguments.
+
+        Raises:
+            DataError: advantages are missing, ref_logprobs are missing with ``use_kl_loss``, or a scored position
+                holds NaN or inf.
+        """
+        for index, item in enumerate(data_batches):
+            _check_item(item, loss_cfg, f"data_batches[{index}]")
+        labels = [item.shifted_labels for item in data_batches]
+        ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh)
+        weights = calibrated_weights(
+            labels,
+            ids,
+            mode="token",
+            ignore_idx=loss_cfg.ignore_idx,
+            gradient_reduction=loss_cfg.gradient_reduction,
+            sp_mesh=sp_mesh,
+        )
+        return [
+            GRPOLossKwargs(
+                shifted_labels=item.shifted_labels,
+                loss_weight=weight,
+                advantages=item.advantages,
+                old_logprobs=item.old_logprobs,
+                ref_logprobs=item.ref_logprobs,
+                rollout_logprobs=item.rollout_logprobs,
+                sequence_ids=own_ids,
+            )
+            for item, weight, own_ids in zip(data_batches, weights, ids, strict=True)
+        ]
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether the chosen policy loss looks at one token at a time."""
+        return policy_loss(self.loss_cfg.policy_loss_cfg["loss_type"]).scope == "token"
+
+    def loss_fn(
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: GRPOLossKwargs
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Return the weighted sum of the policy and KL terms, and the metrics of both."""
+        cfg = self.loss_cfg
+        hidden, labels = select_active(loss_kwargs, cfg.ignore_idx, hidden_states, loss_kwargs.shifted_labels)
+        assert hidden is not None
+        assert labels is not None
+        logprobs, entropy = self.token_logprobs(
+            hidden, head_weight, head_bias, labels, with_entropy=cfg.use_entropy_metric
+        )
+        terms, weights = self._terms(logprobs, loss_kwargs)
+        options = {key: value for key, value in cfg.policy_loss_cfg.items() if key != "loss_type"}
+        token_losses = policy_loss(cfg.policy_loss_cfg["loss_type"]).function(terms, **options)
+        _check_token_losses(token_losses, logprobs, cfg.policy_loss_cfg["loss_type"])
+        policy = (weights * token_losses).sum()
+        metrics = {"policy_loss": Sum(policy.detach().double()), **_metrics(terms), **terms.reported}
+        loss = policy
+        if cfg.use_kl_loss:
+            assert cfg.kl_loss_type is not None
+            assert terms.ref_logprobs is not None
+            token_kl = kl_estimate(terms.logprobs, terms.ref_logprobs, cfg.kl_loss_type)
+            loss = policy + cfg.kl_loss_coef * (weights * token_kl).sum()
+            metrics["kl_ref"] = Mean.of(token_kl)
+        if entropy is not None:
+            metrics["entropy"] = Mean.of(entropy)
+        return loss, {"loss": Sum(loss.detach().double()), **metrics}
+
+    def _terms(self, logprobs: Tensor, loss_kwargs: GRPOLossKwargs) -> tuple[PolicyTerms, Tensor]:
+        """Select what the policy loss sees, in the dtype of the log-probabilities, and the weights beside it."""
+        scope = policy_loss(self.loss_cfg.policy_loss_cfg["loss_type"]).scope
+        weights, advantages, old, ref, rollout, ids = select_active(
+            loss_kwargs,
+            self.loss_cfg.ignore_idx,
+            loss_kwargs.loss_weight,
+            loss_kwargs.advantages,
+            loss_kwargs.old_logprobs,
+            loss_kwargs.ref_logprobs,
+            loss_kwargs.rollout_logprobs,
+            loss_kwargs.sequence_ids if scope != "token" else None,
+        )
+        assert advantages is not None
+        assert weights is not None
+        terms = PolicyTerms(
+            logprobs=logprobs,
+            old_logprobs=logprobs.detach() if old is None else old.to(logprobs.dtype),
+            advantages=advantages.to(logprobs.dtype),
+            ref_logprobs=None if ref is None else ref.to(logprobs.dtype),
+            rollout_logprobs=None if rollout is None else rollout.to(logprobs.dtype),
+            sequence_ids=ids,
+            num_sequences=int(ids.max()) + 1 if ids is not None and len(ids) else 0,
+        )
+        return terms, as_loss_dtype(weights, logprobs)
+
+
+def _check_item(item: RLLossContextInputItem, loss_cfg: GRPOLossConfig, where: str) -> None:
+    if item.advantages is None:
+        raise DataError(f"{where}.advantages is missing; a policy loss needs one advantage for each scored token")
+    if loss_cfg.use_kl_loss and item.ref_logprobs is None:
+        raise DataError(
+            f"{where}.ref_logprobs is missing, but use_kl_loss=True compares the policy with a reference; give the "
+            "reference's log-probabilities or set use_kl_loss=False (on the command line: kl=none)"
+        )
+    for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs"):
+        check_finite(f"{where}.{name}", getattr(item, name), item.shifted_labels, loss_cfg.ignore_idx)
+
+
+def _check_token_losses(token_losses: Tensor, logprobs: Tensor, name: str) -> None:
+    if not isinstance(token_losses, Tensor) or token_losses.shape != logprobs.shape:
+        given = list(token_losses.shape) if isinstance(token_losses, Tensor) else type(token_losses).__name__
+        raise DataError(
+            f"policy loss {name!r} returned {given}; it must return one loss for each of the {len(logprobs)} selected "
+            "tokens, without a mean or a sum (the calibrated weights do that)"
+        )
+
+
+@torch.no_grad()
+def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
+    """Ratio statistics between the policy now and before the step, and against the sampler if it reported."""
+    log_ratio = terms.log_ratio()
+    ratio = log_ratio.exp()
+    metrics: dict[str, Metric] = {
+        "ratio": Mean.of(ratio),
+        "ratio_min": Min.of(ratio),
+        "ratio_max": Max.of(ratio),
+        "kl_old": Mean.of(k3(terms.old_logprobs, terms.logprobs)),
+        "active_tokens": Sum(torch.tensor(float(len(ratio)), dtype=torch.float64, device=ratio.device)),
+    }
+    if terms.rollout_logprobs is not None:
+        metrics["rollout_mismatch"] = Mean.of((terms.old_logprobs - terms.rollout_logprobs).abs())
+    return metrics

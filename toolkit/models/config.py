@@ -1,0 +1,58 @@
+"""Configs of the models; no torch here."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from toolkit.schema import Config
+
+if TYPE_CHECKING:
+    from toolkit.models.policy import Policy
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ModelConfig(Config):
+    """What every model offers."""
+
+    @abstractmethod
+    def build(self, alphabet: str) -> tuple[Policy, Any]:
+        """Return the policy and its tokenizer; `alphabet` holds the characters of the task."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(alphabet)")
+
+
+class TinyLlamaConfig(ModelConfig):
+    """A small Llama with random weights and one token for each character: no download."""
+
+    hidden_size: Positive = 64
+    """Width of the hidden states."""
+    intermediate_size: Positive = 128
+    """Width inside the MLP."""
+    num_layers: Positive = 2
+    """Transformer blocks."""
+    num_heads: Positive = 4
+    """Attention heads; must divide hidden_size."""
+
+    def build(self, alphabet: str) -> tuple[Policy, Any]:
+        """Return a freshly initialised policy; needs the extra [train]."""
+        from toolkit.models.tiny import build_tiny_llama
+
+        return build_tiny_llama(self, alphabet)
+
+
+class PretrainedConfig(ModelConfig):
+    """A causal language model in Hugging Face's format, from a directory or the hub."""
+
+    path: str
+    """Directory or hub name of model and tokenizer."""
+    dtype: str = "float32"
+    """Torch dtype of the weights."""
+
+    def build(self, alphabet: str) -> tuple[Policy, Any]:
+        """Load model and tokenizer; needs the extra [train]."""
+        from toolkit.models.pretrained import build_pretrained
+
+        return build_pretrained(self)

@@ -1,0 +1,117 @@
+"""The base of every config: frozen, keyword-only, validated at construction, with errors a person can act on.
+
+Imports no torch: the command line checks a whole configuration with these classes before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from toolkit.errors import ConfigError, ToolkitError, did_you_mean, listed
+
+_where: ContextVar[str | None] = ContextVar("where", default=None)
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Name the place (an override prefix such as ``loss``) that error messages raised inside refer to."""
+    token = _where.set(where)
+    try:
+        yield
+    finally:
+        _where.reset(token)
+
+
+class Model(BaseModel):
+    """A pydantic model whose validation errors are the toolkit's own: what, where, allowed, next step."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
+    error_class: ClassVar[type[ToolkitError]] = ConfigError
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise self.error_class(explain(type(self), error)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.model_config.get("frozen"):
+            raise self.error_class(
+                f"{type(self).__name__}.{name} cannot be assigned: a {type(self).__name__} never changes; "
+                "make a new one with the value you want"
+            )
+        super().__setattr__(name, value)
+
+
+class Config(Model):
+    """Base of every config. Each field carries its meaning, unit and the source of its default beneath it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return every field with its default; required fields read ``???`` (Hydra's mark for missing)."""
+        return {
+            name: "???" if field.is_required() else _plain(field.get_default(call_default_factory=True))
+            for name, field in cls.model_fields.items()
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.model_dump()
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def explain(model: type[BaseModel], error: ValidationError) -> str:
+    """Turn pydantic's report into one line per mistake."""
+    where = _where.get()
+    return "\n".join(_explain_one(model, where, dict(item)) for item in error.errors(include_url=False))
+
+
+def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    path = f"{where}.{key}" if where and key else key or where or model.__name__
+    owner = where or model.__name__
+    context = item.get("ctx", {})
+    cause = context.get("error")
+    if isinstance(cause, ToolkitError):
+        return str(cause)
+    given = item.get("input")
+    if item["type"] == "extra_forbidden":
+        fields = list(model.model_fields)
+        kind = "setting" if issubclass(model, Config) else "field"
+        return f"{path} is not a {kind} of {owner}{did_you_mean(key, fields)}; it has: {', '.join(fields)}"
+    if item["type"] == "missing":
+        return f"{path} is missing: {model.__name__} needs a value for it"
+    if item["type"] == "literal_error":
+        options = _literal_options(model, key)
+        return f"{path}={given!r} is not one of the choices; choose {listed(options)}{did_you_mean(str(given), map(str, options))}"
+    shown = given if isinstance(given, (str, int, float, bool, list, tuple, dict, type(None))) else type(given).__name__
+    return f"{path}={shown!r} is not allowed: {_lower_first(item['msg'])}"
+
+
+def _literal_options(model: type[BaseModel], key: str) -> list[Any]:
+    """Return the choices of a Literal field, also where it is one side of a union with None."""
+    from typing import Literal, get_args, get_origin
+
+    pending, options = [model.model_fields[key.split(".")[0]].annotation], []
+    while pending:
+        annotation = pending.pop(0)
+        if get_origin(annotation) is Literal:
+            options += [option for option in get_args(annotation)]
+        else:
+            pending += list(get_args(annotation))
+    return options or ["another value"]
+
+
+def _lower_first(text: str) -> str:
+    text = text.removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,44 @@
+"""Configs of the tasks; no torch here."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from toolkit.schema import Config
+
+if TYPE_CHECKING:
+    from toolkit.tasks.base import Task
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class TaskConfig(Config):
+    """What every task can be told."""
+
+    reward: Literal["verifier", "coin_flip"] = "verifier"
+    """verifier: 1 for a right and finished answer, else 0. coin_flip: a control that must not learn."""
+
+    @abstractmethod
+    def build(self, seed: int) -> Task:
+        """Return the task; the same seed gives the same prompts."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(seed)")
+
+
+class SpellBackwardConfig(TaskConfig):
+    """reasoning-gym's spell_backward on words of one length: ``word=`` is to be continued with ``drow``."""
+
+    word_length: Annotated[int, Field(ge=3, le=10)] = 4
+    """Letters in a word; reasoning-gym has words of 3 to 10."""
+    num_heldout: Positive = 512
+    """Words that are only ever used to measure accuracy."""
+    num_warmup: Positive = 1000
+    """Words whose answers the supervised warm-up sees; RL uses the rest and sees no answers."""
+
+    def build(self, seed: int) -> Task:
+        """Return the task; needs the extra [train]."""
+        from toolkit.tasks.spell_backward import SpellBackward
+
+        return SpellBackward(self, seed)

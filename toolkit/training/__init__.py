@@ -1,0 +1,1 @@
+"""The loop around the losses: experience, optimizer steps, evaluation, checkpoints, progress and report."""

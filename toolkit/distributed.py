@@ -53,9 +53,15 @@ def reduce_metrics(metrics: Metrics) -> dict[str, Metric]:
 def _reduced(parts: list[Tensor], op: dist.ReduceOp.RedOpType) -> list[Tensor]:
     if not parts:
         return []
-    packed = torch.stack([part.detach().double() for part in parts])
+    device = _collective_device()
+    packed = torch.stack([part.detach().to(device=device, dtype=torch.float64) for part in parts])
     dist.all_reduce(packed, op=op)
     return list(packed.unbind())
+
+
+def _collective_device() -> torch.device:
+    """Return where the back-end wants its tensors: NCCL takes none from the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def sp_split(values: Tensor, sp_mesh: DeviceMesh, *, dim: int = -1, pad: float) -> Tensor:

@@ -93,7 +93,8 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
         return f"{path} is missing: {model.__name__} needs a value for it"
     if item["type"] == "literal_error":
         options = _literal_options(model, key)
-        return f"{path}={given!r} is not one of the choices; choose {listed(options)}{did_you_mean(str(given), map(str, options))}"
+        hint = did_you_mean(str(given), map(str, options))
+        return f"{path}={given!r} is not one of the choices; choose {listed(options)}{hint}"
     shown = given if isinstance(given, (str, int, float, bool, list, tuple, dict, type(None))) else type(given).__name__
     return f"{path}={shown!r} is not allowed: {_lower_first(item['msg'])}"
 
@@ -106,7 +107,7 @@ def _literal_options(model: type[BaseModel], key: str) -> list[Any]:
     while pending:
         annotation = pending.pop(0)
         if get_origin(annotation) is Literal:
-            options += [option for option in get_args(annotation)]
+            options += list(get_args(annotation))
         else:
             pending += list(get_args(annotation))
     return options or ["another value"]

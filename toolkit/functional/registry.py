@@ -127,4 +127,4 @@ def _annotation(annotation: Any, function: Callable[..., Any]) -> Any:
         return Any
     # Strings come from `from __future__ import annotations`; only options are evaluated, so that the annotations
     # of tensors may name types that are imported for type checking alone.
-    return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation  # type: ignore[attr-defined]
+    return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation

@@ -53,7 +53,7 @@ def _total(losses: Sequence[Tensor]) -> Tensor:
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -81,7 +81,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         # Scaled out of place: the saved gradients must survive a second backward (retain_graph=True).
         scaled = [(grad := next(saved)) * grad_loss.to(grad.dtype) if has else None for has in ctx.has_grad]

@@ -71,7 +71,7 @@ class _ChunkedScores(torch.autograd.Function):
     """Two passes: scores chunk by chunk, and in backward each chunk once more with its gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -87,12 +87,14 @@ class _ChunkedScores(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.chunk_size, ctx.with_entropy = chunk_size, with_entropy
         logprobs = torch.cat([part[0] for part in parts])
-        entropy = torch.cat([part[1] for part in parts if part[1] is not None]) if with_entropy else logprobs.new_empty(0)
+        entropy = (
+            torch.cat([part[1] for part in parts if part[1] is not None]) if with_entropy else logprobs.new_empty(0)
+        )
         return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_scores: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_scores: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels = ctx.saved_tensors
         grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         start = 0

@@ -58,7 +58,7 @@ class BaseLossContext(ABC, Generic[ItemT]):
         """Return the kwargs of every micro-batch of one optimizer step; every rank must call it together.
 
         Args:
-            data_batches: the items of all micro-batches of this rank, sequence-parallel shards where `sp_mesh` is given.
+            data_batches: the items of all micro-batches of this rank; its shards of them where `sp_mesh` is given.
             loss_cfg: the config of this loss.
             cu_seq_lens_list: for each micro-batch the [S + 1] boundaries of its packed row; None: a row is a sequence.
             sp_mesh: ranks that share a sequence.

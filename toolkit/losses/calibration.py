@@ -73,9 +73,7 @@ def calibrated_weights(
         float64 tensors of the labels' shapes, 0 where ignored. They sum to 1 over all micro-batches and ranks (to R
         with "mean"), or to 0 when no token is scored anywhere.
     """
-    raw = [
-        _raw_weights(own != ignore_idx, own_ids, mode, sp_mesh) for own, own_ids in zip(labels, ids, strict=True)
-    ]
+    raw = [_raw_weights(own != ignore_idx, own_ids, mode, sp_mesh) for own, own_ids in zip(labels, ids, strict=True)]
     device = labels[0].device if labels else torch.device("cpu")
     local = torch.stack([weights.sum() for weights in raw]).sum() if raw else torch.zeros((), dtype=torch.float64)
     denominator = all_reduce_sum(local.to(device))

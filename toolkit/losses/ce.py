@@ -55,4 +55,5 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         assert weights is not None
         token_losses = -self.token_logprobs(hidden, head_weight, head_bias, labels).logprobs
         loss = (as_loss_dtype(weights, token_losses) * token_losses).sum()
-        return loss, {"loss": Sum(loss.detach().double()), "nll": Mean.of(token_losses)}
+        nll = Mean.of(token_losses)
+        return loss, {"loss": Sum(loss.detach().double()), "nll": nll, "active_tokens": Sum(nll.den)}

@@ -52,7 +52,8 @@ class TensorRecord(Model):
                     return mark
         raise DataError(
             f"{cls.__name__}.{name} is a tensor, but how it lies over the tokens is not declared; write "
-            f"{name}: Annotated[Tensor, PerToken(pad=0.0)] if it has one value a position, else Annotated[Tensor, Shared()]"
+            f"{name}: Annotated[Tensor, PerToken(pad=0.0)] if it has one value a position, else "
+            "Annotated[Tensor, Shared()]"
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

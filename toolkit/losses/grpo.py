@@ -35,7 +35,7 @@ class GRPOLossKwargs(BaseLossKwargs):
 
 
 class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
-    """``loss = sum_t weight_t * (policy_loss_t + kl_loss_coef * kl_t)``, weight_t = 1 / all scored tokens of the step."""
+    """``loss = sum_t weight_t * (policy_loss_t + kl_loss_coef * kl_t)`` with weight_t = 1 / scored tokens of the step."""
 
     loss_cfg: GRPOLossConfig
     loss_kwargs: GRPOLossKwargs
@@ -54,8 +54,9 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             DataError: advantages are missing, ref_logprobs are missing with ``use_kl_loss``, or a scored position
                 holds NaN or inf.
         """
-        for index, item in enumerate(data_batches):
-            _check_item(item, loss_cfg, f"data_batches[{index}]")
+        advantages = [
+            _checked_advantages(item, loss_cfg, f"data_batches[{index}]") for index, item in enumerate(data_batches)
+        ]
         labels = [item.shifted_labels for item in data_batches]
         ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh)
         weights = calibrated_weights(
@@ -70,13 +71,13 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             GRPOLossKwargs(
                 shifted_labels=item.shifted_labels,
                 loss_weight=weight,
-                advantages=item.advantages,
+                advantages=own_advantages,
                 old_logprobs=item.old_logprobs,
                 ref_logprobs=item.ref_logprobs,
                 rollout_logprobs=item.rollout_logprobs,
                 sequence_ids=own_ids,
             )
-            for item, weight, own_ids in zip(data_batches, weights, ids, strict=True)
+            for item, own_advantages, weight, own_ids in zip(data_batches, advantages, weights, ids, strict=True)
         ]
 
     @property
@@ -139,7 +140,8 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         return terms, as_loss_dtype(weights, logprobs)
 
 
-def _check_item(item: RLLossContextInputItem, loss_cfg: GRPOLossConfig, where: str) -> None:
+def _checked_advantages(item: RLLossContextInputItem, loss_cfg: GRPOLossConfig, where: str) -> Tensor:
+    """Check everything that a policy loss needs of an item and return its advantages."""
     if item.advantages is None:
         raise DataError(f"{where}.advantages is missing; a policy loss needs one advantage for each scored token")
     if loss_cfg.use_kl_loss and item.ref_logprobs is None:
@@ -149,6 +151,7 @@ def _check_item(item: RLLossContextInputItem, loss_cfg: GRPOLossConfig, where: s
         )
     for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs"):
         check_finite(f"{where}.{name}", getattr(item, name), item.shifted_labels, loss_cfg.ignore_idx)
+    return item.advantages
 
 
 def _check_token_losses(token_losses: Tensor, logprobs: Tensor, name: str) -> None:
@@ -165,12 +168,13 @@ def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
     """Ratio statistics between the policy now and before the step, and against the sampler if it reported."""
     log_ratio = terms.log_ratio()
     ratio = log_ratio.exp()
+    mean_ratio = Mean.of(ratio)
     metrics: dict[str, Metric] = {
-        "ratio": Mean.of(ratio),
+        "ratio": mean_ratio,
         "ratio_min": Min.of(ratio),
         "ratio_max": Max.of(ratio),
         "kl_old": Mean.of(k3(terms.old_logprobs, terms.logprobs)),
-        "active_tokens": Sum(torch.tensor(float(len(ratio)), dtype=torch.float64, device=ratio.device)),
+        "active_tokens": Sum(mean_ratio.den),
     }
     if terms.rollout_logprobs is not None:
         metrics["rollout_mismatch"] = Mean.of((terms.old_logprobs - terms.rollout_logprobs).abs())

@@ -1,0 +1,34 @@
+"""Models in Hugging Face's format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from toolkit.errors import ConfigError
+from toolkit.models.config import PretrainedConfig
+from toolkit.models.policy import Policy, check_head
+
+
+def build_pretrained(config: PretrainedConfig) -> tuple[Policy, Any]:
+    """Load a causal language model and its tokenizer, and check that its head is a plain one.
+
+    Raises:
+        ConfigError: there is nothing to load at this path, the dtype is unknown, or the model changes its logits
+            after the head.
+    """
+    dtype = getattr(torch, config.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"model.dtype={config.dtype!r} is not a torch dtype; choose 'float32' or 'bfloat16'")
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(config.path, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={config.path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    policy = Policy(lm)
+    check_head(policy, len(tokenizer))
+    return policy, tokenizer

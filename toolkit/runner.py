@@ -1,0 +1,200 @@
+"""`LossRunner`: a loss in one call, for notebooks and for loops of one's own.
+
+Legend: B rows, T positions that have hidden states, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from toolkit.distributed import reduce_metrics, world_size
+from toolkit.errors import ConfigError, DataError
+from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.shift import shift_labels
+from toolkit.metrics import Metric, Metrics, Sum, merge_metrics, to_floats
+
+Forward = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
+"""``forward(batch) -> (hidden_states, head_weight)`` or ``(hidden_states, head_weight, head_bias)``."""
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """A loss and what was measured on the way."""
+
+    loss: Tensor
+    """Scalar; with a live graph when it comes from a call, detached when it comes from `LossRunner.step`."""
+    raw_metrics: Metrics
+    """Mergeable metrics by name, still on the device."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics as numbers; NaN where nothing was measured."""
+        return to_floats(self.raw_metrics)
+
+    def backward(self) -> None:
+        """Shorthand for ``result.loss.backward()``."""
+        self.loss.backward()
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())
+        return f"LossResult(loss={float(self.loss.detach()):.6g}, {shown})"
+
+
+class LossRunner:
+    """Runs a configured loss and hides items, kwargs and contexts. It keeps no state: a cell may be run again.
+
+    Example:
+        >>> runner = LossRunner.from_overrides(["loss=grpo", "kl=k3", "mode=chunk"])
+        >>> result = runner(hidden, head.weight, input_ids=ids, advantages=adv, ref_logprobs=ref)  # doctest: +SKIP
+        >>> result.loss.backward()  # doctest: +SKIP
+    """
+
+    def __init__(self, loss_cfg: BaseLossConfig) -> None:
+        if not isinstance(loss_cfg, BaseLossConfig):
+            raise ConfigError(
+                f"LossRunner needs a loss config such as GRPOLossConfig(), not {type(loss_cfg).__name__}; "
+                "for overrides use LossRunner.from_overrides([...])"
+            )
+        self.loss_cfg = loss_cfg
+
+    @classmethod
+    def from_overrides(cls, overrides: Sequence[str] = ()) -> Self:
+        """Pick the loss as on the command line: ``["loss=grpo", "policy_loss.cliprange_high=0.28", "kl=k3"]``.
+
+        Raises:
+            ConfigError: names the nearest right override.
+        """
+        from toolkit.config import build_loss, compose_config
+
+        return cls(build_loss(compose_config(list(overrides))))
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        shifted_labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        advantages: Tensor | float | None = None,
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        rollout_logprobs: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
+    ) -> LossResult:
+        """Return the loss of one batch, normalised over this batch (and the other ranks, if there are any).
+
+        Give either `input_ids`, which are shifted here, or `shifted_labels`. Position t of every other field speaks of
+        the token that is predicted from position t.
+
+        Args:
+            hidden_states: [B, T, D].
+            head_weight: [V, D].
+            head_bias: [V], optional.
+            input_ids: [B, T] token ids (or [B, T + 1] when the last one has no hidden state).
+            shifted_labels: [B, T], -100 (`ignore_idx`) where nothing is scored.
+            loss_mask: like `input_ids`: which *tokens* count, e.g. 1 on completions; only with `input_ids`.
+            advantages: a number, [B] one per row, [T], or [B, T].
+            old_logprobs: [B, T] in nats; None: on-policy.
+            ref_logprobs: [B, T] in nats; needed with a KL term.
+            rollout_logprobs: [B, T] in nats; only measured.
+            cu_seq_lens: [S + 1] boundaries of the sequences in one packed row.
+
+        Raises:
+            DataError: a field is missing, of the wrong shape, or not finite where it is scored.
+        """
+        fields = {
+            "input_ids": input_ids,
+            "shifted_labels": shifted_labels,
+            "loss_mask": loss_mask,
+            "advantages": advantages,
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "rollout_logprobs": rollout_logprobs,
+            "cu_seq_lens": cu_seq_lens,
+        }
+        item = self._item(fields, hidden_states.shape[-2])
+        bounds = None if cu_seq_lens is None else [cu_seq_lens]
+        context = self.loss_cfg.loss_ctx_cls
+        (kwargs,) = context.build_batches_loss_kwargs([item], self.loss_cfg, bounds)
+        loss, extra = context(self.loss_cfg, kwargs).forward(hidden_states, head_weight, head_bias)
+        return LossResult(loss, _named(extra))
+
+    def step(self, batches: Iterable[Mapping[str, Any]], forward: Forward) -> LossResult:
+        """Accumulate the gradient of several micro-batches as if they were one batch; the optimizer step is yours.
+
+        Args:
+            batches: each a mapping with the fields of `__call__` (and whatever else `forward` reads).
+            forward: gives the hidden states and the head of one batch; called once for each.
+
+        Returns:
+            The loss of all batches together (detached) and its metrics, summed over ranks too.
+        """
+        batches = list(batches)
+        if not batches:
+            raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
+        items = [self._item(batch, None) for batch in batches]
+        bounds = [batch["cu_seq_lens"] for batch in batches] if "cu_seq_lens" in batches[0] else None
+        context = self.loss_cfg.loss_ctx_cls
+        parts: list[dict[str, Metric]] = []
+        for batch, kwargs in zip(batches, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
+            loss, extra = context(self.loss_cfg, kwargs).forward(*forward(batch))
+            loss.backward()
+            factor = 1.0 if self.loss_cfg.gradient_reduction == "sum" else 1.0 / world_size()
+            parts.append({**_named(extra), "loss": Sum(loss.detach().double() * factor)})
+        metrics = reduce_metrics(merge_metrics(parts))
+        return LossResult(torch.as_tensor(metrics["loss"].value()), metrics)
+
+    def _item(self, fields: Mapping[str, Any], num_positions: int | None) -> LossContextInputItem:
+        labels = self._labels(fields, num_positions)
+        if "policy_loss_cfg" not in type(self.loss_cfg).model_fields and fields.get("advantages") is None:
+            return CELossContextInputItem(shifted_labels=labels)
+        given = {name: fields.get(name) for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")}
+        given["advantages"] = _spread(given["advantages"], labels)
+        return RLLossContextInputItem(shifted_labels=labels, **given)
+
+    def _labels(self, fields: Mapping[str, Any], num_positions: int | None) -> Tensor:
+        input_ids, labels = fields.get("input_ids"), fields.get("shifted_labels")
+        if (input_ids is None) == (labels is None):
+            raise DataError("give either input_ids (shifted here) or shifted_labels, not both and not neither")
+        if labels is not None:
+            if fields.get("loss_mask") is not None:
+                raise DataError(
+                    "loss_mask goes with input_ids; in shifted_labels mark unscored positions by ignore_idx"
+                )
+            return labels
+        assert input_ids is not None
+        shifted = shift_labels(
+            input_ids, fields.get("loss_mask"), fields.get("cu_seq_lens"), ignore_idx=self.loss_cfg.ignore_idx
+        )
+        # Hidden states without the last position: its label is ignored anyway.
+        return shifted[..., :-1] if num_positions == input_ids.shape[-1] - 1 else shifted
+
+    def __repr__(self) -> str:
+        lines = [f"  {name}={value!r}" for name, value in self.loss_cfg.model_dump().items()]
+        return "\n".join([f"LossRunner({type(self.loss_cfg).__name__}", *lines, ")"])
+
+
+def _spread(advantages: Tensor | float | None, labels: Tensor) -> Tensor | None:
+    """Bring a number, or one advantage a row, to a shape that items broadcast."""
+    if advantages is None or (isinstance(advantages, Tensor) and advantages.dim() == 2):
+        return advantages
+    values = torch.as_tensor(
+        advantages, dtype=torch.get_default_dtype() if isinstance(advantages, (int, float)) else None
+    )
+    if values.dim() == 0:
+        return values.to(labels.device).expand(labels.shape)
+    if labels.dim() == 2 and len(values) == labels.shape[0] != labels.shape[1]:
+        return values.unsqueeze(-1)
+    return values
+
+
+def _named(extra: Any) -> dict[str, Metric]:
+    return dict(extra) if isinstance(extra, Mapping) else {}

@@ -1,0 +1,59 @@
+"""What a task offers to the training loop. A task of your own is one subclass and one config."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and what its verifier needs."""
+
+    prompt: str
+    answer: str
+    """The reference answer; RL never shows it to the policy."""
+    entry: Any = None
+    """Whatever else the verifier wants."""
+
+
+class Task(ABC):
+    """Three disjoint sets of examples and a verifier."""
+
+    warmup: Sequence[Example]
+    """Examples whose answers the supervised warm-up sees."""
+    train: Sequence[Example]
+    """Examples whose prompts RL uses."""
+    heldout: Sequence[Example]
+    """Examples that only measure accuracy."""
+    alphabet: str
+    """Every character of prompts and answers."""
+
+    @abstractmethod
+    def score(self, example: Example, completion: str) -> float:
+        """Return the verifier's reward of a finished completion, 1.0 for a right one."""
+
+    def reward(self, example: Example, completion: str, *, finished: bool) -> float:
+        """Return the reward of a completion; one that never ended, or that the verifier chokes on, gets 0."""
+        if not finished:
+            return 0.0
+        try:
+            return float(self.score(example, completion))
+        except Exception:  # a verifier meets every kind of text; its crash must not end the run
+            logger.warning("the verifier failed on %r; reward 0", completion, exc_info=True)
+            return 0.0
+
+    def draw(self, examples: Sequence[Example], number: int, rng: Random) -> list[Example]:
+        """Return `number` examples, the same for the same `rng`; override it to prefer some over others."""
+        return rng.sample(list(examples), number) if number <= len(examples) else rng.choices(list(examples), k=number)
+
+    @property
+    def longest_answer(self) -> int:
+        """Characters of the longest answer."""
+        return max(len(example.answer) for example in (*self.warmup, *self.train, *self.heldout))

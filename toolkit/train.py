@@ -1,0 +1,61 @@
+"""``python -m toolkit.train``: train a policy; ``--help`` lists every choice.
+
+Checks the whole command line before torch is imported, then hands over to `toolkit.training.run`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig
+
+from toolkit.config import check_overrides, conf_dir, load_plugins, register_schemas
+from toolkit.errors import ToolkitError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect."""
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
+def _job(cfg: DictConfig) -> float | None:
+    try:
+        from toolkit.config import build_config
+
+        config = build_config(cfg)
+        from toolkit.training.run import run
+
+        summary = run(config, cfg)
+    except ToolkitError as error:
+        _stop(error)
+    if summary.interrupted:
+        sys.exit(INTERRUPTED)
+    return summary.accuracy_after
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments = get_args_parser().parse_args()
+    try:
+        if not (arguments.shell_completion or arguments.hydra_help or arguments.config_dir or arguments.config_name):
+            check_overrides(arguments.overrides, multirun=arguments.multirun)
+        else:
+            load_plugins([])
+            register_schemas()
+    except ToolkitError as error:
+        _stop(error)
+    if int(os.environ.get("RANK", "0")) > 0:
+        # One output directory for the whole run: only the main process makes one.
+        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+    _job()
+
+
+def _stop(error: ToolkitError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Checkpoints: weights (safetensors), optimizer, random state and step, written so that a crash leaves a whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from toolkit.errors import ConfigError
+from toolkit.training.trainer import Phase, Trainer
+
+FOLDER = "checkpoint"
+
+
+def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: dict[str, Any]) -> None:
+    """Write the checkpoint of a run, replacing an older one; the main process writes, the others wait.
+
+    Args:
+        output_dir: of the run; the checkpoint goes to its folder ``checkpoint``.
+        trainer: holds the weights.
+        phase: the phase under way.
+        record: further JSON values to find again at resume.
+    """
+    if trainer.accelerator.is_main_process:
+        fresh, final = output_dir / f"{FOLDER}.writing", output_dir / FOLDER
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        save_model(trainer.unwrapped, str(fresh / "model.safetensors"))
+        if trainer.reference is not None:
+            save_model(trainer.reference, str(fresh / "reference.safetensors"))
+        trainer.tokenizer.save_pretrained(fresh / "tokenizer")
+        torch.save(
+            {
+                "optimizer": phase.optimizer.state_dict(),
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+            fresh / "state.pt",
+        )
+        state = {"phase": phase.name, "next_step": phase.next_step, "num_updates": phase.num_updates}
+        state |= {"num_skipped": trainer.num_skipped, **record}
+        (fresh / "state.json").write_text(json.dumps({**state, "python_rng": random.getstate()}))
+        old = output_dir / f"{FOLDER}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(fresh, final)
+        shutil.rmtree(old, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def read_state(run_dir: str) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint folder of an earlier run and its state.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for folder in (Path(run_dir) / FOLDER, Path(run_dir)):
+        if (folder / "state.json").is_file():
+            return folder, json.loads((folder / "state.json").read_text())
+    raise ConfigError(
+        f"training.resume={run_dir!r} holds no checkpoint; give the output directory of an earlier run, "
+        f"the one that contains the folder {FOLDER!r}"
+    )
+
+
+def load_weights(folder: Path, trainer: Trainer) -> None:
+    """Load the policy's weights.
+
+    Raises:
+        ConfigError: they belong to another model.
+    """
+    try:
+        load_model(trainer.unwrapped, str(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"training.resume: the weights in {folder} are not those of model={type(trainer.config.model).__name__} "
+            f"with these settings ({str(error).splitlines()[0]}); resume with the settings of the first run"
+        ) from None
+
+
+def load_reference(folder: Path, trainer: Trainer) -> None:
+    """Load the reference policy's weights, if the run had one."""
+    if trainer.reference is not None and (folder / "reference.safetensors").is_file():
+        load_model(trainer.reference, str(folder / "reference.safetensors"))
+
+
+def load_phase(folder: Path, state: dict[str, Any], phase: Phase) -> None:
+    """Put optimizer, schedule, random state and step of `phase` back."""
+    stored = torch.load(folder / "state.pt", weights_only=True)
+    phase.optimizer.load_state_dict(stored["optimizer"])
+    torch.set_rng_state(stored["torch_rng"])
+    if stored["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(stored["cuda_rng"][: torch.cuda.device_count()])
+    version, internal, gauss = state["python_rng"]
+    random.setstate((version, tuple(internal), gauss))
+    phase.next_step, phase.num_updates = state["next_step"], state["num_updates"]

@@ -1,0 +1,97 @@
+"""Rows of text with what a loss needs of each token; made from rollouts or from labelled answers.
+
+Legend: R rows, T tokens of a row; per-token fields have T - 1 positions, position t speaking of token t + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+from toolkit.rollout.sampler import Completions
+from toolkit.tasks.base import Example
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Text rows and their per-token fields; [R, T] and [R, T - 1]."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    shifted_labels: Tensor
+    advantages: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def select(self, index: Tensor | slice) -> Rows:
+        """Return some of the rows."""
+        return replace(self, **{name: value[index] for name, value in vars(self).items() if value is not None})
+
+    def split(self, size: int) -> list[Rows]:
+        """Cut into consecutive pieces of at most `size` rows."""
+        return [self.select(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    def silenced(self) -> Rows:
+        """Return the first row with nothing to score: a rank without work takes part in the step with it."""
+        first = self.select(slice(0, 1))
+        return replace(first, shifted_labels=torch.full_like(first.shifted_labels, IGNORED))
+
+    def item(self, ignore_idx: int) -> LossContextInputItem:
+        """Return the input item of a loss: a policy loss's when there are advantages, else cross-entropy's."""
+        labels = self.shifted_labels.masked_fill(self.shifted_labels == IGNORED, ignore_idx)
+        if self.advantages is None:
+            return CELossContextInputItem(shifted_labels=labels)
+        return RLLossContextInputItem(
+            shifted_labels=labels,
+            advantages=self.advantages,
+            old_logprobs=self.old_logprobs,
+            ref_logprobs=self.ref_logprobs,
+            rollout_logprobs=self.rollout_logprobs,
+        )
+
+
+def rows_from_completions(completions: Completions, advantages: Tensor) -> Rows:
+    """Turn completions and one advantage for each into rows that score the new tokens.
+
+    Args:
+        completions: R rows of T tokens.
+        advantages: [R].
+    """
+    labels = completions.input_ids.masked_fill(~completions.is_new, IGNORED)[:, 1:]
+    return Rows(
+        input_ids=completions.input_ids,
+        attention_mask=completions.attention_mask,
+        shifted_labels=labels,
+        advantages=advantages.to(labels.device).unsqueeze(-1).expand(labels.shape),
+        rollout_logprobs=completions.logprobs[:, 1:],
+    )
+
+
+def rows_from_answers(examples: Sequence[Example], tokenizer: Any, device: torch.device) -> Rows:
+    """Turn prompts and reference answers into rows that score the answer and the end of the text."""
+    prompts = [tokenizer(example.prompt, add_special_tokens=False)["input_ids"] for example in examples]
+    answers = [
+        [*tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for example in examples
+    ]
+    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    input_ids = torch.full((len(examples), width), tokenizer.pad_token_id)
+    labels = torch.full((len(examples), width), IGNORED)
+    mask = torch.zeros((len(examples), width), dtype=torch.int64)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        text = torch.tensor([*prompt, *answer])
+        input_ids[row, width - len(text) :] = text
+        labels[row, width - len(answer) :] = torch.tensor(answer)
+        mask[row, width - len(text) :] = 1
+    return Rows(input_ids.to(device), mask.to(device), labels[:, 1:].to(device))

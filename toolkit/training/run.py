@@ -1,0 +1,184 @@
+"""The main job from start to end: set up, warm-up, RL, evaluation, report."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from toolkit.config import RunConfig
+from toolkit.distributed import check_world_size, reduce_metrics
+from toolkit.metrics import Max
+from toolkit.training import checkpoint
+from toolkit.training.config import TrainingConfig
+from toolkit.training.progress import PhaseProgress
+from toolkit.training.report import Summary, write_report
+from toolkit.training.tracking import Tracker, check_tracker
+from toolkit.training.trainer import Phase, Trainer
+
+
+class StopFlag:
+    """Turns the first Ctrl-C (or SIGTERM) into a flag that the loop reads between steps; the second one kills."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.is_set:
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.is_set = True
+
+    def agreed(self) -> bool:
+        """Return whether any process was told to stop; all must leave the loop after the same step."""
+        return reduce_metrics({"stop": Max.of(torch.tensor([float(self.is_set)]))})["stop"].value() > 0
+
+
+@dataclass
+class Before:
+    """The policy before the main phase, for comparison."""
+
+    accuracy: float
+    completions: list[str]
+
+
+def run(config: RunConfig, cfg: DictConfig) -> Summary:
+    """Train as configured and return the summary; files go to Hydra's output directory.
+
+    Args:
+        config: the checked configuration.
+        cfg: the same as Hydra composed it, to be written beside the results.
+
+    Raises:
+        LaunchError: another number of processes works together than was asked for.
+        ConfigError: a checkpoint to resume from, a model or a tracker is not there.
+    """
+    check_tracker(config.tracker)
+    resumed = checkpoint.read_state(config.training.resume) if config.training.resume else None
+    accelerator = make_accelerator(config.training, config.tracker.log_with, HydraConfig.get().runtime.output_dir)
+    check_world_size(accelerator.num_processes, config.training.num_processes)
+    output_dir = _shared_output_dir(accelerator)
+    console = Console(quiet=not accelerator.is_main_process)
+    flag = StopFlag()
+    set_seed(config.seed)
+    task = config.task.build(config.seed)
+    policy, tokenizer = config.model.build(task.alphabet)
+    trainer = Trainer(config, accelerator, task, policy, tokenizer)
+    if accelerator.is_main_process:
+        (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    tracker = Tracker(config.tracker, accelerator, output_dir, config.model_dump())
+    console.print(
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, "
+        f"{sum(p.numel() for p in policy.parameters()):,} parameters; output: {output_dir}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    before, is_done = _train(trainer, tracker, console, flag, output_dir, resumed)
+    after = trainer.evaluate() if is_done else None
+    tracker.close()
+    summary = Summary.of(
+        trainer,
+        before.accuracy if before else None,
+        after[0] if after else None,
+        wall_seconds=time.time() - psutil.Process().create_time(),
+        output_dir=output_dir,
+    )
+    if accelerator.is_main_process:
+        examples = task.heldout[: len(before.completions)] if before else []
+        write_report(
+            summary, tracker.rows, examples, before.completions if before else [], after[1] if after else [], console
+        )
+    accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return summary
+
+
+def _train(
+    trainer: Trainer,
+    tracker: Tracker,
+    console: Console,
+    flag: StopFlag,
+    output_dir: Path,
+    resumed: tuple[Path, dict[str, Any]] | None,
+) -> tuple[Before | None, bool]:
+    """Run both phases, from the start or from a checkpoint; return the state before RL and whether all was done."""
+    folder, state = resumed or (None, {"phase": "warmup"})
+    before: Before | None = None
+    if folder is not None:
+        checkpoint.load_weights(folder, trainer)
+        trainer.num_skipped = state["num_skipped"]
+        tracker.restore(folder.parent, state["phase"], state["next_step"])
+        console.print(f"resumed from {folder}: {state['phase']} step {state['next_step']}", soft_wrap=True)
+    if state["phase"] == "warmup":
+        phase = trainer.warmup_phase()
+        if folder is not None:
+            checkpoint.load_phase(folder, state, phase)
+        if not _run_phase(trainer, phase, "warm-up", tracker, console, flag, output_dir, {}):
+            return None, False
+        before = Before(*trainer.evaluate())
+        console.print(f"held-out accuracy before: {before.accuracy:.3f}", highlight=False)
+    else:
+        before = Before(state["accuracy_before"], state["completions_before"])
+    phase = trainer.main_phase()
+    if folder is not None and state["phase"] == "main":
+        checkpoint.load_reference(folder, trainer)
+        checkpoint.load_phase(folder, state, phase)
+    title = type(trainer.config.loss).__name__.removesuffix("LossConfig").lower()
+    record = {"accuracy_before": before.accuracy, "completions_before": before.completions}
+    return before, _run_phase(trainer, phase, title, tracker, console, flag, output_dir, record)
+
+
+def _run_phase(
+    trainer: Trainer,
+    phase: Phase,
+    title: str,
+    tracker: Tracker,
+    console: Console,
+    flag: StopFlag,
+    output_dir: Path,
+    record: dict[str, Any],
+) -> bool:
+    """Run the remaining steps of a phase; return False when Ctrl-C ended it before its end."""
+    cfg = trainer.config.training
+    with PhaseProgress(console, title, phase.num_steps, phase.next_step, cfg.log_every) as progress:
+        while phase.next_step < phase.num_steps:
+            if flag.agreed():
+                checkpoint.save_checkpoint(output_dir, trainer, phase, record)
+                return False
+            step = phase.next_step
+            metrics = trainer.run_step(phase)
+            tracker.log(phase.name, step, metrics)
+            progress.step(step, metrics)
+            if cfg.checkpoint_every and phase.next_step % cfg.checkpoint_every == 0:
+                checkpoint.save_checkpoint(output_dir, trainer, phase, record)
+    if phase.name == "main":
+        checkpoint.save_checkpoint(output_dir, trainer, phase, record)
+    return True
+
+
+def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: str) -> Accelerator:
+    """Return the accelerator of this process; gradient accumulation is the toolkit's own, so that none is divided."""
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    return Accelerator(cpu=on_cpu, gradient_accumulation_steps=1, log_with=log_with, project_dir=project_dir)
+
+
+def _shared_output_dir(accelerator: Accelerator) -> Path:
+    """Return the main process's output directory on every process."""
+    holder = [HydraConfig.get().runtime.output_dir]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(holder)
+    return Path(holder[0])

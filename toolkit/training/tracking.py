@@ -1,0 +1,73 @@
+"""metrics.jsonl, and any tracker that accelerate knows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from toolkit.errors import ConfigError
+from toolkit.training.config import TrackerConfig
+
+
+class Tracker:
+    """Writes one JSON line for each step; the main process only."""
+
+    def __init__(
+        self, config: TrackerConfig, accelerator: Accelerator, output_dir: Path, settings: dict[str, Any]
+    ) -> None:
+        self._accelerator = accelerator
+        self._log_with = config.log_with
+        self.path = output_dir / "metrics.jsonl"
+        self.rows: list[dict[str, Any]] = []
+        if config.log_with is not None:
+            accelerator.init_trackers(config.project, config=_flat(settings))
+
+    def restore(self, run_dir: Path, phase: str, next_step: int) -> None:
+        """Take over the lines that an earlier run wrote before the step it is resumed at."""
+        source = run_dir / self.path.name
+        if not source.is_file():
+            return
+        lines = [json.loads(line) for line in source.read_text().splitlines()]
+        order = ("warmup", "main")
+        place = (order.index(phase), next_step)
+        self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) < place]
+        if self._accelerator.is_main_process:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of a finished step; NaN (nothing measured) becomes null."""
+        row = {"phase": phase, "step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
+        self.rows.append(row)
+        if self._accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if self._log_with is not None:
+            self._accelerator.log({f"{phase}/{name}": value for name, value in metrics.items()}, step=step)
+
+    def close(self) -> None:
+        """Let trackers finish writing."""
+        if self._log_with is not None:
+            self._accelerator.end_training()
+
+
+def check_tracker(config: TrackerConfig) -> None:
+    """Stop before any work when the tracker's package is missing."""
+    if config.log_with is not None and importlib.util.find_spec(config.log_with) is None:
+        raise ConfigError(
+            f"tracker={config.log_with} needs the package {config.log_with!r}: pip install {config.log_with}"
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, bool)) else str(value)
+    return flat

@@ -1,0 +1,268 @@
+"""One optimizer step, and the two phases made of them: supervised warm-up and RL.
+
+Every random choice of a step comes from (seed, phase, step, rank), so that a resumed run goes on as the uninterrupted
+one would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from toolkit.config import RunConfig
+from toolkit.distributed import all_reduce_sum, reduce_metrics
+from toolkit.functional.advantages import group_advantages
+from toolkit.losses.config import BaseLossConfig, CELossConfig
+from toolkit.metrics import Max, Mean, Metric, Sum, merge_metrics, to_floats
+from toolkit.models.policy import Policy
+from toolkit.rollout.sampler import complete
+from toolkit.tasks.base import Example, Task
+from toolkit.training.config import SchedulerConfig
+from toolkit.training.experience import Rows, rows_from_answers, rows_from_completions
+
+
+@dataclass
+class Phase:
+    """A sequence of steps with its own optimizer and learning-rate schedule."""
+
+    name: str
+    num_steps: int
+    step_fn: Callable[[int], dict[str, float]]
+    optimizer: Any
+    learning_rate: Callable[[int], float]
+    """Of the update with this number, from 0."""
+    next_step: int = 0
+    num_updates: int = 0
+
+
+class Trainer:
+    """Holds the policy and turns batches into optimizer steps, on any number of processes."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, task: Task, policy: Policy, tokenizer: Any) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.task = task
+        self.tokenizer = tokenizer
+        self.reference: Policy | None = None
+        self.policy = accelerator.prepare_model(policy)
+        self.num_skipped = 0
+
+    @property
+    def unwrapped(self) -> Policy:
+        """The policy without DDP around it: for generation and saving, never for a loss."""
+        return self.accelerator.unwrap_model(self.policy)
+
+    # ---------------------------------------------------------------- phases
+
+    def warmup_phase(self) -> Phase:
+        """Return the supervised phase: the toolkit's cross-entropy on reference answers."""
+        cfg = self.config.warmup
+        return self._phase(
+            "warmup", cfg.steps, lambda step: self._supervised_step("warmup", step, CELossConfig()), cfg.lr
+        )
+
+    def main_phase(self) -> Phase:
+        """Return the main phase: RL, or supervised learning with ``loss=ce``."""
+        cfg, loss_cfg = self.config.training, self.config.loss
+        if isinstance(loss_cfg, CELossConfig):
+            return self._phase(
+                "main", cfg.steps, lambda step: self._supervised_step("main", step, loss_cfg), self.config.optimizer.lr
+            )
+        if getattr(loss_cfg, "use_kl_loss", False) and self.reference is None:
+            self.reference = copy.deepcopy(self.unwrapped).eval().requires_grad_(False)
+        return self._phase("main", cfg.steps, self._rl_step, self.config.optimizer.lr, cfg.minibatches)
+
+    def _phase(
+        self, name: str, steps: int, step_fn: Callable[[int], dict[str, float]], lr: float, updates: int = 1
+    ) -> Phase:
+        cfg = self.config.optimizer
+        optimizer = self.accelerator.prepare_optimizer(
+            torch.optim.AdamW(self.policy.parameters(), lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+        )
+        schedule = learning_rate_schedule(self.config.scheduler, lr, max(steps * updates, 1))
+        return Phase(name, steps, step_fn, optimizer, schedule)
+
+    def run_step(self, phase: Phase) -> dict[str, float]:
+        """Run the next step of `phase` and return its metrics, merged over all processes."""
+        step = phase.next_step
+        torch.manual_seed(self._rng(phase.name, step, self.accelerator.process_index).getrandbits(63))
+        self._active = phase
+        start = time.perf_counter()
+        metrics = phase.step_fn(step)
+        seconds = time.perf_counter() - start
+        if "clip_fraction_low" in metrics and "clip_fraction_high" in metrics:
+            metrics["clip_fraction"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
+        metrics |= {
+            "lr": phase.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            "tokens_per_second": metrics.get("active_tokens", 0.0) / seconds,
+        }
+        phase.next_step += 1
+        return metrics
+
+    def _rng(self, *place: object) -> Random:
+        return Random(f"{self.config.seed}/{'/'.join(map(str, place))}")
+
+    # ---------------------------------------------------------------- steps
+
+    def _supervised_step(self, phase: str, step: int, loss_cfg: BaseLossConfig) -> dict[str, float]:
+        examples = self.task.draw(self.task.warmup, self.config.warmup.batch_size, self._rng(phase, step, "data"))
+        rows = rows_from_answers(self._own_share(examples), self.tokenizer, self.accelerator.device)
+        return to_floats(self._optimizer_step(rows, loss_cfg))
+
+    def _rl_step(self, step: int) -> dict[str, float]:
+        cfg = self.config
+        prompts = self.task.draw(self.task.train, cfg.rollout.prompts_per_step, self._rng("main", step, "data"))
+        rows, measured = self._experience(self._own_share(prompts), self._rng("main", step, "reward", self._rank))
+        if cfg.training.minibatches > 1:
+            rows = replace(rows, old_logprobs=self._score(self.policy, rows))
+        if self.reference is not None:
+            rows = replace(rows, ref_logprobs=self._score(self.reference, rows))
+        order = torch.randperm(len(rows)).to(rows.input_ids.device)
+        for index in order.tensor_split(cfg.training.minibatches):
+            stepped = self._optimizer_step(rows.select(index) if len(index) else rows.silenced(), cfg.loss)
+            measured = merge_metrics([measured, stepped])
+        return to_floats(measured)
+
+    def _experience(self, examples: list[Example], rng: Random) -> tuple[Rows, dict[str, Metric]]:
+        """Sample completions of this process's prompts, reward them and compare them within their groups."""
+        cfg = self.config.rollout
+        completions = complete(
+            self.unwrapped.lm,
+            self.tokenizer,
+            [example.prompt for example in examples],
+            max_new_tokens=self.max_new_tokens,
+            group_size=cfg.group_size,
+            temperature=cfg.temperature,
+        )
+        rewards = torch.tensor(
+            [
+                self.task.reward(examples[row // cfg.group_size], text, finished=ended)
+                if self.config.task.reward == "verifier"
+                else float(rng.random() < 0.5)
+                for row, (text, ended) in enumerate(zip(completions.texts, completions.finished, strict=True))
+            ]
+        ).view(-1, cfg.group_size)
+        advantages = group_advantages(rewards, std=self.config.advantage.std, eps=self.config.advantage.eps)
+        rows = rows_from_completions(completions, advantages.flatten())
+        is_uniform = (rewards == rewards[:, :1]).all(-1)
+        metrics = reduce_metrics(
+            {
+                "reward": Mean.of(rewards),
+                "uniform_groups": Mean.of(is_uniform),
+                "completion_tokens": Mean.of(completions.is_new.sum(-1).cpu()),
+            }
+        )
+        if cfg.skip_uniform_groups:
+            kept = (~is_uniform).repeat_interleave(cfg.group_size).nonzero().squeeze(-1).to(rows.input_ids.device)
+            rows = rows.select(kept) if len(kept) else rows.silenced()
+        return rows, metrics
+
+    @torch.no_grad()
+    def _score(self, policy: Any, rows: Rows) -> Tensor:
+        pieces = rows.split(self.config.training.micro_batch_size)
+        return torch.cat([policy(piece.input_ids, piece.attention_mask) for piece in pieces])
+
+    def _optimizer_step(self, rows: Rows, loss_cfg: BaseLossConfig) -> dict[str, Metric]:
+        """Take one calibrated step on `rows`, however many forwards that takes; return its reduced metrics."""
+        accelerator, phase = self.accelerator, self._active
+        for group in phase.optimizer.param_groups:
+            group["lr"] = phase.learning_rate(phase.num_updates)
+        phase.num_updates += 1
+        micro_batches = self._same_number_everywhere(rows.split(self.config.training.micro_batch_size))
+        items = [rows.item(loss_cfg.ignore_idx) for rows in micro_batches]
+        context = loss_cfg.loss_ctx_cls
+        batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg)
+        parts = []
+        self.policy.train()
+        for index, (batch, kwargs) in enumerate(zip(micro_batches, batches_kwargs, strict=True)):
+            is_last = index == len(micro_batches) - 1
+            # DDP exchanges gradients once, in the last backward; until then they add up locally.
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.policy):
+                loss, metrics = self.policy(batch.input_ids, batch.attention_mask, context(loss_cfg, kwargs))
+                accelerator.backward(loss)
+            parts.append({"loss": Sum(loss.detach().double()), **(metrics or {})})
+        step_metrics = reduce_metrics(self._unscaled(merge_metrics(parts), loss_cfg))
+        tokens = sum((batch.shifted_labels != -100).sum() for batch in micro_batches)
+        if float(all_reduce_sum(torch.as_tensor(tokens, dtype=torch.float64, device=accelerator.device))) == 0:
+            self.num_skipped += 1  # nothing to learn from anywhere: Adam's momentum must not move the weights
+            phase.optimizer.zero_grad()
+            return step_metrics
+        grad_norm = accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optimizer.max_grad_norm)
+        phase.optimizer.step()
+        phase.optimizer.zero_grad()
+        return {**step_metrics, "grad_norm": Mean.of(grad_norm.reshape(1)), "grad_norm_max": Max.of(grad_norm)}
+
+    def _unscaled(self, metrics: dict[str, Metric], loss_cfg: BaseLossConfig) -> dict[str, Metric]:
+        """Take the factor R of gradient averaging out of summed losses, so that their sum over ranks is the loss."""
+        if loss_cfg.gradient_reduction == "sum":
+            return metrics
+        factor = 1.0 / self.accelerator.num_processes
+        return {
+            name: Sum(metric.total * factor) if isinstance(metric, Sum) and name.endswith("loss") else metric
+            for name, metric in metrics.items()
+        }
+
+    def _same_number_everywhere(self, micro_batches: list[Rows]) -> list[Rows]:
+        """Add silent micro-batches until every process has as many: each forward is a collective under DDP."""
+        most = reduce_metrics({"count": Max.of(torch.tensor([float(len(micro_batches))]))})["count"].value()
+        return micro_batches + [micro_batches[0].silenced()] * (int(most) - len(micro_batches))
+
+    # ---------------------------------------------------------------- evaluation
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens of the longest completion, the end of the text included."""
+        return self.config.rollout.max_new_tokens or self.task.longest_answer + 1
+
+    def evaluate(self, batch_size: int = 512) -> tuple[float, list[str]]:
+        """Return the greedy accuracy on the held-out examples, and the completions of the first few of them."""
+        own = self._own_share(list(self.task.heldout))
+        right = []
+        for start in range(0, len(own), batch_size):
+            examples = own[start : start + batch_size]
+            found = complete(
+                self.unwrapped.lm, self.tokenizer, [e.prompt for e in examples], max_new_tokens=self.max_new_tokens
+            )
+            right += [
+                self.task.reward(example, text, finished=ended) >= 1.0
+                for example, text, ended in zip(examples, found.texts, found.finished, strict=True)
+            ]
+        accuracy = reduce_metrics({"accuracy": Mean.of(torch.tensor(right))})["accuracy"].value()
+        return accuracy, self.show(self.task.heldout[:3])
+
+    def show(self, examples: Any) -> list[str]:
+        """Return the greedy completions of a few examples."""
+        prompts = [example.prompt for example in examples]
+        return complete(self.unwrapped.lm, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens).texts
+
+    @property
+    def _rank(self) -> int:
+        return self.accelerator.process_index
+
+    def _own_share(self, examples: list[Example]) -> list[Example]:
+        # A process without work still takes part: with fewer examples than processes, some are seen twice.
+        return examples[self._rank :: self.accelerator.num_processes] or examples[:1]
+
+
+def learning_rate_schedule(config: SchedulerConfig, peak: float, num_updates: int) -> Callable[[int], float]:
+    """Return the learning rate as a function of the update, from 0 to num_updates - 1."""
+
+    def learning_rate(update: int) -> float:
+        rise = min(1.0, (update + 1) / max(config.warmup_steps, 1))
+        if config.shape == "constant":
+            return peak * rise
+        fall = 0.5 * (1 + math.cos(math.pi * min(update / num_updates, 1.0)))
+        return peak * rise * (config.final_ratio + (1 - config.final_ratio) * fall)
+
+    return learning_rate

@@ -35,7 +35,7 @@ class GRPOLossKwargs(BaseLossKwargs):
 
 
 class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
-    """``loss = sum_t weight_t * (policy_loss_t + kl_loss_coef * kl_t)`` with weight_t = 1 / scored tokens of the step."""
+    """``loss = sum_t weight_t * (policy_loss_t + kl_loss_coef * kl_t)`` and weight_t = 1 / scored tokens."""
 
     loss_cfg: GRPOLossConfig
     loss_kwargs: GRPOLossKwargs

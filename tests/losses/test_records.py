@@ -1,0 +1,101 @@
+"""Items and kwargs never change, know their fields, and say clearly what is wrong."""
+
+import pytest
+import torch
+
+from tests.conftest import random_item
+from toolkit import ConfigError, DataError, GRPOLossConfig, GRPOLossContext, RLLossContextInputItem
+from toolkit.losses.fields import PerToken
+from toolkit.losses.grpo import GRPOLossKwargs
+
+LABELS = torch.tensor([[1, 2, -100, 3]])
+
+
+def test_a_field_that_is_set_does_not_change() -> None:
+    item = RLLossContextInputItem(shifted_labels=LABELS)
+    item.advantages = torch.ones(4)  # the interface fills fields that are still None
+    assert item.advantages.shape == (1, 4)
+    with pytest.raises(DataError, match="is set and does not change"):
+        item.advantages = torch.zeros(1, 4)
+    with pytest.raises(DataError, match="has no field 'ref_logprob'"):
+        item.ref_logprob = torch.zeros(1, 4)  # type: ignore[attr-defined]
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], GRPOLossConfig())
+    with pytest.raises(DataError, match="never changes"):
+        kwargs.advantages = torch.zeros(1, 4)
+    with pytest.raises(ConfigError, match="never changes"):
+        GRPOLossConfig().mode = "chunk"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("transform", ["to", "chunk", "replace"])
+def test_transforms_give_new_objects(transform: str) -> None:
+    item = random_item((1, 6))
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], GRPOLossConfig())
+    for record in (item, kwargs):
+        before = {name: (value, value.clone()) for name, value in record.tensors()}
+        changed = {
+            "to": lambda r=record: r.to("meta"),
+            "chunk": lambda r=record: r.chunk(4)[0],
+            "replace": lambda r=record: r.replace(shifted_labels=torch.zeros(1, 6, dtype=torch.int64)),
+        }[transform]()
+        assert changed is not record
+        assert not torch.equal(changed.shifted_labels.cpu(), record.shifted_labels) if transform != "to" else True
+        for name, value in record.tensors():
+            assert value is before[name][0]
+            torch.testing.assert_close(value, before[name][1], rtol=0, atol=0)
+
+
+def test_to_moves_every_tensor() -> None:
+    assert all(value.device.type == "meta" for _, value in random_item().to("meta").tensors())
+
+
+def test_chunks_cover_every_position_once() -> None:
+    item = random_item((2, 7))
+    pieces = item.chunk(3)
+    assert [piece.shifted_labels.shape[-1] for piece in pieces] == [3, 3, 1]
+    for name, value in item.tensors():
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces], -1), value)
+
+
+def test_every_per_token_field_declares_its_padding() -> None:
+    for record in (RLLossContextInputItem, GRPOLossKwargs):
+        for name in record.model_fields:
+            assert isinstance(record.layout(name), PerToken), name
+    assert RLLossContextInputItem.layout("shifted_labels") == PerToken(pad=-100)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"advantages": torch.ones(3)}, ["advantages has shape [3]", "[1, 4]"]),
+        ({"advantage": torch.ones(4)}, ["advantage is not a field", "did you mean 'advantages'"]),
+        ({"ref_logprob": torch.ones(4)}, ["ref_logprob", "did you mean 'ref_logprobs'"]),
+        ({"old_logprobs": torch.ones(1, 5)}, ["old_logprobs has shape [1, 5]"]),
+        ({"advantages": torch.ones(4, dtype=torch.int64)}, ["advantages has dtype torch.int64"]),
+        ({"advantages": [1.0, 2.0]}, ["advantages", "Tensor"]),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict, words: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        RLLossContextInputItem(shifted_labels=LABELS, **fields)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(1, 2, 3, dtype=torch.int64), torch.zeros(1, 4)])
+def test_wrong_labels(labels: torch.Tensor) -> None:
+    with pytest.raises(DataError, match="shifted_labels has shape"):
+        RLLossContextInputItem(shifted_labels=labels)
+
+
+def test_broadcasts() -> None:
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    rows = RLLossContextInputItem(shifted_labels=labels, advantages=torch.tensor([[1.0], [2.0]]))
+    positions = RLLossContextInputItem(shifted_labels=labels, advantages=torch.tensor([1.0, 2.0, 3.0]))
+    assert rows.advantages is not None
+    assert positions.advantages is not None
+    assert rows.advantages.tolist() == [[1.0] * 3, [2.0] * 3]
+    assert positions.advantages.tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
+def test_repr_shows_shapes_not_numbers() -> None:
+    assert repr(random_item((1, 4))).startswith("RLLossContextInputItem(shifted_labels=[1, 4] int64, advantages=[1, 4]")

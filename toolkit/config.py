@@ -53,6 +53,8 @@ SCHEMAS: tuple[type[Config], ...] = (
     TrainingConfig,
     TrackerConfig,
 )
+READ_BY = {"policy_loss": "policy_loss_cfg", "kl": "use_kl_loss"}
+"""The field of a loss config that a group of choices is for."""
 MAX_CHECKED_JOBS = 32
 """Jobs of a multirun that are checked beforehand; each checks itself again when it starts."""
 
@@ -88,6 +90,7 @@ def conf_dir() -> str:
 def register_schemas() -> None:
     """Put every config class and every policy loss where the YAML files find them; safe to call again."""
     store = ConfigStore.instance()
+    OmegaConf.register_new_resolver("toolkit_choices", _choices_text, replace=True)
     for schema in SCHEMAS:
         target = f"{schema.__module__}.{schema.__name__}"
         store.store(group="schema", name=schema.__name__, node={"_target_": target, **schema.defaults()})
@@ -142,9 +145,11 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     register_schemas()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
         try:
-            return compose("config", overrides=list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
+            cfg = compose("config", overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(_diagnose(parsed, error)) from None
+    _check_unread(parsed, cfg)
+    return cfg
 
 
 def build_config(cfg: DictConfig) -> RunConfig:
@@ -206,19 +211,18 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> None
             return
         jobs = islice(found, MAX_CHECKED_JOBS)
     for job in jobs:
-        _check_unread(job, build_config(compose_config(job)))
+        build_config(compose_config(job))
 
 
-def _check_unread(overrides: Sequence[str], config: RunConfig) -> None:
-    """Refuse options that the chosen loss never reads."""
-    if "policy_loss_cfg" in type(config.loss).model_fields:
-        return
-    for override in _parse(overrides):
+def _check_unread(parsed: Iterable[Override], cfg: DictConfig) -> None:
+    """Refuse choices that the chosen loss never reads."""
+    fields = getattr(get_class(cfg.loss._target_), "model_fields", {}) if "_target_" in cfg.loss else {}
+    for override in parsed:
         group = str(override.key_or_group).split(".")[0]
-        if group == "policy_loss":
+        if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):
             raise ConfigError(
-                f"{override.input_line} has no effect: {type(config.loss).__name__} has no policy loss; "
-                "leave it out or choose loss=grpo"
+                f"{override.input_line} has no effect: {cfg.loss._target_.rpartition('.')[2]} has no "
+                f"{READ_BY[group]}; leave it out, or choose a loss that has, such as loss=grpo"
             )
 
 
@@ -256,6 +260,11 @@ def _groups() -> dict[str, list[str]]:
         groups.setdefault(path.parent.name, []).append(path.stem)
     groups["policy_loss"] = sorted({*groups.get("policy_loss", []), *policy_loss_names()})
     return groups
+
+
+def _choices_text() -> str:
+    """Return the choices for --help; Hydra's own list would show the schema nodes, too."""
+    return "\n".join(f"{group}: {', '.join(options)}" for group, options in sorted(_groups().items()))
 
 
 def _choices(group: str) -> list[str]:

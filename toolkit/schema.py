@@ -51,7 +51,7 @@ class Model(BaseModel):
 class Config(Model):
     """Base of every config. Each field carries its meaning, unit and the source of its default beneath it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, validate_default=True)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

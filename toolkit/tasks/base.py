@@ -24,14 +24,12 @@ class Example:
 
 
 class Task(ABC):
-    """Three disjoint sets of examples and a verifier."""
+    """Prompts to learn from, others to measure with, demonstrations, and a verifier."""
 
-    warmup: Sequence[Example]
-    """Examples whose answers the supervised warm-up sees."""
     train: Sequence[Example]
-    """Examples whose prompts RL uses."""
+    """Examples whose prompts RL uses; it never sees their answers."""
     heldout: Sequence[Example]
-    """Examples that only measure accuracy."""
+    """Examples that only measure accuracy; none of them is in `train` or demonstrated."""
     alphabet: str
     """Every character of prompts and answers."""
 
@@ -49,11 +47,16 @@ class Task(ABC):
             logger.warning("the verifier failed on %r; reward 0", completion, exc_info=True)
             return 0.0
 
-    def draw(self, examples: Sequence[Example], number: int, rng: Random) -> list[Example]:
-        """Return `number` examples, the same for the same `rng`; override it to prefer some over others."""
-        return rng.sample(list(examples), number) if number <= len(examples) else rng.choices(list(examples), k=number)
+    @abstractmethod
+    def demonstrate(self, number: int, rng: Random) -> list[Example]:
+        """Return examples whose answers supervised learning may see; the same for the same `rng`."""
+
+    def draw(self, number: int, rng: Random) -> list[Example]:
+        """Return training examples, the same for the same `rng`; override it to prefer some over others."""
+        pool = list(self.train)
+        return rng.sample(pool, number) if number <= len(pool) else rng.choices(pool, k=number)
 
     @property
     def longest_answer(self) -> int:
         """Characters of the longest answer."""
-        return max(len(example.answer) for example in (*self.warmup, *self.train, *self.heldout))
+        return max(len(example.answer) for example in (*self.train, *self.heldout))

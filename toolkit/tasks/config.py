@@ -33,9 +33,7 @@ class SpellBackwardConfig(TaskConfig):
     word_length: Annotated[int, Field(ge=3, le=10)] = 4
     """Letters in a word; reasoning-gym has words of 3 to 10."""
     num_heldout: Positive = 512
-    """Words that are only ever used to measure accuracy."""
-    num_warmup: Positive = 1000
-    """Words whose answers the supervised warm-up sees; RL uses the rest and sees no answers."""
+    """Words that are only ever used to measure accuracy; RL uses the others."""
 
     def build(self, seed: int) -> Task:
         """Return the task; needs the extra [train]."""

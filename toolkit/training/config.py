@@ -27,8 +27,8 @@ class OptimizerConfig(Config):
 
     lr: Rate = 1e-3
     """Peak learning rate of the RL phase."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Decay of the first and second moment."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment; PyTorch's default."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     max_grad_norm: Rate = 1.0
@@ -36,33 +36,35 @@ class OptimizerConfig(Config):
 
 
 class SchedulerConfig(Config):
-    """Learning rate over the optimizer steps of a phase."""
+    """Learning rate over the updates of the main phase."""
 
-    shape: Literal["cosine", "constant"] = "cosine"
-    """How it falls after the warm-up."""
-    warmup_steps: Count = 10
-    """Steps of linear rise from 0."""
-    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Last learning rate over the peak, for cosine."""
+    shape: Literal["linear", "cosine", "constant"] = "linear"
+    """How it falls."""
+    warmup_updates: Count = 0
+    """Updates of linear rise from 0."""
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate after the last update over the peak; without meaning for constant."""
 
 
 class WarmupConfig(Config):
-    """The supervised phase before RL, with the toolkit's own cross-entropy."""
+    """Supervised learning from demonstrations with the toolkit's own cross-entropy: the phase before RL."""
 
-    steps: Count = 80
-    """Optimizer steps; 0 leaves the phase out."""
+    steps: Count = 300
+    """At most so many optimizer steps; 0 leaves the phase out."""
+    stop_accuracy: Annotated[float, Field(gt=0, le=1)] | None = 0.3
+    """End the phase when this greedy accuracy is reached on fresh demonstrations; None: after `steps`."""
     batch_size: Positive = 64
-    """Labelled texts in a step, over all processes."""
-    lr: Rate = 3e-3
-    """Peak learning rate."""
+    """Demonstrations in a step, over all processes; also with loss=ce in the main phase."""
+    lr: Rate = 2e-3
+    """Learning rate, constant after a rise over 10 updates."""
 
 
 class TrainingConfig(Config):
     """The loop."""
 
-    steps: Count = 200
-    """Rollouts in the RL phase (batches of labelled text with loss=ce)."""
-    minibatches: Positive = 1
+    steps: Count = 80
+    """Rollouts in the RL phase (batches of demonstrations with loss=ce)."""
+    minibatches: Positive = 4
     """Optimizer steps for each rollout; more than 1 makes the later ones off-policy, which the clipping is for."""
     micro_batch_size: Positive = 1024
     """Sequences in one forward on one process; the loss does not depend on it."""

@@ -97,13 +97,14 @@ def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) ->
 
     main = [row for row in rows if row["phase"] == "main"]
     is_rl = any("reward" in row for row in main)
+    has_reference = any("kl_ref" in row for row in main)
     panels = [
         (
             "reward" if is_rl else "nll",
             "mean reward of sampled completions" if is_rl else "negative log-likelihood, nats",
         ),
         ("entropy" if is_rl else "lr", "policy entropy, nats" if is_rl else "learning rate"),
-        ("kl_ref" if any("kl_ref" in row for row in main) else "kl_old", "approximate KL, nats"),
+        ("kl_ref", "KL to the reference, nats") if has_reference else ("kl_old", "KL within a step, nats"),
         ("clip_fraction", "clipped tokens, fraction"),
         ("grad_norm", "gradient norm before clipping"),
     ]
@@ -142,8 +143,8 @@ def _draw_line(axes: Any, steps: list[int], values: list[float], *, is_main: boo
 def _mark_accuracy(axes: Any, summary: Summary) -> None:
     """Mark the held-out accuracies as horizontal lines on the reward panel."""
     for value, name, color in (
-        (summary.accuracy_before, "held-out accuracy before", "#b0b0b0"),
-        (summary.accuracy_after, "held-out accuracy after", "#238b45"),
+        (summary.accuracy_before, "greedy held-out accuracy before", "#b0b0b0"),
+        (summary.accuracy_after, "greedy held-out accuracy after", "#238b45"),
     ):
         if value is not None:
             axes.axhline(value, color=color, linestyle="--", linewidth=1.2, label=f"{name}: {value:.3f}")

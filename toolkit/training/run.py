@@ -163,6 +163,8 @@ def _run_phase(
             metrics = trainer.run_step(phase)
             tracker.log(phase.name, step, metrics)
             progress.step(step, metrics)
+            if trainer.is_warm(phase):
+                break
             if cfg.checkpoint_every and phase.next_step % cfg.checkpoint_every == 0:
                 checkpoint.save_checkpoint(output_dir, trainer, phase, record)
     if phase.name == "main":

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -29,6 +29,14 @@ from toolkit.rollout.sampler import complete
 from toolkit.tasks.base import Example, Task
 from toolkit.training.config import SchedulerConfig
 from toolkit.training.experience import Rows, rows_from_answers, rows_from_completions
+
+
+WARMUP_RISE = 10
+"""Updates over which the warm-up's learning rate rises."""
+PROBE_EVERY = 4
+"""Warm-up steps between two looks at the accuracy."""
+PROBE_SIZE = 256
+"""Demonstrations in such a look; a standard error of 0.03."""
 
 
 @dataclass
@@ -65,32 +73,39 @@ class Trainer:
     # ---------------------------------------------------------------- phases
 
     def warmup_phase(self) -> Phase:
-        """Return the supervised phase: the toolkit's cross-entropy on reference answers."""
+        """Return the supervised phase: the toolkit's cross-entropy on demonstrations."""
         cfg = self.config.warmup
-        return self._phase(
-            "warmup", cfg.steps, lambda step: self._supervised_step("warmup", step, CELossConfig()), cfg.lr
+        schedule = SchedulerConfig(shape="constant", warmup_updates=WARMUP_RISE)
+        return Phase(
+            "warmup",
+            cfg.steps,
+            lambda step: self._supervised_step("warmup", step, CELossConfig()),
+            self._optimizer(cfg.lr),
+            learning_rate_schedule(schedule, cfg.lr, cfg.steps),
         )
 
     def main_phase(self) -> Phase:
         """Return the main phase: RL, or supervised learning with ``loss=ce``."""
-        cfg, loss_cfg = self.config.training, self.config.loss
+        cfg, loss_cfg, lr = self.config.training, self.config.loss, self.config.optimizer.lr
         if isinstance(loss_cfg, CELossConfig):
-            return self._phase(
-                "main", cfg.steps, lambda step: self._supervised_step("main", step, loss_cfg), self.config.optimizer.lr
+            schedule = learning_rate_schedule(self.config.scheduler, lr, cfg.steps)
+            return Phase(
+                "main",
+                cfg.steps,
+                lambda step: self._supervised_step("main", step, loss_cfg),
+                self._optimizer(lr),
+                schedule,
             )
         if getattr(loss_cfg, "use_kl_loss", False) and self.reference is None:
             self.reference = copy.deepcopy(self.unwrapped).eval().requires_grad_(False)
-        return self._phase("main", cfg.steps, self._rl_step, self.config.optimizer.lr, cfg.minibatches)
+        schedule = learning_rate_schedule(self.config.scheduler, lr, cfg.steps * cfg.minibatches)
+        return Phase("main", cfg.steps, self._rl_step, self._optimizer(lr), schedule)
 
-    def _phase(
-        self, name: str, steps: int, step_fn: Callable[[int], dict[str, float]], lr: float, updates: int = 1
-    ) -> Phase:
+    def _optimizer(self, lr: float) -> Any:
         cfg = self.config.optimizer
-        optimizer = self.accelerator.prepare_optimizer(
+        return self.accelerator.prepare_optimizer(
             torch.optim.AdamW(self.policy.parameters(), lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
         )
-        schedule = learning_rate_schedule(self.config.scheduler, lr, max(steps * updates, 1))
-        return Phase(name, steps, step_fn, optimizer, schedule)
 
     def run_step(self, phase: Phase) -> dict[str, float]:
         """Run the next step of `phase` and return its metrics, merged over all processes."""
@@ -116,13 +131,13 @@ class Trainer:
     # ---------------------------------------------------------------- steps
 
     def _supervised_step(self, phase: str, step: int, loss_cfg: BaseLossConfig) -> dict[str, float]:
-        examples = self.task.draw(self.task.warmup, self.config.warmup.batch_size, self._rng(phase, step, "data"))
+        examples = self.task.demonstrate(self.config.warmup.batch_size, self._rng(phase, step, "data"))
         rows = rows_from_answers(self._own_share(examples), self.tokenizer, self.accelerator.device)
         return to_floats(self._optimizer_step(rows, loss_cfg))
 
     def _rl_step(self, step: int) -> dict[str, float]:
         cfg = self.config
-        prompts = self.task.draw(self.task.train, cfg.rollout.prompts_per_step, self._rng("main", step, "data"))
+        prompts = self.task.draw(cfg.rollout.prompts_per_step, self._rng("main", step, "data"))
         rows, measured = self._experience(self._own_share(prompts), self._rng("main", step, "reward", self._rank))
         if cfg.training.minibatches > 1:
             rows = replace(rows, old_logprobs=self._score(self.policy, rows))
@@ -225,9 +240,17 @@ class Trainer:
         """Tokens of the longest completion, the end of the text included."""
         return self.config.rollout.max_new_tokens or self.task.longest_answer + 1
 
-    def evaluate(self, batch_size: int = 512) -> tuple[float, list[str]]:
-        """Return the greedy accuracy on the held-out examples, and the completions of the first few of them."""
-        own = self._own_share(list(self.task.heldout))
+    def is_warm(self, phase: Phase) -> bool:
+        """Return whether the warm-up has reached its accuracy, measured now and then on fresh demonstrations."""
+        goal = self.config.warmup.stop_accuracy
+        if phase.name != "warmup" or goal is None or phase.next_step % PROBE_EVERY:
+            return False
+        probe = self.task.demonstrate(PROBE_SIZE, self._rng("probe", phase.next_step))
+        return self.accuracy(probe) >= goal
+
+    def accuracy(self, examples: Sequence[Example], batch_size: int = 512) -> float:
+        """Return the fraction of `examples` whose greedy completion is right, over all processes."""
+        own = self._own_share(list(examples))
         right = []
         for start in range(0, len(own), batch_size):
             examples = own[start : start + batch_size]
@@ -238,13 +261,13 @@ class Trainer:
                 self.task.reward(example, text, finished=ended) >= 1.0
                 for example, text, ended in zip(examples, found.texts, found.finished, strict=True)
             ]
-        accuracy = reduce_metrics({"accuracy": Mean.of(torch.tensor(right))})["accuracy"].value()
-        return accuracy, self.show(self.task.heldout[:3])
+        return reduce_metrics({"accuracy": Mean.of(torch.tensor(right))})["accuracy"].value()
 
-    def show(self, examples: Any) -> list[str]:
-        """Return the greedy completions of a few examples."""
-        prompts = [example.prompt for example in examples]
-        return complete(self.unwrapped.lm, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens).texts
+    def evaluate(self) -> tuple[float, list[str]]:
+        """Return the accuracy on the held-out examples, and the greedy completions of the first three."""
+        prompts = [example.prompt for example in self.task.heldout[:3]]
+        shown = complete(self.unwrapped.lm, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
+        return self.accuracy(self.task.heldout), shown.texts
 
     @property
     def _rank(self) -> int:
@@ -259,10 +282,10 @@ def learning_rate_schedule(config: SchedulerConfig, peak: float, num_updates: in
     """Return the learning rate as a function of the update, from 0 to num_updates - 1."""
 
     def learning_rate(update: int) -> float:
-        rise = min(1.0, (update + 1) / max(config.warmup_steps, 1))
-        if config.shape == "constant":
-            return peak * rise
-        fall = 0.5 * (1 + math.cos(math.pi * min(update / num_updates, 1.0)))
-        return peak * rise * (config.final_ratio + (1 - config.final_ratio) * fall)
+        rise = min(1.0, (update + 1) / max(config.warmup_updates, 1))
+        done = min(update / max(num_updates, 1), 1.0)
+        left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.shape]
+        floor = 1.0 if config.shape == "constant" else config.final_ratio
+        return peak * rise * (floor + (1 - floor) * left)
 
     return learning_rate

@@ -1,0 +1,177 @@
+"""The command line: choices, keys, types and ranges are checked without torch, and the answer names what would work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from toolkit import ConfigError, GRPOLossConfig
+from toolkit.config import SCHEMAS, RunConfig, build_config, check_overrides, compose_config, conf_dir
+
+CONF = Path(conf_dir())
+EXPERIMENTS = [
+    f"{group}={path.stem}" for group in ("experiment", "debug") for path in sorted((CONF / group).glob("*.yaml"))
+]
+
+
+def test_no_overrides() -> None:
+    config = build_config(compose_config([]))
+    assert isinstance(config, RunConfig)
+    assert config.loss == GRPOLossConfig(use_entropy_metric=True)
+
+
+def test_the_documented_command_line() -> None:
+    overrides = ["loss=grpo", "policy_loss=vanilla", "kl=k3", "mode=chunk", "loss.chunk_size=256"]
+    loss = build_config(compose_config(overrides)).loss
+    assert isinstance(loss, GRPOLossConfig)
+    assert (loss.use_kl_loss, loss.kl_loss_type, loss.mode, loss.chunk_size) == (True, "k3", "chunk", 256)
+
+
+@pytest.mark.parametrize("group", sorted(path.name for path in CONF.iterdir() if path.is_dir()))
+def test_every_choice_of_every_group_composes(group: str) -> None:
+    extra = {"pretrained": ["model.path=x"]}
+    for path in (CONF / group).glob("*.yaml"):
+        choice = [f"+{group}={path.stem}"] if group in ("experiment", "debug") else [f"{group}={path.stem}"]
+        choice = [c.removeprefix("+") for c in choice]
+        build_config(compose_config([*choice, *extra.get(path.stem, [])]))
+
+
+@pytest.mark.parametrize("preset", EXPERIMENTS)
+def test_presets_name_the_command_that_runs_them(preset: str) -> None:
+    group, name = preset.split("=")
+    lines = (CONF / group / f"{name}.yaml").read_text().splitlines()
+    assert lines[:2] == ["# @package _global_", f"# toolkit-train {preset}"]
+
+
+def test_every_yaml_starts_with_a_title() -> None:
+    for path in CONF.rglob("*.yaml"):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+        assert lines[0].startswith("# "), path
+
+
+def test_defaults_live_in_the_classes_only() -> None:
+    """A choice named like its class's default adds nothing; no value of a class stands in a YAML file again."""
+    for schema in SCHEMAS:
+        defaults = schema.defaults()
+        for path in CONF.glob("[!ed]*/*.yaml"):
+            text = path.read_text()
+            if f"/schema/{schema.__name__}@" in text:
+                stated = OmegaConf.to_container(OmegaConf.load(path))
+                assert isinstance(stated, dict)
+                repeated = {k for k, v in stated.items() if k in defaults and v == defaults[k]}
+                assert not repeated, (path, repeated)
+
+
+def test_every_field_of_every_config_is_explained() -> None:
+    for schema in (*SCHEMAS, ):
+        for name, field in schema.model_fields.items():
+            assert field.description, f"{schema.__name__}.{name}"
+
+
+WRONG = [
+    (["loss=grop"], "loss=grop is not a choice of loss: choose 'ce' or 'grpo'; try: loss=grpo"),
+    (["loss.chunk_sz=3"], "try: loss.chunk_size=3"),
+    (["loss.mode=chnk"], "loss.mode='chnk' is not one of the choices; choose 'eager' or 'chunk' (did you mean 'chunk'?)"),
+    (["policy_loss.cliprange_low=-1"], "policy_loss.cliprange_low=-1 is not allowed"),
+    (["training.steps=abc"], "training.steps='abc' is not allowed"),
+    (["training.steps=2.5"], "training.steps=2.5 is not allowed"),
+    (["trainng.steps=3"], "try: training.steps=3"),
+    (["chunk_size=3"], "try: loss.chunk_size=3"),
+    (["los=ce"], "try: loss=ce"),
+    (["policy_loss=vanila"], "try: policy_loss=vanilla"),
+    (["policy_loss.cliprange_lo=0.1"], "try: policy_loss.cliprange_low=0.1"),
+    (["policy_loss.clip_ratio_c=0.5"], "policy_loss.clip_ratio_c=0.5 is not allowed"),
+    (["experiment=grpokl"], "try: experiment=grpo_kl"),
+    (["model=pretrained"], "model.path has no default; set it: model.path=..."),
+    (["loss=ce", "policy_loss.cliprange_low=0.1"], "has no effect"),
+    (["loss=ce", "kl=k3"], "kl=k3 has no effect"),
+    (["+loss.new=1"], "loss.new is not a setting of loss"),
+    (["seed=-1"], "seed"),
+    (["task=3"], "task=3 is not a choice of task"),
+    (["plugins=[nothing.py]"], "nothing.py"),
+    (["foo"], "key.subkey=value or group=choice"),
+    (["loss.loss_reduction=token"], "loss.loss_reduction is not a setting"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_overrides(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(overrides)
+    assert words in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_composing_again_and_again() -> None:
+    for _ in range(3):
+        assert compose_config(["seed=3"]).seed == 3
+
+
+def test_multirun_jobs_are_checked_one_by_one() -> None:
+    check_overrides(["seed=0,1", "loss=grpo,ce"], multirun=True)
+    with pytest.raises(ConfigError, match="try: loss=grpo"):
+        check_overrides(["seed=0,1", "loss=ce,grop"], multirun=True)
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "toolkit.train", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong", ["loss=grop", "loss.chunk_sz=3", "loss.mode=chnk", "policy_loss.cliprange_low=-1", "training.steps=abc"]
+)
+def test_process_ends_with_one_readable_message(wrong: str) -> None:
+    done = train(wrong)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_errors_need_no_torch() -> None:
+    code = (
+        "import sys; from toolkit.config import check_overrides\n"
+        "try: check_overrides(['loss=grpo', 'policy_loss.cliprange_low=-1'])\n"
+        "except ValueError: print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_help_and_cfg() -> None:
+    done = train("--help")
+    assert done.returncode == 0
+    assert "policy_loss: vanilla" in done.stdout
+    assert "schema" not in done.stdout.split("== Configuration")[0]
+    assert "kl: abs, k1, k2, k3, none" in done.stdout
+    done = train("--cfg", "job", "--resolve", "kl=k3")
+    assert done.returncode == 0
+    assert OmegaConf.create(done.stdout).loss.kl_loss_type == "k3"
+
+
+def test_shell_completion_of_the_console_script() -> None:
+    script = Path(sys.executable).with_name("toolkit-train")
+    installed = subprocess.run([script, "-sc", "install=bash"], capture_output=True, text=True, check=True)
+    assert "toolkit-train" in installed.stdout
+    query = f'COMP_LINE="{script} loss=" {script} -sc query=bash'
+    found = subprocess.run(["bash", "-c", query], capture_output=True, text=True, check=True)
+    assert {"loss=grpo", "loss=ce"} <= set(found.stdout.split())
+
+
+def test_a_plugin_s_loss_is_a_typed_choice(tmp_path: Path) -> None:
+    plugin = tmp_path / "my_plugin_loss.py"
+    plugin.write_text(
+        "import torch\nfrom toolkit import register_policy_loss\n\n"
+        "@register_policy_loss('my_plugin_ppo')\ndef f(t, *, eps: float = 0.2):\n    return -t.ratio() * t.advantages\n"
+    )
+    for overrides, expected in (
+        (["policy_loss.eps=0.3", "--cfg", "job", "--resolve"], "eps: 0.3"),
+        (["policy_loss.epss=0.3"], "try: policy_loss.eps=0.3"),
+        (["policy_loss.eps=x"], "policy_loss.eps='x' is not allowed"),
+    ):
+        done = train(f"plugins=[{plugin}]", "policy_loss=my_plugin_ppo", *overrides)
+        assert expected in done.stdout + done.stderr

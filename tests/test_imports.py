@@ -1,0 +1,86 @@
+"""Imports go one way, and light ones stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import toolkit
+
+ROOT = Path(toolkit.__file__).parent
+LAYERS = [
+    ["errors"],
+    ["schema", "metrics"],
+    ["functional", "head", "distributed"],
+    ["losses"],
+    ["models", "tasks", "rollout"],
+    ["config"],
+    ["training", "notebook"],
+    ["runner"],
+    ["train", "bench", "check"],
+]
+"""From the bottom to the top; a room imports from rooms below it, and its own."""
+# The config classes of the loop are below `config`, which composes them; the loop itself is above it.
+BELOW_CONFIG = {"training.config"}
+LAZY = {("runner", "config")}
+
+
+def rank(module: str) -> int:
+    room = module.split(".")[0]
+    if module in BELOW_CONFIG:
+        return next(i for i, layer in enumerate(LAYERS) if "models" in layer)
+    return next(i for i, layer in enumerate(LAYERS) if room in layer)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("toolkit."):
+            found.add(node.module.removeprefix("toolkit."))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("toolkit.") for alias in node.names if alias.name.startswith("toolkit.")}
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module in ("__init__", "_conf"):
+            continue
+        for used in imports(path):
+            same_room = used.split(".")[0] == module.split(".")[0]
+            if not same_room and rank(used) >= rank(module):
+                wrong.append(f"{module} -> {used}")
+    assert not wrong
+
+
+def test_functional_and_head_know_nothing_of_config_hydra_accelerate_or_each_other() -> None:
+    for room, other in (("functional", "head"), ("head", "functional")):
+        for path in (ROOT / room).rglob("*.py"):
+            text = path.read_text()
+            for word in ("hydra", "omegaconf", "accelerate", "toolkit.config", "toolkit.losses", f"toolkit.{other}"):
+                assert f"import {word}" not in text, path
+                assert f"from {word}" not in text, path
+
+
+def test_importing_is_light_and_touches_no_device() -> None:
+    code = (
+        "import sys, toolkit; light = 'torch' in sys.modules\n"
+        "import toolkit.losses.grpo, torch\n"
+        "print(light, 'transformers' in sys.modules, 'hydra' in sys.modules, torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"] * 4
+
+
+def test_public_names_are_frozen() -> None:
+    assert sorted(toolkit.__all__) == sorted(toolkit._HOMES)
+    assert sorted(toolkit.__all__) == [
+        "BaseLossConfig", "BaseLossContext", "BaseLossKwargs", "CELossConfig", "CELossContext",
+        "CELossContextInputItem", "CELossKwargs", "ConfigError", "DataError", "GRPOLossConfig", "GRPOLossContext",
+        "GRPOLossKwargs", "LaunchError", "LossContextInputItem", "LossResult", "LossRunner", "PerToken", "PolicyTerms",
+        "RLLossContextInputItem", "Shared", "ToolkitError", "register_policy_loss",
+    ]  # fmt: skip
+    for name in toolkit.__all__:
+        assert getattr(toolkit, name).__doc__

@@ -1,0 +1,108 @@
+"""`LossRunner`: the same loss as by hand, whatever way the batch is given; calibrated accumulation; clear errors."""
+
+import pytest
+import torch
+
+from tests.conftest import random_head, random_item
+from toolkit import CELossConfig, ConfigError, DataError, GRPOLossConfig, GRPOLossContext, LossRunner
+
+
+def test_equals_items_and_contexts() -> None:
+    runner = LossRunner.from_overrides(["loss=grpo", "kl=k3", "mode=chunk", "loss.chunk_size=5"])
+    item, head = random_item(), random_head()
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], runner.loss_cfg)
+    loss, _ = GRPOLossContext(runner.loss_cfg, kwargs).forward(*head)
+    for _ in range(2):  # a cell may be run again
+        result = runner(*head, **dict(item.tensors()))
+        assert torch.equal(result.loss, loss)
+    result.backward()
+    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in head)
+    assert {"loss", "policy_loss", "kl_ref", "ratio", "entropy"} <= set(result.metrics)
+
+
+def test_input_ids_are_shifted() -> None:
+    hidden, weight, bias = random_head((2, 6))
+    ids = torch.randint(0, 11, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]])
+    labels = torch.where(mask[:, 1:] == 1, ids[:, 1:], -100)
+    runner = LossRunner(GRPOLossConfig())
+    by_ids = runner(hidden, weight, bias, input_ids=ids, loss_mask=mask, advantages=torch.tensor([1.0, -1.0]))
+    short = runner(hidden[:, :-1], weight, bias, input_ids=ids, loss_mask=mask, advantages=torch.tensor([1.0, -1.0]))
+    by_labels = runner(
+        hidden[:, :-1], weight, bias, shifted_labels=labels, advantages=torch.tensor([[1.0], [-1.0]]).expand(2, 5)
+    )
+    grads = [torch.autograd.grad(result.loss, weight)[0] for result in (by_ids, short, by_labels)]
+    assert grads[0].abs().max() > 1e-3
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("advantages", [0.5, torch.tensor(0.5), torch.full((13,), 0.5), torch.full((2,), 0.5)])
+def test_ways_to_give_advantages(advantages) -> None:
+    item, head = random_item(), random_head()
+    runner = LossRunner(GRPOLossConfig())
+    fields = {"shifted_labels": item.shifted_labels, "old_logprobs": item.old_logprobs}
+    loss = runner(*head, advantages=advantages, **fields).loss
+    torch.testing.assert_close(loss, runner(*head, advantages=torch.full((2, 13), 0.5), **fields).loss)
+
+
+def test_packed() -> None:
+    hidden, weight, bias = random_head((1, 5))
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    runner = LossRunner(CELossConfig(loss_reduction="sample"))
+    packed = runner(hidden, weight, bias, input_ids=ids, cu_seq_lens=torch.tensor([0, 3, 5])).loss
+    first = runner(hidden[:, :3], weight, bias, input_ids=ids[:, :3]).loss
+    second = runner(hidden[:, 3:], weight, bias, input_ids=ids[:, 3:]).loss
+    torch.testing.assert_close(packed, (first + second) / 2)
+
+
+@pytest.mark.parametrize("mode", ["eager", "chunk"])
+def test_step_accumulates_as_one_batch(mode: str) -> None:
+    item = random_item((6, 7))
+    hidden, weight, bias = random_head((6, 7))
+    runner = LossRunner.from_overrides(["kl=k3", f"mode={mode}", "loss.chunk_size=3"])
+    whole = runner(hidden, weight, bias, **dict(item.tensors()))
+    expected = torch.autograd.grad(whole.loss, (hidden, weight, bias))
+    batches = [
+        {"rows": slice(start, stop), **{name: value[start:stop] for name, value in item.tensors()}}
+        for start, stop in ((0, 1), (1, 4), (4, 6))
+    ]
+    result = runner.step(batches, lambda batch: (hidden[batch["rows"]], weight, bias))
+    torch.testing.assert_close(result.loss.double(), whole.loss.double(), rtol=1e-6, atol=0)
+    assert result.metrics == pytest.approx(whole.metrics, rel=1e-9)
+    for tensor, grad in zip((hidden, weight, bias), expected, strict=True):
+        assert tensor.grad is not None
+        torch.testing.assert_close(tensor.grad, grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "give either input_ids"),
+        ({"shifted_labels": torch.zeros(2, 13, dtype=torch.int64)}, "advantages is missing"),
+        (
+            {"shifted_labels": torch.zeros(2, 13, dtype=torch.int64), "loss_mask": torch.ones(2, 13), "advantages": 1.0},
+            "loss_mask goes with input_ids",
+        ),
+        ({"input_ids": torch.zeros(2, 13, dtype=torch.int64), "advantages": torch.ones(5)}, r"advantages has shape \[5\]"),
+        ({"input_ids": torch.full((2, 13), 11), "advantages": 1.0}, "outside the vocabulary of 11"),
+    ],
+)
+def test_mistakes_are_named(fields: dict, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        LossRunner(GRPOLossConfig())(*random_head(), **fields)
+
+
+def test_wrong_construction() -> None:
+    with pytest.raises(ConfigError, match="from_overrides"):
+        LossRunner(["loss=grpo"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="try: loss=grpo"):
+        LossRunner.from_overrides(["loss=grop"])
+    with pytest.raises(DataError, match="no batches"):
+        LossRunner(GRPOLossConfig()).step([], lambda batch: ())
+
+
+def test_repr_is_readable() -> None:
+    assert "  mode='chunk'" in repr(LossRunner.from_overrides(["mode=chunk"]))
+    item, head = random_item(), random_head()
+    assert repr(LossRunner(GRPOLossConfig())(*head, **dict(item.tensors()))).startswith("LossResult(loss=")

@@ -65,7 +65,7 @@ def test_defaults_live_in_the_classes_only() -> None:
 
 
 def test_every_field_of_every_config_is_explained() -> None:
-    for schema in (*SCHEMAS, ):
+    for schema in (*SCHEMAS,):
         for name, field in schema.model_fields.items():
             assert field.description, f"{schema.__name__}.{name}"
 
@@ -73,7 +73,10 @@ def test_every_field_of_every_config_is_explained() -> None:
 WRONG = [
     (["loss=grop"], "loss=grop is not a choice of loss: choose 'ce' or 'grpo'; try: loss=grpo"),
     (["loss.chunk_sz=3"], "try: loss.chunk_size=3"),
-    (["loss.mode=chnk"], "loss.mode='chnk' is not one of the choices; choose 'eager' or 'chunk' (did you mean 'chunk'?)"),
+    (
+        ["loss.mode=chnk"],
+        "loss.mode='chnk' is not one of the choices; choose 'eager' or 'chunk' (did you mean 'chunk'?)",
+    ),
     (["policy_loss.cliprange_low=-1"], "policy_loss.cliprange_low=-1 is not allowed"),
     (["training.steps=abc"], "training.steps='abc' is not allowed"),
     (["training.steps=2.5"], "training.steps=2.5 is not allowed"),
@@ -96,7 +99,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "words"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("overrides", "words"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_wrong_overrides(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_overrides(overrides)

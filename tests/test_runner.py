@@ -81,10 +81,17 @@ def test_step_accumulates_as_one_batch(mode: str) -> None:
         ({}, "give either input_ids"),
         ({"shifted_labels": torch.zeros(2, 13, dtype=torch.int64)}, "advantages is missing"),
         (
-            {"shifted_labels": torch.zeros(2, 13, dtype=torch.int64), "loss_mask": torch.ones(2, 13), "advantages": 1.0},
+            {
+                "shifted_labels": torch.zeros(2, 13, dtype=torch.int64),
+                "loss_mask": torch.ones(2, 13),
+                "advantages": 1.0,
+            },
             "loss_mask goes with input_ids",
         ),
-        ({"input_ids": torch.zeros(2, 13, dtype=torch.int64), "advantages": torch.ones(5)}, r"advantages has shape \[5\]"),
+        (
+            {"input_ids": torch.zeros(2, 13, dtype=torch.int64), "advantages": torch.ones(5)},
+            r"advantages has shape \[5\]",
+        ),
         ({"input_ids": torch.full((2, 13), 11), "advantages": 1.0}, "outside the vocabulary of 11"),
     ],
 )

@@ -42,7 +42,7 @@ class LossResult:
         self.loss.backward()
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())
+        shown = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items() if name != "loss")
         return f"LossResult(loss={float(self.loss.detach()):.6g}, {shown})"
 
 

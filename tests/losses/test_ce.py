@@ -11,9 +11,7 @@ from toolkit import CELossConfig, CELossContext, CELossContextInputItem, ConfigE
 def evaluate(cfg: CELossConfig, labels: list, heads: list, cu_seq_lens: list | None = None):
     items = [CELossContextInputItem(shifted_labels=own) for own in labels]
     batches = CELossContext.build_batches_loss_kwargs(items, cfg, cu_seq_lens)
-    loss = sum(
-        CELossContext(cfg, kwargs).forward(*head)[0] for kwargs, head in zip(batches, heads, strict=True)
-    )
+    loss = sum(CELossContext(cfg, kwargs).forward(*head)[0] for kwargs, head in zip(batches, heads, strict=True))
     return loss, torch.autograd.grad(loss, [*[head[0] for head in heads], *heads[0][1:]])
 
 

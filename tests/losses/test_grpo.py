@@ -24,7 +24,10 @@ def config(policy_loss: str = "vanilla", kl: str | None = None, **rest) -> GRPOL
 
 
 def evaluate(
-    cfg: GRPOLossConfig, items: list[RLLossContextInputItem], heads: list[tuple], cu_seq_lens: list[Tensor] | None = None
+    cfg: GRPOLossConfig,
+    items: list[RLLossContextInputItem],
+    heads: list[tuple],
+    cu_seq_lens: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor], dict[str, float]]:
     """Loss, gradients of all hidden states, weight and bias, and metrics, over micro-batches."""
     weight, bias = heads[0][1], heads[0][2]
@@ -112,7 +115,9 @@ def test_masked_positions_may_hold_anything(policy_loss: str, mode: str, garbage
         filled = {n: v.masked_fill(masked, filling) for n, v in item.tensors() if n != "shifted_labels"}
         states = hidden.detach().masked_fill(masked.unsqueeze(-1), filling).requires_grad_()
         results.append(
-            evaluate(cfg, [RLLossContextInputItem(shifted_labels=item.shifted_labels, **filled)], [(states, weight, bias)])
+            evaluate(
+                cfg, [RLLossContextInputItem(shifted_labels=item.shifted_labels, **filled)], [(states, weight, bias)]
+            )
         )
     clean, dirty = results
     assert torch.equal(clean[0], dirty[0])
@@ -197,9 +202,7 @@ def test_kl_coefficient_changes_the_gradient() -> None:
 
 def test_bf16_inputs_give_an_fp32_loss_and_bf16_gradients() -> None:
     item = random_item(dtype=torch.float32)
-    hidden, weight, bias = (
-        tensor.detach().bfloat16().requires_grad_() for tensor in random_head(dtype=torch.float32)
-    )
+    hidden, weight, bias = (tensor.detach().bfloat16().requires_grad_() for tensor in random_head(dtype=torch.float32))
     for mode in ("eager", "chunk"):
         cfg = config(kl="k3", mode=mode, chunk_size=4)
         (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)

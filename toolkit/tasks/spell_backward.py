@@ -40,8 +40,8 @@ class SpellBackward(Task):
         Random(seed).shuffle(pool)
         if len(pool) <= config.num_heldout:
             raise ConfigError(
-                f"task.num_heldout={config.num_heldout} leaves no words for RL: there are {len(pool)} of {self._length} "
-                "letters"
+                f"task.num_heldout={config.num_heldout} leaves no words for RL: there are {len(pool)} of "
+                f"{self._length} letters"
             )
         self.heldout = pool[: config.num_heldout]
         self.train = pool[config.num_heldout :]

@@ -51,8 +51,8 @@ class WarmupConfig(Config):
 
     steps: Count = 300
     """At most so many optimizer steps; 0 leaves the phase out."""
-    stop_accuracy: Annotated[float, Field(gt=0, le=1)] | None = 0.3
-    """End the phase when this greedy accuracy is reached on fresh demonstrations; None: after `steps`."""
+    stop_accuracy: Annotated[float, Field(gt=0, le=1)] | None = 0.35
+    """End the phase when this greedy accuracy is reached on training prompts; None: after `steps`."""
     batch_size: Positive = 64
     """Demonstrations in a step, over all processes; also with loss=ce in the main phase."""
     lr: Rate = 2e-3

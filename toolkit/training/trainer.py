@@ -30,13 +30,12 @@ from toolkit.tasks.base import Example, Task
 from toolkit.training.config import SchedulerConfig
 from toolkit.training.experience import Rows, rows_from_answers, rows_from_completions
 
-
 WARMUP_RISE = 10
 """Updates over which the warm-up's learning rate rises."""
-PROBE_EVERY = 4
+PROBE_EVERY = 2
 """Warm-up steps between two looks at the accuracy."""
 PROBE_SIZE = 256
-"""Demonstrations in such a look; a standard error of 0.03."""
+"""Prompts in such a look; a standard error of 0.03."""
 
 
 @dataclass
@@ -207,7 +206,7 @@ class Trainer:
                 loss, metrics = self.policy(batch.input_ids, batch.attention_mask, context(loss_cfg, kwargs))
                 accelerator.backward(loss)
             parts.append({"loss": Sum(loss.detach().double()), **(metrics or {})})
-        step_metrics = reduce_metrics(self._unscaled(merge_metrics(parts), loss_cfg))
+        step_metrics = self._per_update(reduce_metrics(merge_metrics(parts)), loss_cfg)
         tokens = sum((batch.shifted_labels != -100).sum() for batch in micro_batches)
         if float(all_reduce_sum(torch.as_tensor(tokens, dtype=torch.float64, device=accelerator.device))) == 0:
             self.num_skipped += 1  # nothing to learn from anywhere: Adam's momentum must not move the weights
@@ -218,13 +217,16 @@ class Trainer:
         phase.optimizer.zero_grad()
         return {**step_metrics, "grad_norm": Mean.of(grad_norm.reshape(1)), "grad_norm_max": Max.of(grad_norm)}
 
-    def _unscaled(self, metrics: dict[str, Metric], loss_cfg: BaseLossConfig) -> dict[str, Metric]:
-        """Take the factor R of gradient averaging out of summed losses, so that their sum over ranks is the loss."""
-        if loss_cfg.gradient_reduction == "sum":
-            return metrics
-        factor = 1.0 / self.accelerator.num_processes
+    def _per_update(self, metrics: dict[str, Metric], loss_cfg: BaseLossConfig) -> dict[str, Metric]:
+        """Turn summed losses into the loss of this update, to be averaged over the updates of a step.
+
+        The factor R of gradient averaging is taken out again, so that it is the loss of the whole batch.
+        """
+        ranks = self.accelerator.num_processes if loss_cfg.gradient_reduction == "mean" else 1
         return {
-            name: Sum(metric.total * factor) if isinstance(metric, Sum) and name.endswith("loss") else metric
+            name: Mean(metric.total / ranks, torch.ones_like(metric.total))
+            if isinstance(metric, Sum) and name.endswith("loss")
+            else metric
             for name, metric in metrics.items()
         }
 
@@ -241,11 +243,11 @@ class Trainer:
         return self.config.rollout.max_new_tokens or self.task.longest_answer + 1
 
     def is_warm(self, phase: Phase) -> bool:
-        """Return whether the warm-up has reached its accuracy, measured now and then on fresh demonstrations."""
+        """Return whether the warm-up has reached its accuracy, measured now and then on training prompts."""
         goal = self.config.warmup.stop_accuracy
         if phase.name != "warmup" or goal is None or phase.next_step % PROBE_EVERY:
             return False
-        probe = self.task.demonstrate(PROBE_SIZE, self._rng("probe", phase.next_step))
+        probe = self.task.draw(PROBE_SIZE, self._rng("probe", phase.next_step))
         return self.accuracy(probe) >= goal
 
     def accuracy(self, examples: Sequence[Example], batch_size: int = 512) -> float:

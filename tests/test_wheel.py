@@ -1,0 +1,44 @@
+"""The wheel, built and installed somewhere else, brings its configuration along."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+import toolkit
+
+ROOT = Path(toolkit.__file__).parents[1]
+
+
+@pytest.mark.wheel
+@pytest.mark.slow
+def test_installed_wheel_runs(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    home = tmp_path / "elsewhere"
+    venv.create(home, with_pip=True)
+    # Dependencies are borrowed from this environment; a plain path line does not bring its editable installs along.
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    subprocess.run([home / "bin/pip", "install", "-q", "--no-deps", wheel], check=True, capture_output=True)
+    where = subprocess.run(
+        [home / "bin/python", "-c", "import toolkit.config as c; print(c.__file__, c.conf_dir())"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    ).stdout.split()  # fmt: skip
+    assert all(path.startswith(str(home)) for path in where)
+    assert (site / "toolkit/py.typed").is_file()
+    done = subprocess.run(
+        [home / "bin/toolkit-train", "--cfg", "job", "kl=k3"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert "kl_loss_type: k3" in done.stdout
+    done = subprocess.run(
+        [home / "bin/toolkit-train", "loss=grop"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "try: loss=grpo" in done.stderr

@@ -1,0 +1,103 @@
+"""From rollouts and demonstrations to rows: which tokens are scored, and at what log-probability."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from toolkit.models.config import TinyLlamaConfig
+from toolkit.models.policy import Policy
+from toolkit.rollout.sampler import complete
+from toolkit.tasks.base import Example
+from toolkit.training.experience import IGNORED, rows_from_answers, rows_from_completions
+
+PROMPTS = ["ab=", "abc=", "a="]
+
+
+@pytest.fixture
+def model() -> tuple[Policy, object]:
+    return TinyLlamaConfig(hidden_size=16, intermediate_size=16, num_heads=2).build("abc=")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_log_probabilities_are_those_of_the_policy(model, temperature: float) -> None:
+    policy, tokenizer = model
+    found = complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=4, group_size=5, temperature=temperature)
+    assert found.input_ids.shape[0] == 15
+    with torch.no_grad():
+        hidden = policy.hidden_states(found.input_ids, found.attention_mask)
+        logits = policy.lm.get_output_embeddings()(hidden)[:, :-1] / temperature
+    again = logits.log_softmax(-1).gather(-1, found.input_ids[:, 1:, None]).squeeze(-1)
+    is_new = found.is_new[:, 1:]
+    torch.testing.assert_close(found.logprobs[:, 1:][is_new], again[is_new], rtol=0, atol=1e-5)
+    assert found.logprobs[~found.is_new].isnan().all()
+    if temperature == 1.0:
+        with torch.no_grad():
+            scored = policy(found.input_ids, found.attention_mask, score_chunk=7)
+        torch.testing.assert_close(scored[is_new], again[is_new], rtol=0, atol=1e-5)
+
+
+def test_completions_end_with_the_first_end_token(model) -> None:
+    policy, tokenizer = model
+    with torch.no_grad():  # the end has one chance in two
+        head = policy.lm.get_output_embeddings().weight
+        head.zero_()
+        policy.lm.model.norm.weight.fill_(1)
+        head[tokenizer.eos_token_id] = 0.2
+    found = complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=6, group_size=20, temperature=1.0)
+    assert True in found.finished
+    assert False in found.finished
+    for ids, is_new, text, finished in zip(found.input_ids, found.is_new, found.texts, found.finished, strict=True):
+        new = ids[is_new].tolist()
+        assert (tokenizer.eos_token_id in new) == finished
+        assert tokenizer.eos_token_id not in new[:-1]
+        assert len(text) <= len(new)
+
+
+def test_greedy_is_repeatable(model) -> None:
+    policy, tokenizer = model
+    first = complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=3)
+    assert first.texts == complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=3).texts
+
+
+def test_rows_of_completions_score_new_tokens_only(model) -> None:
+    policy, tokenizer = model
+    found = complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=4, group_size=2, temperature=1.0)
+    rows = rows_from_completions(found, torch.arange(6.0))
+    is_scored = rows.shifted_labels != IGNORED
+    assert torch.equal(is_scored, found.is_new[:, 1:])
+    assert torch.equal(rows.shifted_labels[is_scored], found.input_ids[:, 1:][is_scored])
+    assert rows.advantages is not None
+    assert rows.advantages[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    item = rows.item(-100)
+    assert item.shifted_labels.shape == (6, found.input_ids.shape[1] - 1)
+
+
+def test_rows_of_answers_score_the_answer_and_the_end(model) -> None:
+    _, tokenizer = model
+    rows = rows_from_answers([Example("ab=", "ba"), Example("a=", "a")], tokenizer, torch.device("cpu"))
+    end = tokenizer.eos_token_id
+    a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    assert rows.shifted_labels.tolist() == [
+        [IGNORED, IGNORED, b, a, end],
+        [IGNORED, IGNORED, IGNORED, a, end],
+    ]
+    assert rows.attention_mask.sum(-1).tolist() == [6, 4]
+
+
+def test_left_padding_does_not_change_a_row(model) -> None:
+    policy, tokenizer = model
+    both = rows_from_answers([Example("abc=", "cba"), Example("a=", "a")], tokenizer, torch.device("cpu"))
+    alone = rows_from_answers([Example("a=", "a")], tokenizer, torch.device("cpu"))
+    with torch.no_grad():
+        padded = policy(both.input_ids, both.attention_mask)[1, -2:]
+        plain = policy(alone.input_ids, alone.attention_mask)[0, -2:]
+    torch.testing.assert_close(padded, plain, rtol=0, atol=1e-5)
+
+
+def test_silenced_rows_score_nothing(model) -> None:
+    _, tokenizer = model
+    rows = rows_from_answers([Example("ab=", "ba"), Example("a=", "a")], tokenizer, torch.device("cpu"))
+    assert len(rows.silenced()) == 1
+    assert (rows.silenced().shifted_labels == IGNORED).all()
+    assert [len(piece) for piece in rows.split(1)] == [1, 1]

@@ -1,0 +1,103 @@
+"""Schedules, tasks and heads: the small parts of the training command."""
+
+from random import Random
+
+import pytest
+import torch
+
+pytest.importorskip("reasoning_gym")
+
+from toolkit import ConfigError
+from toolkit.models.config import PretrainedConfig, TinyLlamaConfig
+from toolkit.models.policy import Policy, check_head
+from toolkit.tasks.config import SpellBackwardConfig
+from toolkit.training.config import SchedulerConfig
+from toolkit.training.trainer import learning_rate_schedule
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SchedulerConfig(), [2.0, 1.5, 1.0, 0.5]),
+        (SchedulerConfig(final_ratio=0.5), [2.0, 1.75, 1.5, 1.25]),
+        (SchedulerConfig(shape="constant"), [2.0] * 4),
+        (SchedulerConfig(shape="constant", warmup_updates=4), [0.5, 1.0, 1.5, 2.0]),
+        (SchedulerConfig(shape="cosine"), [2.0, 1 + 2**-0.5, 1.0, 1 - 2**-0.5]),
+    ],
+)
+def test_learning_rates_by_hand(config: SchedulerConfig, expected: list[float]) -> None:
+    schedule = learning_rate_schedule(config, 2.0, 4)
+    assert [schedule(update) for update in range(4)] == pytest.approx(expected)
+
+
+def test_task_keeps_held_out_words_apart() -> None:
+    task = SpellBackwardConfig(num_heldout=100).build(seed=3)
+    held = {example.prompt for example in task.heldout}
+    assert len(held) == 100
+    assert not held & {example.prompt for example in task.train}
+    demonstrated = task.demonstrate(2000, Random(0))
+    assert not held & {example.prompt for example in demonstrated}
+    assert all(example.answer == example.prompt[-2::-1] for example in (*task.heldout, *task.train, *demonstrated))
+    assert task.demonstrate(5, Random(1)) == task.demonstrate(5, Random(1))
+    assert task.draw(5, Random(1)) == task.draw(5, Random(1))
+    assert [e.prompt for e in SpellBackwardConfig(num_heldout=100).build(seed=3).heldout] == [
+        e.prompt for e in task.heldout
+    ]
+
+
+def test_reward_is_exact_match_with_an_end() -> None:
+    task = SpellBackwardConfig(num_heldout=10).build(seed=0)
+    example = task.heldout[0]
+    assert task.reward(example, example.answer, finished=True) == 1.0
+    assert task.reward(example, example.answer, finished=False) == 0.0
+    assert task.reward(example, example.answer[:-1], finished=True) == 0.0
+    assert task.reward(example, "", finished=True) == 0.0
+
+
+def test_a_verifier_that_crashes_gives_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = SpellBackwardConfig(num_heldout=10).build(seed=0)
+    monkeypatch.setattr(type(task), "score", lambda self, example, completion: 1 / 0)
+    assert task.reward(task.heldout[0], "x", finished=True) == 0.0
+
+
+def test_too_many_held_out_words() -> None:
+    with pytest.raises(ConfigError, match="leaves no words for RL"):
+        SpellBackwardConfig(num_heldout=10**6).build(seed=0)
+
+
+def test_heads_that_change_their_logits_are_refused() -> None:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    sizes = dict(
+        vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    check_head(Policy(GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=1.0))), 7)
+    with pytest.raises(ConfigError, match="changes its logits"):
+        check_head(Policy(GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=8.0))), 7)
+
+
+def test_pretrained_round_trip(tmp_path) -> None:
+    policy, tokenizer = TinyLlamaConfig(hidden_size=16, intermediate_size=16, num_heads=2).build("abc=")
+    policy.lm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, again = PretrainedConfig(path=str(tmp_path)).build("")
+    assert again("ab=")["input_ids"] == tokenizer("ab=")["input_ids"]
+    ids = torch.tensor([[3, 4, 5]])
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids, mask), policy(ids, mask))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [(PretrainedConfig(path="/nowhere"), "cannot be loaded"), (PretrainedConfig(path="x", dtype="f"), "torch dtype")],
+)
+def test_pretrained_mistakes(config: PretrainedConfig, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config.build("")
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(ConfigError, match="num_heads"):
+        TinyLlamaConfig(hidden_size=10, num_heads=3).build("a")

@@ -1,0 +1,188 @@
+"""The training command as a user runs it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("reasoning_gym")
+
+SMOKE = ["debug=smoke"]
+KEYS = {"accuracy_before", "accuracy_after", "wall_seconds", "seed", "loss", "num_processes", "interrupted"}
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1", **extra}
+
+
+def train(run_dir: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable, "-m"), **extra: str):
+    return subprocess.run(
+        [*launcher, "toolkit.train", *overrides, f"hydra.run.dir={run_dir}"],
+        capture_output=True, text=True, timeout=300, env=environment(**extra), cwd=run_dir.parent, check=False,
+    )  # fmt: skip
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(run_dir: Path) -> dict:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def test_smoke(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = train(run_dir, *SMOKE, "kl=k3", "mode=chunk", "loss.chunk_size=7", "seed=5")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout  # no cursor movements in a pipe
+    assert "grpo    3/3" in done.stdout
+    assert "held-out accuracy 0" in done.stdout
+    assert summary(run_dir).keys() >= KEYS
+    assert summary(run_dir)["seed"] == 5
+    found = lines(run_dir)
+    assert [row["phase"] for row in found] == ["warmup"] * 8 + ["main"] * 3
+    assert {"reward", "kl_ref", "entropy", "clip_fraction", "grad_norm", "tokens_per_second"} <= found[-1].keys()
+    assert (run_dir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    config = (run_dir / "config.yaml").read_text()
+    assert "chunk_size: 7" in config
+    assert "${" not in config
+    assert {"model.safetensors", "reference.safetensors", "state.pt", "state.json", "tokenizer"} == {
+        path.name for path in (run_dir / "checkpoint").iterdir()
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["experiment=supervised", "experiment=dr_grpo", "experiment=grpo_kl"])
+def test_presets_run(tmp_path: Path, preset: str) -> None:
+    small = ["training.steps=4", "warmup.steps=4", "task.num_heldout=32", "rollout.prompts_per_step=8"]
+    done = train(tmp_path / "run", preset, *small)
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path / "run")["accuracy_after"] is not None
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    settings = [
+        "warmup.steps=30", "warmup.stop_accuracy=null", "task.num_heldout=32", "rollout.prompts_per_step=64",
+        "training.steps=12", "training.log_every=1", "kl=k3",
+    ]  # fmt: skip
+    whole = train(tmp_path / "whole", *settings)
+    assert whole.returncode == 0, whole.stderr
+    for phase in ("warm-up", "grpo"):
+        run_dir, resumed_dir = tmp_path / f"cut_{phase}", tmp_path / f"resumed_{phase}"
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "toolkit.train", *settings, f"hydra.run.dir={run_dir}"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        )  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            if re.search(rf"{phase} +3/", line):
+                process.send_signal(signal.SIGINT)
+                break
+        rest, errors = process.communicate(timeout=120)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+        assert "interrupted; the checkpoint is saved" in rest
+        assert summary(run_dir)["interrupted"]
+        done = train(resumed_dir, *settings, f"training.resume={run_dir}")
+        assert done.returncode == 0, done.stderr
+        first, second = (load_file(path / "checkpoint/model.safetensors") for path in (tmp_path / "whole", resumed_dir))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        timed = ("seconds", "tokens_per_second")
+        without_time = [
+            [{k: v for k, v in row.items() if k not in timed} for row in lines(path)]
+            for path in (tmp_path / "whole", resumed_dir)
+        ]
+        assert without_time[0] == without_time[1]
+        assert summary(tmp_path / "whole")["accuracy_after"] == summary(resumed_dir)["accuracy_after"]
+
+
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", *SMOKE, f"training.resume={tmp_path}")
+    assert done.returncode == 1
+    assert "holds no checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+LAUNCHERS = {
+    "torchrun": (("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"), {}),
+    "accelerate": (
+        ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"),
+        {"ACCELERATE_USE_CPU": "1"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("name", list(LAUNCHERS))
+def test_two_processes(tmp_path: Path, name: str) -> None:
+    launcher, extra = LAUNCHERS[name]
+    run_dir = tmp_path / "run"
+    small = ["warmup.steps=40", "warmup.stop_accuracy=null", "training.steps=3", "task.num_heldout=33"]
+    done = train(run_dir, *small, launcher=(sys.executable, *launcher), **extra)
+    assert done.returncode == 0, done.stderr
+    assert summary(run_dir)["num_processes"] == 2
+    assert done.stdout.count("held-out accuracy before") == 1  # the main process speaks
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # one output directory
+    # The warm-up draws its demonstrations alike whatever the layout: its losses are those of one process.
+    alone = train(tmp_path / "alone", *small)
+    assert alone.returncode == 0, alone.stderr
+    for ours, theirs in zip(lines(run_dir)[:40], lines(tmp_path / "alone")[:40], strict=True):
+        assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_launcher_that_starts_one_process_for_two_is_caught(tmp_path: Path) -> None:
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m")
+    done = train(tmp_path / "run", *SMOKE, launcher=launcher)
+    assert done.returncode != 0
+    assert "asks for 2 processes, but 1 work together" in done.stderr
+
+
+def test_more_processes_expected_than_there_are(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", *SMOKE, "training.num_processes=2")
+    assert done.returncode == 1
+    assert "training.num_processes asks for 2 processes, but 1 work together" in done.stderr
+
+
+@pytest.mark.slow
+def test_multirun(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "toolkit.train", "-m", *SMOKE, "seed=1,2", f"hydra.sweep.dir={tmp_path}"],
+        capture_output=True, text=True, timeout=300, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [summary(tmp_path / job)["seed"] for job in ("0", "1")] == [1, 2]
+
+
+@pytest.mark.slow
+def test_the_reward_teaches(tmp_path: Path) -> None:
+    start = time.time()
+    done = train(tmp_path / "run", "seed=7")
+    assert done.returncode == 0, done.stderr
+    found = summary(tmp_path / "run")
+    assert 0.2 <= found["accuracy_before"] <= 0.6
+    assert found["accuracy_after"] >= 0.9
+    assert found["wall_seconds"] == pytest.approx(time.time() - start, abs=10)
+
+
+@pytest.mark.slow
+def test_coin_flips_do_not_teach(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "debug=coin_flip", "seed=7")
+    assert done.returncode == 0, done.stderr
+    found = summary(tmp_path / "run")
+    assert found["accuracy_after"] <= found["accuracy_before"]

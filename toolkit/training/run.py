@@ -73,6 +73,8 @@ def run(config: RunConfig, cfg: DictConfig) -> Summary:
     output_dir = _shared_output_dir(accelerator)
     console = Console(quiet=not accelerator.is_main_process)
     flag = StopFlag()
+    if config.model.cpu_threads is not None:
+        torch.set_num_threads(config.model.cpu_threads)
     set_seed(config.seed)
     task = config.task.build(config.seed)
     policy, tokenizer = config.model.build(task.alphabet)

@@ -48,6 +48,24 @@ class Model(BaseModel):
         super().__setattr__(name, value)
 
 
+class FrozenDict(dict[str, Any]):
+    """A dict that refuses to change; unlike ``MappingProxyType`` it can be copied, pickled and hashed."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError("a config never changes; make a new one with the values you want")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset((key, repr(value)) for key, value in self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenDict:
+        return self
+
+
 class Config(Model):
     """Base of every config. Each field carries its meaning, unit and the source of its default beneath it."""
 

@@ -13,6 +13,10 @@ def test_packed_row_with_sequences_of_length_one_and_a_padded_end() -> None:
     assert ids.tolist() == [[0, 0, 0, 1, 2, 3, 3, 3, 3, -1, -1]]
 
 
+def test_a_sequence_without_a_token_keeps_its_number() -> None:
+    assert sequence_ids(torch.Size([1, 4]), torch.tensor([0, 2, 2, 4])).tolist() == [[0, 0, 2, 2]]
+
+
 def test_padded_rows_are_one_sequence_each() -> None:
     assert sequence_ids(torch.Size([2, 3]), None).tolist() == [[0, 0, 0], [1, 1, 1]]
 

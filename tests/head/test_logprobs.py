@@ -60,6 +60,17 @@ def test_low_precision_inputs_give_fp32_scores() -> None:
     assert (scores.logprobs <= 0).all()
 
 
+def test_entropy_with_a_masked_vocabulary_entry() -> None:
+    bias = torch.tensor([0.0, 0.0, -torch.inf])
+    hidden = torch.zeros(1, 2, requires_grad=True)
+    entropy = token_logprobs(hidden, torch.ones(3, 2), torch.tensor([0]), bias, with_entropy=True).entropy
+    assert entropy is not None
+    assert entropy.item() == pytest.approx(math.log(2))
+    entropy.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
 def test_second_derivative_is_refused() -> None:
     hidden = torch.randn(4, 3, requires_grad=True)
     logprobs = token_logprobs(hidden, torch.randn(5, 3), torch.tensor([0, 1, 2, 3]), chunk_size=2).logprobs

@@ -132,6 +132,8 @@ def test_nothing_scored_gives_zero_with_a_live_graph(policy_loss: str, mode: str
     # R19
     item = random_item().replace(shifted_labels=torch.full((2, 13), -100))
     loss, grads, metrics = evaluate(config(policy_loss, "k3", mode=mode, chunk_size=5), [item], [random_head()])
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], config())
+    assert torch.equal(kwargs.loss_weight, torch.zeros_like(kwargs.loss_weight))  # not NaN: own losses multiply by it
     assert loss.item() == 0.0
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
     assert metrics["active_tokens"] == 0

@@ -1,5 +1,8 @@
 """Items and kwargs never change, know their fields, and say clearly what is wrong."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -95,6 +98,36 @@ def test_broadcasts() -> None:
     assert positions.advantages is not None
     assert rows.advantages.tolist() == [[1.0] * 3, [2.0] * 3]
     assert positions.advantages.tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
+def test_replace_checks_as_a_new_item_does() -> None:
+    with pytest.raises(DataError, match="did you mean 'advantages'"):
+        random_item().replace(advantage=torch.zeros(2, 13))
+    with pytest.raises(DataError, match="advantages has shape"):
+        random_item().replace(advantages=torch.zeros(5))
+
+
+def test_configs_and_records_can_be_copied_pickled_and_compared() -> None:
+    cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": "vanilla", "cliprange_low": 0.1})
+    for again in (copy.deepcopy(cfg), pickle.loads(pickle.dumps(cfg))):
+        assert again == cfg
+        assert hash(again) == hash(cfg)
+    assert cfg.model_dump()["policy_loss_cfg"]["cliprange_low"] == 0.1
+    with pytest.raises(ConfigError, match="never changes"):
+        cfg.policy_loss_cfg["cliprange_low"] = 0.3  # type: ignore[index]
+    item = random_item()
+    assert torch.equal(pickle.loads(pickle.dumps(item)).advantages, item.advantages)
+
+
+def test_a_mapping_given_is_not_kept() -> None:
+    given = {"loss_type": "vanilla"}
+    cfg = GRPOLossConfig(policy_loss_cfg=given)
+    given["loss_type"] = "other"
+    assert cfg.policy_loss_cfg["loss_type"] == "vanilla"
+
+
+def test_int32_labels() -> None:
+    assert RLLossContextInputItem(shifted_labels=LABELS.int()).shifted_labels.dtype == torch.int64
 
 
 def test_repr_shows_shapes_not_numbers() -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from toolkit.errors import ConfigError
 from toolkit.functional.registry import policy_loss
-from toolkit.schema import Config
+from toolkit.schema import Config, FrozenDict
 
 if TYPE_CHECKING:
     from toolkit.losses.base import BaseLossContext
@@ -80,11 +79,7 @@ class GRPOLossConfig(BaseLossConfig):
             raise ConfigError("policy_loss_cfg has no loss_type; name a policy loss, e.g. dict(loss_type='vanilla')")
         loss = policy_loss(given["loss_type"])
         options = loss.options({key: value for key, value in given.items() if key != "loss_type"})
-        return MappingProxyType({"loss_type": loss.name, **options})
-
-    @field_serializer("policy_loss_cfg")
-    def _plain_policy_loss(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(value)
+        return FrozenDict({"loss_type": loss.name, **options})
 
     @model_validator(mode="after")
     def _kl_needs_an_estimator(self) -> GRPOLossConfig:

@@ -64,8 +64,8 @@ class TensorRecord(Model):
                 yield name, value
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed; nothing is validated again."""
-        return self.model_copy(update=changes)
+        """Return a copy with some fields changed, checked as a new one is."""
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy with every tensor on `device`."""

@@ -33,6 +33,7 @@ class LossContextInputItem(TensorRecord):
                 f"shifted_labels has shape {list(labels.shape)} and dtype {labels.dtype}; it must be int64 of shape "
                 "[1, T] (packed) or [B, T] (padded)"
             )
+        self.__dict__["shifted_labels"] = labels.long()
         for name, value in self.tensors():
             if name != "shifted_labels":
                 self.__dict__[name] = self._fitted(name, value)

@@ -44,7 +44,7 @@ class Phase:
 
     name: str
     num_steps: int
-    step_fn: Callable[[int], dict[str, float]]
+    step_fn: Callable[[Phase], dict[str, float]]
     optimizer: Any
     learning_rate: Callable[[int], float]
     """Of the update with this number, from 0."""
@@ -78,7 +78,7 @@ class Trainer:
         return Phase(
             "warmup",
             cfg.steps,
-            lambda step: self._supervised_step("warmup", step, CELossConfig()),
+            lambda phase: self._supervised_step(phase, CELossConfig()),
             self._optimizer(cfg.lr),
             learning_rate_schedule(schedule, cfg.lr, cfg.steps),
         )
@@ -91,7 +91,7 @@ class Trainer:
             return Phase(
                 "main",
                 cfg.steps,
-                lambda step: self._supervised_step("main", step, loss_cfg),
+                lambda phase: self._supervised_step(phase, loss_cfg),
                 self._optimizer(lr),
                 schedule,
             )
@@ -110,9 +110,8 @@ class Trainer:
         """Run the next step of `phase` and return its metrics, merged over all processes."""
         step = phase.next_step
         torch.manual_seed(self._rng(phase.name, step, self.accelerator.process_index).getrandbits(63))
-        self._active = phase
         start = time.perf_counter()
-        metrics = phase.step_fn(step)
+        metrics = phase.step_fn(phase)
         seconds = time.perf_counter() - start
         if "clip_fraction_low" in metrics and "clip_fraction_high" in metrics:
             metrics["clip_fraction"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
@@ -129,13 +128,14 @@ class Trainer:
 
     # ---------------------------------------------------------------- steps
 
-    def _supervised_step(self, phase: str, step: int, loss_cfg: BaseLossConfig) -> dict[str, float]:
-        examples = self.task.demonstrate(self.config.warmup.batch_size, self._rng(phase, step, "data"))
+    def _supervised_step(self, phase: Phase, loss_cfg: BaseLossConfig) -> dict[str, float]:
+        draw = self._rng(phase.name, phase.next_step, "data")
+        examples = self.task.demonstrate(self.config.warmup.batch_size, draw)
         rows = rows_from_answers(self._own_share(examples), self.tokenizer, self.accelerator.device)
-        return to_floats(self._optimizer_step(rows, loss_cfg))
+        return to_floats(self._optimizer_step(phase, rows, loss_cfg))
 
-    def _rl_step(self, step: int) -> dict[str, float]:
-        cfg = self.config
+    def _rl_step(self, phase: Phase) -> dict[str, float]:
+        cfg, step = self.config, phase.next_step
         prompts = self.task.draw(cfg.rollout.prompts_per_step, self._rng("main", step, "data"))
         rows, measured = self._experience(self._own_share(prompts), self._rng("main", step, "reward", self._rank))
         if cfg.training.minibatches > 1:
@@ -144,7 +144,7 @@ class Trainer:
             rows = replace(rows, ref_logprobs=self._score(self.reference, rows))
         order = torch.randperm(len(rows)).to(rows.input_ids.device)
         for index in order.tensor_split(cfg.training.minibatches):
-            stepped = self._optimizer_step(rows.select(index) if len(index) else rows.silenced(), cfg.loss)
+            stepped = self._optimizer_step(phase, rows.select(index) if len(index) else rows.silenced(), cfg.loss)
             measured = merge_metrics([measured, stepped])
         return to_floats(measured)
 
@@ -187,9 +187,9 @@ class Trainer:
         pieces = rows.split(self.config.training.micro_batch_size)
         return torch.cat([policy(piece.input_ids, piece.attention_mask) for piece in pieces])
 
-    def _optimizer_step(self, rows: Rows, loss_cfg: BaseLossConfig) -> dict[str, Metric]:
+    def _optimizer_step(self, phase: Phase, rows: Rows, loss_cfg: BaseLossConfig) -> dict[str, Metric]:
         """Take one calibrated step on `rows`, however many forwards that takes; return its reduced metrics."""
-        accelerator, phase = self.accelerator, self._active
+        accelerator = self.accelerator
         for group in phase.optimizer.param_groups:
             group["lr"] = phase.learning_rate(phase.num_updates)
         phase.num_updates += 1

@@ -50,16 +50,17 @@ class PhaseProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Show the metrics of a finished step."""
+    def step(self, step: int, metrics: dict[str, float], *, is_last: bool) -> None:
+        """Show the metrics of a finished step; the last one may come before the planned number."""
         shown = "  ".join(
             f"{label} {metrics[name]:{form}}"
             for name, (label, form) in SHOWN.items()
             if name in metrics and not math.isnan(metrics[name])
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=step + 1, shown=shown)
-        elif step % self._log_every == 0 or step == self._num_steps - 1:
+            total = step + 1 if is_last else self._num_steps
+            self._bar.update(self._task, completed=step + 1, total=total, shown=shown)
+        elif step % self._log_every == 0 or is_last:
             self._console.print(
                 f"{self._title} {step + 1:>4}/{self._num_steps}  {shown}", highlight=False, soft_wrap=True
             )

@@ -164,8 +164,9 @@ def _run_phase(
             step = phase.next_step
             metrics = trainer.run_step(phase)
             tracker.log(phase.name, step, metrics)
-            progress.step(step, metrics)
-            if trainer.is_warm(phase):
+            is_warm = trainer.is_warm(phase)
+            progress.step(step, metrics, is_last=is_warm or phase.next_step == phase.num_steps)
+            if is_warm:
                 break
             if cfg.checkpoint_every and phase.next_step % cfg.checkpoint_every == 0:
                 checkpoint.save_checkpoint(output_dir, trainer, phase, record)

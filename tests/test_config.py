@@ -1,5 +1,6 @@
 """The command line: choices, keys, types and ranges are checked without torch, and the answer names what would work."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from omegaconf import OmegaConf
 
 from toolkit import ConfigError, GRPOLossConfig
 from toolkit.config import SCHEMAS, RunConfig, build_config, check_overrides, compose_config, conf_dir
+from toolkit.functional import registry
+from toolkit.plugins import load_plugins
 
 CONF = Path(conf_dir())
 EXPERIMENTS = [
@@ -95,6 +98,19 @@ WRONG = [
     (["task=3"], "task=3 is not a choice of task"),
     (["plugins=[nothing.py]"], "nothing.py"),
     (["foo"], "key.subkey=value or group=choice"),
+    (["loss=null"], "loss=null is not a choice of loss"),
+    (["kl=null"], "kl=null is not a choice of kl"),
+    (["+foo=1"], "foo is not a setting"),
+    (["loss._target_=os.system"], "loss._target_='os.system' is not a class"),
+    (["loss._target_=foo.Bar"], "loss._target_='foo.Bar' is not a class"),
+    (["loss.policy_loss_cfg.clip_low=3"], "write policy_loss=<name> and policy_loss.clip_low=..."),
+    (["experiment=grpo_kl,dr_grpo"], "add -m"),
+    (["model.num_heads=3"], "must be an even number"),
+    (["optimizer.betas=[2,3]"], "optimizer.betas"),
+    (["rollout.group_size=1"], "rollout.group_size=1 is not allowed"),
+    (["loss.ignore_idx=5"], "is the id of a token"),
+    (["loss.temperature=0.5"], "rollout.temperature=1.0 but loss.temperature=0.5"),
+    (["training.micro_batch_size=0"], "training.micro_batch_size=0 is not allowed"),
     (["loss.loss_reduction=token"], "loss.loss_reduction is not a setting"),
 ]
 
@@ -180,3 +196,58 @@ def test_a_plugin_s_loss_is_a_typed_choice(tmp_path: Path) -> None:
     ):
         done = train(f"plugins=[{plugin}]", "policy_loss=my_plugin_ppo", *overrides)
         assert expected in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def broken(:\n", "SyntaxError"),
+        ("import nowhere_to_be_found\n", "No module named 'nowhere_to_be_found'"),
+        ("1 / 0\n", "broken_plugin.py:1"),
+    ],
+)
+def test_broken_plugins_are_named(tmp_path: Path, source: str, words: str) -> None:
+    plugin = tmp_path / "broken_plugin.py"
+    plugin.write_text(source)
+    with pytest.raises(ConfigError) as caught:
+        load_plugins([str(plugin)])
+    assert words in str(caught.value)
+
+
+def test_a_plugin_that_changed_is_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.policy_loss_names()
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    plugin = tmp_path / "random.py"  # a name that is taken in the standard library
+    for option in ("first", "second"):
+        plugin.write_text(
+            "from toolkit import register_policy_loss\n@register_policy_loss('changing')\n"
+            f"def f(t, *, {option}: float = 0.2):\n    return t.logprobs\n"
+        )
+        os.utime(plugin, ns=(0, len(option)))
+        check_overrides([f"plugins=[{plugin}]", "policy_loss=changing", f"policy_loss.{option}=0.5"])
+
+
+def test_own_configuration_folder(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 77\n")
+    done = train("--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job")
+    assert "seed: 77" in done.stdout
+    done = train("--config-dir", str(tmp_path), "loss.chunk_sz=3")
+    assert done.returncode == 1
+    assert "try: loss.chunk_size=3" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tracker=trackio"], "needs the package 'trackio'"),
+        (["training.resume=/nowhere"], "holds no checkpoint"),
+        (["hydra.run.dir=/proc/x/y"], "hydra.run.dir=/proc/x/y cannot be made"),
+        (["--resolve"], "--resolve goes with --cfg job"),
+    ],
+)
+def test_what_this_machine_lacks_is_said_before_torch_is_loaded(arguments: list[str], words: str) -> None:
+    done = train(*arguments)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -14,6 +14,7 @@ LAYERS = [
     ["functional", "head", "distributed"],
     ["losses"],
     ["models", "tasks", "rollout"],
+    ["plugins", "diagnosis"],
     ["config"],
     ["training", "notebook"],
     ["runner"],

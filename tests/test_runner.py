@@ -100,6 +100,32 @@ def test_mistakes_are_named(fields: dict, words: str) -> None:
         LossRunner(GRPOLossConfig())(*random_head(), **fields)
 
 
+def test_one_advantage_a_row_is_ambiguous_when_rows_and_positions_agree() -> None:
+    hidden, weight, bias = random_head((3, 3))
+    runner, labels = LossRunner(GRPOLossConfig()), torch.zeros(3, 3, dtype=torch.int64)
+    with pytest.raises(DataError, match=r"may mean rows or positions"):
+        runner(hidden, weight, bias, shifted_labels=labels, advantages=torch.ones(3))
+    runner(hidden, weight, bias, shifted_labels=labels, advantages=torch.ones(3, 1))
+
+
+def test_step_names_misspelt_fields_and_takes_boundaries_of_some_batches() -> None:
+    hidden, weight, bias = random_head((1, 4))
+    labels = torch.zeros(1, 4, dtype=torch.int64)
+    runner = LossRunner(GRPOLossConfig())
+    batch = {"shifted_labels": labels, "advantages": 1.0, "row": 3}
+    with pytest.raises(DataError, match="did you mean 'old_logprobs'"):
+        runner.step([{**batch, "old_logprob": labels}], lambda _: (hidden, weight, bias))
+    with pytest.raises(DataError, match=r"step\(\[batch\], forward\)"):
+        runner.step(batch, lambda _: (hidden, weight, bias))  # type: ignore[arg-type]
+    runner.step([batch, {**batch, "cu_seq_lens": torch.tensor([0, 2, 4])}], lambda _: (hidden, weight, bias))
+
+
+def test_cross_entropy_refuses_what_it_does_not_read() -> None:
+    hidden, weight, bias = random_head((1, 4))
+    with pytest.raises(DataError, match="advantages has no effect"):
+        LossRunner(CELossConfig())(hidden, weight, bias, input_ids=torch.zeros(1, 4, dtype=torch.int64), advantages=1.0)
+
+
 def test_wrong_construction() -> None:
     with pytest.raises(ConfigError, match="from_overrides"):
         LossRunner(["loss=grpo"])  # type: ignore[arg-type]

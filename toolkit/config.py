@@ -6,8 +6,6 @@ a field is written down once, in the class.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,12 +19,14 @@ from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from toolkit.errors import ConfigError, did_you_mean, listed, nearest
+from toolkit.diagnosis import diagnose, groups_in
+from toolkit.errors import ConfigError, listed
 from toolkit.functional.registry import policy_loss, policy_loss_names
 from toolkit.losses.config import BaseLossConfig, CELossConfig, GRPOLossConfig
 from toolkit.models.config import ModelConfig, PretrainedConfig, TinyLlamaConfig
+from toolkit.plugins import load_plugins
 from toolkit.rollout.config import RolloutConfig
 from toolkit.schema import Config, located
 from toolkit.tasks.config import SpellBackwardConfig, TaskConfig
@@ -65,7 +65,7 @@ class RunConfig(Config):
     seed: Annotated[int, Field(ge=0)]
     """Seed of data, weights and sampling."""
     plugins: tuple[str, ...] = ()
-    """Python files or modules that register losses, tasks or models of the user's own."""
+    """Python files or modules that register policy losses of the user's own."""
     task: TaskConfig
     model: ModelConfig
     loss: BaseLossConfig
@@ -76,6 +76,21 @@ class RunConfig(Config):
     scheduler: SchedulerConfig
     training: TrainingConfig
     tracker: TrackerConfig
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RunConfig:
+        if self.loss.ignore_idx >= 0:
+            raise ConfigError(
+                f"loss.ignore_idx={self.loss.ignore_idx} is the id of a token, which would then never be scored; "
+                "use a negative number"
+            )
+        sampled_at, scored_at = self.rollout.temperature, self.loss.temperature
+        if "policy_loss_cfg" in type(self.loss).model_fields and sampled_at != scored_at:
+            raise ConfigError(
+                f"rollout.temperature={sampled_at} but loss.temperature={scored_at}: tokens must be scored as they "
+                "were sampled; set rollout.temperature alone, the loss follows"
+            )
+        return self
 
 
 def conf_dir() -> str:
@@ -102,38 +117,6 @@ def register_schemas() -> None:
             store.store(group="policy_loss", name=name, node=node)
 
 
-def load_plugins(plugins: Iterable[str]) -> None:
-    """Import the user's files or modules, once each.
-
-    Raises:
-        ConfigError: there is no such file or module.
-    """
-    for plugin in plugins:
-        path = Path(plugin)
-        name = path.stem if plugin.endswith(".py") else plugin
-        if name in sys.modules:
-            continue
-        spec = None
-        if plugin.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(name, path.resolve()) if path.is_file() else None
-        else:
-            try:
-                spec = importlib.util.find_spec(name)
-            except ModuleNotFoundError:
-                spec = None
-        if spec is None or spec.loader is None:
-            raise ConfigError(
-                f"plugins: {plugin!r} is neither a Python file nor a module that can be imported from here"
-            )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-
-
 def compose_config(overrides: Sequence[str]) -> DictConfig:
     """Compose ``conf/`` with `overrides`; may be called again and again in one process, inside Hydra or not.
 
@@ -141,13 +124,21 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         ConfigError: an override names a choice or a key that does not exist; the message names the nearest right one.
     """
     parsed = _parse(overrides)
+    for override in parsed:
+        key = str(override.key_or_group)
+        if key.startswith("loss.policy_loss_cfg"):
+            option = key.removeprefix("loss.policy_loss_cfg").lstrip(".") or "<option>"
+            raise ConfigError(
+                f"{override.input_line}: on the command line the policy loss has a group of its own; "
+                f"write policy_loss=<name> and policy_loss.{option}=..."
+            )
     load_plugins(_plugins_in(parsed))
     register_schemas()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
         try:
             cfg = compose("config", overrides=list(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(_diagnose(parsed, error)) from None
+            raise ConfigError(diagnose(parsed, error, groups_in(conf_dir()))) from None
     _check_unread(parsed, cfg)
     return cfg
 
@@ -184,39 +175,53 @@ def _build_part(cfg: DictConfig, name: str, expected: Any) -> Any:
     if not isinstance(values, dict) or "_target_" not in values:
         choices = f"; choose {listed(_choices(name))}" if _choices(name) else ""
         raise ConfigError(f"{name}={values!r} is not a configuration of {name}{choices}")
+    target = _target_class(name, values)
     fields = {str(key): value for key, value in values.items() if key != "_target_"}
     missing = [key for key, value in fields.items() if value == "???"]
     if missing:
         raise ConfigError(f"{name}.{missing[0]} has no default; set it: {name}.{missing[0]}=...")
-    try:
-        target = get_class(values["_target_"])
-    except Exception as error:
-        raise ConfigError(f"{name}._target_={values['_target_']!r} cannot be imported: {error}") from None
     if not issubclass(target, expected):
         raise ConfigError(f"{name}._target_={values['_target_']!r} is not a {expected.__name__}")
     with located(name):
         return target(**fields)
 
 
-def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> None:
+def _target_class(name: str, values: Any) -> type:
+    target = values.get("_target_") if isinstance(values, (dict, DictConfig)) else None
+    if target is None:
+        raise ConfigError(f"{name} is empty or has no _target_; choose {listed(_choices(name))}")
+    try:
+        return get_class(target)
+    except Exception as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{name}._target_={target!r} is not a class that can be imported: {first}") from None
+
+
+def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list[RunConfig]:
     """Check a command line as far as possible without torch: choices, keys, types and ranges.
+
+    Returns:
+        The configuration of each job; of the first `MAX_CHECKED_JOBS` of a multirun, of none for a sweep that only its
+        sweeper can list.
 
     Raises:
         ConfigError: the first thing found wrong.
     """
     jobs: Iterable[Sequence[str]] = [overrides]
+    sweeps = [override.input_line for override in _parse(overrides) if override.is_sweep_override()]
+    if sweeps and not multirun:
+        raise ConfigError(f"{sweeps[0]} names several values; add -m to run one job for each")
     if multirun:
-        found = _sweep_jobs(overrides)
-        if found is None:
-            return
-        jobs = islice(found, MAX_CHECKED_JOBS)
-    for job in jobs:
-        build_config(compose_config(job))
+        jobs = islice(_sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
+    return [build_config(compose_config(job)) for job in jobs]
 
 
 def _check_unread(parsed: Iterable[Override], cfg: DictConfig) -> None:
-    """Refuse choices that the chosen loss never reads."""
-    fields = getattr(get_class(cfg.loss._target_), "model_fields", {}) if "_target_" in cfg.loss else {}
+    """Refuse settings that nothing reads."""
+    stray = [str(key) for key in cfg if key not in RunConfig.model_fields and key != "policy_loss"]
+    if stray:
+        raise ConfigError(f"{stray[0]} is not a setting; the top level has: {', '.join(RunConfig.model_fields)}")
+    fields = getattr(_target_class("loss", cfg.loss), "model_fields", {})
     for override in parsed:
         group = str(override.key_or_group).split(".")[0]
         if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):
@@ -224,6 +229,15 @@ def _check_unread(parsed: Iterable[Override], cfg: DictConfig) -> None:
                 f"{override.input_line} has no effect: {cfg.loss._target_.rpartition('.')[2]} has no "
                 f"{READ_BY[group]}; leave it out, or choose a loss that has, such as loss=grpo"
             )
+
+
+def _choices(group: str) -> list[str]:
+    return groups_in(conf_dir()).get(group, [])
+
+
+def _choices_text() -> str:
+    """Return the choices for --help; Hydra's own list would show the schema nodes, too."""
+    return "\n".join(f"{group}: {', '.join(found)}" for group, found in sorted(groups_in(conf_dir()).items()))
 
 
 def _sweep_jobs(overrides: Sequence[str]) -> Iterable[Sequence[str]] | None:
@@ -251,70 +265,3 @@ def _plugins_in(parsed: Iterable[Override]) -> list[str]:
             value = override.value()
             return [str(v) for v in value] if isinstance(value, list) else [str(value)]
     return []
-
-
-def _groups() -> dict[str, list[str]]:
-    """Return every group of ``conf/`` with its choices, plugins' losses included."""
-    groups: dict[str, list[str]] = {}
-    for path in sorted(Path(conf_dir()).glob("*/*.yaml")):
-        groups.setdefault(path.parent.name, []).append(path.stem)
-    groups["policy_loss"] = sorted({*groups.get("policy_loss", []), *policy_loss_names()})
-    return groups
-
-
-def _choices_text() -> str:
-    """Return the choices for --help; Hydra's own list would show the schema nodes, too."""
-    return "\n".join(f"{group}: {', '.join(options)}" for group, options in sorted(_groups().items()))
-
-
-def _choices(group: str) -> list[str]:
-    return _groups().get(group, [])
-
-
-def _diagnose(parsed: list[Override], error: Exception) -> str:
-    """Say which override is wrong and which one would work; Hydra's own words when that is not clear."""
-    groups = _groups()
-    plain = [o for o in parsed if not str(o.key_or_group).startswith("hydra") and not o.is_delete()]
-    for override in plain:
-        key, value = str(override.key_or_group), override.value()
-        if key in groups and value is not None and str(value) not in groups[key]:
-            best = nearest(str(value), groups[key])
-            hint = f"; try: {key}={best}" if best else ""
-            return f"{key}={value} is not a choice of {key}: choose {listed(groups[key])}{hint}"
-    known = _known_keys([o for o in plain if str(o.key_or_group) in groups])
-    for override in plain:
-        key = str(override.key_or_group)
-        if key in groups or key in known or override.is_add() or override.is_force_add():
-            continue
-        return _unknown_key(key, override.get_value_element_as_str(), known, groups)
-    return " ".join(str(error).splitlines()[:2])
-
-
-def _known_keys(group_overrides: list[Override]) -> list[str]:
-    """Return every dotted key of the configuration with these choices made."""
-    try:
-        cfg = compose("config", overrides=[str(o.input_line) for o in group_overrides])
-    except (HydraException, OmegaConfBaseException):
-        cfg = compose("config")
-    return _dotted(OmegaConf.to_container(cfg, resolve=False))
-
-
-def _dotted(node: Any, prefix: str = "") -> list[str]:
-    if not isinstance(node, dict):
-        return []
-    keys = []
-    for key, value in node.items():
-        keys += [f"{prefix}{key}", *_dotted(value, f"{prefix}{key}.")]
-    return [key for key in keys if not key.endswith("_target_")]
-
-
-def _unknown_key(key: str, value: str, known: list[str], groups: dict[str, list[str]]) -> str:
-    parent, _, last = key.rpartition(".")
-    siblings = [k for k in known if k.rpartition(".")[0] == parent]
-    close = nearest(last, [k.rpartition(".")[2] for k in siblings])
-    best = f"{parent}.{close}" if close and parent else close
-    best = best or nearest(key, [*known, *groups]) or next((k for k in known if k.rpartition(".")[2] == last), None)
-    if best:
-        return f"{key} is not a setting{did_you_mean(key, [best]) or f' (did you mean {best!r}?)'}; try: {best}={value}"
-    here = siblings or [k for k in known if "." not in k]
-    return f"{key} is not a setting; {parent or 'the top level'} has: {', '.join(k.rpartition('.')[2] for k in here)}"

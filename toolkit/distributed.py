@@ -24,10 +24,11 @@ def world_size() -> int:
 
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the sum of `values` over all ranks as a new tensor; every rank must call it."""
-    total = values.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(total)
-    return total
+    if world_size() == 1:
+        return values.detach().clone()
+    total = values.detach().to(_collective_device(), copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
 
 
 def reduce_metrics(metrics: Metrics) -> dict[str, Metric]:

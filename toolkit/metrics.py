@@ -131,6 +131,13 @@ def merge_metrics(parts: Iterable[Metrics]) -> dict[str, Metric]:
     return merged
 
 
+def metrics_in(extra: object) -> dict[str, Metric]:
+    """Return the metrics among what a loss returned beside the loss itself; its logits, say, are none."""
+    if not isinstance(extra, Mapping):
+        return {}
+    return {name: value for name, value in extra.items() if isinstance(value, (Sum, Mean, Min, Max))}
+
+
 def to_floats(metrics: Metrics) -> dict[str, float]:
     """Return the number of each metric. One device synchronisation per tensor: call it once per step."""
     return {name: metric.value() for name, metric in metrics.items()}

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import reduce_metrics, world_size
-from toolkit.errors import ConfigError, DataError
-from toolkit.losses.config import BaseLossConfig
+from toolkit.errors import ConfigError, DataError, nearest
+from toolkit.losses.config import BaseLossConfig, CELossConfig
 from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
 from toolkit.losses.shift import shift_labels
-from toolkit.metrics import Metric, Metrics, Sum, merge_metrics, to_floats
+from toolkit.metrics import Metric, Metrics, Sum, merge_metrics, metrics_in, to_floats
 
+RL_FIELDS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
+FIELDS = ("input_ids", "shifted_labels", "loss_mask", "cu_seq_lens", *RL_FIELDS)
+"""What a batch may hold for the loss; whatever else it holds is for the caller's own forward."""
 Forward = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
 """``forward(batch) -> (hidden_states, head_weight)`` or ``(hidden_states, head_weight, head_bias)``."""
 
@@ -101,7 +104,7 @@ class LossRunner:
             input_ids: [B, T] token ids (or [B, T + 1] when the last one has no hidden state).
             shifted_labels: [B, T], -100 (`ignore_idx`) where nothing is scored.
             loss_mask: like `input_ids`: which *tokens* count, e.g. 1 on completions; only with `input_ids`.
-            advantages: a number, [B] one per row, [T], or [B, T].
+            advantages: a number, [B] one per row, [T] (of a single row), [B, 1] or [B, T].
             old_logprobs: [B, T] in nats; None: on-policy.
             ref_logprobs: [B, T] in nats; needed with a KL term.
             rollout_logprobs: [B, T] in nats; only measured.
@@ -125,38 +128,49 @@ class LossRunner:
         context = self.loss_cfg.loss_ctx_cls
         (kwargs,) = context.build_batches_loss_kwargs([item], self.loss_cfg, bounds)
         loss, extra = context(self.loss_cfg, kwargs).forward(hidden_states, head_weight, head_bias)
-        return LossResult(loss, _named(extra))
+        return LossResult(loss, metrics_in(extra))
 
     def step(self, batches: Iterable[Mapping[str, Any]], forward: Forward) -> LossResult:
         """Accumulate the gradient of several micro-batches as if they were one batch; the optimizer step is yours.
 
         Args:
             batches: each a mapping with the fields of `__call__` (and whatever else `forward` reads).
-            forward: gives the hidden states and the head of one batch; called once for each.
+            forward: gives the hidden states, as many positions as the labels have, and the head of one batch; called
+                once for each.
 
         Returns:
             The loss of all batches together (detached) and its metrics, summed over ranks too.
         """
+        if isinstance(batches, Mapping):
+            raise DataError("step() takes a list of batches; for a single one write step([batch], forward)")
         batches = list(batches)
         if not batches:
             raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
         items = [self._item(batch, None) for batch in batches]
-        bounds = [batch["cu_seq_lens"] for batch in batches] if "cu_seq_lens" in batches[0] else None
+        found = [batch.get("cu_seq_lens") for batch in batches]
+        bounds = None if all(own is None for own in found) else found
         context = self.loss_cfg.loss_ctx_cls
         parts: list[dict[str, Metric]] = []
         for batch, kwargs in zip(batches, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
             loss, extra = context(self.loss_cfg, kwargs).forward(*forward(batch))
             loss.backward()
             factor = 1.0 if self.loss_cfg.gradient_reduction == "sum" else 1.0 / world_size()
-            parts.append({**_named(extra), "loss": Sum(loss.detach().double() * factor)})
+            parts.append({**metrics_in(extra), "loss": Sum(loss.detach().double() * factor)})
         metrics = reduce_metrics(merge_metrics(parts))
         return LossResult(torch.as_tensor(metrics["loss"].value()), metrics)
 
     def _item(self, fields: Mapping[str, Any], num_positions: int | None) -> LossContextInputItem:
+        for key in fields:
+            close = nearest(str(key), FIELDS)
+            if key not in FIELDS and close is not None:
+                raise DataError(f"{key!r} is not a field of a batch (did you mean {close!r}?)")
         labels = self._labels(fields, num_positions)
-        if "policy_loss_cfg" not in type(self.loss_cfg).model_fields and fields.get("advantages") is None:
+        given = {name: fields.get(name) for name in RL_FIELDS}
+        if isinstance(self.loss_cfg, CELossConfig):
+            unread = [name for name, value in given.items() if value is not None]
+            if unread:
+                raise DataError(f"{unread[0]} has no effect on cross-entropy; leave it out or use a policy loss")
             return CELossContextInputItem(shifted_labels=labels)
-        given = {name: fields.get(name) for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")}
         given["advantages"] = _spread(given["advantages"], labels)
         return RLLossContextInputItem(shifted_labels=labels, **given)
 
@@ -191,10 +205,11 @@ def _spread(advantages: Tensor | float | None, labels: Tensor) -> Tensor | None:
     )
     if values.dim() == 0:
         return values.to(labels.device).expand(labels.shape)
-    if labels.dim() == 2 and len(values) == labels.shape[0] != labels.shape[1]:
+    if values.dim() == 1 and labels.dim() == 2 and labels.shape[0] > 1 and len(values) == labels.shape[0]:
+        if labels.shape[0] == labels.shape[1]:
+            raise DataError(
+                f"advantages of shape [{len(values)}] may mean rows or positions here; give [{len(values)}, 1] for "
+                f"one a row, or {list(labels.shape)}"
+            )
         return values.unsqueeze(-1)
     return values
-
-
-def _named(extra: Any) -> dict[str, Metric]:
-    return dict(extra) if isinstance(extra, Mapping) else {}

@@ -5,6 +5,7 @@ Checks the whole command line before torch is imported, then hands over to `tool
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
@@ -12,8 +13,9 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
-from toolkit.config import check_overrides, conf_dir, load_plugins, register_schemas
-from toolkit.errors import ToolkitError
+from toolkit.config import check_overrides, conf_dir, register_schemas
+from toolkit.errors import ConfigError, ToolkitError
+from toolkit.training.doors import check_environment, make_output_dir
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect."""
@@ -39,17 +41,33 @@ def main() -> None:
     """Run the command line."""
     arguments = get_args_parser().parse_args()
     try:
-        if not (arguments.shell_completion or arguments.hydra_help or arguments.config_dir or arguments.config_name):
-            check_overrides(arguments.overrides, multirun=arguments.multirun)
-        else:
-            load_plugins([])
-            register_schemas()
+        if arguments.resolve and not arguments.cfg:
+            raise ConfigError("--resolve goes with --cfg job: toolkit-train --cfg job --resolve")
+        if not (arguments.shell_completion or arguments.hydra_help):
+            _check(arguments)
+        register_schemas()
     except ToolkitError as error:
         _stop(error)
     if int(os.environ.get("RANK", "0")) > 0:
         # One output directory for the whole run: only the main process makes one.
         sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
-    _job()
+    try:
+        _job()
+    except KeyboardInterrupt:
+        print("interrupted before the loop could write a checkpoint", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Check all that can be checked without torch."""
+    overrides = list(arguments.overrides)
+    if arguments.config_dir:
+        overrides.append(f"hydra.searchpath=[file://{os.path.abspath(arguments.config_dir)}]")
+    configs = check_overrides(overrides, multirun=arguments.multirun)
+    if not (arguments.cfg or arguments.help or arguments.info):
+        for config in configs:
+            check_environment(config)
+        make_output_dir(overrides)
 
 
 def _stop(error: ToolkitError) -> None:

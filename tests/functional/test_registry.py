@@ -54,6 +54,12 @@ def test_unusable_signatures_are_refused() -> None:
         def positional(t, eps=0.1):
             return t.logprobs
 
+    with pytest.raises(ConfigError, match="picks the loss itself"):
+
+        @register_policy_loss("typed")
+        def typed(t, *, loss_type: str = "a"):
+            return t.logprobs
+
     with pytest.raises(ConfigError, match="scope"):
         register_policy_loss("scoped", scope="tokn")  # type: ignore[arg-type]
 

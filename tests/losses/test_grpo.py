@@ -233,7 +233,7 @@ def test_non_finite_at_a_scored_position_is_named(name: str, value: float) -> No
     broken = getattr(item, name).clone()
     broken[row, position] = value
     with pytest.raises(DataError, match=rf"data_batches\[0\]\.{name}\[{row}, {position}\] = "):
-        GRPOLossContext.build_batches_loss_kwargs([item.replace(**{name: broken})], config())
+        GRPOLossContext.build_batches_loss_kwargs([item.replace(**{name: broken})], config(kl="k3"))
 
 
 @pytest.mark.parametrize("label", [11, 99, -1, -101])

@@ -29,6 +29,13 @@ def test_a_field_that_is_set_does_not_change() -> None:
         GRPOLossConfig().mode = "chunk"  # type: ignore[misc]
 
 
+def test_nothing_is_deleted_and_chunks_have_a_size() -> None:
+    with pytest.raises(DataError, match="cannot be deleted"):
+        del random_item().advantages
+    with pytest.raises(DataError, match="chunk_size=0"):
+        random_item().chunk(0)
+
+
 @pytest.mark.parametrize("transform", ["to", "chunk", "replace"])
 def test_transforms_give_new_objects(transform: str) -> None:
     item = random_item((1, 6))

@@ -107,6 +107,49 @@ def test_interrupted_and_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Pat
         assert summary(tmp_path / "whole")["accuracy_after"] == summary(resumed_dir)["accuracy_after"]
 
 
+@pytest.mark.slow
+def test_resuming_another_run_is_refused_and_a_reused_folder_starts_anew(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for _ in range(2):
+        assert train(run_dir, *SMOKE).returncode == 0
+        assert len(lines(run_dir)) == 11
+    for other in ("seed=7", "loss=ce", "kl=k3", "model.num_heads=2", "task.word_length=5"):
+        done = train(tmp_path / "other", *SMOKE, other, f"training.resume={run_dir}")
+        assert done.returncode == 1
+        assert "the earlier run had" in done.stderr
+    # Going on in the same folder keeps the lines of the first run.
+    done = train(run_dir, *SMOKE, "training.steps=5", f"training.resume={run_dir}")
+    assert done.returncode == 0, done.stderr
+    assert len(lines(run_dir)) == 13
+
+
+@pytest.mark.slow
+def test_accelerate_must_not_divide_the_loss(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", *SMOKE, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    assert done.returncode == 1
+    assert "would divide every loss by that" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_slip_in_an_own_loss_shows_before_the_warm_up(tmp_path: Path) -> None:
+    plugin = tmp_path / "slip.py"
+    plugin.write_text(
+        "from toolkit import register_policy_loss\n@register_policy_loss('slip')\n"
+        "def slip(t):\n    return -t.ratios() * t.advantages\n"
+    )
+    done = train(tmp_path / "run", *SMOKE, f"plugins=[{plugin}]", "policy_loss=slip")
+    assert done.returncode != 0
+    assert "has no attribute 'ratios'" in done.stderr
+    assert "warm-up" not in done.stdout
+
+
+@pytest.mark.slow
+def test_another_temperature_is_scored_as_it_was_sampled(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", *SMOKE, "rollout.temperature=0.5")
+    assert done.returncode == 0, done.stderr
+    assert all(row["rollout_mismatch"] < 1e-4 for row in lines(tmp_path / "run") if row["phase"] == "main")
+
+
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
     done = train(tmp_path / "run", *SMOKE, f"training.resume={tmp_path}")
     assert done.returncode == 1
@@ -115,7 +158,7 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
 
 
 LAUNCHERS = {
-    "torchrun": (("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"), {}),
+    "torchrun": (("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"), {}),
     "accelerate": (
         ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"),

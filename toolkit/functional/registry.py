@@ -118,6 +118,8 @@ def _options_model(name: str, function: Callable[..., Any]) -> type[Config]:
                 f"parameter {option.name!r} of policy loss {name!r} must be keyword-only with a default: "
                 f"def {function.__name__}(t, *, {option.name}=...)"
             )
+        if option.name == "loss_type":
+            raise ConfigError(f"policy loss {name!r} has an option called 'loss_type'; that word picks the loss itself")
         fields[option.name] = (_annotation(option.annotation, function), option.default)
     return create_model(f"{name}_options", __base__=Config, **fields)
 
@@ -127,4 +129,10 @@ def _annotation(annotation: Any, function: Callable[..., Any]) -> Any:
         return Any
     # Strings come from `from __future__ import annotations`; only options are evaluated, so that the annotations
     # of tensors may name types that are imported for type checking alone.
-    return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
+    try:
+        return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
+    except NameError as error:
+        raise ConfigError(
+            f"an option of policy loss {function.__name__!r} is annotated {annotation!r}, but {error}; import the type "
+            "outside of TYPE_CHECKING"
+        ) from None

@@ -39,9 +39,11 @@ def sequence_ids(shape: torch.Size, cu_seq_lens: Tensor | None, device: torch.de
             f"cu_seq_lens describes one packed row [1, T], but the labels have {rows} rows; "
             "pack them into one row or leave cu_seq_lens out (each row is then one sequence)"
         )
+    if not isinstance(cu_seq_lens, Tensor) or cu_seq_lens.dim() != 1 or cu_seq_lens.is_floating_point():
+        raise DataError(f"cu_seq_lens={cu_seq_lens!r} must be a one-dimensional integer tensor of boundaries")
     bounds = cu_seq_lens.detach().to(device=device, dtype=torch.int64)
     steps = bounds.diff()
-    if bounds.dim() != 1 or len(bounds) < 2 or bounds[0] != 0 or bool((steps < 0).any()) or bounds[-1] > length:
+    if len(bounds) < 2 or bounds[0] != 0 or bool((steps < 0).any()) or bounds[-1] > length:
         raise DataError(
             f"cu_seq_lens={cu_seq_lens.tolist()} does not cut a row of {length} positions: it must start at 0, "
             f"never decrease and end at {length} or before"

@@ -74,15 +74,17 @@ class _ChunkedLoss(torch.autograd.Function):
             losses.append(loss.detach())
             extras.append(extra)
             start = span.stop
-        results = grads.results()
-        ctx.has_grad = [result is not None for result in results]
-        ctx.save_for_backward(*[result for result in results if result is not None])
+        totals = grads.totals()
+        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = [None if total is None else dtype for total, dtype in zip(totals, dtypes, strict=True)]
+        ctx.save_for_backward(*[total for total in totals if total is not None])
         return _total(losses)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        # Scaled out of place: the saved gradients must survive a second backward (retain_graph=True).
-        scaled = [(grad := next(saved)) * grad_loss.to(grad.dtype) if has else None for has in ctx.has_grad]
+        # Scaled in fp32, where a loss scale of 65536 is a number and not inf as in fp16; and out of place, for the
+        # saved gradients must survive a second backward (retain_graph=True).
+        scaled = [None if dtype is None else (next(saved) * grad_loss).to(dtype) for dtype in ctx.dtypes]
         return (*scaled, None, None, None)

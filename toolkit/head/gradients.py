@@ -19,19 +19,19 @@ class HeadGradients:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: tuple[bool, ...], token_dim: int = 0
     ) -> None:
-        self._weight, self._bias = weight, bias
+        self._dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         self._needs = needs_grad
         self._token_dim = token_dim
-        self._hidden_total = torch.zeros_like(hidden) if needs_grad[0] else None
+        # One leaf for all chunks: autocast keeps a low-precision copy of every leaf that it meets.
+        self._weight_leaf = weight.detach().requires_grad_(needs_grad[1])
+        self._bias_leaf = None if bias is None else bias.detach().requires_grad_(needs_grad[2])
+        self._hidden_total = _accumulator(hidden) if needs_grad[0] else None
         self._weight_total = _accumulator(weight) if needs_grad[1] else None
         self._bias_total = _accumulator(bias) if bias is not None and needs_grad[2] else None
 
     def leaves(self, hidden_chunk: Tensor) -> Inputs:
         """Return hidden chunk, weight and bias as leaves of a fresh graph; the caller's tensors stay untouched."""
-        hidden = hidden_chunk.detach().requires_grad_(self._needs[0])
-        weight = self._weight.detach().requires_grad_(self._needs[1])
-        bias = None if self._bias is None else self._bias.detach().requires_grad_(self._needs[2])
-        return hidden, weight, bias
+        return hidden_chunk.detach().requires_grad_(self._needs[0]), self._weight_leaf, self._bias_leaf
 
     def add(self, outputs: list[Tensor], upstream: list[Tensor] | None, inputs: Inputs, span: slice) -> None:
         """Differentiate one chunk's outputs and add what comes out.
@@ -67,11 +67,14 @@ class HeadGradients:
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of hidden states, weight and bias in the dtypes of these."""
-        weight = None if self._weight_total is None else self._weight_total.to(self._weight.dtype)
-        bias = None
-        if self._bias_total is not None and self._bias is not None:
-            bias = self._bias_total.to(self._bias.dtype)
-        return self._hidden_total, weight, bias
+        hidden, weight, bias = (
+            None if total is None else total.to(dtype) for total, dtype in zip(self.totals(), self._dtypes, strict=True)
+        )
+        return hidden, weight, bias
+
+    def totals(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the same in fp32 or wider, to be scaled before they are rounded."""
+        return self._hidden_total, self._weight_total, self._bias_total
 
 
 def _accumulator(source: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Legend: B rows, T positions of a row, D hidden width, V vocabulary, N selected t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Annotated, Any, Generic, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from toolkit.head.chunked import chunked_loss
 from toolkit.head.logprobs import TokenScores, token_logprobs
 from toolkit.losses.config import BaseLossConfig
 from toolkit.losses.fields import PerToken, TensorRecord
-from toolkit.metrics import merge_metrics
+from toolkit.metrics import merge_metrics, metrics_in
 
 ItemT = TypeVar("ItemT")
 
@@ -52,7 +52,7 @@ class BaseLossContext(ABC, Generic[ItemT]):
         cls,
         data_batches: list[ItemT],
         loss_cfg: Any,
-        cu_seq_lens_list: list[Tensor] | None = None,
+        cu_seq_lens_list: Sequence[Tensor | None] | None = None,
         sp_mesh: DeviceMesh | None = None,
     ) -> list[Any]:
         """Return the kwargs of every micro-batch of one optimizer step; every rank must call it together.
@@ -108,11 +108,14 @@ class BaseLossContext(ABC, Generic[ItemT]):
         """
         self._check(hidden_states, head_weight, head_bias)
         if self.loss_cfg.mode == "eager" or not self.is_separable:
-            return self.loss_fn(hidden_states, head_weight, head_bias, self.loss_kwargs)
-        pieces = self.loss_kwargs.chunk(self.loss_cfg.chunk_size)
+            return self._checked(self.loss_fn(hidden_states, head_weight, head_bias, self.loss_kwargs))
+        # One row, so that a chunk holds chunk_size tokens whatever the number of rows.
+        pieces = self.loss_kwargs.as_one_row().chunk(self.loss_cfg.chunk_size)
+        if hidden_states.dim() > 2:
+            hidden_states = hidden_states.flatten(0, -2).unsqueeze(0)
 
         def piece_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: int) -> tuple[Tensor, Any]:
-            return self.loss_fn(hidden, weight, bias, pieces[index])
+            return self._checked(self.loss_fn(hidden, weight, bias, pieces[index]))
 
         lengths = [piece.shifted_labels.shape[-1] for piece in pieces]
         loss, extras = chunked_loss(piece_loss, hidden_states, head_weight, head_bias, lengths)
@@ -128,10 +131,27 @@ class BaseLossContext(ABC, Generic[ItemT]):
         with_entropy: bool = False,
     ) -> TokenScores:
         """Score [N] labels from [N, D] hidden states, in pieces of `chunk_size` when the mode is chunk."""
-        chunk_size = self.loss_cfg.chunk_size if self.loss_cfg.mode == "chunk" else None
         return token_logprobs(
-            hidden_states, head_weight, labels, head_bias, chunk_size=chunk_size, with_entropy=with_entropy
+            hidden_states,
+            head_weight,
+            labels,
+            head_bias,
+            chunk_size=self.loss_cfg.chunk_size if self.loss_cfg.mode == "chunk" else None,
+            temperature=self.loss_cfg.temperature,
+            with_entropy=with_entropy,
         )
+
+    def _checked(self, result: Any) -> tuple[Tensor, Any]:
+        """Check what `loss_fn` returned, the same way in both modes."""
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise DataError(f"{type(self).__name__}.loss_fn returned {type(result).__name__}; return (loss, extra)")
+        loss, extra = result
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            given = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise DataError(
+                f"{type(self).__name__}.loss_fn returned a loss of {given}; return the scalar sum of weight times loss"
+            )
+        return loss, extra
 
     def _check(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
         labels, ignore_idx = self.loss_kwargs.shifted_labels, self.loss_cfg.ignore_idx
@@ -144,6 +164,11 @@ class BaseLossContext(ABC, Generic[ItemT]):
             raise DataError(
                 f"head_weight has shape {list(head_weight.shape)}; it must be [V, {hidden_states.shape[-1]}] "
                 f"for hidden states of width {hidden_states.shape[-1]}"
+            )
+        if hidden_states.dtype != head_weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+            raise DataError(
+                f"hidden_states are {hidden_states.dtype}, head_weight is {head_weight.dtype}; bring both to one "
+                "dtype, or run under torch.autocast"
             )
         vocabulary = head_weight.shape[0]
         if head_bias is not None and head_bias.shape != (vocabulary,):
@@ -186,8 +211,7 @@ def check_finite(name: str, values: Tensor | None, labels: Tensor, ignore_idx: i
 
 def _merge_extras(extras: list[Any]) -> Any:
     """Merge metrics by name; anything else a chunk returned (such as its logits) is let go."""
-    named = [extra for extra in extras if isinstance(extra, Mapping)]
-    return merge_metrics(named) if named and len(named) == len(extras) else None
+    return merge_metrics(map(metrics_in, extras)) or None
 
 
 def as_loss_dtype(weights: Tensor, token_losses: Tensor) -> Tensor:

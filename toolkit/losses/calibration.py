@@ -12,6 +12,7 @@ again (``gradient_reduction="mean"``); a back-end that sums gets no factor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,25 @@ from toolkit.functional.aggregation import token_weights
 from toolkit.functional.segments import NO_SEQUENCE, sequence_ids
 
 
+def as_list(data_batches: Any) -> list[Any]:
+    """Return the items of a step as a list; a single item instead of a list is a common slip.
+
+    Raises:
+        DataError: it is no list or tuple of items.
+    """
+    if not isinstance(data_batches, (list, tuple)):
+        raise DataError(
+            f"data_batches is a {type(data_batches).__name__}; give a list with one item for each micro-batch"
+        )
+    return list(data_batches)
+
+
 def sequence_ids_of_batches(
-    labels: Sequence[Tensor], cu_seq_lens_list: Sequence[Tensor] | None, sp_mesh: DeviceMesh | None = None
+    labels: Sequence[Tensor],
+    cu_seq_lens_list: Sequence[Tensor | None] | None,
+    sp_mesh: DeviceMesh | None = None,
+    *,
+    ignore_idx: int = -100,
 ) -> list[Tensor]:
     """Return the sequence that each position of each micro-batch belongs to, [1, T] or [B, T] each.
 
@@ -32,9 +50,11 @@ def sequence_ids_of_batches(
         labels: shifted labels of each micro-batch; this rank's shards under sequence parallelism.
         cu_seq_lens_list: boundaries of each packed row, over the whole row; None: each row is one sequence.
         sp_mesh: ranks that share a sequence.
+        ignore_idx: label of positions that are not scored.
 
     Raises:
-        DataError: there are not as many boundaries as micro-batches, or they do not fit the row.
+        DataError: there are not as many boundaries as micro-batches, they do not fit the row, or a scored position
+            lies behind the last one.
     """
     if cu_seq_lens_list is not None and len(cu_seq_lens_list) != len(labels):
         raise DataError(
@@ -47,6 +67,12 @@ def sequence_ids_of_batches(
         bounds = cu_seq_lens_list[index] if cu_seq_lens_list is not None else None
         ids = sequence_ids(whole, bounds, own.device)
         found.append(sp_split(ids, sp_mesh, pad=NO_SEQUENCE) if sp_mesh is not None else ids)
+        stray = (found[-1] == NO_SEQUENCE) & (own != ignore_idx)
+        if bool(stray.any()):
+            raise DataError(
+                f"data_batches[{index}].shifted_labels{stray.nonzero()[0].tolist()} is scored, but lies behind the end "
+                f"of cu_seq_lens; extend cu_seq_lens or mark the position by ignore_idx = {ignore_idx}"
+            )
     return found
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.losses.base import BaseLossContext, BaseLossKwargs, as_loss_dtype, select_active
-from toolkit.losses.calibration import calibrated_weights, sequence_ids_of_batches
+from toolkit.losses.calibration import as_list, calibrated_weights, sequence_ids_of_batches
 from toolkit.losses.config import CELossConfig
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.metrics import Mean, Metric, Sum
@@ -27,12 +29,12 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         cls,
         data_batches: list[CELossContextInputItem],
         loss_cfg: CELossConfig,
-        cu_seq_lens_list: list[Tensor] | None = None,
+        cu_seq_lens_list: Sequence[Tensor | None] | None = None,
         sp_mesh: DeviceMesh | None = None,
     ) -> list[CELossKwargs]:
         """Fix the weight of every token of the step; see the base class for the arguments."""
-        labels = [item.shifted_labels for item in data_batches]
-        ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh)
+        labels = [item.shifted_labels for item in as_list(data_batches)]
+        ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh, ignore_idx=loss_cfg.ignore_idx)
         weights = calibrated_weights(
             labels,
             ids,

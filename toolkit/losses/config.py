@@ -28,6 +28,8 @@ class BaseLossConfig(Config):
     """eager holds the logits of all tokens; chunk those of `chunk_size` tokens at a time. Loss and gradient agree."""
     chunk_size: Annotated[int, Field(gt=0)] | None = 1024
     """Tokens in a chunk when mode is chunk; 1024 as in XTuner."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by it: the temperature that the completions were sampled at."""
     gradient_reduction: Literal["mean", "sum"] = "mean"
     """What the training back-end does to gradients over ranks: DDP and FSDP average ("mean")."""
 

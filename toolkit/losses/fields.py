@@ -69,10 +69,22 @@ class TensorRecord(Model):
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy with every tensor on `device`."""
-        return self.replace(**{name: value.to(device) for name, value in self.tensors()})
+        return self.replace(**{name: value.to(device=device) for name, value in self.tensors()})
+
+    def as_one_row(self) -> Self:
+        """Return a record whose per-token fields [B, T] lie in one row, [1, B * T]; [T] stays as it is."""
+        return self.replace(
+            **{
+                name: value.reshape(1, -1)
+                for name, value in self.tensors()
+                if isinstance(self.layout(name), PerToken) and value.dim() > 1
+            }
+        )
 
     def chunk(self, chunk_size: int) -> list[Self]:
         """Cut the token axis (the last one) into pieces of at most `chunk_size` positions, views of this record."""
+        if chunk_size < 1:
+            raise DataError(f"chunk_size={chunk_size} must be at least 1")
         pieces = {
             name: value.split(chunk_size, dim=-1)
             for name, value in self.tensors()
@@ -99,6 +111,9 @@ class TensorRecord(Model):
                 pad = ignore_idx if name == "shifted_labels" and ignore_idx is not None else mark.pad
                 changes[name] = sp_split(value, sp_mesh, dim=-1, pad=pad)
         return self.replace(**changes)
+
+    def __delattr__(self, name: str) -> None:
+        raise self.error_class(f"{type(self).__name__}.{name} cannot be deleted: a {type(self).__name__} never changes")
 
     def __repr__(self) -> str:
         shown = []

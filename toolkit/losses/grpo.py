@@ -5,19 +5,20 @@ Legend: B rows, T positions of a row, N selected tokens, S sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.errors import DataError
+from toolkit.errors import ConfigError, DataError
 from toolkit.functional.kl import k3, kl_estimate
 from toolkit.functional.registry import policy_loss
 from toolkit.functional.segments import NO_SEQUENCE
 from toolkit.functional.terms import PolicyTerms
 from toolkit.losses.base import BaseLossContext, BaseLossKwargs, as_loss_dtype, check_finite, select_active
-from toolkit.losses.calibration import calibrated_weights, sequence_ids_of_batches
+from toolkit.losses.calibration import as_list, calibrated_weights, sequence_ids_of_batches
 from toolkit.losses.config import GRPOLossConfig
 from toolkit.losses.fields import PerToken
 from toolkit.losses.items import RLLossContextInputItem
@@ -45,7 +46,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         cls,
         data_batches: list[RLLossContextInputItem],
         loss_cfg: GRPOLossConfig,
-        cu_seq_lens_list: list[Tensor] | None = None,
+        cu_seq_lens_list: Sequence[Tensor | None] | None = None,
         sp_mesh: DeviceMesh | None = None,
     ) -> list[GRPOLossKwargs]:
         """Check the items and fix the weight of every token of the step; see the base class for the arguments.
@@ -54,11 +55,16 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             DataError: advantages are missing, ref_logprobs are missing with ``use_kl_loss``, or a scored position
                 holds NaN or inf.
         """
-        advantages = [
-            _checked_advantages(item, loss_cfg, f"data_batches[{index}]") for index, item in enumerate(data_batches)
-        ]
+        items = as_list(data_batches)
+        advantages = [_checked_advantages(item, loss_cfg, f"data_batches[{i}]") for i, item in enumerate(items)]
+        scope = policy_loss(loss_cfg.policy_loss_cfg["loss_type"]).scope
+        if sp_mesh is not None and scope != "token":
+            raise ConfigError(
+                f"policy loss {loss_cfg.policy_loss_cfg['loss_type']!r} uses statistics beyond one token "
+                f"(scope={scope!r}), which sequence parallelism would cut apart; use it without sp_mesh"
+            )
         labels = [item.shifted_labels for item in data_batches]
-        ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh)
+        ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh, ignore_idx=loss_cfg.ignore_idx)
         weights = calibrated_weights(
             labels,
             ids,
@@ -101,7 +107,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         token_losses = policy_loss(cfg.policy_loss_cfg["loss_type"]).function(terms, **options)
         _check_token_losses(token_losses, logprobs, cfg.policy_loss_cfg["loss_type"])
         policy = (weights * token_losses).sum()
-        metrics = {"policy_loss": Sum(policy.detach().double()), **_metrics(terms), **terms.reported}
+        metrics = {**terms.reported, **_metrics(terms), "policy_loss": Sum(policy.detach().double())}
         loss = policy
         if cfg.use_kl_loss:
             assert cfg.kl_loss_type is not None
@@ -111,7 +117,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             metrics["kl_ref"] = Mean.of(token_kl)
         if entropy is not None:
             metrics["entropy"] = Mean.of(entropy)
-        return loss, {"loss": Sum(loss.detach().double()), **metrics}
+        return loss, {**metrics, "loss": Sum(loss.detach().double())}
 
     def _terms(self, logprobs: Tensor, loss_kwargs: GRPOLossKwargs) -> tuple[PolicyTerms, Tensor]:
         """Select what the policy loss sees, in the dtype of the log-probabilities, and the weights beside it."""
@@ -130,18 +136,25 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         assert weights is not None
         terms = PolicyTerms(
             logprobs=logprobs,
-            old_logprobs=logprobs.detach() if old is None else old.to(logprobs.dtype),
-            advantages=advantages.to(logprobs.dtype),
-            ref_logprobs=None if ref is None else ref.to(logprobs.dtype),
-            rollout_logprobs=None if rollout is None else rollout.to(logprobs.dtype),
+            old_logprobs=_constant(logprobs if old is None else old, logprobs),
+            advantages=_constant(advantages, logprobs),
+            ref_logprobs=None if ref is None else _constant(ref, logprobs),
+            rollout_logprobs=None if rollout is None else _constant(rollout, logprobs),
             sequence_ids=ids,
             num_sequences=int(ids.max()) + 1 if ids is not None and len(ids) else 0,
         )
         return terms, as_loss_dtype(weights, logprobs)
 
 
+def _constant(values: Tensor, like: Tensor) -> Tensor:
+    """Cut `values` off from any graph: a live old_logprobs would cancel the policy's own gradient."""
+    return values.detach().to(like.dtype)
+
+
 def _checked_advantages(item: RLLossContextInputItem, loss_cfg: GRPOLossConfig, where: str) -> Tensor:
     """Check everything that a policy loss needs of an item and return its advantages."""
+    if not isinstance(item, RLLossContextInputItem):
+        raise DataError(f"{where} is a {type(item).__name__}; a policy loss takes RLLossContextInputItem")
     if item.advantages is None:
         raise DataError(f"{where}.advantages is missing; a policy loss needs one advantage for each scored token")
     if loss_cfg.use_kl_loss and item.ref_logprobs is None:
@@ -149,7 +162,8 @@ def _checked_advantages(item: RLLossContextInputItem, loss_cfg: GRPOLossConfig, 
             f"{where}.ref_logprobs is missing, but use_kl_loss=True compares the policy with a reference; give the "
             "reference's log-probabilities or set use_kl_loss=False (on the command line: kl=none)"
         )
-    for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs"):
+    read = ("advantages", "old_logprobs", "ref_logprobs") if loss_cfg.use_kl_loss else ("advantages", "old_logprobs")
+    for name in read:
         check_finite(f"{where}.{name}", getattr(item, name), item.shifted_labels, loss_cfg.ignore_idx)
     return item.advantages
 
@@ -177,5 +191,6 @@ def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
         "active_tokens": Sum(mean_ratio.den),
     }
     if terms.rollout_logprobs is not None:
-        metrics["rollout_mismatch"] = Mean.of((terms.old_logprobs - terms.rollout_logprobs).abs())
+        known = terms.rollout_logprobs.isfinite()  # a sampler may not report every token
+        metrics["rollout_mismatch"] = Mean.of((terms.old_logprobs - terms.rollout_logprobs)[known].abs())
     return metrics

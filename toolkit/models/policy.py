@@ -32,6 +32,7 @@ class Policy(nn.Module):
         loss_ctx: BaseLossContext[Any] | None = None,
         *,
         score_chunk: int = 4096,
+        temperature: float = 1.0,
     ) -> Any:
         """Return ``(loss, metrics)`` of `loss_ctx`, or without one the log-probabilities of the text itself.
 
@@ -40,6 +41,7 @@ class Policy(nn.Module):
             attention_mask: [B, T], 1 at real tokens.
             loss_ctx: its kwargs speak of positions 0 .. T - 2, each predicting the next token.
             score_chunk: tokens whose logits are held at once when there is no `loss_ctx`.
+            temperature: of the softmax when there is no `loss_ctx`.
 
         Returns:
             What ``loss_ctx.forward`` returns; or [B, T - 1] log-probabilities of tokens 1 .. T - 1 in nats.
@@ -50,7 +52,9 @@ class Policy(nn.Module):
         if loss_ctx is not None:
             return loss_ctx.forward(hidden, head.weight, bias)
         labels = input_ids[:, 1:]
-        scores = token_logprobs(hidden.flatten(0, 1), head.weight, labels.flatten(), bias, chunk_size=score_chunk)
+        scores = token_logprobs(
+            hidden.flatten(0, 1), head.weight, labels.flatten(), bias, chunk_size=score_chunk, temperature=temperature
+        )
         return scores.logprobs.view_as(labels)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

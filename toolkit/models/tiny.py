@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from toolkit.errors import ConfigError
 from toolkit.models.config import TinyLlamaConfig
 from toolkit.models.policy import Policy
 
@@ -28,10 +27,6 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 
 def build_tiny_llama(config: TinyLlamaConfig, alphabet: str) -> tuple[Policy, Any]:
     """Return a randomly initialised policy and its character tokenizer."""
-    if config.hidden_size % config.num_heads:
-        raise ConfigError(
-            f"model.hidden_size={config.hidden_size} is not divisible by model.num_heads={config.num_heads}"
-        )
     tokenizer = character_tokenizer(alphabet)
     llama = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -16,10 +16,10 @@ class RolloutConfig(Config):
 
     prompts_per_step: Positive = 128
     """Prompts in one rollout, over all processes."""
-    group_size: Positive = 8
+    group_size: Annotated[int, Field(ge=2)] = 8
     """Completions of each prompt: the group that advantages are relative to."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Sampling temperature; the loss scores the same distribution only at 1.0."""
+    """Sampling temperature; the loss scores tokens at the same one."""
     max_new_tokens: Positive | None = None
     """Longest completion; None: as long as the task's longest answer."""
     skip_uniform_groups: bool = True

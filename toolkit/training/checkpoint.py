@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_model, save_model
 
 from toolkit.errors import ConfigError
+from toolkit.training.doors import CHECKPOINT, identity
 from toolkit.training.trainer import Phase, Trainer
-
-FOLDER = "checkpoint"
 
 
 def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: dict[str, Any]) -> None:
@@ -28,7 +27,7 @@ def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: di
         record: further JSON values to find again at resume.
     """
     if trainer.accelerator.is_main_process:
-        fresh, final = output_dir / f"{FOLDER}.writing", output_dir / FOLDER
+        fresh, final = output_dir / f"{CHECKPOINT}.writing", output_dir / CHECKPOINT
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         save_model(trainer.unwrapped, str(fresh / "model.safetensors"))
@@ -44,30 +43,15 @@ def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: di
             fresh / "state.pt",
         )
         state = {"phase": phase.name, "next_step": phase.next_step, "num_updates": phase.num_updates}
-        state |= {"num_skipped": trainer.num_skipped, **record}
+        state |= {"num_skipped": trainer.num_skipped, "identity": identity(trainer.config), **record}
         (fresh / "state.json").write_text(json.dumps({**state, "python_rng": random.getstate()}))
-        old = output_dir / f"{FOLDER}.old"
+        old = output_dir / f"{CHECKPOINT}.old"
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             os.replace(final, old)
         os.replace(fresh, final)
         shutil.rmtree(old, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-
-
-def read_state(run_dir: str) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint folder of an earlier run and its state.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for folder in (Path(run_dir) / FOLDER, Path(run_dir)):
-        if (folder / "state.json").is_file():
-            return folder, json.loads((folder / "state.json").read_text())
-    raise ConfigError(
-        f"training.resume={run_dir!r} holds no checkpoint; give the output directory of an earlier run, "
-        f"the one that contains the folder {FOLDER!r}"
-    )
 
 
 def load_weights(folder: Path, trainer: Trainer) -> None:

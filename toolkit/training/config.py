@@ -11,6 +11,7 @@ from toolkit.schema import Config
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdvantageConfig(Config):
@@ -27,7 +28,7 @@ class OptimizerConfig(Config):
 
     lr: Rate = 1e-3
     """Peak learning rate of the RL phase."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment; PyTorch's default."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""

@@ -6,8 +6,10 @@ import math
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 SHOWN = {
     "reward": ("reward", ".3f"),
@@ -27,28 +29,24 @@ class PhaseProgress:
 
     def __init__(self, console: Console, title: str, num_steps: int, first_step: int, log_every: int) -> None:
         self._console, self._title, self._num_steps, self._log_every = console, title, num_steps, log_every
-        self._bar: Progress | None = None
-        if console.is_terminal and not console.quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[shown]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self._task = self._bar.add_task(title, total=num_steps, completed=first_step, shown="")
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        )
+        self._task = self._bar.add_task(title, total=num_steps, completed=first_step)
+        self._shown = Text()
+        # The metrics get a line of their own: beside the bar they would not fit into 80 columns.
+        self._live = Live(Group(self._bar, self._shown), console=console) if console.is_terminal else None
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def step(self, step: int, metrics: dict[str, float], *, is_last: bool) -> None:
         """Show the metrics of a finished step; the last one may come before the planned number."""
@@ -57,9 +55,9 @@ class PhaseProgress:
             for name, (label, form) in SHOWN.items()
             if name in metrics and not math.isnan(metrics[name])
         )
-        if self._bar is not None:
-            total = step + 1 if is_last else self._num_steps
-            self._bar.update(self._task, completed=step + 1, total=total, shown=shown)
+        if self._live is not None:
+            self._bar.update(self._task, completed=step + 1, total=step + 1 if is_last else self._num_steps)
+            self._shown.plain = f"  {shown}"
         elif step % self._log_every == 0 or is_last:
             self._console.print(
                 f"{self._title} {step + 1:>4}/{self._num_steps}  {shown}", highlight=False, soft_wrap=True

@@ -14,17 +14,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from toolkit.config import RunConfig
 from toolkit.distributed import check_world_size, reduce_metrics
+from toolkit.errors import LaunchError
+from toolkit.losses.config import BaseLossConfig, GRPOLossConfig
+from toolkit.losses.grpo import GRPOLossContext
+from toolkit.losses.items import RLLossContextInputItem
 from toolkit.metrics import Max
 from toolkit.training import checkpoint
 from toolkit.training.config import TrainingConfig
+from toolkit.training.doors import check_environment, read_state
 from toolkit.training.progress import PhaseProgress
 from toolkit.training.report import Summary, write_report
-from toolkit.training.tracking import Tracker, check_tracker
+from toolkit.training.tracking import Tracker
 from toolkit.training.trainer import Phase, Trainer
 
 
@@ -63,11 +69,13 @@ def run(config: RunConfig, cfg: DictConfig) -> Summary:
         cfg: the same as Hydra composed it, to be written beside the results.
 
     Raises:
-        LaunchError: another number of processes works together than was asked for.
+        LaunchError: another number of processes works together than was asked for, or accelerate would change the
+            scale of the loss.
         ConfigError: a checkpoint to resume from, a model or a tracker is not there.
     """
-    check_tracker(config.tracker)
-    resumed = checkpoint.read_state(config.training.resume) if config.training.resume else None
+    started = _start_of_job()
+    check_environment(config)
+    resumed = read_state(config.training.resume, config) if config.training.resume else None
     accelerator = make_accelerator(config.training, config.tracker.log_with, HydraConfig.get().runtime.output_dir)
     check_world_size(accelerator.num_processes, config.training.num_processes)
     output_dir = _shared_output_dir(accelerator)
@@ -76,6 +84,7 @@ def run(config: RunConfig, cfg: DictConfig) -> Summary:
     if config.model.cpu_threads is not None:
         torch.set_num_threads(config.model.cpu_threads)
     set_seed(config.seed)
+    rehearse(config.loss)
     task = config.task.build(config.seed)
     policy, tokenizer = config.model.build(task.alphabet)
     trainer = Trainer(config, accelerator, task, policy, tokenizer)
@@ -95,7 +104,7 @@ def run(config: RunConfig, cfg: DictConfig) -> Summary:
         trainer,
         before.accuracy if before else None,
         after[0] if after else None,
-        wall_seconds=time.time() - psutil.Process().create_time(),
+        wall_seconds=time.time() - started,
         output_dir=output_dir,
     )
     if accelerator.is_main_process:
@@ -175,10 +184,35 @@ def _run_phase(
     return True
 
 
+def rehearse(loss_cfg: BaseLossConfig) -> None:
+    """Call a policy loss once on two made-up tokens, so that a slip in one of your own shows before the warm-up."""
+    if isinstance(loss_cfg, GRPOLossConfig):
+        item = RLLossContextInputItem(shifted_labels=torch.tensor([[0, 1]]), advantages=torch.tensor([1.0, -1.0]))
+        if loss_cfg.use_kl_loss:
+            item.ref_logprobs = torch.tensor([[-1.0, -1.0]])
+        hidden, weight = torch.zeros(1, 2, 2, requires_grad=True), torch.eye(2)
+        batches_kwargs = GRPOLossContext.build_batches_loss_kwargs([item], loss_cfg)
+        GRPOLossContext(loss_cfg, batches_kwargs[0]).forward(hidden, weight)[0].backward()
+
+
 def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: str) -> Accelerator:
     """Return the accelerator of this process; gradient accumulation is the toolkit's own, so that none is divided."""
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    return Accelerator(cpu=on_cpu, gradient_accumulation_steps=1, log_with=log_with, project_dir=project_dir)
+    accelerator = Accelerator(cpu=on_cpu, log_with=log_with, project_dir=project_dir)
+    if accelerator.gradient_accumulation_steps != 1:  # set by the launcher or its environment variable
+        raise LaunchError(
+            f"accelerate was told to accumulate gradients over {accelerator.gradient_accumulation_steps} steps and "
+            "would divide every loss by that; leave it at 1 and set training.micro_batch_size: the loss does not "
+            "depend on it"
+        )
+    return accelerator
+
+
+def _start_of_job() -> float:
+    """Return when this job began: with the process, or now for the later jobs of a multirun."""
+    hydra = HydraConfig.get()
+    is_later = hydra.mode == RunMode.MULTIRUN and hydra.job.num > 0
+    return time.time() if is_later else psutil.Process().create_time()
 
 
 def _shared_output_dir(accelerator: Accelerator) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from toolkit.errors import ConfigError
 from toolkit.training.config import TrackerConfig
 
 
@@ -24,6 +22,7 @@ class Tracker:
         self._log_with = config.log_with
         self.path = output_dir / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = []
+        self._has_begun = False
         if config.log_with is not None:
             accelerator.init_trackers(config.project, config=_flat(settings))
 
@@ -36,12 +35,11 @@ class Tracker:
         order = ("warmup", "main")
         place = (order.index(phase), next_step)
         self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) < place]
-        if self._accelerator.is_main_process:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a finished step; NaN (nothing measured) becomes null."""
         row = {"phase": phase, "step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
+        self._begin()
         self.rows.append(row)
         if self._accelerator.is_main_process:
             with self.path.open("a") as file:
@@ -49,18 +47,17 @@ class Tracker:
         if self._log_with is not None:
             self._accelerator.log({f"{phase}/{name}": value for name, value in metrics.items()}, step=step)
 
+    def _begin(self) -> None:
+        """Start the file anew, with the lines taken over: the folder may hold that of another run."""
+        if not self._has_begun and self._accelerator.is_main_process:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self._has_begun = True
+
     def close(self) -> None:
         """Let trackers finish writing."""
+        self._begin()
         if self._log_with is not None:
             self._accelerator.end_training()
-
-
-def check_tracker(config: TrackerConfig) -> None:
-    """Stop before any work when the tracker's package is missing."""
-    if config.log_with is not None and importlib.util.find_spec(config.log_with) is None:
-        raise ConfigError(
-            f"tracker={config.log_with} needs the package {config.log_with!r}: pip install {config.log_with}"
-        )
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

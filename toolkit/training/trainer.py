@@ -23,7 +23,7 @@ from toolkit.config import RunConfig
 from toolkit.distributed import all_reduce_sum, reduce_metrics
 from toolkit.functional.advantages import group_advantages
 from toolkit.losses.config import BaseLossConfig, CELossConfig
-from toolkit.metrics import Max, Mean, Metric, Sum, merge_metrics, to_floats
+from toolkit.metrics import Max, Mean, Metric, Sum, merge_metrics, metrics_in, to_floats
 from toolkit.models.policy import Policy
 from toolkit.rollout.sampler import complete
 from toolkit.tasks.base import Example, Task
@@ -139,7 +139,7 @@ class Trainer:
         prompts = self.task.draw(cfg.rollout.prompts_per_step, self._rng("main", step, "data"))
         rows, measured = self._experience(self._own_share(prompts), self._rng("main", step, "reward", self._rank))
         if cfg.training.minibatches > 1:
-            rows = replace(rows, old_logprobs=self._score(self.policy, rows))
+            rows = replace(rows, old_logprobs=self._score(self.unwrapped, rows))
         if self.reference is not None:
             rows = replace(rows, ref_logprobs=self._score(self.reference, rows))
         order = torch.randperm(len(rows)).to(rows.input_ids.device)
@@ -183,9 +183,12 @@ class Trainer:
         return rows, metrics
 
     @torch.no_grad()
-    def _score(self, policy: Any, rows: Rows) -> Tensor:
+    def _score(self, policy: Policy, rows: Rows) -> Tensor:
+        """Return the log-probabilities of the rows; unwrapped, for ranks may have different numbers of pieces."""
+        policy.eval()
+        temperature = self.config.loss.temperature
         pieces = rows.split(self.config.training.micro_batch_size)
-        return torch.cat([policy(piece.input_ids, piece.attention_mask) for piece in pieces])
+        return torch.cat([policy(p.input_ids, p.attention_mask, temperature=temperature) for p in pieces])
 
     def _optimizer_step(self, phase: Phase, rows: Rows, loss_cfg: BaseLossConfig) -> dict[str, Metric]:
         """Take one calibrated step on `rows`, however many forwards that takes; return its reduced metrics."""
@@ -205,7 +208,7 @@ class Trainer:
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.policy):
                 loss, metrics = self.policy(batch.input_ids, batch.attention_mask, context(loss_cfg, kwargs))
                 accelerator.backward(loss)
-            parts.append({"loss": Sum(loss.detach().double()), **(metrics or {})})
+            parts.append({**metrics_in(metrics), "loss": Sum(loss.detach().double())})
         step_metrics = self._per_update(reduce_metrics(merge_metrics(parts)), loss_cfg)
         tokens = sum((batch.shifted_labels != -100).sum() for batch in micro_batches)
         if float(all_reduce_sum(torch.as_tensor(tokens, dtype=torch.float64, device=accelerator.device))) == 0:

@@ -1,0 +1,79 @@
+"""What is wrong with an override, and which one would work; no torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from toolkit.errors import did_you_mean, listed, nearest
+from toolkit.functional.registry import policy_loss_names
+
+OPTIONAL_GROUPS = ("experiment", "debug")
+"""Groups of which nothing may be chosen."""
+
+
+def groups_in(conf_dir: str) -> dict[str, list[str]]:
+    """Return every group of ``conf/`` with its choices, plugins' losses included."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(Path(conf_dir).glob("*/*.yaml")):
+        groups.setdefault(path.parent.name, []).append(path.stem)
+    groups["policy_loss"] = sorted({*groups.get("policy_loss", []), *policy_loss_names()})
+    return groups
+
+
+def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]]) -> str:
+    """Say which override is wrong and which one would work; Hydra's own words when that is not clear.
+
+    Must be called where ``compose("config")`` works.
+    """
+    plain = [o for o in parsed if not str(o.key_or_group).startswith("hydra") and not o.is_delete()]
+    for override in plain:
+        key, value = str(override.key_or_group), override.value()
+        if key in groups and str(value) not in groups[key] and not (value is None and key in OPTIONAL_GROUPS):
+            best = nearest(str(value), groups[key])
+            hint = f"; try: {key}={best}" if best else ""
+            return f"{override.input_line} is not a choice of {key}: choose {listed(groups[key])}{hint}"
+    known = _known_keys([o for o in plain if str(o.key_or_group) in groups])
+    for override in plain:
+        key = str(override.key_or_group)
+        if key in groups or key in known or override.is_add() or override.is_force_add():
+            continue
+        return unknown_key(key, override.get_value_element_as_str(), known, groups)
+    return " ".join(str(error).splitlines()[:2])
+
+
+def _known_keys(group_overrides: list[Override]) -> list[str]:
+    """Return every dotted key of the configuration with these choices made."""
+    try:
+        cfg = compose("config", overrides=[str(o.input_line) for o in group_overrides])
+    except (HydraException, OmegaConfBaseException, ValueError):
+        cfg = compose("config")
+    return _dotted(OmegaConf.to_container(cfg, resolve=False))
+
+
+def _dotted(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    keys = []
+    for key, value in node.items():
+        keys += [f"{prefix}{key}", *_dotted(value, f"{prefix}{key}.")]
+    return [key for key in keys if not key.endswith("_target_")]
+
+
+def unknown_key(key: str, value: str, known: list[str], groups: dict[str, list[str]]) -> str:
+    """Say that `key` is no setting, and name the nearest of the `known` ones."""
+    parent, _, last = key.rpartition(".")
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    close = nearest(last, [k.rpartition(".")[2] for k in siblings])
+    best = f"{parent}.{close}" if close and parent else close
+    best = best or nearest(key, [*known, *groups]) or next((k for k in known if k.rpartition(".")[2] == last), None)
+    if best:
+        return f"{key} is not a setting{did_you_mean(key, [best]) or f' (did you mean {best!r}?)'}; try: {best}={value}"
+    here = siblings or [k for k in known if "." not in k]
+    return f"{key} is not a setting; {parent or 'the top level'} has: {', '.join(k.rpartition('.')[2] for k in here)}"

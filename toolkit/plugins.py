@@ -1,0 +1,61 @@
+"""Loading a user's own Python files and modules; no torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+from toolkit.errors import ConfigError, ToolkitError
+from toolkit.functional.registry import policy_loss_names
+
+_loaded: dict[Path, int] = {}
+"""Files loaded in this process, with their time of change."""
+
+
+def load_plugins(plugins: Iterable[str]) -> None:
+    """Import the user's files or modules; a file that has changed since is loaded again.
+
+    Raises:
+        ConfigError: there is no such file or module, or it fails while it is imported.
+    """
+    for plugin in plugins:
+        policy_loss_names()  # built-in losses first: a plugin that takes one of their names is the one to complain of
+        try:
+            if plugin.endswith(".py"):
+                _load_file(Path(plugin))
+            else:
+                importlib.import_module(plugin)
+        except ToolkitError:
+            raise
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{place.filename}:{place.lineno}"
+            if isinstance(error, SyntaxError):
+                where = f"{error.filename}:{error.lineno}"
+            if isinstance(error, ModuleNotFoundError) and error.name == plugin:
+                where = "not a Python file, nor a module that can be imported from here"
+            why = f"{type(error).__name__}: {error} ({where})"
+            raise ConfigError(f"plugins: {plugin!r} cannot be loaded: {why}") from None
+
+
+def _load_file(given: Path) -> None:
+    path = given.resolve()
+    if not path.is_file():
+        raise ConfigError(f"plugins: there is no file {str(given)!r} (looked for {path})")
+    changed = path.stat().st_mtime_ns
+    if _loaded.get(path) == changed:
+        return
+    # A name of its own: a plugin called random.py must neither hide nor be taken for the standard module.
+    name = f"toolkit_plugin_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    _loaded[path] = changed

@@ -1,0 +1,90 @@
+"""What can be checked before any work, and before torch is loaded: trackers, folders, checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from toolkit.config import RunConfig
+from toolkit.errors import ConfigError
+
+CHECKPOINT = "checkpoint"
+"""Folder of the checkpoint in an output directory."""
+SAME_WHEN_RESUMED = ("seed", "task", "model", "loss")
+"""What a resumed run must share with the run that it goes on from: data, weights and objective."""
+
+
+def check_environment(config: RunConfig) -> None:
+    """Stop a run that cannot work on this machine or from this checkpoint.
+
+    Raises:
+        ConfigError: the tracker's package is missing, or there is no checkpoint of such a run.
+    """
+    log_with = config.tracker.log_with
+    if log_with is not None and importlib.util.find_spec(log_with) is None:
+        raise ConfigError(f"tracker={log_with} needs the package {log_with!r}: pip install {log_with}")
+    if config.training.resume is not None:
+        read_state(config.training.resume, config)
+
+
+def make_output_dir(overrides: list[str]) -> None:
+    """Make the output directory that was asked for, as Hydra would a moment later, or say why it cannot be made.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "hydra.run.dir" and "${" not in value:
+            try:
+                Path(value).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"hydra.run.dir={value} cannot be made: {error.strerror}") from None
+
+
+def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint folder of an earlier run and its state.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or it belongs to a run with other data, model or loss.
+    """
+    root = Path(run_dir)
+    # The last place is where a crash between two renames leaves the previous checkpoint.
+    for folder in (root / CHECKPOINT, root, root / f"{CHECKPOINT}.old"):
+        if (folder / "state.json").is_file():
+            break
+    else:
+        raise ConfigError(
+            f"training.resume={run_dir!r} holds no checkpoint; give the output directory of an earlier run, "
+            f"the one that contains the folder {CHECKPOINT!r}"
+        )
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"training.resume: {folder / 'state.json'} cannot be read: {error}") from None
+    for name, value in identity(config).items():
+        if state["identity"].get(name) != value:
+            raise ConfigError(
+                f"training.resume: the earlier run had {_difference(name, state['identity'].get(name), value)}; resume "
+                "with its settings, or start a new run"
+            )
+    return folder, state
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Return what a resumed run must share with the first one, as JSON values."""
+    parts = {name: getattr(config, name) for name in SAME_WHEN_RESUMED}
+    plain = {
+        name: part if isinstance(part, int) else {"class": type(part).__name__, **part.model_dump(mode="json")}
+        for name, part in parts.items()
+    }
+    return json.loads(json.dumps(plain))
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        return f"{name}.{key}={old.get(key)!r}, this one has {new.get(key)!r}"
+    return f"{name}={old!r}, this one has {new!r}"

@@ -232,9 +232,21 @@ def test_own_configuration_folder(tmp_path: Path) -> None:
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 77\n")
     done = train("--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job")
     assert "seed: 77" in done.stdout
-    done = train("--config-dir", str(tmp_path), "loss.chunk_sz=3")
-    assert done.returncode == 1
-    assert "try: loss.chunk_size=3" in done.stderr
+    (tmp_path / "loss").mkdir()
+    target = "tests.losses.test_custom_loss.FocalLossConfig"
+    (tmp_path / "loss" / "focal.yaml").write_text(f"_target_: {target}\ngamma: 2.0\n")
+    own = [f"hydra.searchpath=[file://{tmp_path}]", "loss=focal"]
+    (config,) = check_overrides([*own, "loss.gamma=1.5"])
+    assert config.loss.model_dump()["gamma"] == 1.5
+    for wrong, words in (
+        ("loss.gama=1", "try: loss.gamma=1"),
+        ("loss.gamma=x", "loss.gamma='x' is not allowed"),
+        ("loss=focl", "choose 'ce', 'focal' or 'grpo'; try: loss=focal"),
+        ("kl=k3", "kl=k3 has no effect"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_overrides([*own, wrong])
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

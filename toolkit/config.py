@@ -138,7 +138,8 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         try:
             cfg = compose("config", overrides=list(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(diagnose(parsed, error, groups_in(conf_dir()))) from None
+            groups = groups_in(conf_dir(), *_own_folders(parsed))
+            raise ConfigError(diagnose(parsed, error, groups)) from None
     _check_unread(parsed, cfg)
     return cfg
 
@@ -237,7 +238,7 @@ def _choices(group: str) -> list[str]:
 
 def _choices_text() -> str:
     """Return the choices for --help; Hydra's own list would show the schema nodes, too."""
-    return "\n".join(f"{group}: {', '.join(found)}" for group, found in sorted(groups_in(conf_dir()).items()))
+    return "\n".join(f"{group}: {', '.join(found)}" for group, found in groups_in(conf_dir()).items())
 
 
 def _sweep_jobs(overrides: Sequence[str]) -> Iterable[Sequence[str]] | None:
@@ -257,6 +258,12 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     except HydraException as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"{first}; an override looks like key.subkey=value or group=choice") from None
+
+
+def _own_folders(parsed: Iterable[Override]) -> list[str]:
+    """Return the configuration folders that the command line adds to ours (``--config-dir``, ``hydra.searchpath``)."""
+    found = [o.value() for o in parsed if o.key_or_group == "hydra.searchpath"]
+    return [str(folder).removeprefix("file://") for folders in found if isinstance(folders, list) for folder in folders]
 
 
 def _plugins_in(parsed: Iterable[Override]) -> list[str]:

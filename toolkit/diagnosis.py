@@ -18,13 +18,13 @@ OPTIONAL_GROUPS = ("experiment", "debug")
 """Groups of which nothing may be chosen."""
 
 
-def groups_in(conf_dir: str) -> dict[str, list[str]]:
-    """Return every group of ``conf/`` with its choices, plugins' losses included."""
-    groups: dict[str, list[str]] = {}
-    for path in sorted(Path(conf_dir).glob("*/*.yaml")):
-        groups.setdefault(path.parent.name, []).append(path.stem)
-    groups["policy_loss"] = sorted({*groups.get("policy_loss", []), *policy_loss_names()})
-    return groups
+def groups_in(*folders: str) -> dict[str, list[str]]:
+    """Return every group of these configuration folders with its choices, plugins' losses included."""
+    found: dict[str, set[str]] = {"policy_loss": set(policy_loss_names())}
+    for folder in folders:
+        for path in Path(folder).glob("*/*.yaml"):
+            found.setdefault(path.parent.name, set()).add(path.stem)
+    return {group: sorted(choices) for group, choices in sorted(found.items())}
 
 
 def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]]) -> str:
@@ -39,7 +39,8 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
             best = nearest(str(value), groups[key])
             hint = f"; try: {key}={best}" if best else ""
             return f"{override.input_line} is not a choice of {key}: choose {listed(groups[key])}{hint}"
-    known = _known_keys([o for o in plain if str(o.key_or_group) in groups])
+    choosing = [o for o in parsed if str(o.key_or_group) in groups or o.key_or_group == "hydra.searchpath"]
+    known = _known_keys(choosing)
     for override in plain:
         key = str(override.key_or_group)
         if key in groups or key in known or override.is_add() or override.is_force_add():

@@ -5,15 +5,23 @@ Checks the whole command line before torch is imported, then hands over to `tool
 
 from __future__ import annotations
 
+import time
+
+STARTED = time.time()
+"""When the program began, before anything slow is imported. The *process* may have begun far earlier, as the shell
+whose last command this is."""
+
 import argparse
 import os
 import sys
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from toolkit.config import check_overrides, conf_dir, register_schemas
+from toolkit.config import build_config, check_overrides, conf_dir, register_schemas
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.training.doors import check_environment, make_output_dir
 
@@ -24,12 +32,13 @@ INTERRUPTED = 130
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def _job(cfg: DictConfig) -> float | None:
     try:
-        from toolkit.config import build_config
-
         config = build_config(cfg)
-        from toolkit.training.run import run
+        from toolkit.training.run import run  # loads torch
 
-        summary = run(config, cfg)
+        # In a multirun the imports are part of the first job only.
+        hydra_cfg = HydraConfig.get()
+        is_later = hydra_cfg.mode == RunMode.MULTIRUN and hydra_cfg.job.num > 0
+        summary = run(config, cfg, started=time.time() if is_later else STARTED)
     except ToolkitError as error:
         _stop(error)
     if summary.interrupted:

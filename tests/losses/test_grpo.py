@@ -67,6 +67,19 @@ def test_by_hand() -> None:
     assert metrics["active_tokens"] == 1
 
 
+def test_clamped_log_ratios_are_counted() -> None:
+    # REQ-12: two tokens, one of them 99 nats from where it was.
+    item = RLLossContextInputItem(
+        shifted_labels=torch.tensor([[0, 0]]),
+        advantages=torch.ones(2),
+        old_logprobs=torch.tensor([[-100.0, -1.0]]),
+    )
+    head = torch.zeros(1, 2, 1, requires_grad=True), torch.zeros(2, 1, requires_grad=True)
+    _, _, metrics = evaluate(config(), [item], [(*head, torch.zeros(2, requires_grad=True))])
+    assert metrics["log_ratio_clamped"] == 0.5
+    assert metrics["ratio_max"] == pytest.approx(math.exp(20), rel=1e-5)
+
+
 def test_entropy_metric_by_hand() -> None:
     item, head = one_token(1.0, math.log(1 / 2))
     _, _, metrics = evaluate(config(use_entropy_metric=True), [item], [head])

@@ -187,6 +187,7 @@ def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
         "ratio": mean_ratio,
         "ratio_min": Min.of(ratio),
         "ratio_max": Max.of(ratio),
+        "log_ratio_clamped": Mean.of((terms.logprobs - terms.old_logprobs).abs() > terms.max_log_ratio),
         "kl_old": Mean.of(k3(terms.old_logprobs, terms.logprobs)),
         "active_tokens": Sum(mean_ratio.den),
     }

@@ -26,7 +26,7 @@ class Summary:
     accuracy_after: float | None
     """The same at the end; None when the run was interrupted."""
     wall_seconds: float
-    """From the start of the process to the end of the last evaluation, imports included."""
+    """From the start of the program to the end of the last evaluation, imports included."""
     seed: int
     loss: str
     num_processes: int

@@ -9,12 +9,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -61,19 +59,19 @@ class Before:
     completions: list[str]
 
 
-def run(config: RunConfig, cfg: DictConfig) -> Summary:
+def run(config: RunConfig, cfg: DictConfig, *, started: float) -> Summary:
     """Train as configured and return the summary; files go to Hydra's output directory.
 
     Args:
         config: the checked configuration.
         cfg: the same as Hydra composed it, to be written beside the results.
+        started: when the run began, imports included, as `time.time` gives it.
 
     Raises:
         LaunchError: another number of processes works together than was asked for, or accelerate would change the
             scale of the loss.
         ConfigError: a checkpoint to resume from, a model or a tracker is not there.
     """
-    started = _start_of_job()
     check_environment(config)
     resumed = read_state(config.training.resume, config) if config.training.resume else None
     accelerator = make_accelerator(config.training, config.tracker.log_with, HydraConfig.get().runtime.output_dir)
@@ -206,13 +204,6 @@ def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: 
             "depend on it"
         )
     return accelerator
-
-
-def _start_of_job() -> float:
-    """Return when this job began: with the process, or now for the later jobs of a multirun."""
-    hydra = HydraConfig.get()
-    is_later = hydra.mode == RunMode.MULTIRUN and hydra.job.num > 0
-    return time.time() if is_later else psutil.Process().create_time()
 
 
 def _shared_output_dir(accelerator: Accelerator) -> Path:

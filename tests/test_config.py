@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from toolkit import ConfigError, GRPOLossConfig
@@ -110,6 +111,12 @@ WRONG = [
     (["rollout.group_size=1"], "rollout.group_size=1 is not allowed"),
     (["loss.ignore_idx=5"], "is the id of a token"),
     (["loss.temperature=0.5"], "rollout.temperature=1.0 but loss.temperature=0.5"),
+    (["steps=3"], "try: training.steps=3"),
+    (["experiment=null"], "leave it out"),
+    (["optimizer.lr=inf"], "optimizer.lr=inf is not allowed"),
+    (["seed=99999999999"], "seed"),
+    (["loss.mode=chnk"], "try: loss.mode=chunk"),
+    (["policy_loss.cliprange_low=2"], "policy_loss.cliprange_low=2 is not allowed"),
     (["training.micro_batch_size=0"], "training.micro_batch_size=0 is not allowed"),
     (["loss.loss_reduction=token"], "loss.loss_reduction is not a setting"),
 ]
@@ -128,6 +135,19 @@ def test_wrong_overrides(overrides: list[str], words: str) -> None:
 def test_composing_again_and_again() -> None:
     for _ in range(3):
         assert compose_config(["seed=3"]).seed == 3
+
+
+def test_composing_inside_a_program_that_uses_hydra_itself(tmp_path: Path) -> None:
+    (tmp_path / "app.yaml").write_text("x: 1\n")
+    with initialize_config_dir(config_dir=str(tmp_path), version_base="1.3"):
+        assert compose_config(["seed=3"]).seed == 3
+        assert compose("app").x == 1  # and it finds its own Hydra as it was
+
+
+def test_several_processes_take_one_job_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="start each job of several processes by itself"):
+        check_overrides(["seed=0,1"], multirun=True)
 
 
 def test_multirun_jobs_are_checked_one_by_one() -> None:

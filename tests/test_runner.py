@@ -100,6 +100,18 @@ def test_mistakes_are_named(fields: dict, words: str) -> None:
         LossRunner(GRPOLossConfig())(*random_head(), **fields)
 
 
+def test_step_takes_hidden_states_without_the_last_position() -> None:
+    hidden, weight, bias = random_head((2, 6))
+    batch = {"input_ids": torch.randint(0, 11, (2, 6)), "advantages": torch.tensor([1.0, -1.0])}
+    runner = LossRunner(GRPOLossConfig())
+    runner.step([batch], lambda _: (hidden[:, :-1], weight, bias))
+    assert weight.grad is not None
+    expected = torch.autograd.grad(runner(hidden, weight, bias, **batch).loss, weight)[0]
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=1e-15)
+    with pytest.raises(DataError, match="input_ids is a list"):
+        runner(hidden, weight, bias, input_ids=[[1, 2]], advantages=1.0)  # type: ignore[arg-type]
+
+
 def test_one_advantage_a_row_is_ambiguous_when_rows_and_positions_agree() -> None:
     hidden, weight, bias = random_head((3, 3))
     runner, labels = LossRunner(GRPOLossConfig()), torch.zeros(3, 3, dtype=torch.int64)

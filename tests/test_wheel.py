@@ -4,6 +4,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,20 @@ ROOT = Path(toolkit.__file__).parents[1]
 
 @pytest.mark.wheel
 @pytest.mark.slow
-def test_installed_wheel_runs(tmp_path: Path) -> None:
+def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    private = ROOT / "conf/local/wheel_test.yaml"
+    private.parent.mkdir(exist_ok=True)
+    private.write_text("seed: 7\n")  # one's own settings, not in git, must not travel
+    request.addfinalizer(private.unlink)
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         check=True, capture_output=True,
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        names = {name for name in packed.namelist() if name.startswith("toolkit/_conf/")}
+    own = {f"toolkit/_conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert names == {name for name in own if "/local/" not in name}
     home = tmp_path / "elsewhere"
     venv.create(home, with_pip=True)
     # Dependencies are borrowed from this environment; a plain path line does not bring its editable installs along.

@@ -6,13 +6,16 @@ a field is written down once, in the class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -62,7 +65,7 @@ MAX_CHECKED_JOBS = 32
 class RunConfig(Config):
     """Everything a training run needs, each part an instance of its config class."""
 
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Seed of data, weights and sampling."""
     plugins: tuple[str, ...] = ()
     """Python files or modules that register policy losses of the user's own."""
@@ -134,7 +137,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
             )
     load_plugins(_plugins_in(parsed))
     register_schemas()
-    with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
+    with _own_hydra():
         try:
             cfg = compose("config", overrides=list(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -142,6 +145,18 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
             raise ConfigError(diagnose(parsed, error, groups)) from None
     _check_unread(parsed, cfg)
     return cfg
+
+
+@contextlib.contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Initialise Hydra for our folder, also inside a program that uses Hydra itself, and leave that as it was."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer  # fetched anew: Hydra may have put another instance in place
 
 
 def build_config(cfg: DictConfig) -> RunConfig:
@@ -212,6 +227,10 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
     sweeps = [override.input_line for override in _parse(overrides) if override.is_sweep_override()]
     if sweeps and not multirun:
         raise ConfigError(f"{sweeps[0]} names several values; add -m to run one job for each")
+    if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "-m runs one job after the other in one process; start each job of several processes by itself"
+        )
     if multirun:
         jobs = islice(_sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
     return [build_config(compose_config(job)) for job in jobs]
@@ -264,6 +283,15 @@ def _own_folders(parsed: Iterable[Override]) -> list[str]:
     """Return the configuration folders that the command line adds to ours (``--config-dir``, ``hydra.searchpath``)."""
     found = [o.value() for o in parsed if o.key_or_group == "hydra.searchpath"]
     return [str(folder).removeprefix("file://") for folders in found if isinstance(folders, list) for folder in folders]
+
+
+def output_dir_in(overrides: Sequence[str]) -> str | None:
+    """Return the output directory that the command line asks for, None when it leaves that to the configuration."""
+    for override in _parse(overrides):
+        if override.key_or_group == "hydra.run.dir":
+            value = str(override.value())
+            return None if "${" in value else value
+    return None
 
 
 def _plugins_in(parsed: Iterable[Override]) -> list[str]:

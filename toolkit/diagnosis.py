@@ -35,7 +35,9 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
     plain = [o for o in parsed if not str(o.key_or_group).startswith("hydra") and not o.is_delete()]
     for override in plain:
         key, value = str(override.key_or_group), override.value()
-        if key in groups and str(value) not in groups[key] and not (value is None and key in OPTIONAL_GROUPS):
+        if key in OPTIONAL_GROUPS and value is None:
+            return f"{override.input_line}: leave it out; {key} chooses nothing unless you name a preset"
+        if key in groups and str(value) not in groups[key]:
             best = nearest(str(value), groups[key])
             hint = f"; try: {key}={best}" if best else ""
             return f"{override.input_line} is not a choice of {key}: choose {listed(groups[key])}{hint}"
@@ -73,7 +75,11 @@ def unknown_key(key: str, value: str, known: list[str], groups: dict[str, list[s
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     close = nearest(last, [k.rpartition(".")[2] for k in siblings])
     best = f"{parent}.{close}" if close and parent else close
-    best = best or nearest(key, [*known, *groups]) or next((k for k in known if k.rpartition(".")[2] == last), None)
+    # A bare option name: "steps" is that of the main loop before that of any other part.
+    namesakes = sorted((k for k in known if k.rpartition(".")[2] == last), key=lambda k: not k.startswith("training."))
+    if not best and len(namesakes) > 1:
+        return f"{key} is not a setting; {listed(namesakes)} are; try: {namesakes[0]}={value}"
+    best = best or nearest(key, [*known, *groups]) or next(iter(namesakes), None)
     if best:
         return f"{key} is not a setting{did_you_mean(key, [best]) or f' (did you mean {best!r}?)'}; try: {best}={value}"
     here = siblings or [k for k in known if "." not in k]

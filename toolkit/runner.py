@@ -135,8 +135,7 @@ class LossRunner:
 
         Args:
             batches: each a mapping with the fields of `__call__` (and whatever else `forward` reads).
-            forward: gives the hidden states, as many positions as the labels have, and the head of one batch; called
-                once for each.
+            forward: gives the hidden states and the head of one batch; called once for each.
 
         Returns:
             The loss of all batches together (detached) and its metrics, summed over ranks too.
@@ -152,7 +151,11 @@ class LossRunner:
         context = self.loss_cfg.loss_ctx_cls
         parts: list[dict[str, Metric]] = []
         for batch, kwargs in zip(batches, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
-            loss, extra = context(self.loss_cfg, kwargs).forward(*forward(batch))
+            hidden_states, *head = forward(batch)
+            width = kwargs.shifted_labels.shape[-1]
+            if hidden_states.shape[-2] == width - 1 and batch.get("input_ids") is not None:
+                kwargs = kwargs.chunk(width - 1)[0]  # without the last position, which has no label
+            loss, extra = context(self.loss_cfg, kwargs).forward(hidden_states, *head)
             loss.backward()
             factor = 1.0 if self.loss_cfg.gradient_reduction == "sum" else 1.0 / world_size()
             parts.append({**metrics_in(extra), "loss": Sum(loss.detach().double() * factor)})
@@ -184,7 +187,8 @@ class LossRunner:
                     "loss_mask goes with input_ids; in shifted_labels mark unscored positions by ignore_idx"
                 )
             return labels
-        assert input_ids is not None
+        if not isinstance(input_ids, Tensor):
+            raise DataError(f"input_ids is a {type(input_ids).__name__}; give an integer tensor [B, T]")
         shifted = shift_labels(
             input_ids, fields.get("loss_mask"), fields.get("cu_seq_lens"), ignore_idx=self.loss_cfg.ignore_idx
         )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from toolkit.errors import ConfigError, ToolkitError, did_you_mean, listed
+from toolkit.errors import ConfigError, ToolkitError, did_you_mean, listed, nearest
 
 _where: ContextVar[str | None] = ContextVar("where", default=None)
 
@@ -69,7 +69,7 @@ class FrozenDict(dict[str, Any]):
 class Config(Model):
     """Base of every config. Each field carries its meaning, unit and the source of its default beneath it."""
 
-    model_config = ConfigDict(frozen=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -112,6 +112,8 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
     if item["type"] == "literal_error":
         options = _literal_options(model, key)
         hint = did_you_mean(str(given), map(str, options))
+        best = nearest(str(given), map(str, options))
+        hint += f"; try: {path}={best}" if best and where else ""
         return f"{path}={given!r} is not one of the choices; choose {listed(options)}{hint}"
     shown = given if isinstance(given, (str, int, float, bool, list, tuple, dict, type(None))) else type(given).__name__
     return f"{path}={shown!r} is not allowed: {_lower_first(item['msg'])}"

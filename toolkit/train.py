@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from toolkit.config import build_config, check_overrides, conf_dir, register_schemas
+from toolkit.config import build_config, check_overrides, conf_dir, output_dir_in, register_schemas
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.training.doors import check_environment, make_output_dir
 
@@ -76,7 +76,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if not (arguments.cfg or arguments.help or arguments.info):
         for config in configs:
             check_environment(config)
-        make_output_dir(overrides)
+        output_dir = output_dir_in(overrides)
+        if output_dir is not None and not arguments.multirun:
+            make_output_dir(output_dir)
 
 
 def _stop(error: ToolkitError) -> None:

@@ -69,6 +69,30 @@ def test_frozen_trunk_still_trains_the_head() -> None:
     assert weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_other_tensors_that_a_loss_depends_on_get_their_gradient(is_frozen: bool) -> None:
+    # A learnable temperature (a leaf), and weights that were computed from another leaf before the chunks.
+    hidden = torch.randn(1, 7, 3, dtype=torch.float64, requires_grad=not is_frozen)
+    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=not is_frozen)
+    temperature = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    source = torch.randn(1, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 5, (1, 7))
+
+    def total(h: Tensor, w: Tensor, y: Tensor, token_weights: Tensor) -> Tensor:
+        token_losses = F.cross_entropy((h @ w.T / temperature).flatten(0, -2), y.flatten(), reduction="none")
+        return (token_losses * token_weights.flatten()).sum()
+
+    lengths = [3, 3, 1]
+    ys, others = labels.split(lengths, -1), source.exp().split(lengths, -1)
+    loss, _ = chunked_loss(lambda h, w, b, i: (total(h, w, ys[i], others[i]), i), hidden, weight, None, lengths)
+    leaves = [leaf for leaf in (hidden, weight, temperature, source) if leaf.requires_grad]
+    ours = torch.autograd.grad(-2.0 * loss, leaves)
+    theirs = torch.autograd.grad(-2.0 * total(hidden, weight, labels, source.exp()), leaves)
+    for one, other in zip(ours, theirs, strict=True):
+        assert other.abs().max() > 1e-4
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
 def test_without_grad() -> None:
     hidden, weight = torch.randn(1, 4, 3, requires_grad=True), torch.randn(5, 3)
     with torch.no_grad():

@@ -5,7 +5,17 @@ import torch
 from torch import Tensor
 
 from tests.conftest import random_head, random_item
-from toolkit import ConfigError, DataError, GRPOLossConfig, GRPOLossContext, LossRunner, register_policy_loss
+from toolkit import (
+    CELossConfig,
+    CELossContext,
+    CELossContextInputItem,
+    ConfigError,
+    DataError,
+    GRPOLossConfig,
+    GRPOLossContext,
+    LossRunner,
+    register_policy_loss,
+)
 from toolkit.functional import registry
 
 
@@ -154,13 +164,27 @@ def test_fields_that_are_not_read_may_be_incomplete() -> None:
 
 
 def test_data_batches_must_be_a_list_of_the_right_items() -> None:
-    from toolkit import CELossContextInputItem
-
     with pytest.raises(DataError, match="give a list"):
         GRPOLossContext.build_batches_loss_kwargs(random_item(), GRPOLossConfig())  # type: ignore[arg-type]
     ce = CELossContextInputItem(shifted_labels=torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(DataError, match=r"data_batches\[0\] is a CELossContextInputItem"):
         GRPOLossContext.build_batches_loss_kwargs([ce], GRPOLossConfig())  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"is a RLLossContextInputItem; this loss takes CELossContextInputItem"):
+        CELossContext.build_batches_loss_kwargs([random_item()], CELossConfig())  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="takes a GRPOLossConfig, not a CELossConfig"):
+        GRPOLossContext.build_batches_loss_kwargs([random_item()], CELossConfig())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["eager", "chunk"])
+@pytest.mark.parametrize("length", [12, 14])
+def test_kwargs_of_another_length_are_named(mode: str, length: int) -> None:
+    cfg = GRPOLossConfig(mode=mode, chunk_size=5)
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([random_item((1, 13))], cfg)
+    wrong = kwargs.replace(advantages=torch.ones(1, length))
+    with pytest.raises(DataError, match=rf"GRPOLossKwargs.advantages has shape \[1, {length}\]"):
+        GRPOLossContext(cfg, wrong).forward(*random_head((1, 13)))
+    with pytest.raises(DataError, match="no loss_weight"):
+        GRPOLossContext(cfg, kwargs.replace(loss_weight=None)).forward(*random_head((1, 13)))
 
 
 def test_scored_positions_behind_the_last_boundary() -> None:

@@ -20,6 +20,8 @@ def test_a_field_that_is_set_does_not_change() -> None:
     assert item.advantages.shape == (1, 4)
     with pytest.raises(DataError, match="is set and does not change"):
         item.advantages = torch.zeros(1, 4)
+    with pytest.raises(DataError, match="old_logprobs must be a tensor, not list"):
+        item.old_logprobs = [0.0]  # type: ignore[assignment]
     with pytest.raises(DataError, match="has no field 'ref_logprob'"):
         item.ref_logprob = torch.zeros(1, 4)  # type: ignore[attr-defined]
     (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], GRPOLossConfig())

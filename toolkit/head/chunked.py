@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.head.gradients import HeadGradients
+from toolkit.head.gradients import HeadGradients, leaves_of
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Any]]
 """``f(hidden chunk, weight, bias, chunk index) -> (scalar loss, anything to keep)``."""
@@ -22,8 +22,8 @@ def chunked_loss(
 ) -> tuple[Tensor, list[Any]]:
     """Sum `loss_fn` over chunks of the token axis; each chunk's gradient is taken in forward, then its graph is freed.
 
-    The gradient reaches `hidden_states`, `head_weight` and `head_bias` only; other tensors that `loss_fn` uses count
-    as constants. Any upstream gradient is respected. A second derivative is refused.
+    The gradient reaches the three inputs and every other leaf that `loss_fn` depends on, such as a learnable
+    temperature of its own. Any upstream gradient is respected. A second derivative is refused.
 
     Args:
         loss_fn: called once for each chunk; it may do anything with the chunk, logits included.
@@ -41,9 +41,23 @@ def chunked_loss(
             for index, chunk in enumerate(hidden_states.split(list(lengths), dim=-2))
         ]
         return _total([loss for loss, _ in parts]), [extra for _, extra in parts]
-    extras: list[Any] = []
-    loss = _ChunkedLoss.apply(hidden_states, head_weight, head_bias, loss_fn, tuple(lengths), extras)
-    return loss, extras
+    others: list[Tensor] = []
+    while True:
+        extras: list[Any] = []
+        try:
+            loss = _ChunkedLoss.apply(hidden_states, head_weight, head_bias, loss_fn, tuple(lengths), extras, *others)
+        except _OtherLeaves as found:
+            others += found.leaves
+            continue
+        return loss, extras
+
+
+class _OtherLeaves(Exception):
+    """The loss depends on leaves that autograd was not told of; they must become inputs before the first chunk."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        super().__init__()
+        self.leaves = leaves
 
 
 def _total(losses: Sequence[Tensor]) -> Tensor:
@@ -61,22 +75,30 @@ class _ChunkedLoss(torch.autograd.Function):
         loss_fn: ChunkLoss,
         lengths: tuple[int, ...],
         extras: list[Any],
+        *others: Tensor,
     ) -> Tensor:
         token_dim = hidden.dim() - 2
-        grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], token_dim)
+        grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], token_dim=token_dim, others=others)
         losses, start = [], 0
         for index, length in enumerate(lengths):
             span = slice(start, start + length)
             inputs = grads.leaves(hidden.narrow(token_dim, start, length))
             with torch.enable_grad():
                 loss, extra = loss_fn(*inputs, index)
+            known = {id(tensor) for tensor in (*inputs, *others)}
+            unknown = {id(leaf): leaf for leaf in leaves_of(loss) if id(leaf) not in known}
+            if unknown:
+                raise _OtherLeaves(list(unknown.values()))
             grads.add([loss], None, inputs, span)
             losses.append(loss.detach())
             extras.append(extra)
             start = span.stop
         totals = grads.totals()
-        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.dtypes = [None if total is None else dtype for total, dtype in zip(totals, dtypes, strict=True)]
+        tensors = (hidden, weight, bias, *others)
+        ctx.dtypes = [
+            None if total is None or tensor is None else tensor.dtype
+            for total, tensor in zip(totals, tensors, strict=True)
+        ]
         ctx.save_for_backward(*[total for total in totals if total is not None])
         return _total(losses)
 
@@ -87,4 +109,4 @@ class _ChunkedLoss(torch.autograd.Function):
         # Scaled in fp32, where a loss scale of 65536 is a number and not inf as in fp16; and out of place, for the
         # saved gradients must survive a second backward (retain_graph=True).
         scaled = [None if dtype is None else (next(saved) * grad_loss).to(dtype) for dtype in ctx.dtypes]
-        return (*scaled, None, None, None)
+        return (*scaled[:3], None, None, None, *scaled[3:])

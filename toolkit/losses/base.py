@@ -154,12 +154,22 @@ class BaseLossContext(ABC, Generic[ItemT]):
         return loss, extra
 
     def _check(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
+        if not isinstance(self.loss_kwargs, BaseLossKwargs):
+            raise DataError(
+                f"{type(self).__name__} got {type(self.loss_kwargs).__name__} for its kwargs; build them first"
+            )
         labels, ignore_idx = self.loss_kwargs.shifted_labels, self.loss_cfg.ignore_idx
         if hidden_states.shape[:-1] != labels.shape:
             raise DataError(
                 f"hidden_states has shape {list(hidden_states.shape)}, but shifted_labels has {list(labels.shape)}; "
                 "they must agree in all but the last dimension (drop the last position of the text: it has no label)"
             )
+        for name, value in self.loss_kwargs.tensors():
+            if self.loss_kwargs.is_per_token(name) and value.shape != labels.shape:
+                raise DataError(
+                    f"{type(self.loss_kwargs).__name__}.{name} has shape {list(value.shape)}, but shifted_labels has "
+                    f"{list(labels.shape)}; a per-token field has one value for each position"
+                )
         if head_weight.dim() != 2 or head_weight.shape[1] != hidden_states.shape[-1]:
             raise DataError(
                 f"head_weight has shape {list(head_weight.shape)}; it must be [V, {hidden_states.shape[-1]}] "

@@ -12,28 +12,36 @@ again (``gradient_reduction="mean"``); a back-end that sums gets no factor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import all_reduce_sum, sp_gather, sp_split, world_size
-from toolkit.errors import DataError
+from toolkit.errors import ConfigError, DataError
 from toolkit.functional.aggregation import token_weights
 from toolkit.functional.segments import NO_SEQUENCE, sequence_ids
 
+ItemT = TypeVar("ItemT")
 
-def as_list(data_batches: Any) -> list[Any]:
-    """Return the items of a step as a list; a single item instead of a list is a common slip.
+
+def checked_items(data_batches: Any, item_type: type[ItemT], loss_cfg: Any, cfg_type: type) -> list[ItemT]:
+    """Return the items of a step as a list, after a look at their type and at that of the config.
 
     Raises:
-        DataError: it is no list or tuple of items.
+        DataError: it is no list or tuple, or an item is of another kind.
+        ConfigError: the config is that of another loss.
     """
+    if not isinstance(loss_cfg, cfg_type):
+        raise ConfigError(f"this loss takes a {cfg_type.__name__}, not a {type(loss_cfg).__name__}")
     if not isinstance(data_batches, (list, tuple)):
         raise DataError(
             f"data_batches is a {type(data_batches).__name__}; give a list with one item for each micro-batch"
         )
+    for index, item in enumerate(data_batches):
+        if not isinstance(item, item_type):
+            raise DataError(f"data_batches[{index}] is a {type(item).__name__}; this loss takes {item_type.__name__}")
     return list(data_batches)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from toolkit.errors import DataError
 from toolkit.losses.base import BaseLossContext, BaseLossKwargs, as_loss_dtype, select_active
-from toolkit.losses.calibration import as_list, calibrated_weights, sequence_ids_of_batches
+from toolkit.losses.calibration import calibrated_weights, checked_items, sequence_ids_of_batches
 from toolkit.losses.config import CELossConfig
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.metrics import Mean, Metric, Sum
@@ -33,7 +34,9 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         sp_mesh: DeviceMesh | None = None,
     ) -> list[CELossKwargs]:
         """Fix the weight of every token of the step; see the base class for the arguments."""
-        labels = [item.shifted_labels for item in as_list(data_batches)]
+        labels = [
+            item.shifted_labels for item in checked_items(data_batches, CELossContextInputItem, loss_cfg, CELossConfig)
+        ]
         ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh, ignore_idx=loss_cfg.ignore_idx)
         weights = calibrated_weights(
             labels,
@@ -52,9 +55,8 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         hidden, labels, weights = select_active(
             loss_kwargs, self.loss_cfg.ignore_idx, hidden_states, loss_kwargs.shifted_labels, loss_kwargs.loss_weight
         )
-        assert hidden is not None
-        assert labels is not None
-        assert weights is not None
+        if hidden is None or labels is None or weights is None:
+            raise DataError("CELossKwargs has no loss_weight; build it with CELossContext.build_batches_loss_kwargs")
         token_losses = -self.token_logprobs(hidden, head_weight, head_bias, labels).logprobs
         loss = (as_loss_dtype(weights, token_losses) * token_losses).sum()
         nll = Mean.of(token_losses)

@@ -56,6 +56,14 @@ class TensorRecord(Model):
             "Annotated[Tensor, Shared()]"
         )
 
+    @classmethod
+    def is_per_token(cls, name: str) -> bool:
+        """Whether field `name` is declared to have one value for each position."""
+        try:
+            return isinstance(cls.layout(name), PerToken)
+        except DataError:
+            return False
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and value of every field that holds a tensor."""
         for name in type(self).model_fields:
@@ -90,11 +98,10 @@ class TensorRecord(Model):
             for name, value in self.tensors()
             if isinstance(self.layout(name), PerToken)
         }
-        counts = {name: len(piece) for name, piece in pieces.items()}
-        if len(set(counts.values())) > 1:
-            lengths = {name: value.shape[-1] for name, value in self.tensors() if name in counts}
+        lengths = {name: value.shape[-1] for name, value in self.tensors() if name in pieces}
+        if len(set(lengths.values())) > 1:
             raise DataError(f"the per-token fields of {type(self).__name__} differ in length: {lengths}")
-        number = next(iter(counts.values()), 1)
+        number = max(map(len, pieces.values()), default=1)
         return [self.replace(**{name: piece[i] for name, piece in pieces.items()}) for i in range(number)]
 
     def sp_split(self, sp_mesh: DeviceMesh, *, ignore_idx: int | None = None) -> Self:

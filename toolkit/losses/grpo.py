@@ -18,7 +18,7 @@ from toolkit.functional.registry import policy_loss
 from toolkit.functional.segments import NO_SEQUENCE
 from toolkit.functional.terms import PolicyTerms
 from toolkit.losses.base import BaseLossContext, BaseLossKwargs, as_loss_dtype, check_finite, select_active
-from toolkit.losses.calibration import as_list, calibrated_weights, sequence_ids_of_batches
+from toolkit.losses.calibration import calibrated_weights, checked_items, sequence_ids_of_batches
 from toolkit.losses.config import GRPOLossConfig
 from toolkit.losses.fields import PerToken
 from toolkit.losses.items import RLLossContextInputItem
@@ -55,7 +55,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             DataError: advantages are missing, ref_logprobs are missing with ``use_kl_loss``, or a scored position
                 holds NaN or inf.
         """
-        items = as_list(data_batches)
+        items = checked_items(data_batches, RLLossContextInputItem, loss_cfg, GRPOLossConfig)
         advantages = [_checked_advantages(item, loss_cfg, f"data_batches[{i}]") for i, item in enumerate(items)]
         scope = policy_loss(loss_cfg.policy_loss_cfg["loss_type"]).scope
         if sp_mesh is not None and scope != "token":
@@ -63,7 +63,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
                 f"policy loss {loss_cfg.policy_loss_cfg['loss_type']!r} uses statistics beyond one token "
                 f"(scope={scope!r}), which sequence parallelism would cut apart; use it without sp_mesh"
             )
-        labels = [item.shifted_labels for item in data_batches]
+        labels = [item.shifted_labels for item in items]
         ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh, ignore_idx=loss_cfg.ignore_idx)
         weights = calibrated_weights(
             labels,
@@ -83,7 +83,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
                 rollout_logprobs=item.rollout_logprobs,
                 sequence_ids=own_ids,
             )
-            for item, own_advantages, weight, own_ids in zip(data_batches, advantages, weights, ids, strict=True)
+            for item, own_advantages, weight, own_ids in zip(items, advantages, weights, ids, strict=True)
         ]
 
     @property
@@ -132,8 +132,10 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             loss_kwargs.rollout_logprobs,
             loss_kwargs.sequence_ids if scope != "token" else None,
         )
-        assert advantages is not None
-        assert weights is not None
+        if weights is None or advantages is None:
+            raise DataError(
+                "GRPOLossKwargs has no loss_weight; build it with GRPOLossContext.build_batches_loss_kwargs"
+            )
         terms = PolicyTerms(
             logprobs=logprobs,
             old_logprobs=_constant(logprobs if old is None else old, logprobs),
@@ -153,8 +155,6 @@ def _constant(values: Tensor, like: Tensor) -> Tensor:
 
 def _checked_advantages(item: RLLossContextInputItem, loss_cfg: GRPOLossConfig, where: str) -> Tensor:
     """Check everything that a policy loss needs of an item and return its advantages."""
-    if not isinstance(item, RLLossContextInputItem):
-        raise DataError(f"{where} is a {type(item).__name__}; a policy loss takes RLLossContextInputItem")
     if item.advantages is None:
         raise DataError(f"{where}.advantages is missing; a policy loss needs one advantage for each scored token")
     if loss_cfg.use_kl_loss and item.ref_logprobs is None:

@@ -42,6 +42,8 @@ class LossContextInputItem(TensorRecord):
         if name in type(self).model_fields and getattr(self, name, None) is None and isinstance(value, Tensor):
             self.__dict__[name] = self._fitted(name, value)
             return
+        if name in type(self).model_fields and getattr(self, name, None) is None:
+            raise DataError(f"{type(self).__name__}.{name} must be a tensor, not {type(value).__name__}")
         if name in type(self).model_fields:
             raise DataError(
                 f"{type(self).__name__}.{name} is set and does not change; item.replace({name}=...) gives a new item"

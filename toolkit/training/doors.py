@@ -29,19 +29,16 @@ def check_environment(config: RunConfig) -> None:
         read_state(config.training.resume, config)
 
 
-def make_output_dir(overrides: list[str]) -> None:
+def make_output_dir(path: str) -> None:
     """Make the output directory that was asked for, as Hydra would a moment later, or say why it cannot be made.
 
     Raises:
         ConfigError: it cannot be made.
     """
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "hydra.run.dir" and "${" not in value:
-            try:
-                Path(value).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"hydra.run.dir={value} cannot be made: {error.strerror}") from None
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"hydra.run.dir={path} cannot be made: {error.strerror}") from None
 
 
 def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:

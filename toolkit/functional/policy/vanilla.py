@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from toolkit.functional.registry import register_policy_loss
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def vanilla(
     t: PolicyTerms,
     *,
-    cliprange_low: Annotated[float, Ge(0)] = 0.2,
+    cliprange_low: Annotated[float, Ge(0), Le(1)] = 0.2,
     cliprange_high: Annotated[float, Ge(0)] = 0.2,
     clip_ratio_c: Annotated[float, Gt(1)] | None = 3.0,
 ) -> Tensor:

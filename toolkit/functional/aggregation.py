@@ -35,7 +35,7 @@ def token_weights(is_active: Tensor, ids: Tensor, mode: str) -> Tensor:
     Returns:
         float64 of the same shape; 0 where `is_active` is False.
     """
-    # fp64: a count above 2^24 would be rounded in fp32, above 256 in bf16 (field note P34).
+    # fp64: a count above 2^24 would be rounded in fp32, above 256 in bf16.
     dtype = torch.float64 if is_active.device.type != "mps" else torch.float32
     active = is_active.to(dtype)
     if mode == "token":

@@ -12,7 +12,7 @@ def bounded_log_ratio(new_logprobs: Tensor, old_logprobs: Tensor, *, bound: floa
     """Return log pi_new - log pi_old clamped to [-bound, bound]; its gradient is exactly 0 outside.
 
     Clamping *before* exp keeps inf out of the graph: ``where(ok, exp(x), 0)`` would have a finite value and a NaN
-    gradient (field note P4).
+    gradient.
 
     Args:
         new_logprobs: [N] in nats, fp32 or wider.

@@ -88,10 +88,10 @@ class RunConfig(Config):
                 "use a negative number"
             )
         sampled_at, scored_at = self.rollout.temperature, self.loss.temperature
-        if "policy_loss_cfg" in type(self.loss).model_fields and sampled_at != scored_at:
+        if not isinstance(self.loss, CELossConfig) and sampled_at != scored_at:
             raise ConfigError(
                 f"rollout.temperature={sampled_at} but loss.temperature={scored_at}: tokens must be scored as they "
-                "were sampled; set rollout.temperature alone, the loss follows"
+                "were sampled; give both the same (with loss=grpo set rollout.temperature alone, the loss follows)"
             )
         return self
 
@@ -188,10 +188,8 @@ def _build_part(cfg: DictConfig, name: str, expected: Any) -> Any:
         values = OmegaConf.to_container(cfg[name], resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict) or "_target_" not in values:
-        choices = f"; choose {listed(_choices(name))}" if _choices(name) else ""
-        raise ConfigError(f"{name}={values!r} is not a configuration of {name}{choices}")
     target = _target_class(name, values)
+    assert isinstance(values, dict)
     fields = {str(key): value for key, value in values.items() if key != "_target_"}
     missing = [key for key, value in fields.items() if value == "???"]
     if missing:

@@ -12,12 +12,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from toolkit.distributed import reduce_metrics, world_size
+from toolkit.distributed import reduce_metrics
 from toolkit.errors import ConfigError, DataError, nearest
+from toolkit.losses.calibration import loss_metric
 from toolkit.losses.config import BaseLossConfig, CELossConfig
 from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
 from toolkit.losses.shift import shift_labels
-from toolkit.metrics import Metric, Metrics, Sum, merge_metrics, metrics_in, to_floats
+from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
 
 RL_FIELDS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
 FIELDS = ("input_ids", "shifted_labels", "loss_mask", "cu_seq_lens", *RL_FIELDS)
@@ -104,7 +105,7 @@ class LossRunner:
             input_ids: [B, T] token ids (or [B, T + 1] when the last one has no hidden state).
             shifted_labels: [B, T], -100 (`ignore_idx`) where nothing is scored.
             loss_mask: like `input_ids`: which *tokens* count, e.g. 1 on completions; only with `input_ids`.
-            advantages: a number, [B] one per row, [T] (of a single row), [B, 1] or [B, T].
+            advantages: a number, [B] one per row, [T] for every row, [B, 1] or [B, T]; [B] is refused where B = T.
             old_logprobs: [B, T] in nats; None: on-policy.
             ref_logprobs: [B, T] in nats; needed with a KL term.
             rollout_logprobs: [B, T] in nats; only measured.
@@ -157,8 +158,7 @@ class LossRunner:
                 kwargs = kwargs.chunk(width - 1)[0]  # without the last position, which has no label
             loss, extra = context(self.loss_cfg, kwargs).forward(hidden_states, *head)
             loss.backward()
-            factor = 1.0 if self.loss_cfg.gradient_reduction == "sum" else 1.0 / world_size()
-            parts.append({**metrics_in(extra), "loss": Sum(loss.detach().double() * factor)})
+            parts.append({**metrics_in(extra), "loss": loss_metric(loss, self.loss_cfg.gradient_reduction)})
         metrics = reduce_metrics(merge_metrics(parts))
         return LossResult(torch.as_tensor(metrics["loss"].value()), metrics)
 

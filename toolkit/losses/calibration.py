@@ -22,6 +22,7 @@ from toolkit.distributed import all_reduce_sum, sp_gather, sp_split, world_size
 from toolkit.errors import ConfigError, DataError
 from toolkit.functional.aggregation import token_weights
 from toolkit.functional.segments import NO_SEQUENCE, sequence_ids
+from toolkit.metrics import Sum
 
 ItemT = TypeVar("ItemT")
 
@@ -122,3 +123,13 @@ def _raw_weights(is_active: Tensor, ids: Tensor, mode: str, sp_mesh: DeviceMesh 
     everywhere = sp_gather(is_active.to(torch.uint8), sp_mesh).bool()  # not every back-end gathers booleans
     whole = token_weights(everywhere, sp_gather(ids, sp_mesh), mode)
     return sp_split(whole, sp_mesh, pad=0.0)
+
+
+def loss_metric(loss: Tensor, gradient_reduction: str) -> Sum:
+    """Return a loss as a metric whose sum over micro-batches and ranks is the loss of the whole batch.
+
+    Args:
+        loss: scalar, from calibrated weights; with "mean" these carry a factor R, which is taken out here.
+        gradient_reduction: "mean" or "sum", as the weights were made.
+    """
+    return Sum(loss.detach().double() / (world_size() if gradient_reduction == "mean" else 1))

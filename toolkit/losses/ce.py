@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.errors import DataError
 from toolkit.losses.base import BaseLossContext, BaseLossKwargs, as_loss_dtype, select_active
-from toolkit.losses.calibration import calibrated_weights, checked_items, sequence_ids_of_batches
+from toolkit.losses.calibration import calibrated_weights, checked_items, loss_metric, sequence_ids_of_batches
 from toolkit.losses.config import CELossConfig
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.metrics import Mean, Metric, Sum
@@ -60,4 +60,5 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         token_losses = -self.token_logprobs(hidden, head_weight, head_bias, labels).logprobs
         loss = (as_loss_dtype(weights, token_losses) * token_losses).sum()
         nll = Mean.of(token_losses)
-        return loss, {"loss": Sum(loss.detach().double()), "nll": nll, "active_tokens": Sum(nll.den)}
+        total = loss_metric(loss, self.loss_cfg.gradient_reduction)
+        return loss, {"loss": total, "nll": nll, "active_tokens": Sum(nll.den)}

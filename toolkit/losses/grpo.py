@@ -18,7 +18,7 @@ from toolkit.functional.registry import policy_loss
 from toolkit.functional.segments import NO_SEQUENCE
 from toolkit.functional.terms import PolicyTerms
 from toolkit.losses.base import BaseLossContext, BaseLossKwargs, as_loss_dtype, check_finite, select_active
-from toolkit.losses.calibration import calibrated_weights, checked_items, sequence_ids_of_batches
+from toolkit.losses.calibration import calibrated_weights, checked_items, loss_metric, sequence_ids_of_batches
 from toolkit.losses.config import GRPOLossConfig
 from toolkit.losses.fields import PerToken
 from toolkit.losses.items import RLLossContextInputItem
@@ -107,7 +107,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
         token_losses = policy_loss(cfg.policy_loss_cfg["loss_type"]).function(terms, **options)
         _check_token_losses(token_losses, logprobs, cfg.policy_loss_cfg["loss_type"])
         policy = (weights * token_losses).sum()
-        metrics = {**terms.reported, **_metrics(terms), "policy_loss": Sum(policy.detach().double())}
+        metrics = {**terms.reported, **_metrics(terms), "policy_loss": loss_metric(policy, cfg.gradient_reduction)}
         loss = policy
         if cfg.use_kl_loss:
             assert cfg.kl_loss_type is not None
@@ -117,7 +117,7 @@ class GRPOLossContext(BaseLossContext[RLLossContextInputItem]):
             metrics["kl_ref"] = Mean.of(token_kl)
         if entropy is not None:
             metrics["entropy"] = Mean.of(entropy)
-        return loss, {**metrics, "loss": Sum(loss.detach().double())}
+        return loss, {**metrics, "loss": loss_metric(loss, cfg.gradient_reduction)}
 
     def _terms(self, logprobs: Tensor, loss_kwargs: GRPOLossKwargs) -> tuple[PolicyTerms, Tensor]:
         """Select what the policy loss sees, in the dtype of the log-probabilities, and the weights beside it."""

@@ -22,13 +22,14 @@ from torch import Tensor
 from toolkit.config import RunConfig
 from toolkit.distributed import all_reduce_sum, reduce_metrics
 from toolkit.functional.advantages import group_advantages
+from toolkit.losses.calibration import loss_metric
 from toolkit.losses.config import BaseLossConfig, CELossConfig
 from toolkit.metrics import Max, Mean, Metric, Sum, merge_metrics, metrics_in, to_floats
 from toolkit.models.policy import Policy
 from toolkit.rollout.sampler import complete
 from toolkit.tasks.base import Example, Task
 from toolkit.training.config import SchedulerConfig
-from toolkit.training.experience import Rows, rows_from_answers, rows_from_completions
+from toolkit.training.experience import IGNORED, Rows, rows_from_answers, rows_from_completions
 
 WARMUP_RISE = 10
 """Updates over which the warm-up's learning rate rises."""
@@ -208,9 +209,9 @@ class Trainer:
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.policy):
                 loss, metrics = self.policy(batch.input_ids, batch.attention_mask, context(loss_cfg, kwargs))
                 accelerator.backward(loss)
-            parts.append({**metrics_in(metrics), "loss": Sum(loss.detach().double())})
-        step_metrics = self._per_update(reduce_metrics(merge_metrics(parts)), loss_cfg)
-        tokens = sum((batch.shifted_labels != -100).sum() for batch in micro_batches)
+            parts.append({**metrics_in(metrics), "loss": loss_metric(loss, loss_cfg.gradient_reduction)})
+        step_metrics = _per_update(reduce_metrics(merge_metrics(parts)))
+        tokens = sum((batch.shifted_labels != IGNORED).sum() for batch in micro_batches)
         if float(all_reduce_sum(torch.as_tensor(tokens, dtype=torch.float64, device=accelerator.device))) == 0:
             self.num_skipped += 1  # nothing to learn from anywhere: Adam's momentum must not move the weights
             phase.optimizer.zero_grad()
@@ -219,19 +220,6 @@ class Trainer:
         phase.optimizer.step()
         phase.optimizer.zero_grad()
         return {**step_metrics, "grad_norm": Mean.of(grad_norm.reshape(1)), "grad_norm_max": Max.of(grad_norm)}
-
-    def _per_update(self, metrics: dict[str, Metric], loss_cfg: BaseLossConfig) -> dict[str, Metric]:
-        """Turn summed losses into the loss of this update, to be averaged over the updates of a step.
-
-        The factor R of gradient averaging is taken out again, so that it is the loss of the whole batch.
-        """
-        ranks = self.accelerator.num_processes if loss_cfg.gradient_reduction == "mean" else 1
-        return {
-            name: Mean(metric.total / ranks, torch.ones_like(metric.total))
-            if isinstance(metric, Sum) and name.endswith("loss")
-            else metric
-            for name, metric in metrics.items()
-        }
 
     def _same_number_everywhere(self, micro_batches: list[Rows]) -> list[Rows]:
         """Add silent micro-batches until every process has as many: each forward is a collective under DDP."""
@@ -281,6 +269,16 @@ class Trainer:
     def _own_share(self, examples: list[Example]) -> list[Example]:
         # A process without work still takes part: with fewer examples than processes, some are seen twice.
         return examples[self._rank :: self.accelerator.num_processes] or examples[:1]
+
+
+def _per_update(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """Turn the summed losses of one update into means of one, to be averaged over the updates of a step."""
+    return {
+        name: Mean(metric.total, torch.ones_like(metric.total))
+        if isinstance(metric, Sum) and name.endswith("loss")
+        else metric
+        for name, metric in metrics.items()
+    }
 
 
 def learning_rate_schedule(config: SchedulerConfig, peak: float, num_updates: int) -> Callable[[int], float]:

@@ -186,7 +186,7 @@ def test_errors_need_no_torch() -> None:
 def test_help_and_cfg() -> None:
     done = train("--help")
     assert done.returncode == 0
-    assert "policy_loss: vanilla" in done.stdout
+    assert "policy_loss: cispo, gspo, vanilla" in done.stdout
     assert "schema" not in done.stdout.split("== Configuration")[0]
     assert "kl: abs, k1, k2, k3, none" in done.stdout
     done = train("--cfg", "job", "--resolve", "kl=k3")

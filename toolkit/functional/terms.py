@@ -49,6 +49,11 @@ class PolicyTerms:
         """Return pi_theta / pi_old, bounded, [N]."""
         return self.log_ratio().exp()
 
+    def sequence_ratio(self) -> Tensor:
+        """Return the geometric mean of the ratios of each token's own sequence, bounded, [N]."""
+        mean = self.segment_mean(self.logprobs - self.old_logprobs)
+        return mean.clamp(-self.max_log_ratio, self.max_log_ratio).exp()
+
     def segment_sum(self, values: Tensor) -> Tensor:
         """Sum over each token's own sequence, given back per token: [N] -> [N]."""
         ids = self._ids()

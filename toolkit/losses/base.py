@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.errors import DataError
 from toolkit.head.chunked import chunked_loss
-from toolkit.head.logprobs import TokenScores, token_logprobs
+from toolkit.head.inputs import check_head
+from toolkit.head.plan import HeadPlan, Scope, auto_chunk, autograd_plan, equal_chunks
 from toolkit.losses.config import BaseLossConfig
 from toolkit.losses.fields import PerToken, TensorRecord
 from toolkit.metrics import merge_metrics, metrics_in
@@ -70,8 +71,9 @@ class BaseLossContext(ABC, Generic[ItemT]):
     ) -> tuple[Tensor, Any]:
         """Return the loss of these positions and anything else (metrics by name are merged, None is fine).
 
-        In chunk mode it is called once for each piece of the token axis, with the kwargs of that piece, and the
-        results are added up; see `is_separable` for losses where that is wrong.
+        In chunk mode it is called once for each chunk of the scored tokens, as one row with the kwargs of these tokens,
+        and the results are added up; see `scope` for losses where that is wrong. A loss that needs log-probabilities
+        only is better off as a `ScoredLossContext`.
 
         Args:
             hidden_states: [..., T, D], with T positions as in `loss_kwargs`.
@@ -81,9 +83,9 @@ class BaseLossContext(ABC, Generic[ItemT]):
         """
 
     @property
-    def is_separable(self) -> bool:
-        """Whether the loss is a sum over tokens, each computed from that token alone."""
-        return True
+    def scope(self) -> Scope:
+        """What one token's loss depends on: itself ("token"), its "sequence" or the "batch"; not cut unless "token"."""
+        return "token"
 
     def forward(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
@@ -107,39 +109,60 @@ class BaseLossContext(ABC, Generic[ItemT]):
             DataError: shapes do not fit, or a label lies outside the vocabulary.
         """
         self._check(hidden_states, head_weight, head_bias)
-        if self.loss_cfg.mode == "eager" or not self.is_separable:
+        if self.loss_cfg.mode == "eager" or self.scope != "token":
             return self._checked(self.loss_fn(hidden_states, head_weight, head_bias, self.loss_kwargs))
-        # One row, so that a chunk holds chunk_size tokens whatever the number of rows.
-        pieces = self.loss_kwargs.as_one_row().chunk(self.loss_cfg.chunk_size)
-        if hidden_states.dim() > 2:
-            hidden_states = hidden_states.flatten(0, -2).unsqueeze(0)
+        positions = self._scored_positions()
+        pieces = [positions[span] for span in equal_chunks(0, len(positions), self._general_chunk(head_weight))]
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, positions).unsqueeze(0)
 
         def piece_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: int) -> tuple[Tensor, Any]:
-            return self._checked(self.loss_fn(hidden, weight, bias, pieces[index]))
+            piece = self.loss_kwargs.take(pieces[index], as_row=True)
+            return self._checked(self.loss_fn(hidden, weight, bias, piece))
 
-        lengths = [piece.shifted_labels.shape[-1] for piece in pieces]
-        loss, extras = chunked_loss(piece_loss, hidden_states, head_weight, head_bias, lengths)
-        return loss, _merge_extras(extras)
+        loss, extras = chunked_loss(piece_loss, flat, head_weight, head_bias, [len(piece) for piece in pieces])
+        return loss, merge_extras(extras)
 
-    def token_logprobs(
-        self,
-        hidden_states: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-        labels: Tensor,
-        *,
-        with_entropy: bool = False,
-    ) -> TokenScores:
-        """Score [N] labels from [N, D] hidden states, in pieces of `chunk_size` when the mode is chunk."""
-        return token_logprobs(
+    def explain(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None) -> HeadPlan:
+        """Return how `forward` with these tensors would go through the head, why, and at what cost; ``print`` it.
+
+        Costs are those of the head; for the eager and the general path they are estimates, for there the loss may do
+        anything with the logits.
+
+        Raises:
+            DataError: as `forward`.
+        """
+        self._check(hidden_states, head_weight, head_bias)
+        if self.loss_cfg.mode == "chunk":
+            return self._chunk_plan(hidden_states, head_weight, head_bias)
+        tokens = len(self._scored_positions())
+        return autograd_plan(
+            "eager",
+            "mode is eager: the logits of all scored tokens at once",
             hidden_states,
             head_weight,
-            labels,
             head_bias,
-            chunk_size=self.loss_cfg.chunk_size if self.loss_cfg.mode == "chunk" else None,
-            temperature=self.loss_cfg.temperature,
-            with_entropy=with_entropy,
+            [slice(0, tokens)],
         )
+
+    def _chunk_plan(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> HeadPlan:
+        name = type(self).__name__
+        if self.scope != "token":
+            why = f"{name}.loss_fn takes the logits of a whole {self.scope}, so that it cannot be cut"
+            spans = [slice(0, self.loss_kwargs.shifted_labels.numel())]
+            return autograd_plan("eager", why, hidden_states, head_weight, head_bias, spans)
+        why = f"{name} computes its loss_fn from hidden states and head, so each chunk is differentiated by autograd"
+        spans = equal_chunks(0, len(self._scored_positions()), self._general_chunk(head_weight))
+        return autograd_plan("general", why, hidden_states, head_weight, head_bias, spans)
+
+    def _general_chunk(self, head_weight: Tensor) -> int:
+        size = self.loss_cfg.chunk_size
+        return auto_chunk(head_weight.shape[0], head_weight.dtype, head_weight.device) if size == "auto" else size
+
+    def _scored_positions(self) -> Tensor:
+        """Return where the scored tokens lie; the first position if there is none, for a loss that needs one."""
+        labels = self.loss_kwargs.shifted_labels.reshape(-1)
+        positions = (labels != self.loss_cfg.ignore_idx).nonzero().squeeze(-1)
+        return positions if len(positions) else labels.new_zeros(min(1, len(labels)))
 
     def _checked(self, result: Any) -> tuple[Tensor, Any]:
         """Check what `loss_fn` returned, the same way in both modes."""
@@ -159,47 +182,13 @@ class BaseLossContext(ABC, Generic[ItemT]):
                 f"{type(self).__name__} got {type(self.loss_kwargs).__name__} for its kwargs; build them first"
             )
         labels, ignore_idx = self.loss_kwargs.shifted_labels, self.loss_cfg.ignore_idx
-        if hidden_states.shape[:-1] != labels.shape:
-            raise DataError(
-                f"hidden_states has shape {list(hidden_states.shape)}, but shifted_labels has {list(labels.shape)}; "
-                "they must agree in all but the last dimension (drop the last position of the text: it has no label)"
-            )
+        check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, labels_name="shifted_labels")
         for name, value in self.loss_kwargs.tensors():
             if self.loss_kwargs.is_per_token(name) and value.shape != labels.shape:
                 raise DataError(
                     f"{type(self.loss_kwargs).__name__}.{name} has shape {list(value.shape)}, but shifted_labels has "
                     f"{list(labels.shape)}; a per-token field has one value for each position"
                 )
-        if head_weight.dim() != 2 or head_weight.shape[1] != hidden_states.shape[-1]:
-            raise DataError(
-                f"head_weight has shape {list(head_weight.shape)}; it must be [V, {hidden_states.shape[-1]}] "
-                f"for hidden states of width {hidden_states.shape[-1]}"
-            )
-        if hidden_states.dtype != head_weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
-            raise DataError(
-                f"hidden_states are {hidden_states.dtype}, head_weight is {head_weight.dtype}; bring both to one "
-                "dtype, or run under torch.autocast"
-            )
-        vocabulary = head_weight.shape[0]
-        if head_bias is not None and head_bias.shape != (vocabulary,):
-            raise DataError(f"head_bias has shape {list(head_bias.shape)}; it must be [{vocabulary}]")
-        outside = (labels != ignore_idx) & ((labels < 0) | (labels >= vocabulary))
-        if bool(outside.any()):
-            where = outside.nonzero()[0].tolist()
-            raise DataError(
-                f"shifted_labels{where} = {int(labels[tuple(where)])} lies outside the vocabulary of {vocabulary} "
-                f"(0 .. {vocabulary - 1}); positions that are not scored carry ignore_idx = {ignore_idx}"
-            )
-
-
-def select_active(loss_kwargs: BaseLossKwargs, ignore_idx: int, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Return the values of `tensors` at the scored positions, [N] or [N, D] each; None stays None.
-
-    Masked positions are left out *before* any arithmetic, so that a NaN there can reach neither loss nor gradient.
-    """
-    index = (loss_kwargs.shifted_labels.reshape(-1) != ignore_idx).nonzero().squeeze(-1)
-    lead = loss_kwargs.shifted_labels.dim()
-    return [None if t is None else t.reshape(-1, *t.shape[lead:]).index_select(0, index) for t in tensors]
 
 
 def check_finite(name: str, values: Tensor | None, labels: Tensor, ignore_idx: int) -> None:
@@ -219,7 +208,7 @@ def check_finite(name: str, values: Tensor | None, labels: Tensor, ignore_idx: i
         )
 
 
-def _merge_extras(extras: list[Any]) -> Any:
+def merge_extras(extras: list[Any]) -> Any:
     """Merge metrics by name; anything else a chunk returned (such as its logits) is let go."""
     return merge_metrics(map(metrics_in, extras)) or None
 

@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.errors import DataError
-from toolkit.losses.base import BaseLossContext, BaseLossKwargs, as_loss_dtype, select_active
+from toolkit.head import TokenScores
+from toolkit.losses.base import BaseLossKwargs, as_loss_dtype
 from toolkit.losses.calibration import calibrated_weights, checked_items, loss_metric, sequence_ids_of_batches
 from toolkit.losses.config import CELossConfig
 from toolkit.losses.items import CELossContextInputItem
+from toolkit.losses.scored import ScoredLossContext
 from toolkit.metrics import Mean, Metric, Sum
 
 
@@ -19,7 +21,7 @@ class CELossKwargs(BaseLossKwargs):
     """Labels and calibrated weights."""
 
 
-class CELossContext(BaseLossContext[CELossContextInputItem]):
+class CELossContext(ScoredLossContext[CELossContextInputItem]):
     """``loss = sum_t weight_t * (-log pi(y_t))``."""
 
     loss_cfg: CELossConfig
@@ -48,17 +50,12 @@ class CELossContext(BaseLossContext[CELossContextInputItem]):
         )
         return [CELossKwargs(shifted_labels=y, loss_weight=w) for y, w in zip(labels, weights, strict=True)]
 
-    def loss_fn(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: CELossKwargs
-    ) -> tuple[Tensor, dict[str, Metric]]:
+    def loss_from_scores(self, scores: TokenScores, loss_kwargs: CELossKwargs) -> tuple[Tensor, dict[str, Metric]]:
         """Return the weighted sum of negative log-probabilities and its metrics."""
-        hidden, labels, weights = select_active(
-            loss_kwargs, self.loss_cfg.ignore_idx, hidden_states, loss_kwargs.shifted_labels, loss_kwargs.loss_weight
-        )
-        if hidden is None or labels is None or weights is None:
+        if loss_kwargs.loss_weight is None:
             raise DataError("CELossKwargs has no loss_weight; build it with CELossContext.build_batches_loss_kwargs")
-        token_losses = -self.token_logprobs(hidden, head_weight, head_bias, labels).logprobs
-        loss = (as_loss_dtype(weights, token_losses) * token_losses).sum()
+        token_losses = -scores.logprobs
+        loss = (as_loss_dtype(loss_kwargs.loss_weight, token_losses) * token_losses).sum()
         nll = Mean.of(token_losses)
         total = loss_metric(loss, self.loss_cfg.gradient_reduction)
         return loss, {"loss": total, "nll": nll, "active_tokens": Sum(nll.den)}

@@ -26,10 +26,16 @@ class BaseLossConfig(Config):
     """Label of a position that is not scored; -100 as in PyTorch's cross-entropy."""
     mode: Literal["eager", "chunk"] = "eager"
     """eager holds the logits of all tokens; chunk those of `chunk_size` tokens at a time. Loss and gradient agree."""
-    chunk_size: Annotated[int, Field(gt=0)] | None = 1024
-    """Tokens in a chunk when mode is chunk; 1024 as in XTuner."""
+    chunk_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = 1024
+    """Tokens in a chunk when mode is chunk, 1024 as in XTuner; auto: as many as fit a budget of memory."""
+    retain_bytes: Annotated[int, Field(ge=0)] = 0
+    """Memory for chunks of a sequence (or batch) longer than a chunk that are then not computed twice."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by it first (Cohere's logit_scale, 1 / logits_scaling of Granite)."""
+    softcap: Annotated[float, Field(gt=0)] | None = None
+    """Then they become softcap * tanh(logits / softcap) (Gemma 2's final_logit_softcapping)."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Logits are divided by it: the temperature that the completions were sampled at."""
+    """Then they are divided by it: the temperature that the completions were sampled at."""
     gradient_reduction: Literal["mean", "sum"] = "mean"
     """What the training back-end does to gradients over ranks: DDP and FSDP average ("mean")."""
 
@@ -42,7 +48,9 @@ class BaseLossConfig(Config):
     @model_validator(mode="after")
     def _chunk_mode_needs_a_size(self) -> BaseLossConfig:
         if self.mode == "chunk" and self.chunk_size is None:
-            raise ConfigError("mode='chunk' needs chunk_size, the number of tokens in a chunk; 1024 is a good start")
+            raise ConfigError(
+                "mode='chunk' needs chunk_size, the number of tokens in a chunk, or 'auto'; 1024 is a good start"
+            )
         return self
 
 
@@ -72,7 +80,11 @@ class GRPOLossConfig(BaseLossConfig):
     kl_loss_type: Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"] | None = None
     """Estimator of the KL term; kl = k1, mse = k2 and low_var_kl = k3."""
     use_entropy_metric: bool = False
-    """Report the policy's mean entropy; costs one more pass over the logits."""
+    """Report the policy's mean entropy; about 3 % more time in the head."""
+    entropy_coef: float = 0.0
+    """Subtract ``entropy_coef`` x mean entropy from the loss: above 0 the policy is kept broad."""
+    drop_zero_advantage: bool = False
+    """Leave tokens with advantage 0 out of the forward, too; they are then missing in the metrics."""
 
     @field_validator("policy_loss_cfg", mode="after")
     @classmethod

@@ -79,13 +79,18 @@ class TensorRecord(Model):
         """Return a copy with every tensor on `device`."""
         return self.replace(**{name: value.to(device=device) for name, value in self.tensors()})
 
-    def as_one_row(self) -> Self:
-        """Return a record whose per-token fields [B, T] lie in one row, [1, B * T]; [T] stays as it is."""
+    def take(self, positions: Tensor, *, as_row: bool = False) -> Self:
+        """Return a record of some positions only.
+
+        Args:
+            positions: [n] int64, in the flattened per-token fields.
+            as_row: give the per-token fields as one row [1, n] instead of [n].
+        """
         return self.replace(
             **{
-                name: value.reshape(1, -1)
+                name: value.reshape(-1).index_select(0, positions).reshape((1, -1) if as_row else (-1,))
                 for name, value in self.tensors()
-                if isinstance(self.layout(name), PerToken) and value.dim() > 1
+                if isinstance(self.layout(name), PerToken)
             }
         )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.errors import ConfigError
-from toolkit.head.logprobs import token_logprobs
+from toolkit.head import token_logprobs
 from toolkit.losses.base import BaseLossContext
 
 
@@ -52,10 +52,7 @@ class Policy(nn.Module):
         if loss_ctx is not None:
             return loss_ctx.forward(hidden, head.weight, bias)
         labels = input_ids[:, 1:]
-        scores = token_logprobs(
-            hidden.flatten(0, 1), head.weight, labels.flatten(), bias, chunk_size=score_chunk, temperature=temperature
-        )
-        return scores.logprobs.view_as(labels)
+        return token_logprobs(hidden, head.weight, labels, bias, chunk_size=score_chunk, temperature=temperature)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the trunk's last hidden states, [B, T, D]."""

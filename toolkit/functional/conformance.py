@@ -1,0 +1,146 @@
+"""Does a policy loss keep what it declares? Checked on a few made-up tokens, in a millisecond, before it is used.
+
+A loss that declares scope "token" and looks at its neighbours gives one gradient in eager mode and another in chunks,
+without any error: GSPO cut into chunks of 4 tokens has been seen to change its sign.
+
+Legend: N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ConfigError, DataError
+from toolkit.functional.registry import PolicyLoss, policy_loss
+from toolkit.functional.terms import PolicyTerms
+
+LENGTHS = (3, 5, 1, 4)
+"""Tokens of the made-up sequences."""
+TOLERANCE = 1e-9
+"""Relative; the check runs in float64."""
+_passed: set[tuple[Any, ...]] = set()
+
+
+def check_policy_loss(name: str, **options: Any) -> None:
+    """Check that the loss of a token (or sequence) is the same whether others are there or not, as its scope declares.
+
+    Args:
+        name: of a registered policy loss.
+        options: of that loss; defaults for the rest.
+
+    Raises:
+        ConfigError: the values or gradients differ; the message names the scope that would be right.
+    """
+    loss = policy_loss(name)
+    check_scope(loss, loss.options(options))
+
+
+def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
+    """Check `loss` with complete `options` once; later calls with the same return at once.
+
+    Raises:
+        ConfigError: it uses more than its scope allows.
+    """
+    key = (loss.name, loss.function, loss.scope, repr(sorted(options.items())))
+    if loss.scope == "batch" or key in _passed:
+        return
+    if not _is_local(loss, options, "sequence"):
+        raise _wrong_scope(loss, "batch", "all tokens of the batch")
+    if loss.scope == "token" and not _is_local(loss, options, "token"):
+        raise _wrong_scope(loss, "sequence", "other tokens of its sequence")
+    _passed.add(key)
+
+
+def is_zero_without_advantage(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
+    """Whether tokens with advantage 0 have loss and gradient exactly 0, so that leaving them out changes nothing."""
+    terms = _terms()
+    values, grads = _values_and_grads(loss, options, replace(terms, advantages=torch.zeros_like(terms.advantages)))
+    return not bool(values.any()) and not bool(grads.any())
+
+
+def check_token_losses(token_losses: object, logprobs: Tensor, name: str) -> None:
+    """Check that a policy loss returned one number for each token.
+
+    Raises:
+        DataError: it returned something else, such as a mean.
+    """
+    if not isinstance(token_losses, Tensor) or token_losses.shape != logprobs.shape:
+        given = list(token_losses.shape) if isinstance(token_losses, Tensor) else type(token_losses).__name__
+        raise DataError(
+            f"policy loss {name!r} returned {given}; it must return one loss for each of the {len(logprobs)} selected "
+            "tokens, without a mean or a sum (the calibrated weights do that)"
+        )
+
+
+def _wrong_scope(loss: PolicyLoss, needed: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"policy loss {loss.name!r} is registered with scope={loss.scope!r}, but a token's loss changes with {what}; "
+        f"cut into chunks its gradient would be wrong. Register it with "
+        f"@register_policy_loss({loss.name!r}, scope={needed!r})"
+    )
+
+
+def _is_local(loss: PolicyLoss, options: Mapping[str, Any], scope: str) -> bool:
+    """Whether each sequence (or token) alone has the values and gradients that it has among the others."""
+    terms = _terms()
+    whole = _values_and_grads(loss, options, terms)
+    for rows in _parts(terms, scope):
+        part = _values_and_grads(loss, options, _part(terms, rows))
+        for among, alone in zip(whole, part, strict=True):
+            if not torch.allclose(among[rows], alone, rtol=TOLERANCE, atol=TOLERANCE):
+                return False
+    return True
+
+
+def _parts(terms: PolicyTerms, scope: str) -> Iterator[Tensor]:
+    assert terms.sequence_ids is not None
+    labels = terms.sequence_ids if scope == "sequence" else torch.arange(len(terms.sequence_ids))
+    for label in labels.unique():
+        yield (labels == label).nonzero().squeeze(1)
+
+
+def _values_and_grads(loss: PolicyLoss, options: Mapping[str, Any], terms: PolicyTerms) -> tuple[Tensor, Tensor]:
+    """Return the token losses and the gradient of a weighted sum of them, [N] each."""
+    with torch.enable_grad():
+        logprobs = terms.logprobs.detach().requires_grad_()
+        values = loss.function(replace(terms, logprobs=logprobs, reported={}), **options)
+        check_token_losses(values, logprobs, loss.name)
+        # Unequal weights that travel with their token: neighbours cannot cancel by accident.
+        total = (values * (1 + terms.old_logprobs.square())).sum()
+    grads = torch.autograd.grad(total, logprobs, allow_unused=True)[0] if total.requires_grad else None
+    return values.detach(), torch.zeros_like(logprobs) if grads is None else grads
+
+
+def _part(terms: PolicyTerms, rows: Tensor) -> PolicyTerms:
+    """Return the tokens at `rows`."""
+    tensors: dict[str, Any] = {
+        field.name: value.index_select(0, rows)
+        for field in fields(terms)
+        if isinstance(value := getattr(terms, field.name), Tensor)
+    }
+    return replace(terms, **tensors)
+
+
+def _terms() -> PolicyTerms:
+    """Return made-up tokens: ratios inside and outside any usual clip range, advantages of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    count = sum(LENGTHS)
+
+    def noise(scale: float) -> Tensor:
+        return scale * torch.randn(count, dtype=torch.float64, generator=generator)
+
+    logprobs = -2 + noise(0.3)
+    return PolicyTerms(
+        logprobs=logprobs,
+        old_logprobs=logprobs + noise(0.3),
+        advantages=noise(1.0),
+        ref_logprobs=logprobs + noise(0.3),
+        rollout_logprobs=logprobs + noise(0.1),
+        sequence_ids=torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)),
+        num_sequences=len(LENGTHS),
+    )

@@ -1,0 +1,275 @@
+"""The public functions of the head: log-probabilities, a loss over them, and what either will cost.
+
+Legend: T positions, N scored tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ConfigError, DataError
+from toolkit.head.inputs import HeadInputs, head_inputs
+from toolkit.head.logits import LogitTransform
+from toolkit.head.passes import FusedLoss, Job, OtherLeaves, ScoreLoss, Scores, score_without_grad, total_of
+from toolkit.head.plan import Entropy, HeadPlan, Needs, Scope, make_plan
+from toolkit.head.scores import TokenScores
+
+
+@overload
+def token_logprobs(
+    hidden_states: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    entropy: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    hidden_states: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    entropy: Literal[True, "metric"],
+    **options: Any,
+) -> TokenScores: ...
+@torch.compiler.disable
+def token_logprobs(
+    hidden_states: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    chunk_size: int | Literal["auto"] = "auto",
+    chunk_bytes: int | None = None,
+    ignore_idx: int = -100,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_mask: Tensor | None = None,
+    entropy: Entropy = False,
+    retain_bytes: int = 0,
+) -> Tensor | TokenScores:
+    """Score each label under the head's softmax, without ever holding the logits of all tokens.
+
+    Differentiable in hidden states, weight and bias, whatever loss is computed from the result: 4 matrix products (the
+    logits are computed again in backward), 2 when the head is frozen, 1 without gradient. Ignored positions enter no
+    product, may hold NaN, and come back as 0. Tokens that get a gradient of exactly 0 enter no product of backward.
+    A loss that can be computed in one go is better off with `fused_loss`: 3 products.
+
+    Args:
+        hidden_states: [..., D], fp64, fp32, bf16 or fp16.
+        head_weight: [V, D].
+        labels: [...] int64 in 0 .. V - 1, or `ignore_idx`.
+        head_bias: [V], optional.
+        chunk_size: hold the logits of at most this many tokens; "auto" takes as many as fit `chunk_bytes`.
+        chunk_bytes: memory for a chunk's logits; by default 128 MiB on a CPU, 1 GiB elsewhere.
+        ignore_idx: label of positions that are not scored.
+        temperature: of the sampling that is scored; a number, or [...] one for each token. Not differentiable.
+        softcap: logits become ``softcap * tanh(logits / softcap)``, after `logit_scale` and before `temperature`.
+        logit_scale: logits (bias included) are multiplied by it first.
+        vocab_mask: [V] bool, False for entries that cannot be sampled.
+        entropy: True for entropies with gradient, "metric" for entropies without.
+        retain_bytes: memory in which chunks may wait for backward instead of being computed twice.
+
+    Returns:
+        [...] log-probabilities in nats, never above 0, fp32 (float64 for float64 inputs); with `entropy` a
+        `TokenScores` of log-probabilities and entropies, each [...].
+
+    Raises:
+        DataError: shapes or dtypes do not fit, or a label lies outside the vocabulary.
+        ConfigError: an option makes no sense.
+        RuntimeError: on a second derivative, which is not implemented.
+    """
+    transform = LogitTransform(logit_scale, softcap, temperature, vocab_mask)
+    inputs = head_inputs(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, transform=transform)
+    job = _job(inputs, None, None, chunk_size, chunk_bytes, retain_bytes, _checked_entropy(entropy))
+    if job.needs:
+        logprobs, entropies = Scores.apply(inputs.hidden, inputs.weight, inputs.bias, job)
+    else:
+        logprobs, entropies = score_without_grad(job)
+    scattered = _scattered(logprobs, inputs, labels)
+    return scattered if entropies is None else TokenScores(scattered, _scattered(entropies, inputs, labels))
+
+
+@torch.compiler.disable
+def fused_loss(
+    loss_fn: ScoreLoss,
+    hidden_states: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    scope: Scope = "token",
+    sequence_ids: Tensor | None = None,
+    chunk_size: int | Literal["auto"] = "auto",
+    chunk_bytes: int | None = None,
+    ignore_idx: int = -100,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_mask: Tensor | None = None,
+    entropy: Entropy = False,
+    retain_bytes: int = 0,
+) -> tuple[Tensor, list[Any]]:
+    """Compute a loss over log-probabilities together with its gradient: 3 matrix products for most losses.
+
+    The loss is a sum over groups of tokens that `scope` describes; `loss_fn` is called once for each group, and its
+    gradient is taken at once, while the group's logits are still there. Any upstream gradient is respected. The
+    gradient also reaches other leaves that `loss_fn` depends on.
+
+    Args:
+        loss_fn: ``f(scores, positions) -> (scalar, extra)`` with `TokenScores` of [n] tokens and their positions [n]
+            in the flattened labels.
+        hidden_states: [..., D], as in `token_logprobs`, like all arguments not named here.
+        head_weight: [V, D].
+        labels: [...] int64.
+        head_bias: [V], optional.
+        scope: what one token's loss depends on. "token": itself, so any chunk is a group. "sequence": tokens of its
+            own sequence; a group holds whole sequences, as many as fit a chunk. "batch": all tokens, one group. Only
+            a group larger than a chunk is computed twice, less its last chunk.
+        sequence_ids: [...] int64, the sequence of each position; for scope "sequence".
+        chunk_size: tokens whose logits are held at once, or "auto".
+        chunk_bytes: memory for a chunk's logits with "auto".
+        ignore_idx: label of positions that are not scored.
+        temperature: of the softmax.
+        softcap: of the logits.
+        logit_scale: of the logits.
+        vocab_mask: [V] bool.
+        entropy: True to hand `loss_fn` entropies with gradient, "metric" without.
+        retain_bytes: memory for chunks of a group that is larger than a chunk, which are then not computed twice.
+
+    Returns:
+        The summed scalar loss, fp32 or wider, and what `loss_fn` returned besides, a list with one entry a group.
+
+    Raises:
+        DataError, ConfigError, RuntimeError: as `token_logprobs`.
+    """
+    transform = LogitTransform(logit_scale, softcap, temperature, vocab_mask)
+    inputs = head_inputs(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, transform=transform)
+    inputs, ids = _by_sequence(inputs, scope, sequence_ids, labels)
+    job = _job(inputs, scope, ids, chunk_size, chunk_bytes, retain_bytes, _checked_entropy(entropy))
+    if not job.needs:
+        return _loss_without_grad(job, loss_fn)
+    others: list[Tensor] = []
+    while True:
+        extras: list[Any] = []
+        try:
+            loss = FusedLoss.apply(inputs.hidden, inputs.weight, inputs.bias, job, loss_fn, extras, *others)
+        except OtherLeaves as found:
+            others += found.leaves
+            continue
+        return loss, extras
+
+
+def explain(
+    hidden_states: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    scope: Scope | None = None,
+    sequence_ids: Tensor | None = None,
+    chunk_size: int | Literal["auto"] = "auto",
+    chunk_bytes: int | None = None,
+    ignore_idx: int = -100,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_mask: Tensor | None = None,
+    entropy: Entropy = False,
+    retain_bytes: int = 0,
+) -> HeadPlan:
+    """Return which pass would serve this call, why, and what it will cost; ``print`` it.
+
+    Args:
+        hidden_states: as in `token_logprobs` (with ``scope=None``) and `fused_loss`, like all others.
+        head_weight: [V, D].
+        labels: [...] int64.
+        head_bias: [V], optional.
+        scope: None for `token_logprobs`, else that of `fused_loss`.
+        sequence_ids: [...] int64.
+        chunk_size: tokens or "auto".
+        chunk_bytes: memory for a chunk's logits with "auto".
+        ignore_idx: label of positions that are not scored.
+        temperature: of the softmax.
+        softcap: of the logits.
+        logit_scale: of the logits.
+        vocab_mask: [V] bool.
+        entropy: True, "metric" or False.
+        retain_bytes: memory for retained chunks.
+    """
+    transform = LogitTransform(logit_scale, softcap, temperature, vocab_mask)
+    inputs = head_inputs(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, transform=transform)
+    inputs, ids = _by_sequence(inputs, scope, sequence_ids, labels)
+    return _job(inputs, scope, ids, chunk_size, chunk_bytes, retain_bytes, _checked_entropy(entropy)).plan
+
+
+def _job(
+    inputs: HeadInputs,
+    scope: Scope | None,
+    ids: Tensor | None,
+    chunk_size: int | str,
+    chunk_bytes: int | None,
+    retain_bytes: int,
+    entropy: Entropy,
+) -> Job:
+    needs = Needs.of(inputs)
+    plan = make_plan(
+        inputs,
+        needs,
+        scope=scope,
+        sequence_ids=ids,
+        chunk_size=chunk_size,
+        chunk_bytes=chunk_bytes,
+        retain_bytes=retain_bytes,
+        entropy=entropy,
+    )
+    return Job(inputs, plan, needs, entropy)
+
+
+def _by_sequence(
+    inputs: HeadInputs, scope: Scope | None, sequence_ids: Tensor | None, labels: Tensor
+) -> tuple[HeadInputs, Tensor | None]:
+    """Return the scored tokens in the order of their sequences, and the sequence of each."""
+    if scope != "sequence" or sequence_ids is None:
+        return inputs, None
+    if sequence_ids.shape != labels.shape:
+        raise DataError(
+            f"sequence_ids has shape {list(sequence_ids.shape)}; like the labels it must be {list(labels.shape)}"
+        )
+    ids = sequence_ids.reshape(-1).index_select(0, inputs.positions)
+    if bool((ids.diff() >= 0).all()):
+        return inputs, ids
+    order = ids.argsort(stable=True)
+    return inputs.reordered(order), ids.index_select(0, order)
+
+
+def _loss_without_grad(job: Job, loss_fn: ScoreLoss) -> tuple[Tensor, list[Any]]:
+    logprobs, entropy = score_without_grad(job)
+    losses, extras = [], []
+    for group in job.plan.groups:
+        span = slice(group[0].start, group[-1].stop)
+        scores = TokenScores(logprobs[span], None if entropy is None else entropy[span])
+        loss, extra = loss_fn(scores, job.inputs.positions[span])
+        losses.append(loss)
+        extras.append(extra)
+    return total_of(losses, job), extras
+
+
+def _scattered(values: Tensor, inputs: HeadInputs, labels: Tensor) -> Tensor:
+    """Return [N] values at their places among the labels, 0 elsewhere."""
+    if len(values) == labels.numel():
+        return values.reshape(labels.shape)
+    return values.new_zeros(labels.numel()).index_copy(0, inputs.positions, values).reshape(labels.shape)
+
+
+def _checked_entropy(entropy: Any) -> Entropy:
+    if entropy not in (False, True, "metric"):
+        raise ConfigError(f"entropy={entropy!r} is unknown; choose True (with gradient), 'metric' (without) or False")
+    return entropy

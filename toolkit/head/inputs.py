@@ -1,0 +1,162 @@
+"""What every pass starts from: checked, flattened, and the scored tokens picked out.
+
+Legend: T positions, N scored tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ConfigError, DataError
+from toolkit.head.logits import LogitTransform
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Flat views of what the caller gave."""
+
+    hidden: Tensor
+    """[T, D]."""
+    weight: Tensor
+    """[V, D]."""
+    bias: Tensor | None
+    """[V]."""
+    positions: Tensor
+    """[N] int64, where the scored tokens lie among the T positions."""
+    targets: Tensor
+    """[N] int64, their labels."""
+    transform: LogitTransform
+    """Its temperature, if a tensor, has one value for each of the T positions."""
+    compute_dtype: torch.dtype
+    """Of the matrix products."""
+
+    def reordered(self, order: Tensor) -> HeadInputs:
+        """Return the same with the scored tokens in another order, [N]."""
+        return HeadInputs(
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.positions.index_select(0, order),
+            self.targets.index_select(0, order),
+            self.transform,
+            self.compute_dtype,
+        )
+
+
+def head_inputs(
+    hidden_states: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    head_bias: Tensor | None,
+    *,
+    ignore_idx: int,
+    transform: LogitTransform,
+) -> HeadInputs:
+    """Check and flatten; positions whose label is `ignore_idx` are left out here and never touched again.
+
+    Raises:
+        DataError: shapes or dtypes do not fit, or a label lies outside the vocabulary or its mask.
+        ConfigError: a scale, soft cap or temperature makes no sense.
+    """
+    check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx)
+    flat = labels.reshape(-1)
+    positions = (flat != ignore_idx).nonzero().squeeze(-1)
+    targets = flat.index_select(0, positions).long()
+    return HeadInputs(
+        hidden=hidden_states.reshape(-1, hidden_states.shape[-1]),
+        weight=head_weight,
+        bias=head_bias,
+        positions=positions,
+        targets=targets,
+        transform=_checked_transform(transform, labels, targets, head_weight),
+        compute_dtype=_compute_dtype(hidden_states),
+    )
+
+
+def check_head(
+    hidden_states: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    head_bias: Tensor | None,
+    *,
+    ignore_idx: int,
+    labels_name: str = "labels",
+) -> None:
+    """Check shapes, dtypes and label range.
+
+    Raises:
+        DataError: names what does not fit and what would.
+    """
+    if hidden_states.shape[:-1] != labels.shape:
+        raise DataError(
+            f"hidden_states has shape {list(hidden_states.shape)}, but {labels_name} has {list(labels.shape)}; "
+            "they must agree in all but the last dimension (drop the last position of the text: it has no label)"
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DataError(f"{labels_name} has dtype {labels.dtype}; token ids are int64")
+    if head_weight.dim() != 2 or head_weight.shape[1] != hidden_states.shape[-1]:
+        raise DataError(
+            f"head_weight has shape {list(head_weight.shape)}; it must be [V, {hidden_states.shape[-1]}] "
+            f"for hidden states of width {hidden_states.shape[-1]}"
+        )
+    if not hidden_states.is_floating_point():
+        raise DataError(f"hidden_states has dtype {hidden_states.dtype}; it must be a floating-point tensor")
+    is_cast = torch.is_autocast_enabled(hidden_states.device.type)
+    if hidden_states.dtype != head_weight.dtype and not is_cast:
+        raise DataError(
+            f"hidden_states are {hidden_states.dtype}, head_weight is {head_weight.dtype}; bring both to one "
+            "dtype, or run under torch.autocast"
+        )
+    vocabulary = head_weight.shape[0]
+    if head_bias is not None and head_bias.shape != (vocabulary,):
+        raise DataError(f"head_bias has shape {list(head_bias.shape)}; it must be [{vocabulary}]")
+    outside = (labels != ignore_idx) & ((labels < 0) | (labels >= vocabulary))
+    if bool(outside.any()):
+        where = outside.nonzero()[0].tolist()
+        raise DataError(
+            f"{labels_name}{where} = {int(labels[tuple(where)])} lies outside the vocabulary of {vocabulary} "
+            f"(0 .. {vocabulary - 1}); positions that are not scored carry ignore_idx = {ignore_idx}"
+        )
+
+
+def _checked_transform(transform: LogitTransform, labels: Tensor, targets: Tensor, weight: Tensor) -> LogitTransform:
+    temperature, mask = transform.temperature, transform.vocab_mask
+    if not math.isfinite(transform.scale) or transform.scale == 0:
+        raise ConfigError(f"logit_scale={transform.scale} must be a finite number other than 0")
+    if transform.softcap is not None and not (math.isfinite(transform.softcap) and transform.softcap > 0):
+        raise ConfigError(f"softcap={transform.softcap} must be a number above 0, or None for no soft cap")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape[:1]):
+        raise DataError(f"vocab_mask is {mask.dtype} {list(mask.shape)}; it must be bool [{weight.shape[0]}]")
+    if mask is not None and not bool(mask.index_select(0, targets).all()):
+        excluded = int(targets[~mask.index_select(0, targets)][0])
+        raise DataError(f"label {excluded} is excluded by vocab_mask: it could not have been sampled")
+    if not isinstance(temperature, Tensor):
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ConfigError(f"temperature={temperature} must be a number above 0")
+        return transform
+    if temperature.requires_grad:
+        raise DataError("temperature is a constant of the softmax and gets no gradient; give temperature.detach()")
+    if temperature.dim() == 0:
+        return _checked_transform(_with_temperature(transform, float(temperature)), labels, targets, weight)
+    if temperature.shape != labels.shape:
+        raise DataError(
+            f"temperature has shape {list(temperature.shape)}; it must be one number or, like the labels, "
+            f"{list(labels.shape)}"
+        )
+    return _with_temperature(transform, temperature.reshape(-1))
+
+
+def _with_temperature(transform: LogitTransform, temperature: float | Tensor) -> LogitTransform:
+    return LogitTransform(transform.scale, transform.softcap, temperature, transform.vocab_mask)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype that a linear layer would compute in here, autocast respected."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype

@@ -1,0 +1,237 @@
+"""Logits to probabilities to gradient, in place, a block of rows at a time.
+
+A block fits the processor's cache, so that its passes cost little beside the products (0.9 ns an element against about
+80 for three products of width 1024). Nothing of the size of a chunk is ever allocated. ``logsumexp`` is not used: on a
+CPU it takes 8x the time of an in-place softmax.
+
+Legend: n tokens of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.head.logits import LogitTransform
+
+BLOCK_ELEMENTS = {"cpu": 2**21}
+"""Elements of a block of rows: 8 MB in fp32, a part of a last-level cache."""
+GPU_BLOCK_ELEMENTS = 2**25
+UNDERFLOW = 1e-30
+"""A smaller probability is close to fp32's limit; its logarithm is then taken from the logit itself."""
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """Of each row of a chunk, [n] in fp32 or wider."""
+
+    logprobs: Tensor
+    lse: Tensor
+    """log of the sum of exp(logits)."""
+    entropy: Tensor | None
+
+    def select(self, rows: Tensor | slice) -> RowStats:
+        """Return the statistics of some rows."""
+        return RowStats(self.logprobs[rows], self.lse[rows], None if self.entropy is None else self.entropy[rows])
+
+
+class Kernel:
+    """The passes over logits between the products; owns its scratch memory and reuses it."""
+
+    def __init__(self, transform: LogitTransform, bias: Tensor | None, *, wide: torch.dtype, vocabulary: int) -> None:
+        """Make a kernel.
+
+        Args:
+            transform: what happens to the logits; a per-token temperature is handed in with each chunk.
+            bias: [V], added to the logits first.
+            wide: dtype of the arithmetic, fp32 or float64.
+            vocabulary: V.
+        """
+        self._softcap, self._vocab_mask = transform.softcap, transform.vocab_mask
+        self._bias = None if bias is None else bias.detach().to(wide)
+        self._wide, self._vocabulary = wide, vocabulary
+        self._scratch: list[Tensor] = []
+
+    def probabilities_(
+        self, logits: Tensor, targets: Tensor, transform: LogitTransform, *, with_entropy: bool
+    ) -> RowStats:
+        """Turn raw logits [n, V] into probabilities in place and return what is worth knowing of each row.
+
+        Args:
+            logits: the head's product, without its bias.
+            targets: [n] labels.
+            transform: that of these rows.
+            with_entropy: also compute the entropies.
+        """
+        before, after = transform.row_factors()
+        stats = [self._wide_vector(logits, len(targets)) for _ in range(3 if with_entropy else 2)]
+        for span, rows in self._blocks(logits):
+            block = self._widened(rows)
+            if self._bias is not None:
+                block.add_(self._bias)
+            _scale_(block, before, span)
+            if self._softcap is not None:
+                block.div_(self._softcap).tanh_().mul_(self._softcap)
+                _scale_(block, after, span)
+            if self._vocab_mask is not None:
+                block.masked_fill_(~self._vocab_mask, -torch.inf)
+            own = targets[span].unsqueeze(1)
+            logit, largest = block.gather(1, own).squeeze(1), block.amax(1)
+            torch.softmax(block, -1, out=block)
+            stats[0][span], stats[1][span] = _logprobs(block, own, logit, largest)
+            if with_entropy:
+                stats[2][span] = self._entropy(block)
+            if rows is not block:
+                rows.copy_(block)
+        return RowStats(stats[0], stats[1], stats[2] if with_entropy else None)
+
+    def gradient_(
+        self,
+        probs: Tensor,
+        targets: Tensor,
+        stats: RowStats,
+        transform: LogitTransform,
+        logprob_grads: Tensor | None,
+        entropy_grads: Tensor | None,
+    ) -> Tensor | None:
+        """Turn probabilities [n, V] in place into the gradient of the raw logits, up to a factor for each row.
+
+        Without softcap and entropy gradient that is ``p - onehot``, whatever the upstream gradient: it stays outside,
+        so that the chunk is not read again.
+
+        Args:
+            probs: from `probabilities_`.
+            targets: [n] labels.
+            stats: from `probabilities_`.
+            transform: that of these rows.
+            logprob_grads: [n] upstream gradient of the log-probabilities; None keeps it outside, as -1.
+            entropy_grads: [n] upstream gradient of the entropies, None for none.
+
+        Returns:
+            [n] factor of each row (a row's gradient is ``factor * probs[row]``), None for 1.
+        """
+        before, after = transform.row_factors()
+        factor = before if self._softcap is None else before * after
+        own = targets.unsqueeze(1)
+        if self._softcap is None and entropy_grads is None:
+            # p - 1 from log p, not from p as stored: bf16 has no number between 0.996 and 1.
+            probs.scatter_(1, own, stats.logprobs.expm1().to(probs.dtype).unsqueeze(1))
+            return _row_factor(factor, None if logprob_grads is None else -logprob_grads, stats.logprobs)
+        wide_grads = torch.full_like(stats.logprobs, -1.0) if logprob_grads is None else logprob_grads
+        for span, rows in self._blocks(probs):
+            self._gradient_block_(rows, span, own[span], stats, transform, wide_grads, entropy_grads)
+        return _row_factor(factor, None, stats.logprobs)
+
+    def entropies(self, probs: Tensor) -> Tensor:
+        """Return the entropy of each row of probabilities, [n]."""
+        found = self._wide_vector(probs, probs.shape[0])
+        for span, rows in self._blocks(probs):
+            found[span] = self._entropy(self._widened(rows))
+        return found
+
+    def add_bias_gradient(self, total: Tensor, logit_grads: Tensor, factor: Tensor | None) -> None:
+        """Add the column sums of ``factor * logit_grads`` to `total` [V]."""
+        for span, rows in self._blocks(logit_grads):
+            block = self._widened(rows)
+            total.add_(block.sum(0) if factor is None else torch.mv(block.t(), factor[span].to(block.dtype)))
+
+    def _gradient_block_(
+        self,
+        rows: Tensor,
+        span: slice,
+        own: Tensor,
+        stats: RowStats,
+        transform: LogitTransform,
+        logprob_grads: Tensor,
+        entropy_grads: Tensor | None,
+    ) -> None:
+        """``rows = (g_l (onehot - p) - g_H p (log p + H)) * d softcap``, with p = rows."""
+        block = self._widened(rows).scatter_(1, own, stats.logprobs[span].exp().unsqueeze(1))
+        # p = 0 gives 0 whatever its logarithm, which only must not be -inf.
+        logs = torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()
+        slope = self._cap_slope(logs, span, own, stats, transform)
+        upstream = logprob_grads[span].unsqueeze(1)
+        if entropy_grads is None:
+            block.mul_(-upstream)
+        else:
+            assert stats.entropy is not None
+            weight = entropy_grads[span].unsqueeze(1)
+            block.mul_(logs.mul_(-weight).sub_(upstream + weight * stats.entropy[span].unsqueeze(1)))
+        block.scatter_add_(1, own, upstream)
+        if slope is not None:
+            block.mul_(slope)
+        if rows is not block:
+            rows.copy_(block)
+
+    def _cap_slope(
+        self, logs: Tensor, span: slice, own: Tensor, stats: RowStats, transform: LogitTransform
+    ) -> Tensor | None:
+        """Return d softcap(z) / dz = 1 - (softcap(z) / softcap)^2, with the capped logit found again from log p."""
+        if self._softcap is None:
+            return None
+        _, after = transform.row_factors()
+        lse = stats.lse[span].unsqueeze(1)
+        back = 1 / (after[span].unsqueeze(1) if isinstance(after, Tensor) else after) / self._softcap
+        slope = torch.add(logs, lse, out=self._like(logs, 2)).mul_(back).square_().neg_().add_(1).clamp_min_(0)
+        exact = ((stats.logprobs[span].unsqueeze(1) + lse) * back).square().neg().add(1)
+        return slope.scatter_(1, own, exact)  # of the label even where its probability underflows
+
+    def _entropy(self, block: Tensor) -> Tensor:
+        logs = torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()
+        return logs.mul_(block).sum(1).neg_().clamp_min_(0)
+
+    def _blocks(self, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        size = block_rows(chunk.shape[0], self._vocabulary, chunk.device.type)
+        for start in range(0, chunk.shape[0], size):
+            yield slice(start, start + size), chunk[start : start + size]
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        """Return `rows` themselves in fp32 and fp64, else a wide copy in scratch memory."""
+        return rows if rows.dtype == self._wide else self._like(rows, 0).copy_(rows)
+
+    def _like(self, rows: Tensor, index: int) -> Tensor:
+        """Return scratch memory number `index` in the shape of `rows`."""
+        while len(self._scratch) <= index:
+            self._scratch.append(rows.new_empty(0, dtype=self._wide))
+        if self._scratch[index].shape[0] < rows.shape[0]:
+            self._scratch[index] = rows.new_empty(rows.shape, dtype=self._wide)
+        return self._scratch[index][: rows.shape[0]]
+
+    def _wide_vector(self, like: Tensor, length: int) -> Tensor:
+        return like.new_empty(length, dtype=self._wide)
+
+
+def block_rows(rows: int, vocabulary: int, device: str) -> int:
+    """Return how many rows are worked on at a time."""
+    return max(1, min(rows, max(8, BLOCK_ELEMENTS.get(device, GPU_BLOCK_ELEMENTS) // vocabulary)))
+
+
+def _logprobs(probs: Tensor, own: Tensor, logit: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log p of the labels and the rows' log-sum-exp; log p is never above 0."""
+    prob = probs.gather(1, own).squeeze(1)
+    logprobs = prob.log().clamp_(max=0)
+    lse = logit - logprobs
+    tiny = prob < UNDERFLOW
+    if bool(tiny.any()):
+        exact = largest - probs.amax(1).log()
+        lse = torch.where(tiny, exact, lse)
+        logprobs = torch.where(tiny, (logit - exact).clamp(max=0), logprobs)
+    return logprobs, lse
+
+
+def _scale_(block: Tensor, factor: float | Tensor, span: slice) -> None:
+    if isinstance(factor, Tensor):
+        block.mul_(factor[span].to(block.dtype).unsqueeze(1))
+    elif factor != 1:
+        block.mul_(factor)
+
+
+def _row_factor(factor: float | Tensor, upstream: Tensor | None, like: Tensor) -> Tensor | None:
+    if upstream is not None:
+        return upstream * factor
+    if isinstance(factor, Tensor):
+        return factor.to(like.dtype)
+    return None if factor == 1 else torch.full_like(like, factor)

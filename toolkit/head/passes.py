@@ -1,0 +1,324 @@
+"""The two autograd functions of the head: scores for a loss elsewhere, and a loss computed while the logits are there.
+
+Both run under disabled autocast (their dtypes are chosen) and with saved-tensor hooks switched off inside: under
+activation checkpointing the small graph of a loss must not be packed away while its gradient is being taken.
+
+Legend: T positions, N scored tokens, n tokens of a group of chunks, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.head.gradients import leaves_of
+from toolkit.head.inputs import HeadInputs
+from toolkit.head.plan import Entropy, Group, HeadPlan, Needs, kept_of
+from toolkit.head.scores import TokenScores
+from toolkit.head.work import Chunk, HeadWork
+
+ScoreLoss = Callable[[TokenScores, Tensor], tuple[Tensor, Any]]
+"""``f(scores of n tokens, their positions [n]) -> (scalar loss, anything to keep)``."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a pass needs besides tensors with a gradient."""
+
+    inputs: HeadInputs
+    plan: HeadPlan
+    needs: Needs
+    entropy: Entropy
+
+    @property
+    def with_entropy(self) -> bool:
+        """Whether the softmax pass computes entropies; the frozen pass has them from its products."""
+        return bool(self.entropy) and not self.has_free_entropy
+
+    @property
+    def has_free_entropy(self) -> bool:
+        """Whether ``H = -log p - <x, y>`` serves: y = d(-log p)/dx of every row is there before the loss wants H.
+
+        Not with a soft cap (the logits are not linear in x), not in low precision (y is rounded: errors of 0.04 nats),
+        not with a bias (its part would be missing).
+        """
+        inputs = self.inputs
+        is_linear = inputs.transform.softcap is None and inputs.bias is None
+        is_exact = inputs.compute_dtype.itemsize > 2
+        return self.entropy == "metric" and self.plan.name == "frozen" and is_linear and is_exact
+
+
+def score_without_grad(job: Job) -> tuple[Tensor, Tensor | None]:
+    """Return log-probabilities and entropies of the scored tokens, [N] each."""
+    work = HeadWork(job.inputs, job.needs, job.plan, with_entropy=job.with_entropy)
+    logprobs, entropy = _empty_scores(job)
+    with _quiet(job.inputs.hidden):
+        for span in job.plan.chunks:
+            chunk = work.score(span)
+            _write(logprobs, entropy, span, chunk)
+            work.release(chunk)
+    return logprobs, entropy
+
+
+class Scores(torch.autograd.Function):
+    """Log-probabilities and entropies of the scored tokens, for a loss that is computed elsewhere."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        job = _with_tensors(job, hidden, weight, bias)
+        work = HeadWork(job.inputs, Needs(False, False, False), job.plan, with_entropy=job.with_entropy)
+        logprobs, entropy = _empty_scores(job)
+        is_frozen, chunks = job.plan.name == "frozen", job.plan.chunks
+        kept: dict[int, Chunk] = {}
+        slopes: list[Tensor] = []
+        with _quiet(hidden):
+            for index, span in enumerate(chunks):
+                chunk = work.score(span)
+                _write(logprobs, entropy, span, chunk)
+                if is_frozen:
+                    slopes.append(work.keep_input_gradient(chunk))
+                    _write_free_entropy(job, entropy, span, chunk, slopes[-1])
+                if not is_frozen and index >= len(chunks) - job.plan.retained:
+                    kept[index] = chunk
+                else:
+                    work.release(chunk)
+        if is_frozen:
+            ctx.save_for_backward(torch.cat(slopes))
+        else:
+            ctx.save_for_backward(hidden, weight, bias)
+        ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
+        ctx.job, ctx.kept = _with_tensors(job, hidden.new_empty(0), weight.new_empty(0), None), kept
+        if entropy is not None and job.entropy == "metric":
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, logprob_grads: Tensor | None, entropy_grads: Tensor | None) -> tuple[Any, ...]:  # noqa: D102
+        job: Job = ctx.job
+        if logprob_grads is None:
+            if entropy_grads is None:
+                return None, None, None, None
+            logprob_grads = torch.zeros_like(entropy_grads)
+        if job.plan.name == "frozen":
+            (slope,) = ctx.saved_tensors
+            rows = (slope * -logprob_grads.unsqueeze(1)).to(ctx.hidden_dtype)
+            grad = rows.new_zeros(ctx.hidden_shape).index_copy_(0, job.inputs.positions, rows)
+            return grad, None, None, None
+        hidden, weight, bias = ctx.saved_tensors
+        job = _with_tensors(job, hidden, weight, bias)
+        work = HeadWork(job.inputs, job.needs, job.plan, with_entropy=entropy_grads is not None)
+        with _quiet(hidden):
+            # The retained chunks first, so that one of their buffers serves the others.
+            for index, span in sorted(enumerate(job.plan.chunks), key=lambda item: item[0] not in ctx.kept):
+                own = logprob_grads[span], None if entropy_grads is None else entropy_grads[span]
+                _second_pass(work, span, ctx.kept.pop(index, None), *own)
+        found = work.gradients()
+        return (*_in_dtypes(found, (hidden, weight, bias)), None)
+
+
+class FusedLoss(torch.autograd.Function):
+    """A loss over log-probabilities, group of chunks by group; the gradient is complete when forward returns."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        job: Job,
+        loss_fn: ScoreLoss,
+        extras: list[Any],
+        *others: Tensor,
+    ) -> Tensor:
+        job = _with_tensors(job, hidden, weight, bias)
+        work = HeadWork(job.inputs, job.needs, job.plan, with_entropy=job.with_entropy)
+        other_grads = [torch.zeros_like(other) for other in others]
+        losses = []
+        with _quiet(hidden):
+            for group in job.plan.groups:
+                loss, extra = _run_group(job, work, group, loss_fn, others, other_grads)
+                losses.append(loss)
+                extras.append(extra)
+        grads = (*work.gradients(), *other_grads)
+        tensors = (hidden, weight, bias, *others)
+        ctx.dtypes = [
+            None if grad is None or tensor is None else tensor.dtype
+            for grad, tensor in zip(grads, tensors, strict=True)
+        ]
+        ctx.save_for_backward(*[grad for grad in grads if grad is not None])
+        return total_of(losses, job)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:  # noqa: D102
+        saved = iter(ctx.saved_tensors)
+        grads = [None if dtype is None else _rescaled(next(saved), grad_loss).to(dtype) for dtype in ctx.dtypes]
+        return (*grads[:3], None, None, None, *grads[3:])
+
+
+class OtherLeaves(Exception):
+    """The loss depends on leaves that autograd was not told of; they must become inputs before the first chunk."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        super().__init__()
+        self.leaves = leaves
+
+
+def total_of(losses: Sequence[Tensor], job: Job) -> Tensor:
+    """Return the sum of the groups' losses in fp32 or wider; 0 where there is none."""
+    wide = torch.promote_types(job.inputs.compute_dtype, torch.float32)
+    if not losses:
+        return torch.zeros((), dtype=wide, device=job.inputs.hidden.device)
+    return torch.stack([loss.detach().to(torch.promote_types(loss.dtype, wide)) for loss in losses]).sum()
+
+
+def _run_group(
+    job: Job,
+    work: HeadWork,
+    group: Group,
+    loss_fn: ScoreLoss,
+    others: Sequence[Tensor],
+    other_grads: Sequence[Tensor],
+) -> tuple[Tensor, Any]:
+    """Score a group, differentiate its loss, and take the gradients of its chunks."""
+    base = group[0].start
+    length = group[-1].stop - base
+    logprobs, entropy = _empty_scores(job, length)
+    is_frozen = job.plan.name == "frozen" and (len(group) > 1 or job.has_free_entropy)
+    kept: dict[int, Chunk] = {}
+    slopes: list[Tensor] = []
+    for index, span in enumerate(group):
+        local = slice(span.start - base, span.stop - base)
+        chunk = work.score(span)
+        _write(logprobs, entropy, local, chunk)
+        if is_frozen:
+            slopes.append(work.keep_input_gradient(chunk))
+            _write_free_entropy(job, entropy, local, chunk, slopes[-1])
+        if not is_frozen and index >= len(group) - kept_of(group, job.plan.retained):
+            kept[index] = chunk
+        else:
+            work.release(chunk)
+    positions = job.inputs.positions[base : base + length]
+    loss, extra, logprob_grads, entropy_grads = _differentiate(
+        loss_fn, TokenScores(logprobs, entropy), positions, others, other_grads, is_live=job.entropy is True
+    )
+    for index in reversed(range(len(group))):
+        local = slice(group[index].start - base, group[index].stop - base)
+        if is_frozen:
+            rows = slopes[index] * -logprob_grads[local].unsqueeze(1)
+            work.set_hidden_gradient(job.inputs.positions[group[index]], rows.to(slopes[index].dtype))
+        else:
+            own = logprob_grads[local], None if entropy_grads is None else entropy_grads[local]
+            _second_pass(work, group[index], kept.pop(index, None), *own)
+    return loss, extra
+
+
+def _second_pass(
+    work: HeadWork, span: slice, chunk: Chunk | None, logprob_grads: Tensor, entropy_grads: Tensor | None
+) -> None:
+    """Take the gradients of a chunk; compute it again where it was not kept, less the rows without a coefficient."""
+    if chunk is None:
+        is_live = logprob_grads != 0
+        if entropy_grads is not None:
+            is_live |= entropy_grads != 0
+        rows = is_live.nonzero().squeeze(1)
+        if len(rows) == 0:
+            return
+        logprob_grads = logprob_grads.index_select(0, rows)
+        entropy_grads = None if entropy_grads is None else entropy_grads.index_select(0, rows)
+        chunk = work.score(span, keep_rows=rows)
+    work.differentiate(chunk, logprob_grads, entropy_grads)
+    work.release(chunk)
+
+
+def _differentiate(
+    loss_fn: ScoreLoss,
+    scores: TokenScores,
+    positions: Tensor,
+    others: Sequence[Tensor],
+    other_grads: Sequence[Tensor],
+    *,
+    is_live: bool,
+) -> tuple[Tensor, Any, Tensor, Tensor | None]:
+    """Return the loss of a group, what it returned besides, and its gradients in log-probabilities and entropies."""
+    with torch.enable_grad():
+        logprobs = scores.logprobs.requires_grad_()
+        entropy = scores.entropy if scores.entropy is None else scores.entropy.requires_grad_(is_live)
+        loss, extra = loss_fn(TokenScores(logprobs, entropy), positions)
+    targets = [logprobs, *([entropy] if is_live and entropy is not None else []), *others]
+    known = {id(tensor) for tensor in targets}
+    unknown = {id(leaf): leaf for leaf in leaves_of(loss) if id(leaf) not in known}
+    if unknown:
+        raise OtherLeaves(list(unknown.values()))
+    if not loss.requires_grad:
+        return loss, extra, torch.zeros_like(logprobs), None
+    grads = list(torch.autograd.grad(loss, targets, allow_unused=True, retain_graph=bool(others)))
+    for total, grad in zip(other_grads, grads[len(grads) - len(others) :], strict=True):
+        if grad is not None:
+            total.add_(grad)
+    logprob_grads = grads[0] if grads[0] is not None else torch.zeros_like(logprobs)
+    entropy_grads = grads[1] if is_live and entropy is not None else None
+    return loss.detach(), extra, logprob_grads, entropy_grads
+
+
+def _rescaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """Return ``grad * factor`` without a second V x D tensor where that is safe."""
+    if factor.device.type == "cpu" and float(factor) == 1:
+        return grad
+    if _graph_is_freed():
+        return grad.mul_(factor)
+    return grad * factor
+
+
+def _graph_is_freed() -> bool:
+    """Whether the saved gradients will not be asked for again (``retain_graph=False``)."""
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keep_graph is not None and not keep_graph()
+
+
+def _in_dtypes(grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [
+        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, tensors, strict=True)
+    ]
+
+
+def _with_tensors(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Job:
+    """Return `job` over the tensors that autograd handed in; jobs keep none of their own alive."""
+    return replace(job, inputs=replace(job.inputs, hidden=hidden, weight=weight, bias=bias))
+
+
+def _empty_scores(job: Job, length: int | None = None) -> tuple[Tensor, Tensor | None]:
+    wide = torch.promote_types(job.inputs.compute_dtype, torch.float32)
+    length = job.plan.tokens if length is None else length
+    new = job.inputs.hidden.detach().new_empty
+    return new(length, dtype=wide), new(length, dtype=wide) if job.entropy else None
+
+
+def _write(logprobs: Tensor, entropy: Tensor | None, span: slice, chunk: Chunk) -> None:
+    logprobs[span] = chunk.stats.logprobs
+    if entropy is not None and chunk.stats.entropy is not None:
+        entropy[span] = chunk.stats.entropy
+
+
+def _write_free_entropy(job: Job, entropy: Tensor | None, span: slice, chunk: Chunk, slope: Tensor) -> None:
+    if entropy is not None and job.has_free_entropy:
+        entropy[span] = (-chunk.stats.logprobs - (chunk.inputs * slope).sum(1)).clamp(min=0)
+
+
+@contextlib.contextmanager
+def _quiet(hidden: Tensor) -> Iterator[None]:
+    """No autocast, no saved-tensor hooks."""
+    device = hidden.device.type
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.autocast(device, enabled=False), hooks:
+        yield

@@ -1,0 +1,341 @@
+"""Which pass serves, in which chunks, and what it will cost; decided before the first product.
+
+Legend: T positions, N scored tokens, D hidden width, V vocabulary; a product is 2 N D V floating-point operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ConfigError, listed
+from toolkit.head.inputs import HeadInputs
+from toolkit.head.kernel import block_rows
+from toolkit.head.products import LOW_PRECISION_SLAB, SLAB, onednn_wins
+
+Scope = Literal["token", "sequence", "batch"]
+"""What one token's loss depends on: itself, its whole sequence, or all tokens."""
+PassName = Literal["no-grad", "frozen", "one-pass", "two-pass", "general", "eager"]
+Entropy = Literal[False, "metric", True]
+"""No entropies, entropies without gradient, or with."""
+Group = tuple[slice, ...]
+"""Chunks whose tokens the loss must see together."""
+
+CHUNK_BYTES = {"cpu": 128 * 2**20}
+GPU_CHUNK_BYTES = 2**30
+"""Memory for the logits of a chunk with ``chunk_size="auto"``: few chunks, for each one more reads and writes the
+weight gradient."""
+MIN_AUTO_CHUNK = 256
+SCOPES = ("token", "sequence", "batch")
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """What a call will do and what it will cost; ``print(plan)`` says it in words."""
+
+    name: PassName
+    why: str
+    groups: tuple[Group, ...]
+    """Chunks, as slices of the scored tokens, in groups that the loss sees together."""
+    tokens: int
+    """N."""
+    positions: int
+    """T."""
+    retained: int
+    """Chunks of a group, besides its last, whose probabilities stay in memory."""
+    products: float
+    """Matrix products, in units of 2 N D V operations; fewer where coefficients are exactly 0."""
+    flops: int
+    peak_bytes: int
+    """At the worst moment, over the inputs, returned gradients included."""
+    gradient_bytes: int
+    """Of the returned gradients alone."""
+
+    @property
+    def chunks(self) -> list[slice]:
+        """All chunks in order."""
+        return [span for group in self.groups for span in group]
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest chunk."""
+        return max((span.stop - span.start for span in self.chunks), default=0)
+
+    def __str__(self) -> str:
+        recomputed = sum(_length(group[:-1]) for group in self.groups) if self.name == "two-pass" else 0
+        lines = [
+            f"pass      {self.name}: {self.why}",
+            f"tokens    {self.tokens:,} scored of {self.positions:,} positions",
+            f"chunks    {len(self.chunks)} of at most {self.largest:,} tokens"
+            + (f"; up to {recomputed:,} tokens are computed twice" if recomputed else ""),
+            f"products  {self.products:.2f} x 2NDV = {self.flops / 1e9:,.1f} GFLOP at most",
+            f"peak      {self.peak_bytes / 2**20:,.1f} MiB over the inputs, of which the returned gradients are "
+            f"{self.gradient_bytes / 2**20:,.1f} MiB",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which inputs want a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+    @classmethod
+    def of(cls, inputs: HeadInputs) -> Needs:
+        """Look at `requires_grad` and the grad mode."""
+        return cls.of_tensors(inputs.hidden, inputs.weight, inputs.bias)
+
+    @classmethod
+    def of_tensors(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+        """Look at `requires_grad` and the grad mode."""
+        is_on = torch.is_grad_enabled()
+        return cls(
+            is_on and hidden.requires_grad,
+            is_on and weight.requires_grad,
+            is_on and bias is not None and bias.requires_grad,
+        )
+
+
+def make_plan(
+    inputs: HeadInputs,
+    needs: Needs,
+    *,
+    scope: Scope | None,
+    sequence_ids: Tensor | None,
+    chunk_size: int | str,
+    chunk_bytes: int | None,
+    retain_bytes: int,
+    entropy: Entropy,
+) -> HeadPlan:
+    """Choose the pass and its chunks.
+
+    Args:
+        inputs: of the call.
+        needs: which of them want a gradient.
+        scope: of the loss that is computed with the head; None when the caller takes log-probabilities away and
+            differentiates later.
+        sequence_ids: [N] sequence of each scored token, not decreasing; for scope "sequence".
+        chunk_size: tokens, or "auto".
+        chunk_bytes: memory for the logits of a chunk with "auto".
+        retain_bytes: memory for chunks that are kept instead of computed twice.
+        entropy: whether entropies are wanted, with gradient or without.
+    """
+    tokens = len(inputs.positions)
+    size, merged = _chunk_size(inputs, needs, tokens, chunk_size, chunk_bytes)
+    groups = tuple(_groups(tokens, size, scope or "token", sequence_ids))
+    name, why = _choose(needs, scope, entropy, fits=all(len(group) == 1 for group in groups))
+    if merged:
+        why += "; all tokens in one chunk, for a second one would need an fp32 weight gradient as large"
+    chunk_cost = max(size, 1) * inputs.weight.shape[0] * inputs.compute_dtype.itemsize
+    retained = retain_bytes // chunk_cost if name == "two-pass" else 0
+    products = _products(name, needs, groups, tokens, retained, scope)
+    gradients, peak = _bytes(inputs, needs, name, groups, retained, entropy, scope)
+    return HeadPlan(
+        name=name,
+        why=why,
+        groups=groups,
+        tokens=tokens,
+        positions=inputs.hidden.shape[0],
+        retained=retained,
+        products=products,
+        flops=round(products * 2 * tokens * inputs.weight.numel()),
+        peak_bytes=peak,
+        gradient_bytes=gradients,
+    )
+
+
+def _choose(needs: Needs, scope: Scope | None, entropy: Entropy, *, fits: bool) -> tuple[PassName, str]:
+    if not needs:
+        return "no-grad", "no input asks for a gradient, so each chunk is scored and forgotten"
+    is_at_once = scope is not None and fits
+    if not (needs.weight or needs.bias) and (is_at_once or entropy is not True):
+        return "frozen", "only the hidden states ask for a gradient, and d(-log p)/d(hidden) serves any loss"
+    if scope is None:
+        return "two-pass", "the loss is computed elsewhere: scores now, each chunk once more in backward"
+    if not fits:
+        what = "a sequence is longer than a chunk" if scope == "sequence" else "the batch is larger than a chunk"
+        return "two-pass", f"{what}, so scores come first; all but its last chunk are then computed once more"
+    reasons = {
+        "token": "each token's loss is its own",
+        "sequence": "every sequence fits a chunk",
+        "batch": "the whole batch fits one chunk",
+    }
+    return "one-pass", f"{reasons[scope or 'token']}, so a chunk's gradient is taken while its logits are there"
+
+
+def _chunk_size(
+    inputs: HeadInputs, needs: Needs, tokens: int, chunk_size: int | str, chunk_bytes: int | None
+) -> tuple[int, bool]:
+    """Return the tokens of a chunk, and whether all were merged into one."""
+    vocabulary, width = inputs.weight.shape
+    if chunk_size == "auto":
+        size = auto_chunk(vocabulary, inputs.compute_dtype, inputs.hidden.device, chunk_bytes)
+    elif isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0:
+        size = chunk_size
+    else:
+        raise ConfigError(f"chunk_size={chunk_size!r} must be a number of tokens above 0, or 'auto'")
+    # With more than one chunk a low-precision weight gradient is added up in fp32: 4 V D bytes, as many as 2 D more
+    # rows of logits take.
+    is_low = inputs.compute_dtype.itemsize == 2 and inputs.weight.dtype == inputs.compute_dtype
+    if needs.weight and is_low and inputs.compute_dtype != torch.float16 and size < tokens <= size + 2 * width:
+        return tokens, True
+    return size, False
+
+
+def auto_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None = None) -> int:
+    """Return how many rows of logits fit `chunk_bytes`, or the device's budget (then at least `MIN_AUTO_CHUNK`)."""
+    if chunk_bytes is not None:
+        return max(1, chunk_bytes // (vocabulary * dtype.itemsize))
+    budget = CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES)
+    return max(MIN_AUTO_CHUNK, budget // (vocabulary * dtype.itemsize))
+
+
+def _groups(tokens: int, size: int, scope: Scope, ids: Tensor | None) -> Iterator[Group]:
+    if scope not in SCOPES:
+        raise ConfigError(f"scope={scope!r} is unknown; choose {listed(SCOPES)}")
+    if tokens == 0:
+        yield (slice(0, 0),)  # the loss is asked even then, for its metrics
+        return
+    if scope == "token":
+        yield from ((span,) for span in equal_chunks(0, tokens, size))
+        return
+    if scope == "batch":
+        yield tuple(equal_chunks(0, tokens, size))
+        return
+    if ids is None:
+        raise ConfigError("scope='sequence' needs sequence_ids, the sequence of each position")
+    start = stop = 0
+    for length in ids.unique_consecutive(return_counts=True)[1].tolist():
+        if length > size:
+            if stop > start:
+                yield (slice(start, stop),)
+            yield tuple(equal_chunks(stop, stop + length, size))
+            start = stop = stop + length
+        elif stop + length - start > size:
+            yield (slice(start, stop),)
+            start, stop = stop, stop + length
+        else:
+            stop += length
+    if stop > start:
+        yield (slice(start, stop),)
+
+
+def equal_chunks(start: int, stop: int, size: int) -> list[slice]:
+    """Cut into as few chunks as possible, whose lengths differ by at most 1: a small last one wastes a pass."""
+    number = -(-(stop - start) // size)
+    cuts = [start + (stop - start) * i // number for i in range(number + 1)] if number else []
+    return [slice(a, b) for a, b in pairwise(cuts)]
+
+
+def _length(spans: Group) -> int:
+    return sum(span.stop - span.start for span in spans)
+
+
+def kept_of(group: Group, retained: int) -> int:
+    """Return how many of a group's last chunks still have their probabilities when the loss is known."""
+    return min(len(group), 1 + retained)
+
+
+def _products(
+    name: PassName, needs: Needs, groups: tuple[Group, ...], tokens: int, retained: int, scope: Scope | None
+) -> float:
+    backward = needs.hidden + needs.weight
+    if name != "two-pass" or not tokens:
+        return 1 + backward
+    # Between forward and a backward of its own nothing is kept but what the budget pays for.
+    if scope is None:
+        twice = sum(map(_length, groups[: max(0, len(groups) - retained)]))
+    else:
+        twice = sum(_length(group[: len(group) - kept_of(group, retained)]) for group in groups)
+    return 1 + backward + twice / tokens
+
+
+def _bytes(
+    inputs: HeadInputs,
+    needs: Needs,
+    name: PassName,
+    groups: tuple[Group, ...],
+    retained: int,
+    entropy: Entropy,
+    scope: Scope | None,
+) -> tuple[int, int]:
+    """Return the bytes of the gradients and those at the worst moment."""
+    (vocabulary, width), size = inputs.weight.shape, inputs.compute_dtype.itemsize
+    rows = max((span.stop - span.start for group in groups for span in group), default=0)
+    positions, tokens = inputs.hidden.shape[0], len(inputs.positions)
+    is_low = int(size == 2)
+    device = inputs.hidden.device.type
+    gradients = (
+        needs.hidden * positions * width * inputs.hidden.dtype.itemsize
+        + needs.weight * vocabulary * width * inputs.weight.dtype.itemsize
+        + needs.bias * vocabulary * (inputs.bias.dtype.itemsize if inputs.bias is not None else 0)
+    )
+    most = len(groups) if scope is None else max((len(group) for group in groups), default=1)
+    buffers = 1 + min(retained, most - 1)
+    logits = buffers * rows * vocabulary * size
+    wide = 8 if inputs.compute_dtype == torch.float64 else 4
+    is_capped = bool(needs) and inputs.transform.softcap is not None
+    blocks = is_low + bool(entropy or is_capped) + is_capped
+    scratch = blocks * block_rows(rows, vocabulary, device) * vocabulary * wide
+    if not is_low and not inputs.transform.softcap and inputs.compute_dtype == torch.float32 and device == "cpu":
+        scratch += (onednn_wins() and inputs.weight.is_contiguous()) * rows * min(SLAB, vocabulary) * 4
+    vectors = 3 * rows * width * size + 6 * tokens * wide
+    accumulators = 0
+    if needs.weight and (is_low or inputs.weight.dtype != inputs.compute_dtype):
+        is_direct = sum(map(len, groups)) == 1 and inputs.weight.dtype == inputs.compute_dtype
+        if not is_direct or inputs.compute_dtype == torch.float16:
+            accumulators = 4 * vocabulary * width if inputs.weight.dtype.itemsize == 2 else 0
+            scratch += min(LOW_PRECISION_SLAB, vocabulary) * width * size
+    cast = vocabulary * width * size if inputs.weight.dtype != inputs.compute_dtype else 0
+    kept = tokens * width * size if name == "frozen" and scope is None else 0
+    return gradients, gradients + logits + scratch + vectors + accumulators + cast + kept
+
+
+def autograd_plan(
+    name: PassName,
+    why: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spans: Sequence[slice],
+) -> HeadPlan:
+    """Estimate what a loss costs that autograd differentiates chunk by chunk: logits, log-softmax, gather.
+
+    Log-softmax, its gradient and that of the gather are alive at once: three times the logits of a chunk, in fp32 or
+    wider.
+    """
+    needs = Needs.of_tensors(hidden, weight, bias)
+    tokens, rows = spans[-1].stop if spans else 0, max((span.stop - span.start for span in spans), default=0)
+    gradients = sum(
+        tensor.numel() * tensor.dtype.itemsize
+        for tensor, is_needed in ((hidden, needs.hidden), (weight, needs.weight), (bias, needs.bias))
+        if tensor is not None and is_needed
+    )
+    wide = max(4, hidden.dtype.itemsize)
+    logits = rows * weight.shape[0] * (3 * wide + (hidden.dtype.itemsize if hidden.dtype.itemsize == 2 else 0))
+    # The sums over chunks are fp32; a chunk's own gradient of the weight is alive beside them.
+    sums = (1 + (len(spans) > 1)) * needs.weight * weight.numel() * wide if name == "general" else 0
+    products = 1 + needs.hidden + needs.weight
+    return HeadPlan(
+        name=name,
+        why=why,
+        groups=tuple((span,) for span in spans),
+        tokens=tokens,
+        positions=hidden.numel() // max(1, hidden.shape[-1]),
+        retained=0,
+        products=products,
+        flops=products * 2 * tokens * weight.numel(),
+        peak_bytes=gradients + (logits if needs else logits * 2 // 3) + sums,
+        gradient_bytes=gradients,
+    )

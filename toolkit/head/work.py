@@ -1,0 +1,176 @@
+"""One chunk at a time: score it, differentiate it, and add its gradients up. One logits buffer serves all chunks.
+
+Legend: T positions, N scored tokens, n tokens of a chunk, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.head.inputs import HeadInputs
+from toolkit.head.kernel import Kernel, RowStats
+from toolkit.head.logits import LogitTransform
+from toolkit.head.plan import HeadPlan, Needs
+from toolkit.head.products import add_weight_gradient, input_gradient, logits_into
+
+MOVED_ROWS = 16
+"""Rows moved at a time when a chunk is compacted: a temporary of a few MB."""
+WORTH_SKIPPING = 0.95
+"""Compact a chunk when at most this part of its rows has a coefficient."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk whose probabilities are in memory."""
+
+    inputs: Tensor
+    """[n, D] hidden states of its tokens."""
+    positions: Tensor
+    targets: Tensor
+    transform: LogitTransform
+    buffer: Tensor
+    """What `probs` is the beginning of."""
+    probs: Tensor
+    """[n, V], later overwritten by the gradient."""
+    stats: RowStats
+
+
+class HeadWork:
+    """Buffers and accumulators of one forward (or backward) over the head."""
+
+    def __init__(self, inputs: HeadInputs, needs: Needs, plan: HeadPlan, *, with_entropy: bool) -> None:
+        self._given, self._needs, self._with_entropy = inputs, needs, with_entropy
+        self._hidden = inputs.hidden.detach()
+        self._weight = inputs.weight.detach().to(inputs.compute_dtype)
+        self._wide = torch.promote_types(inputs.compute_dtype, torch.float32)
+        self._kernel = Kernel(inputs.transform, inputs.bias, wide=self._wide, vocabulary=self._weight.shape[0])
+        self._rows = plan.largest
+        self._free: list[Tensor] = []
+        self._is_single = len(plan.chunks) == 1
+        self._hidden_grad: Tensor | None = None
+        self._weight_grad: Tensor | None = None
+        self._bias_grad: Tensor | None = None
+        self._is_first = True
+        # fp16 has no number below 6e-8: its gradients wait in fp32 for the loss scale that backward brings.
+        self._hidden_grad_dtype = torch.float32 if self._hidden.dtype == torch.float16 else self._hidden.dtype
+        if needs.hidden:
+            self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_grad_dtype)
+        if needs.weight:
+            self._weight_grad = self._weight.new_empty(self._weight.shape, dtype=self._weight_grad_dtype())
+        if needs.bias:
+            self._bias_grad = self._weight.new_zeros(self._weight.shape[0], dtype=self._wide)
+
+    def score(self, span: slice, *, keep_rows: Tensor | None = None) -> Chunk:
+        """Compute probabilities and statistics of a chunk.
+
+        Args:
+            span: the chunk, as a slice of the scored tokens.
+            keep_rows: [k] rows of the chunk to compute; all by default.
+        """
+        positions, targets = self._given.positions[span], self._given.targets[span]
+        if keep_rows is not None:
+            positions, targets = positions.index_select(0, keep_rows), targets.index_select(0, keep_rows)
+        inputs = self._hidden.index_select(0, positions).to(self._weight.dtype)
+        buffer = self._free.pop() if self._free else self._weight.new_empty(self._rows, self._weight.shape[0])
+        probs = buffer[: len(targets)]
+        logits_into(probs, inputs, self._weight)
+        transform = self._given.transform.at(positions)
+        stats = self._kernel.probabilities_(probs, targets, transform, with_entropy=self._with_entropy)
+        return Chunk(inputs, positions, targets, transform, buffer, probs, stats)
+
+    def release(self, chunk: Chunk) -> None:
+        """Give a chunk's logits buffer back for the next one."""
+        self._free.append(chunk.buffer)
+
+    def differentiate(self, chunk: Chunk, logprob_grads: Tensor, entropy_grads: Tensor | None) -> None:
+        """Add up the gradients of a chunk; its probabilities are used up.
+
+        Args:
+            chunk: from `score`.
+            logprob_grads: [n] upstream gradient of the log-probabilities. Rows where it (and that of the entropies) is
+                exactly 0 are left out of the products.
+            entropy_grads: [n] upstream gradient of the entropies.
+        """
+        chunk, logprob_grads, entropy_grads = _without_idle_rows(chunk, logprob_grads, entropy_grads)
+        if len(chunk.targets) == 0:
+            return
+        factor = self._kernel.gradient_(
+            chunk.probs, chunk.targets, chunk.stats, chunk.transform, logprob_grads, entropy_grads
+        )
+        if self._hidden_grad is not None:
+            rows = _scaled(input_gradient(chunk.probs, self._weight), factor, self._hidden_grad.dtype)
+            self._hidden_grad.index_copy_(0, chunk.positions, rows)
+        if self._weight_grad is not None:
+            shrink = _power_of_two_of(factor) if chunk.inputs.dtype == torch.float16 else 1.0
+            inputs = _scaled(chunk.inputs, None if factor is None else factor / shrink, chunk.inputs.dtype)
+            add_weight_gradient(self._weight_grad, chunk.probs, inputs, is_first=self._is_first, factor=shrink)
+            self._is_first = False
+        if self._bias_grad is not None:
+            self._kernel.add_bias_gradient(self._bias_grad, chunk.probs, factor)
+
+    def keep_input_gradient(self, chunk: Chunk) -> Tensor:
+        """Return d(-log p)/d(hidden) of a chunk's tokens, [n, D]; its probabilities are used up."""
+        factor = self._kernel.gradient_(chunk.probs, chunk.targets, chunk.stats, chunk.transform, None, None)
+        return _scaled(input_gradient(chunk.probs, self._weight), factor, self._hidden_grad_dtype)
+
+    def set_hidden_gradient(self, positions: Tensor, rows: Tensor) -> None:
+        """Write finished rows of the hidden gradient."""
+        assert self._hidden_grad is not None
+        self._hidden_grad.index_copy_(0, positions, rows)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of hidden states [T, D], weight and bias, each None if not needed."""
+        if self._weight_grad is not None and self._is_first:
+            self._weight_grad.zero_()
+        return self._hidden_grad, self._weight_grad, self._bias_grad
+
+    def _weight_grad_dtype(self) -> torch.dtype:
+        """Return fp32 where more than one low-precision product is added up, or where small values would be lost."""
+        dtype = self._weight.dtype
+        is_direct = self._is_single and dtype == self._given.weight.dtype and dtype != torch.float16
+        return dtype if is_direct else self._wide
+
+
+def _without_idle_rows(
+    chunk: Chunk, logprob_grads: Tensor, entropy_grads: Tensor | None
+) -> tuple[Chunk, Tensor, Tensor | None]:
+    """Move the rows that have a coefficient to the front and drop the others; only the holes are filled."""
+    is_live = logprob_grads != 0
+    if entropy_grads is not None:
+        is_live |= entropy_grads != 0
+    total, kept = len(is_live), int(is_live.sum())
+    if kept > WORTH_SKIPPING * total:
+        return chunk, logprob_grads, entropy_grads
+    order = torch.arange(kept, device=is_live.device)
+    holes = (~is_live[:kept]).nonzero().squeeze(1)
+    movers = is_live[kept:].nonzero().squeeze(1) + kept
+    order[holes] = movers
+    for start in range(0, len(holes), MOVED_ROWS):
+        span = slice(start, start + MOVED_ROWS)
+        chunk.probs.index_copy_(0, holes[span], chunk.probs.index_select(0, movers[span]))
+    compact = Chunk(
+        inputs=chunk.inputs.index_select(0, order),
+        positions=chunk.positions.index_select(0, order),
+        targets=chunk.targets.index_select(0, order),
+        transform=chunk.transform.at(order),
+        buffer=chunk.buffer,
+        probs=chunk.probs[:kept],
+        stats=chunk.stats.select(order),
+    )
+    return compact, logprob_grads[order], None if entropy_grads is None else entropy_grads[order]
+
+
+def _scaled(rows: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return ``factor * rows`` in `dtype`, multiplied in fp32 or wider and rounded once."""
+    if factor is None:
+        return rows.to(dtype)
+    return (rows * factor.unsqueeze(1)).to(dtype)  # the factor is wide, so is the product
+
+
+def _power_of_two_of(factor: Tensor | None) -> float:
+    """Return a power of two near the largest factor: division by it is exact and keeps fp16 away from its limits."""
+    largest = 1.0 if factor is None else float(factor.abs().max())
+    return 2.0 ** torch.tensor(largest).log2().floor().item() if largest > 0 and largest < float("inf") else 1.0

@@ -1,0 +1,111 @@
+"""Losses that look at log-probabilities (and entropies) only: every pass of the head serves them.
+
+Legend: B rows, T positions of a row, N scored tokens, n of them in one call, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from toolkit.head import HeadPlan, TokenScores, explain, fused_loss
+from toolkit.head.logits import LogitTransform
+from toolkit.head.plan import Entropy, Scope
+from toolkit.head.scores import eager_scores
+from toolkit.losses.base import BaseLossContext, BaseLossKwargs, merge_extras
+
+ItemT = TypeVar("ItemT")
+
+
+class ScoredLossContext(BaseLossContext[ItemT]):
+    """Base of losses of log-probabilities. Subclass it and define `loss_from_scores`; `loss_fn` follows from it.
+
+    In chunk mode the head then takes 3 matrix products instead of whatever autograd makes of `loss_fn`, drops ignored
+    tokens before the first of them, and leaves tokens without a gradient out of the last two.
+    """
+
+    @abstractmethod
+    def loss_from_scores(self, scores: TokenScores, loss_kwargs: Any) -> tuple[Tensor, Any]:
+        """Return the loss of n scored tokens and metrics: a sum of weight times token loss.
+
+        Args:
+            scores: log-probabilities [n] with gradient, and entropies [n] if `entropy` asks for them.
+            loss_kwargs: the kwargs of these tokens, per-token fields [n].
+        """
+
+    @property
+    def scope(self) -> Scope:
+        """What one token's loss depends on: itself ("token"), its "sequence" or the "batch"."""
+        return "token"
+
+    @property
+    def entropy(self) -> Entropy:
+        """Which entropies `loss_from_scores` wants: False, "metric" (without gradient) or True."""
+        return False
+
+    def scored_labels(self) -> Tensor:
+        """Return the labels, `ignore_idx` wherever a token need not be scored."""
+        return self.loss_kwargs.shifted_labels
+
+    def sequence_ids(self) -> Tensor | None:
+        """Return the sequence of each position, for a loss of scope "sequence"."""
+        return None
+
+    def forward(
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Return the loss of this micro-batch and its metrics; see `BaseLossContext.forward`."""
+        if self.loss_cfg.mode == "eager" or self._has_own_loss_fn:
+            return super().forward(hidden_states, head_weight, head_bias)
+        self._check(hidden_states, head_weight, head_bias)
+
+        def loss_of(scores: TokenScores, positions: Tensor) -> tuple[Tensor, Any]:
+            return self._checked(self.loss_from_scores(scores, self.loss_kwargs.take(positions)))
+
+        options = self._head_options()
+        loss, extras = fused_loss(loss_of, hidden_states, head_weight, self.scored_labels(), head_bias, **options)
+        return loss, merge_extras(extras)
+
+    def loss_fn(
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: BaseLossKwargs
+    ) -> tuple[Tensor, Any]:
+        """Return the loss of these positions from the logits of all scored ones, under plain autograd."""
+        labels = self.scored_labels() if loss_kwargs is self.loss_kwargs else loss_kwargs.shifted_labels
+        flat = labels.reshape(-1)
+        positions = (flat != self.loss_cfg.ignore_idx).nonzero().squeeze(-1)
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, positions)
+        cfg = self.loss_cfg
+        transform = LogitTransform(cfg.logit_scale, cfg.softcap, cfg.temperature)
+        with_entropy = bool(self.entropy)
+        scores = eager_scores(
+            hidden, head_weight, flat.index_select(0, positions), head_bias, transform, with_entropy=with_entropy
+        )
+        if scores.entropy is not None and self.entropy == "metric":
+            scores = TokenScores(scores.logprobs, scores.entropy.detach())
+        return self.loss_from_scores(scores, loss_kwargs.take(positions))
+
+    def _chunk_plan(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> HeadPlan:
+        if self._has_own_loss_fn:
+            return super()._chunk_plan(hidden_states, head_weight, head_bias)
+        return explain(hidden_states, head_weight, self.scored_labels(), head_bias, **self._head_options())
+
+    @property
+    def _has_own_loss_fn(self) -> bool:
+        """Whether a subclass overrides `loss_fn`: then that is the loss, and it goes the general path."""
+        return type(self).loss_fn is not ScoredLossContext.loss_fn
+
+    def _head_options(self) -> dict[str, Any]:
+        cfg = self.loss_cfg
+        return {
+            "scope": self.scope,
+            "sequence_ids": self.sequence_ids() if self.scope == "sequence" else None,
+            "chunk_size": cfg.chunk_size,
+            "ignore_idx": cfg.ignore_idx,
+            "temperature": cfg.temperature,
+            "softcap": cfg.softcap,
+            "logit_scale": cfg.logit_scale,
+            "entropy": self.entropy,
+            "retain_bytes": cfg.retain_bytes,
+        }

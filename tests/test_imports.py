@@ -17,12 +17,12 @@ LAYERS = [
     ["plugins", "diagnosis"],
     ["config"],
     ["training", "notebook"],
-    ["runner"],
+    ["runner", "benchmark"],
     ["train", "bench", "check"],
 ]
 """From the bottom to the top; a room imports from rooms below it, and its own."""
 # The config classes of the loop are below `config`, which composes them; the loop itself is above it.
-BELOW_CONFIG = {"training.config"}
+BELOW_CONFIG = {"training.config", "benchmark.config"}
 LAZY = {("runner", "config")}
 
 

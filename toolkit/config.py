@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
 
+from toolkit.benchmark.config import BenchConfig
 from toolkit.diagnosis import diagnose, groups_in
 from toolkit.errors import ConfigError, listed
 from toolkit.functional.registry import policy_loss, policy_loss_names
@@ -55,7 +56,12 @@ SCHEMAS: tuple[type[Config], ...] = (
     SchedulerConfig,
     TrainingConfig,
     TrackerConfig,
+    BenchConfig,
 )
+ROOTS = {"config": "", "bench": "bench"}
+"""The configurations that a command composes, and the group that belongs to that command alone."""
+BENCH_GROUPS = ("bench", "kl", "loss", "policy_loss")
+BENCH_KEYS = ("bench", "loss", "plugins", "rollout")
 READ_BY = {"policy_loss": "policy_loss_cfg", "kl": "use_kl_loss"}
 """The field of a loss config that a group of choices is for."""
 MAX_CHECKED_JOBS = 32
@@ -120,8 +126,12 @@ def register_schemas() -> None:
             store.store(group="policy_loss", name=name, node=node)
 
 
-def compose_config(overrides: Sequence[str]) -> DictConfig:
+def compose_config(overrides: Sequence[str], *, root: str = "config") -> DictConfig:
     """Compose ``conf/`` with `overrides`; may be called again and again in one process, inside Hydra or not.
+
+    Args:
+        overrides: as on the command line.
+        root: which of `ROOTS`.
 
     Raises:
         ConfigError: an override names a choice or a key that does not exist; the message names the nearest right one.
@@ -139,11 +149,11 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     register_schemas()
     with _own_hydra():
         try:
-            cfg = compose("config", overrides=list(overrides))
+            cfg = compose(root, overrides=list(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            groups = groups_in(conf_dir(), *_own_folders(parsed))
-            raise ConfigError(diagnose(parsed, error, groups)) from None
-    _check_unread(parsed, cfg)
+            groups = _groups(root, *_own_folders(parsed))
+            raise ConfigError(diagnose(parsed, error, groups, root)) from None
+    _check_unread(parsed, cfg, BENCH_KEYS if root == "bench" else list(RunConfig.model_fields))
     return cfg
 
 
@@ -234,11 +244,20 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
     return [build_config(compose_config(job)) for job in jobs]
 
 
-def _check_unread(parsed: Iterable[Override], cfg: DictConfig) -> None:
+def build_bench(cfg: DictConfig) -> tuple[BenchConfig, BaseLossConfig]:
+    """Instantiate what the benchmark needs of its composed configuration.
+
+    Raises:
+        ConfigError: as `build_config`.
+    """
+    return _build_part(cfg, "bench", BenchConfig), build_loss(cfg)
+
+
+def _check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[str]) -> None:
     """Refuse settings that nothing reads."""
-    stray = [str(key) for key in cfg if key not in RunConfig.model_fields and key != "policy_loss"]
+    stray = [str(key) for key in cfg if key not in known and key != "policy_loss"]
     if stray:
-        raise ConfigError(f"{stray[0]} is not a setting; the top level has: {', '.join(RunConfig.model_fields)}")
+        raise ConfigError(f"{stray[0]} is not a setting; the top level has: {', '.join(known)}")
     fields = getattr(_target_class("loss", cfg.loss), "model_fields", {})
     for override in parsed:
         group = str(override.key_or_group).split(".")[0]
@@ -253,9 +272,17 @@ def _choices(group: str) -> list[str]:
     return groups_in(conf_dir()).get(group, [])
 
 
-def _choices_text() -> str:
+def _groups(root: str, *folders: str) -> dict[str, list[str]]:
+    """Return the groups of a command with their choices: of the benchmark those that it composes, else all others."""
+    found = groups_in(conf_dir(), *folders)
+    if root == "bench":
+        return {group: found[group] for group in BENCH_GROUPS}
+    return {group: choices for group, choices in found.items() if group not in ROOTS.values()}
+
+
+def _choices_text(root: str = "config") -> str:
     """Return the choices for --help; Hydra's own list would show the schema nodes, too."""
-    return "\n".join(f"{group}: {', '.join(found)}" for group, found in groups_in(conf_dir()).items())
+    return "\n".join(f"{group}: {', '.join(found)}" for group, found in _groups(root).items())
 
 
 def _sweep_jobs(overrides: Sequence[str]) -> Iterable[Sequence[str]] | None:

@@ -27,10 +27,10 @@ def groups_in(*folders: str) -> dict[str, list[str]]:
     return {group: sorted(choices) for group, choices in sorted(found.items())}
 
 
-def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]]) -> str:
+def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]], root: str) -> str:
     """Say which override is wrong and which one would work; Hydra's own words when that is not clear.
 
-    Must be called where ``compose("config")`` works.
+    Must be called where ``compose(root)`` works.
     """
     plain = [o for o in parsed if not str(o.key_or_group).startswith("hydra") and not o.is_delete()]
     for override in plain:
@@ -42,7 +42,7 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
             hint = f"; try: {key}={best}" if best else ""
             return f"{override.input_line} is not a choice of {key}: choose {listed(groups[key])}{hint}"
     choosing = [o for o in parsed if str(o.key_or_group) in groups or o.key_or_group == "hydra.searchpath"]
-    known = _known_keys(choosing)
+    known = _known_keys(choosing, root)
     for override in plain:
         key = str(override.key_or_group)
         if key in groups or key in known or override.is_add() or override.is_force_add():
@@ -51,12 +51,12 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
     return " ".join(str(error).splitlines()[:2])
 
 
-def _known_keys(group_overrides: list[Override]) -> list[str]:
+def _known_keys(group_overrides: list[Override], root: str) -> list[str]:
     """Return every dotted key of the configuration with these choices made."""
     try:
-        cfg = compose("config", overrides=[str(o.input_line) for o in group_overrides])
+        cfg = compose(root, overrides=[str(o.input_line) for o in group_overrides])
     except (HydraException, OmegaConfBaseException, ValueError):
-        cfg = compose("config")
+        cfg = compose(root)
     return _dotted(OmegaConf.to_container(cfg, resolve=False))
 
 

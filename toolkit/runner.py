@@ -14,6 +14,8 @@ from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
 from toolkit.errors import ConfigError, DataError, nearest
+from toolkit.head import HeadPlan
+from toolkit.losses.base import BaseLossContext
 from toolkit.losses.calibration import loss_metric
 from toolkit.losses.config import BaseLossConfig, CELossConfig
 from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
@@ -124,12 +126,21 @@ class LossRunner:
             "rollout_logprobs": rollout_logprobs,
             "cu_seq_lens": cu_seq_lens,
         }
-        item = self._item(fields, hidden_states.shape[-2])
-        bounds = None if cu_seq_lens is None else [cu_seq_lens]
-        context = self.loss_cfg.loss_ctx_cls
-        (kwargs,) = context.build_batches_loss_kwargs([item], self.loss_cfg, bounds)
-        loss, extra = context(self.loss_cfg, kwargs).forward(hidden_states, head_weight, head_bias)
+        loss, extra = self._context(fields, hidden_states).forward(hidden_states, head_weight, head_bias)
         return LossResult(loss, metrics_in(extra))
+
+    def explain(
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None, **fields: Any
+    ) -> HeadPlan:
+        """Say which pass of the head a call with these arguments would take, why, and at what cost; ``print`` it.
+
+        Args:
+            hidden_states: [B, T, D], as in `__call__`, like all others.
+            head_weight: [V, D].
+            head_bias: [V], optional.
+            fields: ``input_ids``, ``advantages`` ...
+        """
+        return self._context(fields, hidden_states).explain(hidden_states, head_weight, head_bias)
 
     def step(self, batches: Iterable[Mapping[str, Any]], forward: Forward) -> LossResult:
         """Accumulate the gradient of several micro-batches as if they were one batch; the optimizer step is yours.
@@ -161,6 +172,14 @@ class LossRunner:
             parts.append({**metrics_in(extra), "loss": loss_metric(loss, self.loss_cfg.gradient_reduction)})
         metrics = reduce_metrics(merge_metrics(parts))
         return LossResult(torch.as_tensor(metrics["loss"].value()), metrics)
+
+    def _context(self, fields: Mapping[str, Any], hidden_states: Tensor) -> BaseLossContext[Any]:
+        """Return the context of one batch."""
+        item = self._item(fields, hidden_states.shape[-2])
+        bounds = None if fields.get("cu_seq_lens") is None else [fields["cu_seq_lens"]]
+        context = self.loss_cfg.loss_ctx_cls
+        (kwargs,) = context.build_batches_loss_kwargs([item], self.loss_cfg, bounds)
+        return context(self.loss_cfg, kwargs)
 
     def _item(self, fields: Mapping[str, Any], num_positions: int | None) -> LossContextInputItem:
         for key in fields:

@@ -13,7 +13,7 @@ from torch import Tensor
 from toolkit.errors import ConfigError, DataError
 from toolkit.head.inputs import HeadInputs, head_inputs
 from toolkit.head.logits import LogitTransform
-from toolkit.head.passes import FusedLoss, Job, OtherLeaves, ScoreLoss, Scores, score_without_grad, total_of
+from toolkit.head.passes import FusedLoss, Job, OtherLeaves, ScoreLoss, Scores, quiet, score_without_grad, total_of
 from toolkit.head.plan import Entropy, HeadPlan, Needs, Scope, make_plan
 from toolkit.head.scores import TokenScores
 
@@ -253,12 +253,13 @@ def _by_sequence(
 def _loss_without_grad(job: Job, loss_fn: ScoreLoss) -> tuple[Tensor, list[Any]]:
     logprobs, entropy = score_without_grad(job)
     losses, extras = [], []
-    for group in job.plan.groups:
-        span = slice(group[0].start, group[-1].stop)
-        scores = TokenScores(logprobs[span], None if entropy is None else entropy[span])
-        loss, extra = loss_fn(scores, job.inputs.positions[span])
-        losses.append(loss)
-        extras.append(extra)
+    with quiet(job.inputs.hidden):
+        for group in job.plan.groups:
+            span = slice(group[0].start, group[-1].stop)
+            scores = TokenScores(logprobs[span], None if entropy is None else entropy[span])
+            loss, extra = loss_fn(scores, job.inputs.positions[span])
+            losses.append(loss)
+            extras.append(extra)
     return total_of(losses, job), extras
 
 
@@ -270,6 +271,6 @@ def _scattered(values: Tensor, inputs: HeadInputs, labels: Tensor) -> Tensor:
 
 
 def _checked_entropy(entropy: Any) -> Entropy:
-    if entropy not in (False, True, "metric"):
+    if not (isinstance(entropy, bool) or entropy == "metric"):
         raise ConfigError(f"entropy={entropy!r} is unknown; choose True (with gradient), 'metric' (without) or False")
     return entropy

@@ -72,7 +72,7 @@ def head_inputs(
         bias=head_bias,
         positions=positions,
         targets=targets,
-        transform=_checked_transform(transform, labels, targets, head_weight),
+        transform=_checked_transform(transform, labels, targets, head_weight, hidden_states),
         compute_dtype=_compute_dtype(hidden_states),
     )
 
@@ -123,7 +123,9 @@ def check_head(
         )
 
 
-def _checked_transform(transform: LogitTransform, labels: Tensor, targets: Tensor, weight: Tensor) -> LogitTransform:
+def _checked_transform(
+    transform: LogitTransform, labels: Tensor, targets: Tensor, weight: Tensor, hidden: Tensor
+) -> LogitTransform:
     temperature, mask = transform.temperature, transform.vocab_mask
     if not math.isfinite(transform.scale) or transform.scale == 0:
         raise ConfigError(f"logit_scale={transform.scale} must be a finite number other than 0")
@@ -141,13 +143,14 @@ def _checked_transform(transform: LogitTransform, labels: Tensor, targets: Tenso
     if temperature.requires_grad:
         raise DataError("temperature is a constant of the softmax and gets no gradient; give temperature.detach()")
     if temperature.dim() == 0:
-        return _checked_transform(_with_temperature(transform, float(temperature)), labels, targets, weight)
+        return _checked_transform(_with_temperature(transform, float(temperature)), labels, targets, weight, hidden)
     if temperature.shape != labels.shape:
         raise DataError(
             f"temperature has shape {list(temperature.shape)}; it must be one number or, like the labels, "
             f"{list(labels.shape)}"
         )
-    return _with_temperature(transform, temperature.reshape(-1))
+    wide = torch.promote_types(_compute_dtype(hidden), torch.float32)
+    return _with_temperature(transform, temperature.detach().reshape(-1).to(hidden.device, wide))
 
 
 def _with_temperature(transform: LogitTransform, temperature: float | Tensor) -> LogitTransform:

@@ -41,7 +41,9 @@ class RowStats:
 class Kernel:
     """The passes over logits between the products; owns its scratch memory and reuses it."""
 
-    def __init__(self, transform: LogitTransform, bias: Tensor | None, *, wide: torch.dtype, vocabulary: int) -> None:
+    def __init__(
+        self, transform: LogitTransform, bias: Tensor | None, *, wide: torch.dtype, vocabulary: int, rows: int
+    ) -> None:
         """Make a kernel.
 
         Args:
@@ -49,11 +51,12 @@ class Kernel:
             bias: [V], added to the logits first.
             wide: dtype of the arithmetic, fp32 or float64.
             vocabulary: V.
+            rows: n of the largest chunk.
         """
         self._softcap, self._vocab_mask = transform.softcap, transform.vocab_mask
         self._bias = None if bias is None else bias.detach().to(wide)
-        self._wide, self._vocabulary = wide, vocabulary
-        self._scratch: list[Tensor] = []
+        self._wide, self._vocabulary, self._rows = wide, vocabulary, rows
+        self._scratch: dict[int, Tensor] = {}
 
     def probabilities_(
         self, logits: Tensor, targets: Tensor, transform: LogitTransform, *, with_entropy: bool
@@ -118,12 +121,22 @@ class Kernel:
         own = targets.unsqueeze(1)
         if self._softcap is None and entropy_grads is None:
             # p - 1 from log p, not from p as stored: bf16 has no number between 0.996 and 1.
-            probs.scatter_(1, own, stats.logprobs.expm1().to(probs.dtype).unsqueeze(1))
+            rows = torch.arange(len(targets), device=targets.device)
+            probs.index_put_((rows, targets), stats.logprobs.expm1().to(probs.dtype))  # scatter_ takes 100x the time
             return _row_factor(factor, None if logprob_grads is None else -logprob_grads, stats.logprobs)
-        wide_grads = torch.full_like(stats.logprobs, -1.0) if logprob_grads is None else logprob_grads
+        size: Tensor | None = None
+        if entropy_grads is None:
+            size = None if logprob_grads is None else -logprob_grads
+            logprob_grads = torch.full_like(stats.logprobs, -1.0)
+        else:
+            # Coefficients of a mean over many tokens are too small for fp16: the larger one of a row becomes 1.
+            assert logprob_grads is not None
+            size = logprob_grads.abs().maximum(entropy_grads.abs())
+            size = size.where(size > 0, 1.0)
+            logprob_grads, entropy_grads = logprob_grads / size, entropy_grads / size
         for span, rows in self._blocks(probs):
-            self._gradient_block_(rows, span, own[span], stats, transform, wide_grads, entropy_grads)
-        return _row_factor(factor, None, stats.logprobs)
+            self._gradient_block_(rows, span, own[span], stats, transform, logprob_grads, entropy_grads)
+        return _row_factor(factor, size, stats.logprobs)
 
     def entropies(self, probs: Tensor) -> Tensor:
         """Return the entropy of each row of probabilities, [n]."""
@@ -149,7 +162,9 @@ class Kernel:
         entropy_grads: Tensor | None,
     ) -> None:
         """``rows = (g_l (onehot - p) - g_H p (log p + H)) * d softcap``, with p = rows."""
-        block = self._widened(rows).scatter_(1, own, stats.logprobs[span].exp().unsqueeze(1))
+        block = self._widened(rows)
+        at = (torch.arange(len(own), device=own.device), own.squeeze(1))
+        block.index_put_(at, stats.logprobs[span].exp())
         # p = 0 gives 0 whatever its logarithm, which only must not be -inf.
         logs = torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()
         slope = self._cap_slope(logs, span, own, stats, transform)
@@ -160,7 +175,7 @@ class Kernel:
             assert stats.entropy is not None
             weight = entropy_grads[span].unsqueeze(1)
             block.mul_(logs.mul_(-weight).sub_(upstream + weight * stats.entropy[span].unsqueeze(1)))
-        block.scatter_add_(1, own, upstream)
+        block.index_put_(at, upstream.squeeze(1), accumulate=True)
         if slope is not None:
             block.mul_(slope)
         if rows is not block:
@@ -177,7 +192,8 @@ class Kernel:
         back = 1 / (after[span].unsqueeze(1) if isinstance(after, Tensor) else after) / self._softcap
         slope = torch.add(logs, lse, out=self._like(logs, 2)).mul_(back).square_().neg_().add_(1).clamp_min_(0)
         exact = ((stats.logprobs[span].unsqueeze(1) + lse) * back).square().neg().add(1)
-        return slope.scatter_(1, own, exact)  # of the label even where its probability underflows
+        at = (torch.arange(len(own), device=own.device), own.squeeze(1))
+        return slope.index_put_(at, exact.squeeze(1))  # of the label even where its probability underflows
 
     def _entropy(self, block: Tensor) -> Tensor:
         logs = torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()
@@ -194,10 +210,9 @@ class Kernel:
 
     def _like(self, rows: Tensor, index: int) -> Tensor:
         """Return scratch memory number `index` in the shape of `rows`."""
-        while len(self._scratch) <= index:
-            self._scratch.append(rows.new_empty(0, dtype=self._wide))
-        if self._scratch[index].shape[0] < rows.shape[0]:
-            self._scratch[index] = rows.new_empty(rows.shape, dtype=self._wide)
+        if index not in self._scratch:
+            most = block_rows(self._rows, self._vocabulary, rows.device.type)
+            self._scratch[index] = rows.new_empty(most, self._vocabulary, dtype=self._wide)
         return self._scratch[index][: rows.shape[0]]
 
     def _wide_vector(self, like: Tensor, length: int) -> Tensor:
@@ -206,7 +221,8 @@ class Kernel:
 
 def block_rows(rows: int, vocabulary: int, device: str) -> int:
     """Return how many rows are worked on at a time."""
-    return max(1, min(rows, max(8, BLOCK_ELEMENTS.get(device, GPU_BLOCK_ELEMENTS) // vocabulary)))
+    block = BLOCK_ELEMENTS.get(device, GPU_BLOCK_ELEMENTS) // vocabulary
+    return max(1, min(rows, -(-max(1, block) // 8) * 8))  # whole shares for the threads
 
 
 def _logprobs(probs: Tensor, own: Tensor, logit: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:

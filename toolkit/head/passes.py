@@ -9,6 +9,7 @@ Legend: T positions, N scored tokens, n tokens of a group of chunks, D hidden wi
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.head.cost import Group, kept_of
 from toolkit.head.gradients import leaves_of
 from toolkit.head.inputs import HeadInputs
-from toolkit.head.plan import Entropy, Group, HeadPlan, Needs, kept_of
+from toolkit.head.plan import Entropy, HeadPlan, Needs, has_free_entropy
 from toolkit.head.scores import TokenScores
 from toolkit.head.work import Chunk, HeadWork
 
@@ -42,27 +44,50 @@ class Job:
 
     @property
     def has_free_entropy(self) -> bool:
-        """Whether ``H = -log p - <x, y>`` serves: y = d(-log p)/dx of every row is there before the loss wants H.
-
-        Not with a soft cap (the logits are not linear in x), not in low precision (y is rounded: errors of 0.04 nats),
-        not with a bias (its part would be missing).
-        """
-        inputs = self.inputs
-        is_linear = inputs.transform.softcap is None and inputs.bias is None
-        is_exact = inputs.compute_dtype.itemsize > 2
-        return self.entropy == "metric" and self.plan.name == "frozen" and is_linear and is_exact
+        """Whether entropies come from the frozen pass's own products."""
+        return has_free_entropy(self.inputs, self.plan.name, self.entropy)
 
 
 def score_without_grad(job: Job) -> tuple[Tensor, Tensor | None]:
     """Return log-probabilities and entropies of the scored tokens, [N] each."""
     work = HeadWork(job.inputs, job.needs, job.plan, with_entropy=job.with_entropy)
     logprobs, entropy = _empty_scores(job)
-    with _quiet(job.inputs.hidden):
+    with quiet(job.inputs.hidden):
         for span in job.plan.chunks:
             chunk = work.score(span)
             _write(logprobs, entropy, span, chunk)
             work.release(chunk)
     return logprobs, entropy
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on a gradient; whoever differentiates it once more is told that it cannot be done."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "the head has no second derivative: its gradient is computed chunk by chunk without a graph; for one, "
+            "compute the logits with torch.nn.functional.linear (mode='eager')"
+        )
+
+
+def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Refuse second derivatives, also where ``once_differentiable`` would take the gradient for a constant."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        anchor = torch.ones((), requires_grad=True)
+        return tuple(_NoSecondDerivative.apply(g, anchor) if isinstance(g, Tensor) else g for g in found)
+
+    return wrapped
 
 
 class Scores(torch.autograd.Function):
@@ -78,20 +103,20 @@ class Scores(torch.autograd.Function):
         logprobs, entropy = _empty_scores(job)
         is_frozen, chunks = job.plan.name == "frozen", job.plan.chunks
         kept: dict[int, Chunk] = {}
-        slopes: list[Tensor] = []
-        with _quiet(hidden):
+        slopes = hidden.new_empty(job.plan.tokens if is_frozen else 0, hidden.shape[1], dtype=work.hidden_grad_dtype)
+        with quiet(hidden):
             for index, span in enumerate(chunks):
                 chunk = work.score(span)
                 _write(logprobs, entropy, span, chunk)
                 if is_frozen:
-                    slopes.append(work.keep_input_gradient(chunk))
-                    _write_free_entropy(job, entropy, span, chunk, slopes[-1])
+                    slopes[span] = work.keep_input_gradient(chunk)
+                    _write_free_entropy(job, entropy, span, chunk, slopes[span])
                 if not is_frozen and index >= len(chunks) - job.plan.retained:
                     kept[index] = chunk
                 else:
                     work.release(chunk)
         if is_frozen:
-            ctx.save_for_backward(torch.cat(slopes))
+            ctx.save_for_backward(slopes)
         else:
             ctx.save_for_backward(hidden, weight, bias)
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
@@ -101,7 +126,7 @@ class Scores(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once
     def backward(ctx: Any, logprob_grads: Tensor | None, entropy_grads: Tensor | None) -> tuple[Any, ...]:  # noqa: D102
         job: Job = ctx.job
         if logprob_grads is None:
@@ -109,14 +134,16 @@ class Scores(torch.autograd.Function):
                 return None, None, None, None
             logprob_grads = torch.zeros_like(entropy_grads)
         if job.plan.name == "frozen":
-            (slope,) = ctx.saved_tensors
-            rows = (slope * -logprob_grads.unsqueeze(1)).to(ctx.hidden_dtype)
-            grad = rows.new_zeros(ctx.hidden_shape).index_copy_(0, job.inputs.positions, rows)
+            (slopes,) = ctx.saved_tensors
+            grad = slopes.new_zeros(ctx.hidden_shape, dtype=ctx.hidden_dtype)
+            for span in job.plan.chunks:
+                rows = (slopes[span] * -logprob_grads[span].unsqueeze(1)).to(ctx.hidden_dtype)
+                grad.index_copy_(0, job.inputs.positions[span], rows)
             return grad, None, None, None
         hidden, weight, bias = ctx.saved_tensors
         job = _with_tensors(job, hidden, weight, bias)
         work = HeadWork(job.inputs, job.needs, job.plan, with_entropy=entropy_grads is not None)
-        with _quiet(hidden):
+        with quiet(hidden):
             # The retained chunks first, so that one of their buffers serves the others.
             for index, span in sorted(enumerate(job.plan.chunks), key=lambda item: item[0] not in ctx.kept):
                 own = logprob_grads[span], None if entropy_grads is None else entropy_grads[span]
@@ -143,7 +170,7 @@ class FusedLoss(torch.autograd.Function):
         work = HeadWork(job.inputs, job.needs, job.plan, with_entropy=job.with_entropy)
         other_grads = [torch.zeros_like(other) for other in others]
         losses = []
-        with _quiet(hidden):
+        with quiet(hidden):
             for group in job.plan.groups:
                 loss, extra = _run_group(job, work, group, loss_fn, others, other_grads)
                 losses.append(loss)
@@ -158,7 +185,7 @@ class FusedLoss(torch.autograd.Function):
         return total_of(losses, job)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:  # noqa: D102
         saved = iter(ctx.saved_tensors)
         grads = [None if dtype is None else _rescaled(next(saved), grad_loss).to(dtype) for dtype in ctx.dtypes]
@@ -178,7 +205,7 @@ def total_of(losses: Sequence[Tensor], job: Job) -> Tensor:
     wide = torch.promote_types(job.inputs.compute_dtype, torch.float32)
     if not losses:
         return torch.zeros((), dtype=wide, device=job.inputs.hidden.device)
-    return torch.stack([loss.detach().to(torch.promote_types(loss.dtype, wide)) for loss in losses]).sum()
+    return torch.stack([loss.to(torch.promote_types(loss.dtype, wide)) for loss in losses]).sum()
 
 
 def _run_group(
@@ -195,14 +222,14 @@ def _run_group(
     logprobs, entropy = _empty_scores(job, length)
     is_frozen = job.plan.name == "frozen" and (len(group) > 1 or job.has_free_entropy)
     kept: dict[int, Chunk] = {}
-    slopes: list[Tensor] = []
     for index, span in enumerate(group):
         local = slice(span.start - base, span.stop - base)
         chunk = work.score(span)
         _write(logprobs, entropy, local, chunk)
         if is_frozen:
-            slopes.append(work.keep_input_gradient(chunk))
-            _write_free_entropy(job, entropy, local, chunk, slopes[-1])
+            slopes = work.keep_input_gradient(chunk)
+            _write_free_entropy(job, entropy, local, chunk, slopes)
+            work.set_hidden_gradient(chunk.positions, slopes)
         if not is_frozen and index >= len(group) - kept_of(group, job.plan.retained):
             kept[index] = chunk
         else:
@@ -214,8 +241,7 @@ def _run_group(
     for index in reversed(range(len(group))):
         local = slice(group[index].start - base, group[index].stop - base)
         if is_frozen:
-            rows = slopes[index] * -logprob_grads[local].unsqueeze(1)
-            work.set_hidden_gradient(job.inputs.positions[group[index]], rows.to(slopes[index].dtype))
+            work.scale_hidden_gradient(job.inputs.positions[group[index]], -logprob_grads[local])
         else:
             own = logprob_grads[local], None if entropy_grads is None else entropy_grads[local]
             _second_pass(work, group[index], kept.pop(index, None), *own)
@@ -260,7 +286,7 @@ def _differentiate(
     if unknown:
         raise OtherLeaves(list(unknown.values()))
     if not loss.requires_grad:
-        return loss, extra, torch.zeros_like(logprobs), None
+        return loss.detach(), extra, torch.zeros_like(logprobs), None
     grads = list(torch.autograd.grad(loss, targets, allow_unused=True, retain_graph=bool(others)))
     for total, grad in zip(other_grads, grads[len(grads) - len(others) :], strict=True):
         if grad is not None:
@@ -271,12 +297,10 @@ def _differentiate(
 
 
 def _rescaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """Return ``grad * factor`` without a second V x D tensor where that is safe."""
-    if factor.device.type == "cpu" and float(factor) == 1:
-        return grad
-    if _graph_is_freed():
-        return grad.mul_(factor)
-    return grad * factor
+    """Return ``grad * factor``, without a second V x D tensor where `grad` will not be asked for again."""
+    if not _graph_is_freed():
+        return grad * factor
+    return grad if factor.device.type == "cpu" and float(factor) == 1 else grad.mul_(factor)
 
 
 def _graph_is_freed() -> bool:
@@ -316,7 +340,7 @@ def _write_free_entropy(job: Job, entropy: Tensor | None, span: slice, chunk: Ch
 
 
 @contextlib.contextmanager
-def _quiet(hidden: Tensor) -> Iterator[None]:
+def quiet(hidden: Tensor) -> Iterator[None]:
     """No autocast, no saved-tensor hooks."""
     device = hidden.device.type
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

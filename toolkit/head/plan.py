@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, listed
+from toolkit.head.cost import Course, Group, gradient_bytes, length_of, peak_bytes, products_of
 from toolkit.head.inputs import HeadInputs
-from toolkit.head.kernel import block_rows
-from toolkit.head.products import LOW_PRECISION_SLAB, SLAB, onednn_wins
 
 Scope = Literal["token", "sequence", "batch"]
 """What one token's loss depends on: itself, its whole sequence, or all tokens."""
 PassName = Literal["no-grad", "frozen", "one-pass", "two-pass", "general", "eager"]
 Entropy = Literal[False, "metric", True]
 """No entropies, entropies without gradient, or with."""
-Group = tuple[slice, ...]
-"""Chunks whose tokens the loss must see together."""
 
 CHUNK_BYTES = {"cpu": 128 * 2**20}
 GPU_CHUNK_BYTES = 2**30
@@ -67,7 +64,7 @@ class HeadPlan:
         return max((span.stop - span.start for span in self.chunks), default=0)
 
     def __str__(self) -> str:
-        recomputed = sum(_length(group[:-1]) for group in self.groups) if self.name == "two-pass" else 0
+        recomputed = sum(length_of(group[:-1]) for group in self.groups) if self.name == "two-pass" else 0
         lines = [
             f"pass      {self.name}: {self.why}",
             f"tokens    {self.tokens:,} scored of {self.positions:,} positions",
@@ -139,8 +136,17 @@ def make_plan(
         why += "; all tokens in one chunk, for a second one would need an fp32 weight gradient as large"
     chunk_cost = max(size, 1) * inputs.weight.shape[0] * inputs.compute_dtype.itemsize
     retained = retain_bytes // chunk_cost if name == "two-pass" else 0
-    products = _products(name, needs, groups, tokens, retained, scope)
-    gradients, peak = _bytes(inputs, needs, name, groups, retained, entropy, scope)
+    gradients = (needs.hidden, needs.weight, needs.bias)
+    course = Course(
+        name=name,
+        groups=groups,
+        retained=retained,
+        is_fused=scope is not None,
+        with_entropy=bool(entropy) and not has_free_entropy(inputs, name, entropy),
+        entropy_has_grad=entropy is True,
+        needs=gradients,
+    )
+    products = products_of(course, tokens)
     return HeadPlan(
         name=name,
         why=why,
@@ -150,9 +156,20 @@ def make_plan(
         retained=retained,
         products=products,
         flops=round(products * 2 * tokens * inputs.weight.numel()),
-        peak_bytes=peak,
-        gradient_bytes=gradients,
+        peak_bytes=peak_bytes(inputs, course),
+        gradient_bytes=gradient_bytes(inputs, gradients),
     )
+
+
+def has_free_entropy(inputs: HeadInputs, name: PassName, entropy: Entropy) -> bool:
+    """Whether ``H = -log p - <x, y>`` serves: y = d(-log p)/dx of every row is there before the loss wants H.
+
+    Only in the frozen pass, for elsewhere rows without a coefficient are left out of that product. Not with a soft cap
+    (the logits are not linear in x), in low precision (y is rounded: errors of 0.04 nats) or with a bias (its part
+    would be missing).
+    """
+    is_linear = inputs.transform.softcap is None and inputs.bias is None
+    return entropy == "metric" and name == "frozen" and is_linear and inputs.compute_dtype.itemsize > 2
 
 
 def _choose(needs: Needs, scope: Scope | None, entropy: Entropy, *, fits: bool) -> tuple[PassName, str]:
@@ -236,70 +253,6 @@ def equal_chunks(start: int, stop: int, size: int) -> list[slice]:
     number = -(-(stop - start) // size)
     cuts = [start + (stop - start) * i // number for i in range(number + 1)] if number else []
     return [slice(a, b) for a, b in pairwise(cuts)]
-
-
-def _length(spans: Group) -> int:
-    return sum(span.stop - span.start for span in spans)
-
-
-def kept_of(group: Group, retained: int) -> int:
-    """Return how many of a group's last chunks still have their probabilities when the loss is known."""
-    return min(len(group), 1 + retained)
-
-
-def _products(
-    name: PassName, needs: Needs, groups: tuple[Group, ...], tokens: int, retained: int, scope: Scope | None
-) -> float:
-    backward = needs.hidden + needs.weight
-    if name != "two-pass" or not tokens:
-        return 1 + backward
-    # Between forward and a backward of its own nothing is kept but what the budget pays for.
-    if scope is None:
-        twice = sum(map(_length, groups[: max(0, len(groups) - retained)]))
-    else:
-        twice = sum(_length(group[: len(group) - kept_of(group, retained)]) for group in groups)
-    return 1 + backward + twice / tokens
-
-
-def _bytes(
-    inputs: HeadInputs,
-    needs: Needs,
-    name: PassName,
-    groups: tuple[Group, ...],
-    retained: int,
-    entropy: Entropy,
-    scope: Scope | None,
-) -> tuple[int, int]:
-    """Return the bytes of the gradients and those at the worst moment."""
-    (vocabulary, width), size = inputs.weight.shape, inputs.compute_dtype.itemsize
-    rows = max((span.stop - span.start for group in groups for span in group), default=0)
-    positions, tokens = inputs.hidden.shape[0], len(inputs.positions)
-    is_low = int(size == 2)
-    device = inputs.hidden.device.type
-    gradients = (
-        needs.hidden * positions * width * inputs.hidden.dtype.itemsize
-        + needs.weight * vocabulary * width * inputs.weight.dtype.itemsize
-        + needs.bias * vocabulary * (inputs.bias.dtype.itemsize if inputs.bias is not None else 0)
-    )
-    most = len(groups) if scope is None else max((len(group) for group in groups), default=1)
-    buffers = 1 + min(retained, most - 1)
-    logits = buffers * rows * vocabulary * size
-    wide = 8 if inputs.compute_dtype == torch.float64 else 4
-    is_capped = bool(needs) and inputs.transform.softcap is not None
-    blocks = is_low + bool(entropy or is_capped) + is_capped
-    scratch = blocks * block_rows(rows, vocabulary, device) * vocabulary * wide
-    if not is_low and not inputs.transform.softcap and inputs.compute_dtype == torch.float32 and device == "cpu":
-        scratch += (onednn_wins() and inputs.weight.is_contiguous()) * rows * min(SLAB, vocabulary) * 4
-    vectors = 3 * rows * width * size + 6 * tokens * wide
-    accumulators = 0
-    if needs.weight and (is_low or inputs.weight.dtype != inputs.compute_dtype):
-        is_direct = sum(map(len, groups)) == 1 and inputs.weight.dtype == inputs.compute_dtype
-        if not is_direct or inputs.compute_dtype == torch.float16:
-            accumulators = 4 * vocabulary * width if inputs.weight.dtype.itemsize == 2 else 0
-            scratch += min(LOW_PRECISION_SLAB, vocabulary) * width * size
-    cast = vocabulary * width * size if inputs.weight.dtype != inputs.compute_dtype else 0
-    kept = tokens * width * size if name == "frozen" and scope is None else 0
-    return gradients, gradients + logits + scratch + vectors + accumulators + cast + kept
 
 
 def autograd_plan(

@@ -46,7 +46,9 @@ class HeadWork:
         self._hidden = inputs.hidden.detach()
         self._weight = inputs.weight.detach().to(inputs.compute_dtype)
         self._wide = torch.promote_types(inputs.compute_dtype, torch.float32)
-        self._kernel = Kernel(inputs.transform, inputs.bias, wide=self._wide, vocabulary=self._weight.shape[0])
+        self._kernel = Kernel(
+            inputs.transform, inputs.bias, wide=self._wide, vocabulary=self._weight.shape[0], rows=plan.largest
+        )
         self._rows = plan.largest
         self._free: list[Tensor] = []
         self._is_single = len(plan.chunks) == 1
@@ -55,11 +57,12 @@ class HeadWork:
         self._bias_grad: Tensor | None = None
         self._is_first = True
         # fp16 has no number below 6e-8: its gradients wait in fp32 for the loss scale that backward brings.
-        self._hidden_grad_dtype = torch.float32 if self._hidden.dtype == torch.float16 else self._hidden.dtype
+        self.hidden_grad_dtype = torch.float32 if self._hidden.dtype == torch.float16 else self._hidden.dtype
         if needs.hidden:
-            self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_grad_dtype)
+            self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self.hidden_grad_dtype)
         if needs.weight:
-            self._weight_grad = self._weight.new_empty(self._weight.shape, dtype=self._weight_grad_dtype())
+            shape, dtype = self._weight.shape, self._weight_grad_dtype()
+            self._weight_grad = self._weight.new_empty(shape, dtype=dtype)
         if needs.bias:
             self._bias_grad = self._weight.new_zeros(self._weight.shape[0], dtype=self._wide)
 
@@ -74,7 +77,7 @@ class HeadWork:
         if keep_rows is not None:
             positions, targets = positions.index_select(0, keep_rows), targets.index_select(0, keep_rows)
         inputs = self._hidden.index_select(0, positions).to(self._weight.dtype)
-        buffer = self._free.pop() if self._free else self._weight.new_empty(self._rows, self._weight.shape[0])
+        buffer = self._free.pop() if self._free else self._new_buffer()
         probs = buffer[: len(targets)]
         logits_into(probs, inputs, self._weight)
         transform = self._given.transform.at(positions)
@@ -101,8 +104,9 @@ class HeadWork:
             chunk.probs, chunk.targets, chunk.stats, chunk.transform, logprob_grads, entropy_grads
         )
         if self._hidden_grad is not None:
-            rows = _scaled(input_gradient(chunk.probs, self._weight), factor, self._hidden_grad.dtype)
-            self._hidden_grad.index_copy_(0, chunk.positions, rows)
+            products = input_gradient(chunk.probs, self._weight)
+            self.set_hidden_gradient(chunk.positions, _scaled(products, factor, self.hidden_grad_dtype))
+            del products  # it need not outlive the larger ones below
         if self._weight_grad is not None:
             shrink = _power_of_two_of(factor) if chunk.inputs.dtype == torch.float16 else 1.0
             inputs = _scaled(chunk.inputs, None if factor is None else factor / shrink, chunk.inputs.dtype)
@@ -114,18 +118,28 @@ class HeadWork:
     def keep_input_gradient(self, chunk: Chunk) -> Tensor:
         """Return d(-log p)/d(hidden) of a chunk's tokens, [n, D]; its probabilities are used up."""
         factor = self._kernel.gradient_(chunk.probs, chunk.targets, chunk.stats, chunk.transform, None, None)
-        return _scaled(input_gradient(chunk.probs, self._weight), factor, self._hidden_grad_dtype)
+        return _scaled(input_gradient(chunk.probs, self._weight), factor, self.hidden_grad_dtype)
 
     def set_hidden_gradient(self, positions: Tensor, rows: Tensor) -> None:
         """Write finished rows of the hidden gradient."""
         assert self._hidden_grad is not None
         self._hidden_grad.index_copy_(0, positions, rows)
 
+    def scale_hidden_gradient(self, positions: Tensor, factor: Tensor) -> None:
+        """Multiply finished rows of the hidden gradient by a factor each, [n]."""
+        assert self._hidden_grad is not None
+        rows = self._hidden_grad.index_select(0, positions)
+        self.set_hidden_gradient(positions, _scaled(rows, factor, self.hidden_grad_dtype))
+
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of hidden states [T, D], weight and bias, each None if not needed."""
+        """Return the gradients of hidden states [T, D], weight and bias, each None if not needed; buffers are freed."""
+        self._free.clear()
         if self._weight_grad is not None and self._is_first:
             self._weight_grad.zero_()
         return self._hidden_grad, self._weight_grad, self._bias_grad
+
+    def _new_buffer(self) -> Tensor:
+        return self._weight.new_empty(self._rows, self._weight.shape[0])
 
     def _weight_grad_dtype(self) -> torch.dtype:
         """Return fp32 where more than one low-precision product is added up, or where small values would be lost."""
@@ -164,9 +178,11 @@ def _without_idle_rows(
 
 
 def _scaled(rows: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return ``factor * rows`` in `dtype`, multiplied in fp32 or wider and rounded once."""
+    """Return ``factor * rows`` in `dtype`, multiplied in fp32 or wider and rounded once; `rows` are used up."""
     if factor is None:
         return rows.to(dtype)
+    if rows.dtype == factor.dtype:
+        return rows.mul_(factor.unsqueeze(1)).to(dtype)
     return (rows * factor.unsqueeze(1)).to(dtype)  # the factor is wide, so is the product
 
 

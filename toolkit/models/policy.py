@@ -81,5 +81,6 @@ def check_head(policy: Policy, vocab_size: int) -> None:
     if error > 1e-2 * theirs.abs().max():
         raise ConfigError(
             f"{type(policy.lm).__name__} changes its logits after the head (largest difference {float(error):.3g}): "
-            "a scale or soft cap that the losses do not apply yet; use a model without one"
+            "a scale or soft cap that the training command does not apply yet; use a model without one, or the losses "
+            "in a loop of your own with loss.logit_scale and loss.softcap"
         )

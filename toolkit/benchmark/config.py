@@ -1,0 +1,63 @@
+"""What the benchmark measures; no torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from toolkit.errors import ConfigError
+from toolkit.schema import Config
+
+Size = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class BenchConfig(Config):
+    """A problem and how to measure it."""
+
+    shape: tuple[Size, Size, Size] = (2048, 1024, 32768)
+    """Tokens N, hidden width D, vocabulary V."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Of hidden states and head."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    sequence_length: Size = 512
+    """Tokens of a row, its prompt included; a divisor of N."""
+    ignored: Fraction = 0.5
+    """Part of every row that is prompt, at its beginning."""
+    zero_advantage: Fraction = 0.0
+    """Part of the rows whose advantage is 0."""
+    frozen_head: bool = False
+    """Only the hidden states get a gradient, as with LoRA."""
+    chunk_size: Size | Literal["auto"] = 512
+    """Tokens whose logits are held at once by the chunked variants."""
+    entropy: bool = False
+    """Also report the policy's entropy, as the training run does."""
+    softcap: Annotated[float, Field(gt=0)] | None = None
+    """Soft cap of the logits; variants that have none are left out then."""
+    cases: Literal["configured", "all"] = "configured"
+    """all: besides the configured loss every pass of the head, on this shape."""
+    peers: bool = True
+    """Measure the peers that are installed."""
+    memory: bool = True
+    """Measure peak memory, one process for each variant."""
+    accuracy: bool = True
+    """Compare loss and gradients with float64 at a smaller shape."""
+    keep_memory: bool = True
+    """While time is measured keep freed memory in the process (glibc), as jemalloc and tcmalloc do by themselves."""
+    rounds: Size = 5
+    """Timed calls of each variant, interleaved; one more before them does not count."""
+    threads: Size | None = None
+    """CPU threads; None: what PyTorch takes."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the made-up tokens."""
+
+    @model_validator(mode="after")
+    def _rows_fill_the_tokens(self) -> BenchConfig:
+        if self.shape[0] % self.sequence_length:
+            raise ConfigError(
+                f"bench.shape has {self.shape[0]} tokens, which rows of bench.sequence_length={self.sequence_length} "
+                "do not fill; make one a multiple of the other"
+            )
+        return self

@@ -1,0 +1,103 @@
+"""Made-up tokens with a loss over them. Legend: N tokens, D hidden width, V vocabulary, B rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.benchmark.config import BenchConfig
+from toolkit.losses.config import BaseLossConfig, CELossConfig
+from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+
+NEAR = 0.15
+"""Spread of log pi - log pi_old, in nats: about a tenth of the tokens are clipped at 0.2."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors and a loss; every variant computes the same from it."""
+
+    config: BenchConfig
+    loss_cfg: BaseLossConfig
+    hidden: Tensor
+    """[N, D], a leaf with gradient."""
+    weight: Tensor
+    """[V, D], a leaf with gradient unless the head is frozen."""
+    labels: Tensor
+    """[N], -100 at prompts."""
+    item: LossContextInputItem
+    """The same labels as rows [B, T], with advantages and so on."""
+
+    def context(self, **changes: Any) -> Any:
+        """Return a fresh context of the loss, with some fields of its config changed."""
+        loss_cfg = type(self.loss_cfg)(**{**self.loss_cfg.model_dump(), **changes})
+        (kwargs,) = loss_cfg.loss_ctx_cls.build_batches_loss_kwargs([self.item], loss_cfg)
+        return loss_cfg.loss_ctx_cls(loss_cfg, kwargs)
+
+    @property
+    def rows(self) -> Tensor:
+        """Hidden states as rows, [B, T, D]."""
+        return self.hidden.view(*self.item.shifted_labels.shape, -1)
+
+    @property
+    def scored(self) -> Tensor:
+        """[n] int64, where tokens are scored."""
+        return (self.labels != -100).nonzero().squeeze(1)
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.hidden.grad = self.weight.grad = None
+
+
+def make_problem(config: BenchConfig, loss_cfg: BaseLossConfig, *, dtype: torch.dtype | None = None) -> Problem:
+    """Make the tensors of a configuration; the same seed gives the same numbers in every dtype."""
+    tokens, width, vocabulary = config.shape
+    device, dtype = device_of(config), dtype or getattr(torch, config.dtype)
+    generator = torch.Generator().manual_seed(config.seed)
+    hidden = torch.randn(tokens, width, generator=generator).to(device, dtype)
+    weight = torch.empty(vocabulary, width, dtype=dtype, device=device)
+    for start in range(0, vocabulary, 8192):  # in slabs: an fp32 copy of a large bf16 head would be the peak
+        rows = weight[start : start + 8192]
+        rows.copy_(torch.randn(rows.shape, generator=generator) * width**-0.5)
+    count = tokens // config.sequence_length
+    labels = torch.randint(0, vocabulary, (count, config.sequence_length), generator=generator)
+    labels[:, : round(config.ignored * config.sequence_length)] = -100
+    advantages = torch.randn(count, 1, generator=generator)
+    advantages[: round(config.zero_advantage * count)] = 0
+    noise = [NEAR * torch.randn(labels.shape, generator=generator) for _ in range(2)]
+    with torch.no_grad():
+        level = _logprobs(hidden, weight, labels.to(device), config).cpu()
+    labels = labels.to(device)
+    item: LossContextInputItem
+    if isinstance(loss_cfg, CELossConfig):
+        item = CELossContextInputItem(shifted_labels=labels)
+    else:
+        old, ref = ((level + part).to(device) for part in noise)
+        item = RLLossContextInputItem(
+            shifted_labels=labels, advantages=advantages.to(device), old_logprobs=old, ref_logprobs=ref
+        )
+    return Problem(
+        config,
+        loss_cfg,
+        hidden.requires_grad_(),
+        weight.requires_grad_(not config.frozen_head),
+        labels.reshape(-1),
+        item,
+    )
+
+
+def _logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, config: BenchConfig) -> Tensor:
+    from toolkit.head import token_logprobs
+
+    rows = hidden.view(*labels.shape, -1)
+    return token_logprobs(rows, weight, labels, softcap=config.softcap, chunk_bytes=2**25).float()
+
+
+def device_of(config: BenchConfig) -> torch.device:
+    """Return where to measure."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -110,6 +110,8 @@ WRONG = [
     (["optimizer.betas=[2,3]"], "optimizer.betas"),
     (["rollout.group_size=1"], "rollout.group_size=1 is not allowed"),
     (["loss.ignore_idx=5"], "is the id of a token"),
+    (["loss.softcap=30"], "loss.logit_scale and loss.softcap are for loops of your own"),
+    (["loss.chunk_size=big"], "loss.chunk_size='big' is not allowed: it must be a number of tokens above 0, or 'auto'"),
     (["loss.temperature=0.5"], "rollout.temperature=1.0 but loss.temperature=0.5"),
     (["steps=3"], "try: training.steps=3"),
     (["experiment=null"], "leave it out"),

@@ -93,6 +93,11 @@ class RunConfig(Config):
                 f"loss.ignore_idx={self.loss.ignore_idx} is the id of a token, which would then never be scored; "
                 "use a negative number"
             )
+        if self.loss.logit_scale != 1 or self.loss.softcap is not None:
+            raise ConfigError(
+                "loss.logit_scale and loss.softcap are for loops of your own: here the model samples, and scores its "
+                "samples, without them; leave both at their defaults"
+            )
         sampled_at, scored_at = self.rollout.temperature, self.loss.temperature
         if not isinstance(self.loss, CELossConfig) and sampled_at != scored_at:
             raise ConfigError(

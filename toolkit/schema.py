@@ -80,6 +80,14 @@ class Config(Model):
         }
 
 
+def checked_chunk_size(value: Any) -> Any:
+    """Return a chunk size as it is: tokens above 0, "auto", or None where a field allows that."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if is_count or value == "auto" or value is None:
+        return value
+    raise ValueError("it must be a number of tokens above 0, or 'auto'")
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Config):
         return value.model_dump()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from toolkit.errors import ConfigError
-from toolkit.schema import Config
+from toolkit.schema import Config, checked_chunk_size
 
 Size = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -30,7 +30,7 @@ class BenchConfig(Config):
     """Part of the rows whose advantage is 0."""
     frozen_head: bool = False
     """Only the hidden states get a gradient, as with LoRA."""
-    chunk_size: Size | Literal["auto"] = 512
+    chunk_size: Annotated[int | Literal["auto"], BeforeValidator(checked_chunk_size)] = 512
     """Tokens whose logits are held at once by the chunked variants."""
     entropy: bool = False
     """Also report the policy's entropy, as the training run does."""

@@ -144,10 +144,12 @@ def _figure(path: Path, config: BenchConfig, results: Sequence[Result]) -> None:
     peaks = [(result.peak_bytes or 0) / MIB for result in shown]
     for axis, values, text in ((axes[0], ratios, "{:.2f}"), (axes[1], peaks, "{:,.0f}")):
         bars = axis.barh([result.name for result in shown], values, color=colours)
-        axis.bar_label(bars, [text.format(value) for value in values], padding=3, fontsize=9)
+        labels = axis.bar_label(bars, [text.format(value) for value in values], padding=3, fontsize=9)
+        for label in labels:
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.12)
-    axes[0].axvline(1, color="#444444", linewidth=0.8, linestyle=":")
+    axes[0].axvline(1, color="#444444", linewidth=0.8, linestyle=":", zorder=0)
     axes[0].set_xlabel(f"{'wall' if kind == 'wall' else 'CPU'} time over three bare products")
     axes[1].set_xlabel("peak memory over the inputs, MiB")
     tokens, width, vocabulary = config.shape

@@ -7,11 +7,11 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from toolkit.errors import ConfigError
 from toolkit.functional.registry import policy_loss
-from toolkit.schema import Config, FrozenDict
+from toolkit.schema import Config, FrozenDict, checked_chunk_size
 
 if TYPE_CHECKING:
     from toolkit.losses.base import BaseLossContext
@@ -26,7 +26,7 @@ class BaseLossConfig(Config):
     """Label of a position that is not scored; -100 as in PyTorch's cross-entropy."""
     mode: Literal["eager", "chunk"] = "eager"
     """eager holds the logits of all tokens; chunk those of `chunk_size` tokens at a time. Loss and gradient agree."""
-    chunk_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = 1024
+    chunk_size: Annotated[int | Literal["auto"] | None, BeforeValidator(checked_chunk_size)] = 1024
     """Tokens in a chunk when mode is chunk, 1024 as in XTuner; auto: as many as fit a budget of memory."""
     retain_bytes: Annotated[int, Field(ge=0)] = 0
     """Memory for chunks of a sequence (or batch) longer than a chunk that are then not computed twice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def variants(config: BenchConfig, loss_cfg: BaseLossConfig) -> list[Variant]:
         Variant(FLOOR, own_problem, _products, has_gradients=False),
         Variant("toolkit", own_problem, _toolkit),
         Variant("toolkit, token_logprobs, any loop", own_problem, _token_logprobs),
-        Variant("toolkit, mode=eager", own_problem, _toolkit_eager),
+        Variant("toolkit, mode=eager", own_problem, partial(_toolkit, mode="eager")),
         Variant("eager PyTorch, all tokens", own_problem, _eager),
     ]
     if config.cases == "all":
@@ -117,19 +118,8 @@ def _products(problem: Problem) -> Step:
     return step
 
 
-def _toolkit(problem: Problem) -> Step:
-    context = problem.context(softcap=problem.config.softcap)
-
-    def step() -> Tensor:
-        loss, _ = context.forward(problem.rows, problem.weight)
-        loss.backward()
-        return loss
-
-    return step
-
-
-def _toolkit_eager(problem: Problem) -> Step:
-    context = problem.context(softcap=problem.config.softcap, mode="eager")
+def _toolkit(problem: Problem, mode: str = "chunk") -> Step:
+    context = problem.context(softcap=problem.config.softcap, mode=mode)
 
     def step() -> Tensor:
         loss, _ = context.forward(problem.rows, problem.weight)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from toolkit.head.logits import LogitTransform
 
-BLOCK_ELEMENTS = {"cpu": 2**20}
-"""Elements of a block of rows: 4 MB in fp32, a part of a last-level cache."""
+BLOCK_ELEMENTS = {"cpu": 2**19}
+"""Elements of a block of rows: 2 MB in fp32, a part of the cache."""
 GPU_BLOCK_ELEMENTS = 2**25
 UNDERFLOW = 1e-30
 """A smaller probability is close to fp32's limit; its logarithm is then taken from the logit itself."""

@@ -16,8 +16,8 @@ from toolkit.head.logits import LogitTransform
 from toolkit.head.plan import HeadPlan, Needs
 from toolkit.head.products import add_weight_gradient, input_gradient, logits_into
 
-MOVED_ROWS = 16
-"""Rows moved at a time when a chunk is compacted: a temporary of a few MB."""
+MOVED_ROWS = 4
+"""Rows moved at a time when a chunk is compacted: a temporary of half a megabyte or so."""
 WORTH_SKIPPING = 0.95
 """Compact a chunk when at most this part of its rows has a coefficient."""
 

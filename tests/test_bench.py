@@ -41,6 +41,8 @@ def test_every_preset_composes(preset: str) -> None:
         (["bench.dtype=fp8"], "bench.dtype='fp8' is not one of the choices"),
         (["policy_loss=vanila"], "try: policy_loss=vanilla"),
         (["training.steps=3"], "training.steps is not a setting"),
+        (["loss.temperature=0.5"], "loss.temperature=0.5 is not in the benchmark"),
+        (["loss.softcap=2"], "the cap of all variants is bench.softcap"),
         (["bench.ignored=1.5"], "bench.ignored=1.5 is not allowed"),
     ],
 )

@@ -62,6 +62,7 @@ ROOTS = {"config": "", "bench": "bench"}
 """The configurations that a command composes, and the group that belongs to that command alone."""
 BENCH_GROUPS = ("bench", "kl", "loss", "policy_loss")
 BENCH_KEYS = ("bench", "loss", "plugins", "rollout")
+NOT_IN_BENCH = ("temperature", "logit_scale", "softcap", "ignore_idx", "entropy_coef", "drop_zero_advantage")
 READ_BY = {"policy_loss": "policy_loss_cfg", "kl": "use_kl_loss"}
 """The field of a loss config that a group of choices is for."""
 MAX_CHECKED_JOBS = 32
@@ -255,7 +256,15 @@ def build_bench(cfg: DictConfig) -> tuple[BenchConfig, BaseLossConfig]:
     Raises:
         ConfigError: as `build_config`.
     """
-    return _build_part(cfg, "bench", BenchConfig), build_loss(cfg)
+    loss = build_loss(cfg)
+    for name, field in type(loss).model_fields.items():
+        value = getattr(loss, name)
+        if name in NOT_IN_BENCH and value != field.default:
+            raise ConfigError(
+                f"loss.{name}={value} is not in the benchmark, for not every variant has it; leave it at "
+                f"{field.default!r}" + ("; the cap of all variants is bench.softcap" if name == "softcap" else "")
+            )
+    return _build_part(cfg, "bench", BenchConfig), loss
 
 
 def _check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[str]) -> None:

@@ -140,6 +140,9 @@ class LossRunner:
             head_bias: [V], optional.
             fields: ``input_ids``, ``advantages`` ...
         """
+        unknown = [key for key in fields if key not in FIELDS]
+        if unknown:
+            raise DataError(f"{unknown[0]!r} is not a field of a batch; it has: {', '.join(FIELDS)}")
         return self._context(fields, hidden_states).explain(hidden_states, head_weight, head_bias)
 
     def step(self, batches: Iterable[Mapping[str, Any]], forward: Forward) -> LossResult:

@@ -155,3 +155,20 @@ def test_builtin_losses_are_zero_without_advantage(name: str) -> None:
 def test_losses_with_more_than_the_advantage_are_not(function) -> None:
     register_policy_loss("mine")(function)
     assert not is_zero("mine")
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_statistics_of_the_batch_that_hide() -> None:
+    # Through the number of sequences, and through a threshold that only large ratios cross.
+    @register_policy_loss("per_sequence", scope="sequence")
+    def per_sequence(t):
+        return -t.advantages * t.sequence_ratio() / t.num_sequences
+
+    @register_policy_loss("guarded")
+    def guarded(t):
+        is_near = (t.logprobs - t.old_logprobs).abs().mean() < 1
+        return -t.advantages * t.logprobs * is_near
+
+    for name in ("per_sequence", "guarded"):
+        with pytest.raises(ConfigError, match="scope='batch'"):
+            check_policy_loss(name)

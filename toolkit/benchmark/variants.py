@@ -13,9 +13,10 @@ from torch import Tensor
 
 from toolkit.benchmark.config import BenchConfig
 from toolkit.benchmark.peers import PEERS
-from toolkit.benchmark.problem import Problem, make_problem
+from toolkit.benchmark.problem import Problem, device_of, make_problem
 from toolkit.head import TokenScores, token_logprobs
 from toolkit.head.logits import LogitTransform
+from toolkit.head.plan import auto_chunk
 from toolkit.losses.config import BaseLossConfig, GRPOLossConfig
 
 Step = Callable[[], Tensor | None]
@@ -61,17 +62,20 @@ def _all_cases(config: BenchConfig, loss_cfg: BaseLossConfig, own_problem: Calla
     """Return every pass: other losses, other lengths, a frozen head, no gradient."""
 
     def changed(loss_type: str = "vanilla", **changes: Any) -> Callable[[], Problem]:
-        loss_changes = {key: changes.pop(key) for key in ("retain_bytes", "use_entropy_metric") if key in changes}
+        of_loss = [key for key in ("retain_bytes", "use_entropy_metric") if key in changes]
+        loss_changes = {str(key): changes.pop(key) for key in of_loss}
         # GSPO's own range clips whole sequences of made-up tokens, whose products would be skipped.
         wide = {"cliprange_low": 0.2, "cliprange_high": 0.2}
-        cfg = GRPOLossConfig(
-            mode="chunk", chunk_size=config.chunk_size, policy_loss_cfg={"loss_type": loss_type, **wide}, **loss_changes
-        )
+        base = loss_cfg.model_dump() if isinstance(loss_cfg, GRPOLossConfig) else GRPOLossConfig().model_dump()
+        policy_loss = {"loss_type": loss_type, **wide}
+        fixed: dict[str, Any] = {"mode": "chunk", "chunk_size": config.chunk_size, "policy_loss_cfg": policy_loss}
+        cfg = GRPOLossConfig(**{**base, **fixed, **loss_changes})  # with the KL term of the configured loss
         return _once(BenchConfig(**{**config.model_dump(), **changes}), cfg)
 
     length = {"sequence_length": config.shape[0]}
-    chunk = config.chunk_size if isinstance(config.chunk_size, int) else 512
-    budget = chunk * config.shape[2] * getattr(torch, config.dtype).itemsize
+    dtype, chunk = getattr(torch, config.dtype), config.chunk_size
+    rows = chunk if isinstance(chunk, int) else auto_chunk(config.shape[2], dtype, device_of(config))
+    budget = rows * config.shape[2] * dtype.itemsize
     return [
         Variant("toolkit, cispo", changed("cispo"), _toolkit),
         Variant("toolkit, with entropy metric", changed(use_entropy_metric=True), _toolkit),

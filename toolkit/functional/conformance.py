@@ -21,6 +21,10 @@ from toolkit.functional.terms import PolicyTerms
 
 LENGTHS = (3, 5, 1, 4)
 """Tokens of the made-up sequences."""
+UNEQUAL = (1.0, 0.3, 2.0, 0.6)
+"""The spread of each of them, relative."""
+SPREADS = (0.01, 0.3, 3.0, 15.0)
+"""Of log pi - log pi_old in nats: a statistic with a threshold must cross it in one of them."""
 TOLERANCE = 1e-9
 """Relative; the check runs in float64."""
 _passed: set[tuple[Any, ...]] = set()
@@ -46,7 +50,7 @@ def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: it uses more than its scope allows.
     """
-    key = (loss.name, loss.function, loss.scope, repr(sorted(options.items())))
+    key = _key(loss, options)
     if loss.scope == "batch" or key in _passed:
         return
     if not _is_local(loss, options, "sequence"):
@@ -58,9 +62,19 @@ def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
 
 def is_zero_without_advantage(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
     """Whether tokens with advantage 0 have loss and gradient exactly 0, so that leaving them out changes nothing."""
-    terms = _terms()
-    values, grads = _values_and_grads(loss, options, replace(terms, advantages=torch.zeros_like(terms.advantages)))
-    return not bool(values.any()) and not bool(grads.any())
+    key = (*_key(loss, options), "zero")
+    if key not in _passed:
+        for spread in SPREADS:
+            terms = _terms(spread)
+            idle = replace(terms, advantages=torch.zeros_like(terms.advantages))
+            if any(bool(found.any()) for found in _values_and_grads(loss, options, idle)):
+                return False
+        _passed.add(key)
+    return True
+
+
+def _key(loss: PolicyLoss, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (loss.name, loss.function, loss.scope, repr(sorted(options.items())))
 
 
 def check_token_losses(token_losses: object, logprobs: Tensor, name: str) -> None:
@@ -87,13 +101,14 @@ def _wrong_scope(loss: PolicyLoss, needed: str, what: str) -> ConfigError:
 
 def _is_local(loss: PolicyLoss, options: Mapping[str, Any], scope: str) -> bool:
     """Whether each sequence (or token) alone has the values and gradients that it has among the others."""
-    terms = _terms()
-    whole = _values_and_grads(loss, options, terms)
-    for rows in _parts(terms, scope):
-        part = _values_and_grads(loss, options, _part(terms, rows))
-        for among, alone in zip(whole, part, strict=True):
-            if not torch.allclose(among[rows], alone, rtol=TOLERANCE, atol=TOLERANCE):
-                return False
+    for spread in SPREADS:
+        terms = _terms(spread)
+        whole = _values_and_grads(loss, options, terms)
+        for rows in _parts(terms, scope):
+            part = _values_and_grads(loss, options, _part(terms, rows))
+            for among, alone in zip(whole, part, strict=True):
+                if not torch.allclose(among[rows], alone, rtol=TOLERANCE, atol=TOLERANCE):
+                    return False
     return True
 
 
@@ -123,24 +138,26 @@ def _part(terms: PolicyTerms, rows: Tensor) -> PolicyTerms:
         for field in fields(terms)
         if isinstance(value := getattr(terms, field.name), Tensor)
     }
-    return replace(terms, **tensors)
+    ids = tensors.get("sequence_ids")
+    return replace(terms, **tensors, num_sequences=0 if ids is None else int(ids.max()) + 1)
 
 
-def _terms() -> PolicyTerms:
-    """Return made-up tokens: ratios inside and outside any usual clip range, advantages of both signs."""
+def _terms(spread: float) -> PolicyTerms:
+    """Return made-up tokens with ratios of about exp(spread), unequal in each sequence, advantages of both signs."""
     generator = torch.Generator().manual_seed(0)
     count = sum(LENGTHS)
 
     def noise(scale: float) -> Tensor:
         return scale * torch.randn(count, dtype=torch.float64, generator=generator)
 
+    lengths = torch.tensor(LENGTHS)
     logprobs = -2 + noise(0.3)
     return PolicyTerms(
         logprobs=logprobs,
-        old_logprobs=logprobs + noise(0.3),
+        old_logprobs=logprobs + noise(spread) * torch.tensor(UNEQUAL, dtype=torch.float64).repeat_interleave(lengths),
         advantages=noise(1.0),
         ref_logprobs=logprobs + noise(0.3),
         rollout_logprobs=logprobs + noise(0.1),
-        sequence_ids=torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)),
+        sequence_ids=torch.arange(len(LENGTHS)).repeat_interleave(lengths),
         num_sequences=len(LENGTHS),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.errors import DataError
 from toolkit.head.gradients import HeadGradients, leaves_of
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Any]]
@@ -42,12 +43,17 @@ def chunked_loss(
         ]
         return _total([loss for loss, _ in parts]), [extra for _, extra in parts]
     others: list[Tensor] = []
+    before = -1
     while True:
         extras: list[Any] = []
         try:
             loss = _ChunkedLoss.apply(hidden_states, head_weight, head_bias, loss_fn, tuple(lengths), extras, *others)
         except _OtherLeaves as found:
-            others += found.leaves
+            if found.index <= before:
+                raise DataError(
+                    "loss_fn makes a tensor that asks for a gradient, another one in every call; detach it"
+                ) from None
+            others, before = others + found.leaves, found.index
             continue
         return loss, extras
 
@@ -55,9 +61,9 @@ def chunked_loss(
 class _OtherLeaves(Exception):
     """The loss depends on leaves that autograd was not told of; they must become inputs before the first chunk."""
 
-    def __init__(self, leaves: list[Tensor]) -> None:
+    def __init__(self, leaves: list[Tensor], index: int) -> None:
         super().__init__()
-        self.leaves = leaves
+        self.leaves, self.index = leaves, index
 
 
 def _total(losses: Sequence[Tensor]) -> Tensor:
@@ -88,7 +94,7 @@ class _ChunkedLoss(torch.autograd.Function):
             known = {id(tensor) for tensor in (*inputs, *others)}
             unknown = {id(leaf): leaf for leaf in leaves_of(loss) if id(leaf) not in known}
             if unknown:
-                raise _OtherLeaves(list(unknown.values()))
+                raise _OtherLeaves(list(unknown.values()), index)
             grads.add([loss], None, inputs, span)
             losses.append(loss.detach())
             extras.append(extra)

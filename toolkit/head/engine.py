@@ -13,7 +13,18 @@ from torch import Tensor
 from toolkit.errors import ConfigError, DataError
 from toolkit.head.inputs import HeadInputs, head_inputs
 from toolkit.head.logits import LogitTransform
-from toolkit.head.passes import FusedLoss, Job, OtherLeaves, ScoreLoss, Scores, quiet, score_without_grad, total_of
+from toolkit.head.passes import (
+    FusedLoss,
+    Job,
+    OtherLeaves,
+    ScoreLoss,
+    Scores,
+    checked_loss,
+    discover,
+    quiet,
+    score_without_grad,
+    total_of,
+)
 from toolkit.head.plan import Entropy, HeadPlan, Needs, Scope, make_plan
 from toolkit.head.scores import TokenScores
 
@@ -71,7 +82,8 @@ def token_logprobs(
         chunk_bytes: memory for a chunk's logits; by default 128 MiB on a CPU, 1 GiB elsewhere.
         ignore_idx: label of positions that are not scored.
         temperature: of the sampling that is scored; a number, or [...] one for each token. Not differentiable.
-        softcap: logits become ``softcap * tanh(logits / softcap)``, after `logit_scale` and before `temperature`.
+        softcap: logits become ``softcap * tanh(logits / softcap)``, after `logit_scale` and before `temperature`. In
+            bf16 the gradient of logits far beyond the cap (3 times and more) loses its precision.
         logit_scale: logits (bias included) are multiplied by it first.
         vocab_mask: [V] bool, False for entries that cannot be sampled.
         entropy: True for entropies with gradient, "metric" for entropies without.
@@ -125,7 +137,8 @@ def fused_loss(
 
     Args:
         loss_fn: ``f(scores, positions) -> (scalar, extra)`` with `TokenScores` of [n] tokens and their positions [n]
-            in the flattened labels.
+            in the flattened labels. Where it depends on leaves of its own it is called once more for each group that
+            brings some; it must not keep scores from one call to the next with their graph.
         hidden_states: [..., D], as in `token_logprobs`, like all arguments not named here.
         head_weight: [V, D].
         labels: [...] int64.
@@ -157,12 +170,14 @@ def fused_loss(
     if not job.needs:
         return _loss_without_grad(job, loss_fn)
     others: list[Tensor] = []
+    before: OtherLeaves | None = None
     while True:
         extras: list[Any] = []
         try:
             loss = FusedLoss.apply(inputs.hidden, inputs.weight, inputs.bias, job, loss_fn, extras, *others)
         except OtherLeaves as found:
-            others += found.leaves
+            discover(before, found)
+            others, before = others + found.leaves, found
             continue
         return loss, extras
 
@@ -239,6 +254,8 @@ def _by_sequence(
     """Return the scored tokens in the order of their sequences, and the sequence of each."""
     if scope != "sequence" or sequence_ids is None:
         return inputs, None
+    if sequence_ids.is_floating_point() or sequence_ids.dtype == torch.bool:
+        raise DataError(f"sequence_ids has dtype {sequence_ids.dtype}; they are integers")
     if sequence_ids.shape != labels.shape:
         raise DataError(
             f"sequence_ids has shape {list(sequence_ids.shape)}; like the labels it must be {list(labels.shape)}"
@@ -257,7 +274,7 @@ def _loss_without_grad(job: Job, loss_fn: ScoreLoss) -> tuple[Tensor, list[Any]]
         for group in job.plan.groups:
             span = slice(group[0].start, group[-1].stop)
             scores = TokenScores(logprobs[span], None if entropy is None else entropy[span])
-            loss, extra = loss_fn(scores, job.inputs.positions[span])
+            loss, extra = checked_loss(loss_fn(scores, job.inputs.positions[span].clone()))
             losses.append(loss)
             extras.append(extra)
     return total_of(losses, job), extras

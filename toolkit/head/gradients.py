@@ -78,12 +78,6 @@ class HeadGradients:
         """Return the gradients of hidden states, weight, bias and the others in fp32 or wider; None: not needed."""
         return self._totals
 
-    def results(self) -> list[Tensor | None]:
-        """Return the same in the dtypes of their tensors."""
-        return [
-            None if total is None else total.to(dtype) for total, dtype in zip(self._totals, self._dtypes, strict=True)
-        ]
-
 
 def leaves_of(output: Tensor) -> Iterator[Tensor]:
     """Yield the leaf tensors that `output` was computed from and that ask for a gradient."""

@@ -63,16 +63,17 @@ def head_inputs(
         ConfigError: a scale, soft cap or temperature makes no sense.
     """
     check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx)
+    labels = labels.long()
     flat = labels.reshape(-1)
     positions = (flat != ignore_idx).nonzero().squeeze(-1)
-    targets = flat.index_select(0, positions).long()
+    targets = flat.index_select(0, positions)
     return HeadInputs(
         hidden=hidden_states.reshape(-1, hidden_states.shape[-1]),
         weight=head_weight,
         bias=head_bias,
         positions=positions,
         targets=targets,
-        transform=_checked_transform(transform, labels, targets, head_weight, hidden_states),
+        transform=_checked_transform(transform, labels, targets, head_weight, hidden_states, ignore_idx),
         compute_dtype=_compute_dtype(hidden_states),
     )
 
@@ -111,7 +112,9 @@ def check_head(
             f"hidden_states are {hidden_states.dtype}, head_weight is {head_weight.dtype}; bring both to one "
             "dtype, or run under torch.autocast"
         )
-    vocabulary = head_weight.shape[0]
+    vocabulary, labels = head_weight.shape[0], labels.long()
+    if head_bias is not None and not head_bias.is_floating_point():
+        raise DataError(f"head_bias has dtype {head_bias.dtype}; it must be a floating-point tensor")
     if head_bias is not None and head_bias.shape != (vocabulary,):
         raise DataError(f"head_bias has shape {list(head_bias.shape)}; it must be [{vocabulary}]")
     outside = (labels != ignore_idx) & ((labels < 0) | (labels >= vocabulary))
@@ -124,7 +127,7 @@ def check_head(
 
 
 def _checked_transform(
-    transform: LogitTransform, labels: Tensor, targets: Tensor, weight: Tensor, hidden: Tensor
+    transform: LogitTransform, labels: Tensor, targets: Tensor, weight: Tensor, hidden: Tensor, ignore_idx: int
 ) -> LogitTransform:
     temperature, mask = transform.temperature, transform.vocab_mask
     if not math.isfinite(transform.scale) or transform.scale == 0:
@@ -143,18 +146,25 @@ def _checked_transform(
     if temperature.requires_grad:
         raise DataError("temperature is a constant of the softmax and gets no gradient; give temperature.detach()")
     if temperature.dim() == 0:
-        return _checked_transform(_with_temperature(transform, float(temperature)), labels, targets, weight, hidden)
+        return _checked_transform(
+            _with_temperature(transform, float(temperature)), labels, targets, weight, hidden, ignore_idx
+        )
     if temperature.shape != labels.shape:
         raise DataError(
             f"temperature has shape {list(temperature.shape)}; it must be one number or, like the labels, "
             f"{list(labels.shape)}"
         )
     wide = torch.promote_types(_compute_dtype(hidden), torch.float32)
-    return _with_temperature(transform, temperature.detach().reshape(-1).to(hidden.device, wide))
+    own = temperature.detach().reshape(-1).to(hidden.device, wide).clone()  # ours: backward reads it again
+    scored = own[(labels != ignore_idx).reshape(-1)]
+    if bool((~((scored > 0) & scored.isfinite())).any()):
+        raise DataError("temperature is 0, negative or not finite at a scored position; it must be above 0")
+    return _with_temperature(transform, own)
 
 
 def _with_temperature(transform: LogitTransform, temperature: float | Tensor) -> LogitTransform:
-    return LogitTransform(transform.scale, transform.softcap, temperature, transform.vocab_mask)
+    mask = None if transform.vocab_mask is None else transform.vocab_mask.clone()
+    return LogitTransform(transform.scale, transform.softcap, temperature, mask)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

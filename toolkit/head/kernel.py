@@ -121,8 +121,8 @@ class Kernel:
         own = targets.unsqueeze(1)
         if self._softcap is None and entropy_grads is None:
             # p - 1 from log p, not from p as stored: bf16 has no number between 0.996 and 1.
-            rows = torch.arange(len(targets), device=targets.device)
-            probs.index_put_((rows, targets), stats.logprobs.expm1().to(probs.dtype))  # scatter_ takes 100x the time
+            at = (torch.arange(len(targets), device=targets.device), targets)
+            probs.index_put_(at, stats.logprobs.expm1().to(probs.dtype))  # scatter_ takes 100x the time
             return _row_factor(factor, None if logprob_grads is None else -logprob_grads, stats.logprobs)
         size: Tensor | None = None
         if entropy_grads is None:
@@ -137,13 +137,6 @@ class Kernel:
         for span, rows in self._blocks(probs):
             self._gradient_block_(rows, span, own[span], stats, transform, logprob_grads, entropy_grads)
         return _row_factor(factor, size, stats.logprobs)
-
-    def entropies(self, probs: Tensor) -> Tensor:
-        """Return the entropy of each row of probabilities, [n]."""
-        found = self._wide_vector(probs, probs.shape[0])
-        for span, rows in self._blocks(probs):
-            found[span] = self._entropy(self._widened(rows))
-        return found
 
     def add_bias_gradient(self, total: Tensor, logit_grads: Tensor, factor: Tensor | None) -> None:
         """Add the column sums of ``factor * logit_grads`` to `total` [V]."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.errors import DataError
 from toolkit.head.cost import Group, kept_of
 from toolkit.head.gradients import leaves_of
 from toolkit.head.inputs import HeadInputs
@@ -142,7 +143,8 @@ class Scores(torch.autograd.Function):
             return grad, None, None, None
         hidden, weight, bias = ctx.saved_tensors
         job = _with_tensors(job, hidden, weight, bias)
-        work = HeadWork(job.inputs, job.needs, job.plan, with_entropy=entropy_grads is not None)
+        needs = Needs(*ctx.needs_input_grad[:3])
+        work = HeadWork(job.inputs, needs, job.plan, with_entropy=entropy_grads is not None)
         with quiet(hidden):
             # The retained chunks first, so that one of their buffers serves the others.
             for index, span in sorted(enumerate(job.plan.chunks), key=lambda item: item[0] not in ctx.kept):
@@ -171,8 +173,12 @@ class FusedLoss(torch.autograd.Function):
         other_grads = [torch.zeros_like(other) for other in others]
         losses = []
         with quiet(hidden):
-            for group in job.plan.groups:
-                loss, extra = _run_group(job, work, group, loss_fn, others, other_grads)
+            for index, group in enumerate(job.plan.groups):
+                try:
+                    loss, extra = _run_group(job, work, group, loss_fn, others, other_grads)
+                except OtherLeaves as found:
+                    found.group = index
+                    raise
                 losses.append(loss)
                 extras.append(extra)
         grads = (*work.gradients(), *other_grads)
@@ -195,9 +201,37 @@ class FusedLoss(torch.autograd.Function):
 class OtherLeaves(Exception):
     """The loss depends on leaves that autograd was not told of; they must become inputs before the first chunk."""
 
-    def __init__(self, leaves: list[Tensor]) -> None:
+    def __init__(self, leaves: list[Tensor], group: int) -> None:
         super().__init__()
-        self.leaves = leaves
+        self.leaves, self.group = leaves, group
+
+
+def checked_loss(result: Any) -> tuple[Tensor, Any]:
+    """Check what a `loss_fn` returned.
+
+    Raises:
+        DataError: it is not ``(scalar tensor, extra)``.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise DataError(f"loss_fn returned {type(result).__name__}; return (loss, extra)")
+    loss, extra = result
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        given = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise DataError(f"loss_fn returned a loss of {given}; return the scalar sum over its tokens")
+    return loss, extra
+
+
+def discover(leaves: OtherLeaves | None, found: OtherLeaves) -> None:
+    """Refuse leaves that are new in every call: the one before found some in this group already.
+
+    Raises:
+        DataError: says what such a leaf can be.
+    """
+    if leaves is not None and found.group <= leaves.group:
+        raise DataError(
+            "loss_fn depends on a tensor that asks for a gradient and is another one in every call: one that it makes "
+            "itself, or the scores of another chunk that it kept; detach it"
+        )
 
 
 def total_of(losses: Sequence[Tensor], job: Job) -> Tensor:
@@ -279,12 +313,12 @@ def _differentiate(
     with torch.enable_grad():
         logprobs = scores.logprobs.requires_grad_()
         entropy = scores.entropy if scores.entropy is None else scores.entropy.requires_grad_(is_live)
-        loss, extra = loss_fn(TokenScores(logprobs, entropy), positions)
+        loss, extra = checked_loss(loss_fn(TokenScores(logprobs, entropy), positions.clone()))
     targets = [logprobs, *([entropy] if is_live and entropy is not None else []), *others]
     known = {id(tensor) for tensor in targets}
     unknown = {id(leaf): leaf for leaf in leaves_of(loss) if id(leaf) not in known}
     if unknown:
-        raise OtherLeaves(list(unknown.values()))
+        raise OtherLeaves(list(unknown.values()), group=0)
     if not loss.requires_grad:
         return loss.detach(), extra, torch.zeros_like(logprobs), None
     grads = list(torch.autograd.grad(loss, targets, allow_unused=True, retain_graph=bool(others)))
@@ -343,6 +377,7 @@ def _write_free_entropy(job: Job, entropy: Tensor | None, span: slice, chunk: Ch
 def quiet(hidden: Tensor) -> Iterator[None]:
     """No autocast, no saved-tensor hooks."""
     device = hidden.device.type
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    # Detached: a hook that kept a saved output itself would tie it to its own graph, and neither were ever freed.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
     with torch.autocast(device, enabled=False), hooks:
         yield

@@ -5,6 +5,7 @@ Legend: T positions, N scored tokens, D hidden width, V vocabulary; a product is
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -129,12 +130,15 @@ def make_plan(
         entropy: whether entropies are wanted, with gradient or without.
     """
     tokens = len(inputs.positions)
+    if not is_count(retain_bytes) and retain_bytes != 0:
+        raise ConfigError(f"retain_bytes={retain_bytes!r} must be a number of bytes, 0 or more")
     size, merged = _chunk_size(inputs, needs, tokens, chunk_size, chunk_bytes)
     groups = tuple(_groups(tokens, size, scope or "token", sequence_ids))
     name, why = _choose(needs, scope, entropy, fits=all(len(group) == 1 for group in groups))
     if merged:
         why += "; all tokens in one chunk, for a second one would need an fp32 weight gradient as large"
-    chunk_cost = max(size, 1) * inputs.weight.shape[0] * inputs.compute_dtype.itemsize
+    largest = max(span.stop - span.start for group in groups for span in group)
+    chunk_cost = max(1, largest) * inputs.weight.shape[0] * inputs.compute_dtype.itemsize
     retained = retain_bytes // chunk_cost if name == "two-pass" else 0
     gradients = (needs.hidden, needs.weight, needs.bias)
     course = Course(
@@ -198,8 +202,12 @@ def _chunk_size(
     vocabulary, width = inputs.weight.shape
     if chunk_size == "auto":
         size = auto_chunk(vocabulary, inputs.compute_dtype, inputs.hidden.device, chunk_bytes)
-    elif isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0:
-        size = chunk_size
+        if chunk_bytes is not None and not is_count(chunk_bytes):
+            raise ConfigError(f"chunk_bytes={chunk_bytes!r} must be a number of bytes above 0")
+    elif chunk_bytes is not None:
+        raise ConfigError(f"chunk_bytes={chunk_bytes!r} goes with chunk_size='auto', not with {chunk_size!r}")
+    elif is_count(chunk_size):
+        size = int(chunk_size)
     else:
         raise ConfigError(f"chunk_size={chunk_size!r} must be a number of tokens above 0, or 'auto'")
     # With more than one chunk a low-precision weight gradient is added up in fp32: 4 V D bytes, as many as 2 D more
@@ -210,9 +218,14 @@ def _chunk_size(
     return size, False
 
 
+def is_count(value: object) -> bool:
+    """Whether `value` is an integer above 0."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
+
+
 def auto_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None = None) -> int:
     """Return how many rows of logits fit `chunk_bytes`, or the device's budget (then at least `MIN_AUTO_CHUNK`)."""
-    if chunk_bytes is not None:
+    if chunk_bytes is not None and is_count(chunk_bytes):
         return max(1, chunk_bytes // (vocabulary * dtype.itemsize))
     budget = CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES)
     return max(MIN_AUTO_CHUNK, budget // (vocabulary * dtype.itemsize))

@@ -5,6 +5,7 @@ Legend: T positions, N scored tokens, n tokens of a chunk, D hidden width, V voc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from toolkit.head.logits import LogitTransform
 from toolkit.head.plan import HeadPlan, Needs
 from toolkit.head.products import add_weight_gradient, input_gradient, logits_into
 
+FP16_HALF_RANGE = 2.0**15
 MOVED_ROWS = 4
 """Rows moved at a time when a chunk is compacted: a temporary of half a megabyte or so."""
 WORTH_SKIPPING = 0.95
@@ -108,7 +110,7 @@ class HeadWork:
             self.set_hidden_gradient(chunk.positions, _scaled(products, factor, self.hidden_grad_dtype))
             del products  # it need not outlive the larger ones below
         if self._weight_grad is not None:
-            shrink = _power_of_two_of(factor) if chunk.inputs.dtype == torch.float16 else 1.0
+            shrink = _fp16_shrink(factor, chunk.inputs) if chunk.inputs.dtype == torch.float16 else 1.0
             inputs = _scaled(chunk.inputs, None if factor is None else factor / shrink, chunk.inputs.dtype)
             add_weight_gradient(self._weight_grad, chunk.probs, inputs, is_first=self._is_first, factor=shrink)
             self._is_first = False
@@ -186,7 +188,14 @@ def _scaled(rows: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (rows * factor.unsqueeze(1)).to(dtype)  # the factor is wide, so is the product
 
 
-def _power_of_two_of(factor: Tensor | None) -> float:
-    """Return a power of two near the largest factor: division by it is exact and keeps fp16 away from its limits."""
+def _fp16_shrink(factor: Tensor | None, inputs: Tensor) -> float:
+    """Return a power of two by which the rows of an fp16 product are divided first, and its result multiplied after.
+
+    It brings the largest factor near 1, away from fp16's smallest number, and the sum over all rows, at its worst,
+    below its largest one: a mean over n tokens has factors of 1/n, whose division would let the sum overflow.
+    """
     largest = 1.0 if factor is None else float(factor.abs().max())
-    return 2.0 ** torch.tensor(largest).log2().floor().item() if largest > 0 and largest < float("inf") else 1.0
+    if not 0 < largest < math.inf:
+        return 1.0
+    worst_sum = 2 * len(inputs) * float(inputs.abs().max()) / FP16_HALF_RANGE
+    return 2.0 ** (math.floor(math.log2(largest)) + max(0, math.ceil(math.log2(worst_sum)) if worst_sum > 0 else 0))

@@ -112,7 +112,8 @@ class BaseLossContext(ABC, Generic[ItemT]):
         if self.loss_cfg.mode == "eager" or self.scope != "token":
             return self._checked(self.loss_fn(hidden_states, head_weight, head_bias, self.loss_kwargs))
         positions = self._scored_positions()
-        pieces = [positions[span] for span in equal_chunks(0, len(positions), self._general_chunk(head_weight))]
+        spans = equal_chunks(0, len(positions), self._general_chunk(head_weight))
+        pieces = [positions[span] for span in spans] or [positions]
         flat = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, positions).unsqueeze(0)
 
         def piece_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: int) -> tuple[Tensor, Any]:

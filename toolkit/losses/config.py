@@ -45,6 +45,13 @@ class BaseLossConfig(Config):
         """The context class that computes this loss."""
         raise NotImplementedError(f"{type(self).__name__} must define the property loss_ctx_cls")
 
+    @field_validator("logit_scale")
+    @classmethod
+    def _scale_is_not_zero(cls, given: float) -> float:
+        if given == 0:
+            raise ValueError("it must not be 0: all tokens would be equally likely")
+        return given
+
     @model_validator(mode="after")
     def _chunk_mode_needs_a_size(self) -> BaseLossConfig:
         if self.mode == "chunk" and self.chunk_size is None:

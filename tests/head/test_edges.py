@@ -177,3 +177,27 @@ def test_only_what_is_asked_for_is_computed() -> None:
     (only_hidden,) = torch.autograd.grad(total, hidden)
     both = torch.autograd.grad(token_logprobs(hidden, weight, labels, chunk_size=4).sum(), (hidden, weight))
     assert torch.equal(only_hidden, both[0])
+
+
+def test_the_weight_may_come_from_anywhere() -> None:
+    # R15: a tied head gets the sum of both gradients; a low-rank update of a frozen head gets its own.
+    ids = torch.randint(0, VOCABULARY, (TOKENS,))
+    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    tied = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64, requires_grad=True)
+    ours = torch.autograd.grad(token_logprobs(tied[ids].tanh(), tied, labels, chunk_size=5).sum(), tied)[0]
+    logprobs = (tied[ids].tanh() @ tied.T).log_softmax(-1)
+    expected = torch.autograd.grad(logprobs.gather(1, labels.unsqueeze(1)).sum(), tied)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+
+    hidden, frozen = (
+        torch.randn(TOKENS, WIDTH, dtype=torch.float64),
+        torch.randn(VOCABULARY, WIDTH, dtype=torch.float64),
+    )
+    low, up = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, WIDTH), (VOCABULARY, 2)))
+    loss, _ = fused_loss(lambda s, p: (s.logprobs.sum(), None), hidden, frozen + up @ low, labels, chunk_size=5)
+    found = torch.autograd.grad(loss, (low, up))
+    logprobs = (hidden @ (frozen + up @ low).T).log_softmax(-1)
+    wanted = torch.autograd.grad(logprobs.gather(1, labels.unsqueeze(1)).sum(), (low, up))
+    for one, other in zip(found, wanted, strict=True):
+        assert other.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)

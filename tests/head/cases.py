@@ -96,7 +96,8 @@ class Outcome:
             assert exact.entropy is not None
             pairs.append((self.entropy, exact.entropy))
         # The terms of a loss are of order 1 and may cancel.
-        loss_error = float((self.loss.double() - exact.loss).abs() / max(1.0, exact.loss.abs()))
+        difference, size = (self.loss.double() - exact.loss).detach().abs(), exact.loss.detach().abs()
+        loss_error = float(difference) / max(1.0, float(size))
         return max(loss_error, *(relative(ours, theirs) for ours, theirs in pairs))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
+from toolkit.head.autograd import quiet
 from toolkit.head.inputs import HeadInputs, head_inputs
 from toolkit.head.logits import LogitTransform
 from toolkit.head.passes import (
@@ -21,7 +22,6 @@ from toolkit.head.passes import (
     Scores,
     checked_loss,
     discover,
-    quiet,
     score_without_grad,
     total_of,
 )

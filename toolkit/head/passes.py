@@ -8,9 +8,7 @@ Legend: T positions, N scored tokens, n tokens of a group of chunks, D hidden wi
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
+from toolkit.head.autograd import quiet, refuses_second_derivative, rescaled
 from toolkit.head.cost import Group, kept_of
 from toolkit.head.gradients import leaves_of
 from toolkit.head.inputs import HeadInputs
@@ -61,36 +60,6 @@ def score_without_grad(job: Job) -> tuple[Tensor, Tensor | None]:
     return logprobs, entropy
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """The identity on a gradient; whoever differentiates it once more is told that it cannot be done."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "the head has no second derivative: its gradient is computed chunk by chunk without a graph; for one, "
-            "compute the logits with torch.nn.functional.linear (mode='eager')"
-        )
-
-
-def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Refuse second derivatives, also where ``once_differentiable`` would take the gradient for a constant."""
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        with torch.no_grad():
-            found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        anchor = torch.ones((), requires_grad=True)
-        return tuple(_NoSecondDerivative.apply(g, anchor) if isinstance(g, Tensor) else g for g in found)
-
-    return wrapped
-
-
 class Scores(torch.autograd.Function):
     """Log-probabilities and entropies of the scored tokens, for a loss that is computed elsewhere."""
 
@@ -127,7 +96,7 @@ class Scores(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @_once
+    @refuses_second_derivative
     def backward(ctx: Any, logprob_grads: Tensor | None, entropy_grads: Tensor | None) -> tuple[Any, ...]:  # noqa: D102
         job: Job = ctx.job
         if logprob_grads is None:
@@ -191,10 +160,10 @@ class FusedLoss(torch.autograd.Function):
         return total_of(losses, job)
 
     @staticmethod
-    @_once
+    @refuses_second_derivative
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:  # noqa: D102
         saved = iter(ctx.saved_tensors)
-        grads = [None if dtype is None else _rescaled(next(saved), grad_loss).to(dtype) for dtype in ctx.dtypes]
+        grads = [None if dtype is None else rescaled(next(saved), grad_loss).to(dtype) for dtype in ctx.dtypes]
         return (*grads[:3], None, None, None, *grads[3:])
 
 
@@ -330,19 +299,6 @@ def _differentiate(
     return loss.detach(), extra, logprob_grads, entropy_grads
 
 
-def _rescaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """Return ``grad * factor``, without a second V x D tensor where `grad` will not be asked for again."""
-    if not _graph_is_freed():
-        return grad * factor
-    return grad if factor.device.type == "cpu" and float(factor) == 1 else grad.mul_(factor)
-
-
-def _graph_is_freed() -> bool:
-    """Whether the saved gradients will not be asked for again (``retain_graph=False``)."""
-    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keep_graph is not None and not keep_graph()
-
-
 def _in_dtypes(grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [
         None if grad is None or tensor is None else grad.to(tensor.dtype)
@@ -371,13 +327,3 @@ def _write(logprobs: Tensor, entropy: Tensor | None, span: slice, chunk: Chunk) 
 def _write_free_entropy(job: Job, entropy: Tensor | None, span: slice, chunk: Chunk, slope: Tensor) -> None:
     if entropy is not None and job.has_free_entropy:
         entropy[span] = (-chunk.stats.logprobs - (chunk.inputs * slope).sum(1)).clamp(min=0)
-
-
-@contextlib.contextmanager
-def quiet(hidden: Tensor) -> Iterator[None]:
-    """No autocast, no saved-tensor hooks."""
-    device = hidden.device.type
-    # Detached: a hook that kept a saved output itself would tie it to its own graph, and neither were ever freed.
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
-    with torch.autocast(device, enabled=False), hooks:
-        yield

@@ -1,0 +1,64 @@
+"""What the passes ask of autograd itself: no second derivative, no second copy of a gradient, no foreign hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on a gradient; whoever differentiates it once more is told that it cannot be done."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "the head has no second derivative: its gradient is computed chunk by chunk without a graph; for one, "
+            "compute the logits with torch.nn.functional.linear (mode='eager')"
+        )
+
+
+def refuses_second_derivative(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Refuse second derivatives, also where ``once_differentiable`` would take the gradient for a constant."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        anchor = torch.ones((), requires_grad=True)
+        return tuple(_NoSecondDerivative.apply(g, anchor) if isinstance(g, Tensor) else g for g in found)
+
+    return wrapped
+
+
+def rescaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """Return ``grad * factor``, without a second V x D tensor where `grad` will not be asked for again."""
+    if not _graph_is_freed():
+        return grad * factor
+    return grad if factor.device.type == "cpu" and float(factor) == 1 else grad.mul_(factor)
+
+
+def _graph_is_freed() -> bool:
+    """Whether the saved gradients will not be asked for again (``retain_graph=False``)."""
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keep_graph is not None and not keep_graph()
+
+
+@contextlib.contextmanager
+def quiet(hidden: Tensor) -> Iterator[None]:
+    """No autocast, no saved-tensor hooks."""
+    device = hidden.device.type
+    # Detached: a hook that kept a saved output itself would tie it to its own graph, and neither were ever freed.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+    with torch.autocast(device, enabled=False), hooks:
+        yield

@@ -6,6 +6,7 @@ R ranks. Everything here also works in one process without a process group.
 from __future__ import annotations
 
 import os
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,28 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.errors import LaunchError
-from toolkit.metrics import Max, Mean, Metric, Metrics, Min, Sum
+from toolkit.metrics import EffectiveSampleSize, Max, Mean, Metric, Metrics, Min, Sum
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
     """Return the number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, 0 outside of torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_gather_objects(own: T) -> list[T]:
+    """Return the (small, picklable) object of every rank, in the order of the ranks; all must call it together."""
+    if world_size() == 1:
+        return [own]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -37,15 +54,22 @@ def reduce_metrics(metrics: Metrics) -> dict[str, Metric]:
         return dict(metrics)
     sums = [m.total for m in metrics.values() if isinstance(m, Sum)]
     sums += [part for m in metrics.values() if isinstance(m, Mean) for part in (m.num, m.den)]
+    sizes = [m for m in metrics.values() if isinstance(m, EffectiveSampleSize)]
+    sums += [part for m in sizes for part in (m.total, m.squares, m.count)]
     smallest = [m.smallest for m in metrics.values() if isinstance(m, Min)]
     largest = [m.largest for m in metrics.values() if isinstance(m, Max)]
     total, low, high = (
         iter(_reduced(parts, op))
         for parts, op in ((sums, dist.ReduceOp.SUM), (smallest, dist.ReduceOp.MIN), (largest, dist.ReduceOp.MAX))
     )
-    # `sums` holds all Sum totals before the parts of the means, so they are read back in two rounds.
+    # `sums` holds all Sum totals before the parts of the means and then of the sizes: read back in three rounds.
     whole: dict[str, Metric] = {name: Sum(next(total)) for name, m in metrics.items() if isinstance(m, Sum)}
     whole |= {name: Mean(next(total), next(total)) for name, m in metrics.items() if isinstance(m, Mean)}
+    whole |= {
+        name: EffectiveSampleSize(next(total), next(total), next(total))
+        for name, m in metrics.items()
+        if isinstance(m, EffectiveSampleSize)
+    }
     whole |= {name: Min(next(low)) for name, m in metrics.items() if isinstance(m, Min)}
     whole |= {name: Max(next(high)) for name, m in metrics.items() if isinstance(m, Max)}
     return {name: whole[name] for name in metrics}

@@ -7,6 +7,7 @@ builtin error it refines, so that ``except ValueError`` keeps working.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
@@ -42,3 +43,30 @@ def listed(options: Iterable[object], joiner: str = "or") -> str:
     """Join options for a sentence: ``'a', 'b' or 'c'``."""
     words = [repr(option) for option in options]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {joiner} {words[-1]}"
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str | None) -> None:
+    """Warn of a choice that works but does something else than its name says, once in a process; None: nothing."""
+    if message is not None and message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def say_warnings_plainly() -> None:
+    """Print what `warn_once` says as one line, as a command line should; other warnings stay as they are."""
+    usual = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return f"note: {message}\n" if str(message) in _warned else usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+
+
+def has_warned(message: str) -> bool:
+    """Whether `warn_once` said this already."""
+    return message in _warned

@@ -118,8 +118,36 @@ class Max:
         return math.nan if largest == -math.inf else largest
 
 
+@dataclass(frozen=True)
+class EffectiveSampleSize:
+    """The share of samples that weighted ones are worth, (sum w)^2 / (n sum w^2): 1 for equal weights, 1/n for one."""
+
+    total: Tensor
+    squares: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor) -> EffectiveSampleSize:
+        """Return that of all elements of `weights`, which may be empty."""
+        weights = weights.detach().double()
+        count = torch.tensor(float(weights.numel()), dtype=torch.float64, device=weights.device)
+        return cls(weights.sum(), weights.square().sum(), count)
+
+    def merge(self, other: Metric) -> EffectiveSampleSize:
+        """Add the sums: the result is that of both parts as one."""
+        _same_kind(self, other)
+        assert isinstance(other, EffectiveSampleSize)
+        return EffectiveSampleSize(self.total + other.total, self.squares + other.squares, self.count + other.count)
+
+    def value(self) -> float:
+        """Return the share, NaN when nothing was measured or all weights are 0."""
+        scale = float(self.count) * float(self.squares)
+        return float(self.total) ** 2 / scale if scale else math.nan
+
+
 Metrics = Mapping[str, Metric]
 M = TypeVar("M", bound=Metric)
+KINDS = (Sum, Mean, Min, Max, EffectiveSampleSize)
 
 
 def merge_metrics(parts: Iterable[Metrics]) -> dict[str, Metric]:
@@ -135,7 +163,7 @@ def metrics_in(extra: object) -> dict[str, Metric]:
     """Return the metrics among what a loss returned beside the loss itself; its logits, say, are none."""
     if not isinstance(extra, Mapping):
         return {}
-    return {name: value for name, value in extra.items() if isinstance(value, (Sum, Mean, Min, Max))}
+    return {name: value for name, value in extra.items() if isinstance(value, KINDS)}
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:

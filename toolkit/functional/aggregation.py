@@ -1,46 +1,119 @@
-"""How much each token counts, before the division by the global denominator. N: selected tokens, S: sequences.
+"""How token losses become one number: a weight for each token, and what the sum of weighted losses is divided by.
 
-A mode gives every token an unnormalised weight; the denominator is the sum of these weights over all micro-batches and
-ranks. With n the number of selected tokens in a token's own sequence:
+An aggregation gives every token an unnormalised weight and every micro-batch its share of one denominator; the shares
+are added up over all micro-batches and ranks before the first forward. With n the number of scored tokens of a token's
+own sequence, N_p that of its prompt (all sequences of a group), L a constant:
 
-======  ===========  =============================================
-mode    weight       the loss is then
-======  ===========  =============================================
-token   1            the mean over all tokens
-sample  1 / n        the mean over sequences of their token means
-square  1 / sqrt(n)  between the two
-======  ===========  =============================================
+===================  ===========  ============  =================================================================
+name                 weight       denominator   the loss is then
+===================  ===========  ============  =================================================================
+token_mean           1            tokens        the mean over all tokens (DAPO)
+token_sum            1            1             the sum over all tokens
+seq_mean_token_mean  1 / n        sequences     the mean over sequences of their token means (GRPO)
+seq_mean_token_sum   1            sequences     the mean over sequences of their token sums
+constant             1 / L        sequences     the same over a fixed length (Dr. GRPO): no bias by length
+square               1 / sqrt(n)  sum of them   between token_mean and seq_mean_token_mean (XTuner)
+prompt_mean          1 / N_p      prompts       the mean over prompts of the mean over their tokens
+per_component        1            see right     the mean over tokens with A > 0, plus that over those with A <= 0
+===================  ===========  ============  =================================================================
 
-Source: XTuner's ``loss_reduction``. A sequence without a selected token counts for nothing.
+Sources: Shao et al. 2024, arXiv 2402.03300, eq. 3; Yu et al. 2025, arXiv 2503.14476, eq. 8; Liu et al. 2025,
+arXiv 2503.20783, section 3.2; XTuner's ``loss_reduction`` (square) and OREAL loss (per_component).
+
+Legend: B rows, T positions of a row, S sequences.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from toolkit.functional.segments import segment_sum
 
-EXPONENTS = {"token": 0.0, "sample": -1.0, "square": -0.5}
+
+@dataclass(frozen=True)
+class Share:
+    """One micro-batch under an aggregation."""
+
+    weights: Tensor
+    """[B, T] float64, 0 where nothing is scored; of component 1 where `is_second`."""
+    counts: Tensor
+    """[2] float64: what this micro-batch adds to the denominator of the first and of the second component."""
+    is_sum: bool = False
+    """Whether the weights are not to be divided (token_sum)."""
+    is_second: Tensor | None = None
+    """[B, T] bool: tokens of the second component (per_component: A <= 0); None: there is one component."""
+
+    def divided(self, denominators: Tensor) -> Tensor:
+        """Return the weights over their components' denominators ([2]); 0 where that is 0."""
+        first, second = torch.where(denominators > 0, 1 / denominators, 0.0).to(self.weights.dtype)
+        return self.weights * (first if self.is_second is None else torch.where(self.is_second, second, first))
 
 
-def token_weights(is_active: Tensor, ids: Tensor, mode: str) -> Tensor:
-    """Return the unnormalised weight of every position under `mode`.
+def share(
+    is_active: Tensor,
+    ids: Tensor,
+    aggregation: str,
+    *,
+    length: float | None = None,
+    count_empty: bool = False,
+    is_positive: Tensor | None = None,
+    component_weights: tuple[float, float] = (1.0, 1.0),
+    prompt_tokens: Tensor | None = None,
+    num_prompts: int = 0,
+) -> Share:
+    """Return the unnormalised weights of a micro-batch and what it adds to the denominators.
 
     Args:
         is_active: bool, [1, T] or [B, T]; True where the position is scored.
         ids: int64 of the same shape; the sequence of each position, negative for none.
-        mode: a key of `EXPONENTS`.
-
-    Returns:
-        float64 of the same shape; 0 where `is_active` is False.
+        aggregation: one of `functional.names.Aggregation`.
+        length: L of "constant", in tokens.
+        count_empty: whether sequences without a scored token count where sequences are counted (peers differ).
+        is_positive: bool of the same shape, A > 0; for "per_component".
+        component_weights: factors of the tokens with A > 0 and of the others; for "per_component".
+        prompt_tokens: of the same shape, the scored tokens of each position's prompt over the whole step; for
+            "prompt_mean".
+        num_prompts: prompts that this micro-batch is to count; for "prompt_mean".
     """
     # fp64: a count above 2^24 would be rounded in fp32, above 256 in bf16.
     dtype = torch.float64 if is_active.device.type != "mps" else torch.float32
     active = is_active.to(dtype)
-    if mode == "token":
-        return active
+    if aggregation == "token_mean":
+        return Share(active, _counts(active.sum()))
+    if aggregation == "token_sum":
+        return Share(active, _counts(active.sum()), is_sum=True)
+    if aggregation == "prompt_mean":
+        assert prompt_tokens is not None
+        return Share(active / prompt_tokens.clamp(min=1).to(dtype), _counts(active.new_tensor(float(num_prompts))))
+    if aggregation == "per_component":
+        assert is_positive is not None
+        positive = active.where(is_positive, 0.0)
+        weights = component_weights[0] * positive + component_weights[1] * (active - positive)
+        return Share(weights, _counts(positive.sum(), (active - positive).sum()), is_second=~is_positive)
+    lengths, num_sequences = _lengths(active, ids, count_empty=count_empty)
+    if aggregation == "seq_mean_token_mean":
+        return Share(active / lengths, _counts(num_sequences))
+    if aggregation == "seq_mean_token_sum":
+        return Share(active, _counts(num_sequences))
+    if aggregation == "constant":
+        assert length is not None
+        return Share(active / length, _counts(num_sequences))
+    assert aggregation == "square", aggregation
+    weights = active * lengths.rsqrt()
+    return Share(weights, _counts(weights.sum()))
+
+
+def _counts(first: Tensor, second: Tensor | None = None) -> Tensor:
+    return torch.stack([first, torch.zeros_like(first) if second is None else second])
+
+
+def _lengths(active: Tensor, ids: Tensor, *, count_empty: bool) -> tuple[Tensor, Tensor]:
+    """Return the scored tokens of each position's own sequence (at least 1), and the number of sequences."""
     flat = (ids + 1).reshape(-1)  # position 0 collects what belongs to no sequence
-    num_sequences = int(flat.max()) + 1 if flat.numel() else 1
-    lengths = segment_sum(active.reshape(-1), flat, num_sequences)[flat].reshape(active.shape)
-    return active * lengths.clamp(min=1).pow(EXPONENTS[mode])
+    num_slots = int(flat.max()) + 1 if flat.numel() else 1
+    lengths = segment_sum(active.reshape(-1), flat, num_slots)
+    num_sequences = active.new_tensor(float(num_slots - 1)) if count_empty else (lengths[1:] > 0).sum().to(active.dtype)
+    return lengths[flat].reshape(active.shape).clamp(min=1), num_sequences

@@ -21,9 +21,11 @@ from toolkit.functional.terms import PolicyTerms
 
 LENGTHS = (3, 5, 1, 4)
 """Tokens of the made-up sequences."""
-UNEQUAL = (1.0, 0.3, 2.0, 0.6)
+GROUPS = (0, 0, 1, 1)
+"""The group of each of them."""
+UNEQUAL = (0.6, 0.3, 2.0, 1.5)
 """The spread of each of them, relative."""
-SPREADS = (0.01, 0.3, 3.0, 15.0)
+SPREADS = (0.01, 0.3, 1.0, 3.0, 15.0)
 """Of log pi - log pi_old in nats: a statistic with a threshold must cross it in one of them."""
 TOLERANCE = 1e-9
 """Relative; the check runs in float64."""
@@ -53,8 +55,10 @@ def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
     key = _key(loss, options)
     if loss.scope == "batch" or key in _passed:
         return
-    if not _is_local(loss, options, "sequence"):
+    if not _is_local(loss, options, "group"):
         raise _wrong_scope(loss, "batch", "all tokens of the batch")
+    if loss.scope != "group" and not _is_local(loss, options, "sequence"):
+        raise _wrong_scope(loss, "group", "other sequences of its group")
     if loss.scope == "token" and not _is_local(loss, options, "token"):
         raise _wrong_scope(loss, "sequence", "other tokens of its sequence")
     _passed.add(key)
@@ -65,7 +69,7 @@ def is_zero_without_advantage(loss: PolicyLoss, options: Mapping[str, Any]) -> b
     key = (*_key(loss, options), "zero")
     if key not in _passed:
         for spread in SPREADS:
-            terms = _terms(spread)
+            terms = made_up_terms(spread)
             idle = replace(terms, advantages=torch.zeros_like(terms.advantages))
             if any(bool(found.any()) for found in _values_and_grads(loss, options, idle)):
                 return False
@@ -102,7 +106,7 @@ def _wrong_scope(loss: PolicyLoss, needed: str, what: str) -> ConfigError:
 def _is_local(loss: PolicyLoss, options: Mapping[str, Any], scope: str) -> bool:
     """Whether each sequence (or token) alone has the values and gradients that it has among the others."""
     for spread in SPREADS:
-        terms = _terms(spread)
+        terms = made_up_terms(spread)
         whole = _values_and_grads(loss, options, terms)
         for rows in _parts(terms, scope):
             part = _values_and_grads(loss, options, _part(terms, rows))
@@ -114,7 +118,9 @@ def _is_local(loss: PolicyLoss, options: Mapping[str, Any], scope: str) -> bool:
 
 def _parts(terms: PolicyTerms, scope: str) -> Iterator[Tensor]:
     assert terms.sequence_ids is not None
-    labels = terms.sequence_ids if scope == "sequence" else torch.arange(len(terms.sequence_ids))
+    tokens = torch.arange(len(terms.sequence_ids))
+    labels = {"group": terms.group_ids, "sequence": terms.sequence_ids, "token": tokens}[scope]
+    assert labels is not None
     for label in labels.unique():
         yield (labels == label).nonzero().squeeze(1)
 
@@ -138,11 +144,16 @@ def _part(terms: PolicyTerms, rows: Tensor) -> PolicyTerms:
         for field in fields(terms)
         if isinstance(value := getattr(terms, field.name), Tensor)
     }
-    ids = tensors.get("sequence_ids")
-    return replace(terms, **tensors, num_sequences=0 if ids is None else int(ids.max()) + 1)
+    # As in a micro-batch that holds no more than these tokens.
+    numbers: dict[str, Any] = {
+        f"num_{what}s": int(tensors[f"{what}_ids"].max()) + 1
+        for what in ("sequence", "turn", "group")
+        if f"{what}_ids" in tensors
+    }
+    return replace(terms, **tensors, **numbers)
 
 
-def _terms(spread: float) -> PolicyTerms:
+def made_up_terms(spread: float) -> PolicyTerms:
     """Return made-up tokens with ratios of about exp(spread), unequal in each sequence, advantages of both signs."""
     generator = torch.Generator().manual_seed(0)
     count = sum(LENGTHS)
@@ -152,12 +163,24 @@ def _terms(spread: float) -> PolicyTerms:
 
     lengths = torch.tensor(LENGTHS)
     logprobs = -2 + noise(0.3)
+    unequal = torch.tensor(UNEQUAL, dtype=torch.float64).repeat_interleave(lengths)
+    sequences = torch.arange(len(LENGTHS)).repeat_interleave(lengths)
+    # Of every sequence of 3 tokens and more the last two are a turn of their own.
+    places = torch.cat([torch.arange(length) for length in LENGTHS])
+    turns = 2 * sequences + ((places >= lengths[sequences] - 2) & (lengths[sequences] > 2))
     return PolicyTerms(
         logprobs=logprobs,
-        old_logprobs=logprobs + noise(spread) * torch.tensor(UNEQUAL, dtype=torch.float64).repeat_interleave(lengths),
+        old_logprobs=logprobs + noise(spread) * unequal,
         advantages=noise(1.0),
         ref_logprobs=logprobs + noise(0.3),
-        rollout_logprobs=logprobs + noise(0.1),
-        sequence_ids=torch.arange(len(LENGTHS)).repeat_interleave(lengths),
+        rollout_logprobs=logprobs + noise(spread) * unequal,
+        teacher_logprobs=logprobs + noise(0.3),
+        entropies=noise(1.0).abs(),
+        sequence_ids=sequences,
         num_sequences=len(LENGTHS),
+        turn_ids=turns,
+        num_turns=2 * len(LENGTHS),
+        group_ids=torch.tensor(GROUPS)[sequences],
+        num_groups=max(GROUPS) + 1,
+        positions=places,
     )

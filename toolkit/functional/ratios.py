@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0
-"""Bound on |log ratio| in nats before exp (XTuner, verl and OpenRLHF use the same): e^20 = 4.9e8 is finite in fp32."""
+from toolkit.functional.names import MAX_LOG_RATIO
 
 
-def bounded_log_ratio(new_logprobs: Tensor, old_logprobs: Tensor, *, bound: float = MAX_LOG_RATIO) -> Tensor:
-    """Return log pi_new - log pi_old clamped to [-bound, bound]; its gradient is exactly 0 outside.
+def bounded(log_ratio: Tensor, low: float | None = -MAX_LOG_RATIO, high: float | None = MAX_LOG_RATIO) -> Tensor:
+    """Return `log_ratio` clamped to [low, high]; its gradient is exactly 0 outside.
 
     Clamping *before* exp keeps inf out of the graph: ``where(ok, exp(x), 0)`` would have a finite value and a NaN
     gradient.
 
     Args:
-        new_logprobs: [N] in nats, fp32 or wider.
-        old_logprobs: [N] in nats.
-        bound: largest magnitude, in nats.
+        log_ratio: [N] in nats, fp32 or wider.
+        low: floor in nats; None: none.
+        high: ceiling in nats; None: only what the dtype can hold after exp (87.7 nats in fp32).
 
     Returns:
         [N] in nats.
     """
-    return (new_logprobs - old_logprobs).clamp(-bound, bound)
+    # An infinite ratio times an advantage of 0 would be NaN.
+    largest = math.log(torch.finfo(log_ratio.dtype).max) - 1
+    return log_ratio.clamp(low, largest if high is None else min(high, largest))

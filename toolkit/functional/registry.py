@@ -9,19 +9,19 @@ This module and the built-in losses import no torch, so that the command line kn
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from pydantic import create_model
-
 from toolkit.errors import ConfigError, did_you_mean, listed
+from toolkit.functional.options import options_model
 from toolkit.schema import Config, located
 
-Scope = Literal["token", "sequence", "batch"]
-"""What one token's loss depends on: itself, its whole sequence, or the whole micro-batch."""
+Scope = Literal["token", "sequence", "group", "batch"]
+"""What one token's loss depends on: itself, its sequence, its group (a prompt's sequences), or the micro-batch."""
+Need = Literal["ref_logprobs", "rollout_logprobs", "teacher_logprobs", "entropies"]
+"""What a loss may need beside log-probabilities, old log-probabilities and advantages."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ class PolicyLoss:
     scope: Scope
     options_model: type[Config]
     """Validates the keyword-only parameters of `function`."""
+    needs: tuple[Need, ...] = ()
+    """What every item must have for it."""
+    aggregation: str | None = None
+    """The aggregation of its paper, where another one is known to be wrong or to change what it does."""
+    formula: str = ""
+    """One token's loss in plain characters, ``{option}`` standing for the value of an option. ``[a // b]`` reads a,
+    or b where an option in a is None; ``[a]`` is then left out."""
 
     def options(self, given: Mapping[str, Any], where: str = "policy_loss_cfg") -> dict[str, Any]:
         """Validate `given` and fill in the defaults.
@@ -48,15 +55,24 @@ _LOSSES: dict[str, PolicyLoss] = {}
 
 
 def register_policy_loss(
-    name: str, *, scope: Scope = "token", overwrite: bool = False
+    name: str,
+    *,
+    scope: Scope = "token",
+    needs: tuple[Need, ...] = (),
+    aggregation: str | None = None,
+    formula: str = "",
+    overwrite: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function selectable as ``policy_loss=<name>`` and ``policy_loss_cfg=dict(loss_type="<name>")``.
 
     Args:
         name: how it is picked.
         scope: "token" when one token's loss depends on that token alone: only then may the tokens be processed in
-            chunks, each with its own backward. "sequence" or "batch" when it uses statistics of other tokens
+            chunks, each with its own backward. "sequence", "group" or "batch" when it uses statistics of other tokens
             (``t.segment_mean`` and its kin, or a mean over everything).
+        needs: what every item must have for it, such as "ref_logprobs"; checked before the first forward.
+        aggregation: the one of its paper; ``python -m toolkit.explain`` warns when another one is chosen.
+        formula: one token's loss for ``explain``, e.g. ``"-min(r A, clip(r, 1 - {eps}, 1 + {eps}) A)"``.
         overwrite: replace a loss of the same name instead of refusing (use it when you re-run a notebook cell).
 
     Returns:
@@ -68,6 +84,11 @@ def register_policy_loss(
     """
     if scope not in get_args(Scope):
         raise ConfigError(f"scope={scope!r} of policy loss {name!r} is unknown; choose {listed(get_args(Scope))}")
+    unknown = [need for need in needs if need not in get_args(Need)]
+    if unknown:
+        raise ConfigError(
+            f"policy loss {name!r} needs {unknown[0]!r}, which no item has; choose {listed(get_args(Need))}"
+        )
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         known = _LOSSES.get(name)
@@ -79,7 +100,8 @@ def register_policy_loss(
                 f"policy loss {name!r} is already registered by {known.function.__module__}.{known.function.__name__}; "
                 "choose another name, or pass overwrite=True"
             )
-        _LOSSES[name] = PolicyLoss(name, function, scope, _options_model(name, function))
+        options = options_model("policy loss", name, function, reserved=("loss_type",))
+        _LOSSES[name] = PolicyLoss(name, function, scope, options, needs, aggregation, formula)
         return function
 
     return decorate
@@ -106,33 +128,3 @@ def policy_loss_names() -> list[str]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     return sorted(_LOSSES)
-
-
-def _options_model(name: str, function: Callable[..., Any]) -> type[Config]:
-    """Build the options class from the keyword-only parameters of `function`."""
-    _, *options = inspect.signature(function).parameters.values()
-    fields: dict[str, Any] = {}
-    for option in options:
-        if option.kind is not option.KEYWORD_ONLY or option.default is option.empty:
-            raise ConfigError(
-                f"parameter {option.name!r} of policy loss {name!r} must be keyword-only with a default: "
-                f"def {function.__name__}(t, *, {option.name}=...)"
-            )
-        if option.name == "loss_type":
-            raise ConfigError(f"policy loss {name!r} has an option called 'loss_type'; that word picks the loss itself")
-        fields[option.name] = (_annotation(option.annotation, function), option.default)
-    return create_model(f"{name}_options", __base__=Config, **fields)
-
-
-def _annotation(annotation: Any, function: Callable[..., Any]) -> Any:
-    if annotation is inspect.Parameter.empty:
-        return Any
-    # Strings come from `from __future__ import annotations`; only options are evaluated, so that the annotations
-    # of tensors may name types that are imported for type checking alone.
-    try:
-        return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
-    except NameError as error:
-        raise ConfigError(
-            f"an option of policy loss {function.__name__!r} is annotated {annotation!r}, but {error}; import the type "
-            "outside of TYPE_CHECKING"
-        ) from None

@@ -5,6 +5,8 @@ Legend: B rows, T positions of a row, S sequences, N selected (active) tokens.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,26 @@ def sequence_ids(shape: torch.Size, cu_seq_lens: Tensor | None, device: torch.de
     return torch.cat([ids, tail]).reshape(shape)
 
 
+def turn_ids(is_scored: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Number the turns: each contiguous run of scored positions within a sequence is one.
+
+    In a conversation the positions between two runs belong to someone else (a user, a tool). Two sequences packed side
+    by side never share a turn, and neither do two rows.
+
+    Args:
+        is_scored: bool [B, T] (or [T]).
+        sequence_ids: int64 of the same shape, as from `sequence_ids`.
+
+    Returns:
+        int64 of the same shape: 0, 1, 2 ... in row order; `NO_SEQUENCE` where a position is not scored.
+    """
+    goes_on = torch.zeros_like(is_scored)
+    goes_on[..., 1:] = is_scored[..., :-1] & (sequence_ids[..., 1:] == sequence_ids[..., :-1])
+    is_start = is_scored & ~goes_on
+    numbers = is_start.reshape(-1).cumsum(0).reshape(is_scored.shape) - 1
+    return numbers.masked_fill(~is_scored, NO_SEQUENCE)
+
+
 def segment_sum(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
     """Sum the values of each sequence.
 
@@ -71,3 +93,30 @@ def segment_mean(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
     """Average the values of each sequence: [N] -> [S], 0 for a sequence without a value."""
     counts = segment_sum(torch.ones_like(values), ids, num_sequences)
     return segment_sum(values, ids, num_sequences) / counts.clamp(min=1)
+
+
+def suffix_sum(values: Tensor, ids: Tensor, discount: float = 1.0, positions: Tensor | None = None) -> Tensor:
+    """Sum each token's value and those after it in its own sequence: ``sum over k >= t of discount^(k - t) values_k``.
+
+    Args:
+        values: [N], the tokens of a sequence side by side and in order.
+        ids: [N] int64, the sequence of each token.
+        discount: in (0, 1].
+        positions: [N] int64, what k and t mean where some tokens between were left out; None: side by side.
+
+    Returns:
+        [N].
+    """
+    # Sums over spans of 1, 2, 4 ... tokens: log2(N) steps without the powers discount^-t that would overflow.
+    total, span = values, 1
+    log_discount = math.log(discount)
+    where = torch.arange(len(values), device=values.device) if positions is None else positions
+    while span < len(values):
+        is_same = ids[span:] == ids[:-span]
+        if not bool(is_same.any()):
+            break
+        distance = (where[span:] - where[:-span]).clamp(min=0).to(values.dtype)
+        faded = total[span:] * (log_discount * distance).exp()
+        total = torch.cat([total[:-span] + faded.where(is_same, 0.0), total[-span:]])
+        span *= 2
+    return total

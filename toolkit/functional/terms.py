@@ -1,18 +1,26 @@
 """What a policy loss gets to see: one bundle of per-token tensors of the selected tokens.
 
-N: selected tokens (every scored position of a micro-batch, masked ones already left out), S: sequences.
+N: selected tokens (every scored position of a micro-batch, masked ones already left out), S: sequences, G: groups
+(the completions of one prompt), U: turns (runs of scored tokens inside a sequence).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from toolkit.errors import ConfigError
-from toolkit.functional.ratios import MAX_LOG_RATIO, bounded_log_ratio
-from toolkit.functional.segments import segment_mean, segment_sum
-from toolkit.metrics import Mean
+from toolkit.errors import ConfigError, DataError
+from toolkit.functional.names import MAX_LOG_RATIO
+from toolkit.functional.options import Anchor
+from toolkit.functional.ratios import bounded
+from toolkit.functional.segments import segment_mean, segment_sum, suffix_sum
+from toolkit.metrics import Max, Mean, Metric, Min
+
+LogRatioRange = tuple[float | None, float | None]
+KINDS: dict[str, type[Mean] | type[Min] | type[Max]] = {"mean": Mean, "min": Min, "max": Max}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,45 +37,137 @@ class PolicyTerms:
     """[N] under the reference policy, if there is one."""
     rollout_logprobs: Tensor | None = None
     """[N] as reported by the sampler, if it did."""
+    teacher_logprobs: Tensor | None = None
+    """[N] under a teacher, if there is one."""
+    entropies: Tensor | None = None
+    """[N] entropy of the policy at each token, without gradient, if the loss asks for it."""
     sequence_ids: Tensor | None = None
     """[N] int64, the sequence of each token; None for a loss of scope "token"."""
     num_sequences: int = 0
-    max_log_ratio: float = MAX_LOG_RATIO
-    """Bound on |log ratio| in nats; the gradient is 0 outside."""
-    reported: dict[str, Mean] = field(default_factory=dict)
+    turn_ids: Tensor | None = None
+    """[N] int64, the turn of each token, never shared by two sequences."""
+    num_turns: int = 0
+    group_ids: Tensor | None = None
+    """[N] int64, the group of each token; given to losses of scope "group" and "batch"."""
+    num_groups: int = 0
+    positions: Tensor | None = None
+    """[N] int64, where each token stands in its row: how far apart two tokens are when some between are not scored."""
+    log_ratio_range: LogRatioRange = (-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    """Bounds of every log ratio in nats, before exp; the gradient is 0 outside. None: no bound."""
+    reported: dict[str, Metric] = field(default_factory=dict)
     """What the policy loss reported of itself."""
 
-    def report(self, name: str, values: Tensor) -> None:
-        """Show the mean of `values` ([N], over all selected tokens of the step) as metric `name`."""
-        self.reported[name] = Mean.of(values)
+    def report(self, name: str, values: Tensor, kind: Literal["mean", "min", "max"] = "mean") -> None:
+        """Show the mean (or smallest, or largest) of `values` [n], over all of them in the step, as metric `name`."""
+        self.reported[name] = KINDS[kind].of(values)
 
-    def log_ratio(self) -> Tensor:
-        """Return log pi_theta - log pi_old, bounded, [N]."""
-        return bounded_log_ratio(self.logprobs, self.old_logprobs, bound=self.max_log_ratio)
+    # ------------------------------------------------------------------ ratios
 
-    def ratio(self) -> Tensor:
-        """Return pi_theta / pi_old, bounded, [N]."""
-        return self.log_ratio().exp()
+    def anchor_logprobs(self, anchor: Anchor = "old") -> Tensor:
+        """Return what a ratio divides by, [N]: "old", "rollout", or "self" (the current ones, without gradient).
 
-    def sequence_ratio(self) -> Tensor:
+        Raises:
+            DataError: the sampler's log-probabilities are wanted and were not given.
+        """
+        if anchor == "self":
+            return self.logprobs.detach()
+        return self.old_logprobs if anchor == "old" else self.given("rollout_logprobs")
+
+    def log_ratio(self, anchor: Anchor = "old") -> Tensor:
+        """Return log pi_theta - log pi_anchor, bounded, [N]."""
+        return self.bounded(self.logprobs - self.anchor_logprobs(anchor))
+
+    def ratio(self, anchor: Anchor = "old") -> Tensor:
+        """Return pi_theta / pi_anchor, bounded, [N]."""
+        return self.log_ratio(anchor).exp()
+
+    def sequence_log_ratio(self, anchor: Anchor = "old") -> Tensor:
+        """Return the mean log ratio of each token's own sequence, bounded, [N]."""
+        return self.bounded(self.segment_mean(self.logprobs - self.anchor_logprobs(anchor)))
+
+    def sequence_ratio(self, anchor: Anchor = "old") -> Tensor:
         """Return the geometric mean of the ratios of each token's own sequence, bounded, [N]."""
-        mean = self.segment_mean(self.logprobs - self.old_logprobs)
-        return mean.clamp(-self.max_log_ratio, self.max_log_ratio).exp()
+        return self.sequence_log_ratio(anchor).exp()
+
+    def turn_ratio(self, anchor: Anchor = "old") -> Tensor:
+        """Return the geometric mean of the ratios of each token's own turn, bounded, [N]."""
+        return self.bounded(self.turn_mean(self.logprobs - self.anchor_logprobs(anchor))).exp()
+
+    def product_ratio(self, anchor: Anchor = "old") -> Tensor:
+        """Return the product of the ratios of each token's own sequence, bounded, [N]."""
+        return self.bounded(self.segment_sum(self.logprobs - self.anchor_logprobs(anchor))).exp()
+
+    def bounded(self, log_ratio: Tensor) -> Tensor:
+        """Return `log_ratio` [N] inside `log_ratio_range`, safe to exp."""
+        return bounded(log_ratio, *self.log_ratio_range)
+
+    # ------------------------------------------------------------------ statistics of other tokens
 
     def segment_sum(self, values: Tensor) -> Tensor:
         """Sum over each token's own sequence, given back per token: [N] -> [N]."""
-        ids = self._ids()
+        ids = self._ids("sequence")
         return segment_sum(values, ids, self.num_sequences)[ids]
 
     def segment_mean(self, values: Tensor) -> Tensor:
         """Average over each token's own sequence, given back per token: [N] -> [N]."""
-        ids = self._ids()
+        ids = self._ids("sequence")
         return segment_mean(values, ids, self.num_sequences)[ids]
 
-    def _ids(self) -> Tensor:
-        if self.sequence_ids is None:
+    def suffix_sum(self, values: Tensor, discount: float = 1.0) -> Tensor:
+        """Sum a token's value and those after it in its sequence, each `discount` a position less: [N] -> [N]."""
+        return suffix_sum(values, self._ids("sequence"), discount, self.positions)
+
+    def turn_mean(self, values: Tensor) -> Tensor:
+        """Average over each token's own turn, given back per token: [N] -> [N]."""
+        self._ids("sequence")
+        if self.turn_ids is None:
+            raise DataError("this policy loss uses turns, but PolicyTerms.turn_ids is missing")
+        return segment_mean(values, self.turn_ids, self.num_turns)[self.turn_ids]
+
+    def group_sum_of_sequences(self, values: Tensor) -> Tensor:
+        """Sum over the sequences of each token's own group, given back per token.
+
+        Args:
+            values: [N], the same for all tokens of a sequence.
+        """
+        ids, groups = self._ids("sequence"), self._ids("group")
+        # One token stands for its sequence: the others would count it again.
+        is_first = torch.ones_like(ids, dtype=torch.bool)
+        is_first[1:] = ids[1:] != ids[:-1]
+        return segment_sum(values.where(is_first, 0.0), groups, self.num_groups)[groups]
+
+    def group_max(self, values: Tensor) -> Tensor:
+        """Return the largest value of each token's own group, without gradient: [N] -> [N]."""
+        groups = self._ids("group")
+        lowest = values.new_full((self.num_groups,), float("-inf"))
+        return lowest.scatter_reduce(0, groups, values.detach(), "amax")[groups]
+
+    def selected_at_random(self, is_eligible: Tensor, count: int, seed: int) -> Tensor:
+        """Pick `count` of the eligible tokens, the same for the same seed on every rank and device: [N] bool."""
+        generator = torch.Generator().manual_seed(seed)
+        keys = torch.rand(len(is_eligible), generator=generator, dtype=torch.float64).to(is_eligible.device)
+        keys = keys.where(is_eligible, 2.0)
+        chosen = torch.zeros_like(is_eligible)
+        chosen[keys.argsort(stable=True)[:count]] = True
+        return chosen & is_eligible
+
+    def given(self, name: str) -> Tensor:
+        """Return an optional field of this bundle, [N].
+
+        Raises:
+            DataError: it was not given.
+        """
+        values = getattr(self, name)
+        if not isinstance(values, Tensor):
+            raise DataError(f"this loss needs {name}, which the items do not have; give one for each scored token")
+        return values
+
+    def _ids(self, scope: Literal["sequence", "group"]) -> Tensor:
+        ids = self.sequence_ids if scope == "sequence" else self.group_ids
+        if ids is None:
+            what = {"sequence": "whole sequences", "group": "whole groups"}[scope]
             raise ConfigError(
-                "this policy loss uses statistics of whole sequences but is registered with scope='token'; "
-                "register it with @register_policy_loss(name, scope='sequence')"
+                f"this policy loss uses statistics of {what} but is registered with a narrower scope; "
+                f"register it with @register_policy_loss(name, scope={scope!r})"
             )
-        return self.sequence_ids
+        return ids

@@ -1,0 +1,32 @@
+"""Names that configs need before torch is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Aggregation = Literal[
+    "token_mean",
+    "token_sum",
+    "seq_mean_token_mean",
+    "seq_mean_token_sum",
+    "constant",
+    "square",
+    "prompt_mean",
+    "per_component",
+]
+PER_SEQUENCE = ("seq_mean_token_mean", "seq_mean_token_sum", "constant")
+"""Aggregations that divide by the number of sequences."""
+KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+"""Estimators of KL(policy || reference); kl = k1, mse = k2 and low_var_kl = k3."""
+KLTerm = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "top_k", "full"]
+"""Estimators, and the exact divergences over K candidates or the whole vocabulary."""
+EXACT_KL = ("top_k", "full")
+"""Those that need no estimate."""
+KLDirection = Literal["reverse", "forward", "jensen_shannon"]
+"""KL(policy || reference), KL(reference || policy), or half of each against their even mixture."""
+KLTail = Literal["drop", "one_bucket"]
+"""What becomes of the probability outside the candidates."""
+KLGradient = Literal["as_is", "straight_through", "score_corrected", "is_corrected"]
+"""What flows back through the KL term."""
+MAX_LOG_RATIO = 20.0
+"""Bound on |log ratio| in nats before exp (XTuner, verl and OpenRLHF use the same): e^20 = 4.9e8 is finite in fp32."""

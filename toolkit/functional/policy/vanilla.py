@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from annotated_types import Ge, Gt, Le
-
+from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow
+from toolkit.functional.policy.clip import clipped_surrogate
 from toolkit.functional.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -14,13 +14,19 @@ if TYPE_CHECKING:
     from toolkit.functional.terms import PolicyTerms
 
 
-@register_policy_loss("vanilla")
+@register_policy_loss(
+    "vanilla",
+    formula="max(-A r, -A clip(r, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most -{clip_ratio_c} A]"
+    "; r = pi / pi_{anchor}[, at most {delta} where it is not clipped]",
+)
 def vanilla(
     t: PolicyTerms,
     *,
-    cliprange_low: Annotated[float, Ge(0), Le(1)] = 0.2,
-    cliprange_high: Annotated[float, Ge(0)] = 0.2,
-    clip_ratio_c: Annotated[float, Gt(1)] | None = 3.0,
+    cliprange_low: ClipLow = 0.2,
+    cliprange_high: ClipHigh = 0.2,
+    clip_ratio_c: AboveOne | None = 3.0,
+    delta: AboveOne | None = None,
+    anchor: Anchor = "old",
 ) -> Tensor:
     """Clip the probability ratio of every token (PPO), with a floor for negative advantages (dual clip).
 
@@ -31,21 +37,25 @@ def vanilla(
     Args:
         t: the tensors of the selected tokens, [N].
         cliprange_low: the ratio's floor is 1 - cliprange_low.
-        cliprange_high: the ratio's ceiling is 1 + cliprange_high.
-        clip_ratio_c: bound c > 1 of the dual clip, 3.0 as in XTuner and verl; None turns it off.
+        cliprange_high: the ratio's ceiling is 1 + cliprange_high; 0.28 in DAPO.
+        clip_ratio_c: bound c > 1 of the dual clip, 3.0 as in XTuner and verl; None turns it off, as in PPO and GRPO.
+        delta: cap of the ratio in the branch that is not clipped, None: none; 4 in INTELLECT-2. The same as
+            clip_ratio_c = delta where A < 0, without effect where A > 0 if it is above 1 + cliprange_high.
+        anchor: what the ratio divides by.
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens at each bound where it binds.
 
     Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7; asymmetric range: Yu et al. 2025, arXiv 2503.14476, eq. 8;
-    dual clip: Ye et al. 2020, arXiv 1912.09729, eq. 5. Differs from them in bounding |log r| by 20 nats before exp.
+    dual clip: Ye et al. 2020, arXiv 1912.09729, eq. 5; delta: Prime Intellect 2025, arXiv 2505.07291. Differs from
+    them in bounding |log r| by 20 nats before exp.
     """
-    ratio = t.ratio()
-    clipped = ratio.clamp(1 - cliprange_low, 1 + cliprange_high)
-    t.report("clip_fraction_low", (ratio < 1 - cliprange_low) & (t.advantages < 0))
-    t.report("clip_fraction_high", (ratio > 1 + cliprange_high) & (t.advantages > 0))
-    losses = (-t.advantages * ratio).maximum(-t.advantages * clipped)
-    if clip_ratio_c is None:
-        return losses
-    t.report("dual_clip_fraction", (ratio > clip_ratio_c) & (t.advantages < 0))
-    return losses.minimum(-clip_ratio_c * t.advantages).where(t.advantages < 0, losses)
+    return clipped_surrogate(
+        t,
+        t.ratio(anchor),
+        t.advantages,
+        cliprange_low=cliprange_low,
+        cliprange_high=cliprange_high,
+        clip_ratio_c=clip_ratio_c,
+        delta=delta,
+    )

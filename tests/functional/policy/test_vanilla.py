@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 
+from tests.functional.policy.made import check, ratios, reports, tokens
+from toolkit.errors import DataError
 from toolkit.functional.policy.vanilla import vanilla
 from toolkit.functional.terms import PolicyTerms
 
@@ -48,6 +50,26 @@ def test_dual_clip_only_for_negative_advantages() -> None:
     # R14b: applied to A > 0 it would give -3.0.
     assert vanilla(terms(1.1, 1.0), clip_ratio_c=3.0).item() == pytest.approx(-1.1)
     assert vanilla(terms(4.0, -1.0), clip_ratio_c=None).item() == pytest.approx(4.0)
+
+
+def test_delta_caps_the_ratio_that_is_not_clipped() -> None:
+    # A < 0: min(5, 4) = 4, no gradient, the same as a dual clip of 4; A > 0: without effect above the range.
+    for options in ({"delta": 4.0, "clip_ratio_c": None}, {"clip_ratio_c": 4.0}):
+        check("vanilla", tokens(ratios(5, 3, 5), [-1, -1, 1]), [4, 3, -1.2], [0, 3, 0], **options)
+    capped = tokens(ratios(5, 3), [-1, -1])
+    check("vanilla", capped, [4, 3], [0, 3], delta=4.0, clip_ratio_c=None)
+    assert reports(capped)["delta_clip_fraction"] == 0.5
+    # Below the ceiling of the range it would cap A > 0 as well: max(-1.1, -1.2) and no gradient.
+    check("vanilla", tokens(ratios(2), [1]), [-1.1], [0], delta=1.1, clip_ratio_c=None)
+
+
+def test_anchors() -> None:
+    both = tokens(ratios(1.5), [1], rollout_logprobs=[-1 - math.log(1.1)])
+    check("vanilla", both, [-1.2], [0])
+    check("vanilla", both, [-1.1], [-1.1], anchor="rollout")
+    check("vanilla", both, [-1], [-1], anchor="self")
+    with pytest.raises(DataError, match="needs rollout_logprobs"):
+        check("vanilla", tokens(ratios(1.5), [1]), [-1.2], [0], anchor="rollout")
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])

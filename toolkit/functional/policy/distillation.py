@@ -1,0 +1,80 @@
+"""A teacher's opinion of the policy's own tokens: on-policy distillation and SDAR."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.functional.options import Anchor, Fraction, NotNegative, Positive
+from toolkit.functional.registry import register_policy_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from toolkit.functional.terms import PolicyTerms
+
+
+@register_policy_loss(
+    "opd",
+    needs=("teacher_logprobs",),
+    formula="-sg(log pi_teacher / pi) r[, 0 where p_{anchor} - p > {threshold_low}]; + {log_ratio_sq_coef} (log r)^2; "
+    "r = p / p_{anchor}",
+)
+def opd(
+    t: PolicyTerms,
+    *,
+    threshold_low: Fraction | None = None,
+    log_ratio_sq_coef: NotNegative = 0.0,
+    anchor: Anchor = "old",
+) -> Tensor:
+    """Distil a teacher on the policy's own samples: its log-probability over ours is the advantage.
+
+    ``loss = -sg(log pi_teacher - log pi_theta) r`` with r = pi_theta / pi_old; in expectation the gradient of
+    KL(policy || teacher). The items' own advantages are not used; to add both, add them in the advantages.
+
+    Args:
+        t: the tensors of the selected tokens, [N]; needs teacher_logprobs.
+        threshold_low: tokens whose probability fell by more are left out; None: none; 0.2 in prime-rl.
+        log_ratio_sq_coef: factor of (log r)^2, without a half; 1e-3 in prime-rl.
+        anchor: what the ratio divides by; "rollout" in prime-rl and Tinker, "self" for the plain form.
+
+    Returns:
+        [N] surrogate to minimise, not yet weighted. Reports the mean of log pi - log pi_teacher, the sampled reverse
+        KL, and the fraction of tokens left out.
+
+    Source: Agarwal et al. 2023, arXiv 2306.13649; Thinking Machines 2025, "On-policy distillation"; the mask and the
+    square: prime-rl's ``ref_kl``. Differs in bounding |log r| by 20 nats before exp.
+    """
+    gain = t.given("teacher_logprobs") - t.logprobs.detach()
+    t.report("teacher_kl", -gain)
+    losses = -gain * t.ratio(anchor)
+    if threshold_low is not None:
+        is_masked = t.anchor_logprobs(anchor).exp() - t.logprobs.detach().exp() > threshold_low
+        t.report("mask_fraction_low", is_masked)
+        losses = losses.where(~is_masked, 0.0)
+    return losses if log_ratio_sq_coef == 0 else losses + log_ratio_sq_coef * t.log_ratio(anchor).square()
+
+
+@register_policy_loss(
+    "sdar",
+    needs=("teacher_logprobs",),
+    formula="sg(sigmoid({gate_beta} d)) d; d = log pi_teacher / pi",
+)
+def sdar(t: PolicyTerms, *, gate_beta: Positive = 5.0) -> Tensor:
+    """Follow a teacher only where it is surer of the token than the policy is.
+
+    ``loss = sg(sigmoid(gate_beta d)) d`` with d = log pi_teacher - log pi_theta: every token is raised, by a gate that
+    closes where the teacher likes it less. The items' own advantages are not used.
+
+    Args:
+        t: the tensors of the selected tokens, [N]; needs teacher_logprobs.
+        gate_beta: steepness of the gate, per nat; 5 as in ms-swift.
+
+    Returns:
+        [N] loss to minimise, not yet weighted. Reports the mean gate.
+
+    Source: SDAR ("self-distilled agentic RL"), as in ms-swift's ``compute_sdar_loss``.
+    """
+    difference = t.given("teacher_logprobs") - t.logprobs
+    gate = (gate_beta * difference).sigmoid().detach()
+    t.report("gate", gate)
+    return gate * difference

@@ -1,0 +1,83 @@
+"""FIPO: PPO weighted by what the policy does with the tokens that follow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow, Fraction, Positive
+from toolkit.functional.policy.clip import clipped_surrogate
+from toolkit.functional.registry import register_policy_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from toolkit.functional.terms import PolicyTerms
+
+
+UNSAFE_RANGE = (0.8, 1.0)
+"""Bounds of the weight of a token that must shrink and has a high ratio already, as in ms-swift."""
+
+
+@register_policy_loss(
+    "fipo",
+    scope="sequence",
+    formula="w max(-A r, -A clip(r, 1 - {cliprange_low}, 1 + {cliprange_high})); w = exp(sum over k >= t of "
+    "2^(-(k - t) / {half_life}) log r_k)[, kept within {weight_range} of 1]; r = pi / pi_{anchor}",
+)
+def fipo(
+    t: PolicyTerms,
+    *,
+    cliprange_low: ClipLow = 0.2,
+    cliprange_high: ClipHigh = 0.2,
+    clip_ratio_c: AboveOne | None = None,
+    delta: AboveOne | None = None,
+    half_life: Positive = 32.0,
+    weight_range: Fraction | None = 0.2,
+    only_raise: bool = True,
+    safety_threshold: Positive | None = 4.0,
+    anchor: Anchor = "old",
+) -> Tensor:
+    """Weight PPO's loss of a token by whether the policy came to favour what followed it.
+
+    ``loss = sg(w) max(-A r, -A clip(r, 1 - cliprange_low, 1 + cliprange_high))`` with
+    ``w = clip(exp(sum over k >= t of gamma^(k - t) log r_k), 1, 1 + weight_range)``, gamma = 2^(-1 / half_life): credit
+    for a token whose continuation is being reinforced, without a value function.
+
+    Args:
+        t: the tensors of the selected tokens, [N].
+        cliprange_low: the ratio's floor is 1 - cliprange_low.
+        cliprange_high: the ratio's ceiling is 1 + cliprange_high.
+        clip_ratio_c: bound of a dual clip where A < 0; None: none.
+        delta: cap of the ratio that is not clipped (`vanilla`); tokens above it also leave the sum. None: none.
+        half_life: distance in tokens at which a log ratio counts half; 32 as in the paper.
+        weight_range: the weight stays in 1 +- weight_range; None: any weight.
+        only_raise: whether the floor of the weight is 1 instead of 1 - weight_range.
+        safety_threshold: tokens with A < 0 and a ratio above it have their weight kept in [0.8, 1]; None: no.
+        anchor: what the ratio divides by.
+
+    Returns:
+        [N] surrogate to minimise, not yet weighted. Reports the mean weight.
+
+    Source: FIPO, arXiv 2603.19835; details as in ms-swift. Differs in bounding |log r| and the sum by 20 nats.
+    """
+    log_ratio = t.log_ratio(anchor)
+    ratio = log_ratio.exp()
+    shift = log_ratio.detach()
+    if delta is not None:
+        shift = shift.masked_fill(ratio > delta, 0.0)
+    weight = t.bounded(t.suffix_sum(shift, 2 ** (-1 / half_life))).exp()
+    if weight_range is not None:
+        weight = weight.clamp(1.0 if only_raise else 1 - weight_range, 1 + weight_range)
+    if safety_threshold is not None:
+        is_unsafe = (t.advantages < 0) & (ratio > safety_threshold)
+        weight = weight.clamp(*UNSAFE_RANGE).where(is_unsafe, weight)
+    t.report("future_weight", weight)
+    return weight * clipped_surrogate(
+        t,
+        ratio,
+        t.advantages,
+        cliprange_low=cliprange_low,
+        cliprange_high=cliprange_high,
+        clip_ratio_c=clip_ratio_c,
+        delta=delta,
+    )

@@ -1,0 +1,37 @@
+"""Kimi k1.5 and DRO: the policy gradient with a quadratic pull back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.functional.options import Anchor, NotNegative
+from toolkit.functional.registry import register_policy_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from toolkit.functional.terms import PolicyTerms
+
+
+@register_policy_loss("dro", formula="-A log pi + ({tau} / 2) (log pi / pi_{anchor})^2")
+@register_policy_loss("kimi", formula="-A log pi + ({tau} / 2) (log pi / pi_{anchor})^2")
+def kimi(t: PolicyTerms, *, tau: NotNegative = 0.1, anchor: Anchor = "old") -> Tensor:
+    """Follow the policy gradient with a quadratic penalty on the log ratio in the place of a clip.
+
+    ``loss = -A log pi_theta + (tau / 2) (log pi_theta - log pi_old)^2``: the square of the residual of the optimality
+    condition log pi / pi_old = A / tau, up to a constant. Works on old data; nothing overflows, for no ratio is taken.
+
+    Args:
+        t: the tensors of the selected tokens, [N].
+        tau: strength of the pull, in units of the advantage; 0.1 as in ROLL; ``dro_beta`` in verl and Tinker.
+        anchor: what the log ratio is against.
+
+    Returns:
+        [N] surrogate to minimise, not yet weighted. Reports the mean penalty.
+
+    Source: Kimi Team 2025, arXiv 2501.12599, section 2.3.2; Richemond et al. 2024, arXiv 2405.19107 (DRO). Differs in
+    bounding |log r| by 20 nats, and as in verl and ROLL in taking the square per token, not per sequence.
+    """
+    penalty = tau / 2 * t.log_ratio(anchor).square()
+    t.report("penalty", penalty)
+    return -t.advantages * t.logprobs + penalty

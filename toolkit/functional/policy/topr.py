@@ -1,0 +1,107 @@
+"""TOPR: good examples in full, bad ones only as far as the policy still makes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.functional.options import Anchor, NotNegative
+from toolkit.functional.registry import register_policy_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from toolkit.functional.terms import PolicyTerms
+
+
+FORMULA = (
+    "-{positive_weight} A log pi where A > 0, else -{negative_weight} sg(clip(%s, {weight_min}, {weight_max})) A log pi"
+)
+
+
+@register_policy_loss("topr", formula=f"{FORMULA % 'r'}; r = pi / pi_{{anchor}}")
+def topr(
+    t: PolicyTerms,
+    *,
+    weight_min: NotNegative = 0.0,
+    weight_max: NotNegative = 1.0,
+    positive_weight: NotNegative = 1.0,
+    negative_weight: NotNegative = 1.0,
+    anchor: Anchor = "old",
+) -> Tensor:
+    """Learn from positive advantages in full, and from negative ones by a ratio truncated to at most 1, per token.
+
+    ``loss = -A log pi_theta`` where A > 0, else ``-sg(clip(r, 0, 1)) A log pi_theta``: a bad token that the policy no
+    longer makes is left alone, so old data can be learned from without the collapse of REINFORCE.
+
+    Args:
+        t: the tensors of the selected tokens, [N].
+        weight_min: floor of the ratio; 0 as in the paper.
+        weight_max: ceiling of the ratio; 1 as in the paper.
+        positive_weight: factor where A > 0.
+        negative_weight: factor elsewhere.
+        anchor: what the ratio divides by.
+
+    Returns:
+        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens truncated above.
+
+    Source: Le Roux et al. 2025, arXiv 2503.14286, eq. 8, with the token's own ratio as in ROLL; `topr_sequence` is the
+    paper's. Differs in bounding |log r| by 20 nats before exp.
+    """
+    return _tapered(t, t.ratio(anchor), t.advantages, weight_min, weight_max, positive_weight, negative_weight)
+
+
+@register_policy_loss(
+    "topr_sequence",
+    scope="sequence",
+    aggregation="seq_mean_token_sum",
+    formula=f"{FORMULA % 'R'}; R = product over the sequence of pi / pi_{{anchor}} "
+    "(of the token alone: {token_ratio}), A's sign that of its mean",
+)
+def topr_sequence(
+    t: PolicyTerms,
+    *,
+    weight_min: NotNegative = 0.0,
+    weight_max: NotNegative = 1.0,
+    positive_weight: NotNegative = 1.0,
+    negative_weight: NotNegative = 1.0,
+    token_ratio: bool = False,
+    anchor: Anchor = "old",
+) -> Tensor:
+    """Learn from good sequences in full, and from bad ones by their ratio truncated to at most 1.
+
+    ``loss = -A log pi_theta`` for the tokens of a sequence whose mean advantage is positive, else
+    ``-sg(clip(R, 0, 1)) A log pi_theta`` with R the product of the sequence's ratios.
+
+    Args:
+        t: the tensors of the selected tokens, [N].
+        weight_min: floor of the ratio; 0 as in the paper.
+        weight_max: ceiling of the ratio; 1 as in the paper.
+        positive_weight: factor for good sequences.
+        negative_weight: factor for the others.
+        token_ratio: whether R is each token's own ratio, as in ROLL; the paper's is that of the sequence.
+        anchor: what the ratio divides by.
+
+    Returns:
+        [N] surrogate to minimise, not yet weighted; the paper sums over the tokens of a sequence
+        (seq_mean_token_sum). Reports the fraction of tokens truncated above.
+
+    Source: Le Roux et al. 2025, arXiv 2503.14286, eq. 8. Differs in bounding |log R| by 20 nats before exp.
+    """
+    score = t.segment_mean(t.advantages)
+    ratio = t.ratio(anchor) if token_ratio else t.product_ratio(anchor)
+    return _tapered(t, ratio, score, weight_min, weight_max, positive_weight, negative_weight)
+
+
+def _tapered(
+    t: PolicyTerms,
+    ratio: Tensor,
+    score: Tensor,
+    weight_min: float,
+    weight_max: float,
+    positive_weight: float,
+    negative_weight: float,
+) -> Tensor:
+    is_positive, ratio = score > 0, ratio.detach()
+    t.report("clip_fraction_high", (ratio > weight_max) & (score < 0))
+    weight = negative_weight * ratio.clamp(weight_min, weight_max)
+    return -weight.masked_fill(is_positive, positive_weight) * t.advantages * t.logprobs

@@ -1,0 +1,144 @@
+"""What the KL estimators are called, and where their gradients lead in expectation; no torch here.
+
+A KL penalty on sampled tokens has two separate properties: the expectation of its *value*, which is what a curve shows,
+and the expectation of its *gradient*, which is what the policy follows. Differentiating an unbiased value does not
+give an unbiased gradient, because the tokens were drawn from the policy that is being differentiated:
+``grad E_pi[v] = E_pi[grad v + v grad log pi]``, and plain autograd has the first term alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from toolkit.errors import ConfigError, did_you_mean, listed
+
+KL_NAMES: dict[str, str] = {
+    "kl": "k1",
+    "k1": "k1",
+    "abs": "abs",
+    "mse": "k2",
+    "k2": "k2",
+    "low_var_kl": "k3",
+    "k3": "k3",
+}
+"""Every accepted name and the estimator it means; ``kl``, ``mse`` and ``low_var_kl`` are XTuner's spellings."""
+
+KL_GRADIENTS: tuple[str, ...] = ("as_is", "straight_through", "score_corrected", "is_corrected")
+"""What flows back through an estimator; see `toolkit.functional.kl.kl_estimate`."""
+
+Expected = Literal["reverse", "forward", "zero", "neither"]
+"""Whose gradient: KL(policy || reference), KL(reference || policy), nothing at all, or something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientFact:
+    """What one estimator with one gradient does in expectation over the sampled tokens, clamps aside.
+
+    The expectation is over tokens drawn from the current policy. With ``is_corrected`` it is over tokens drawn from any
+    policy that gives every token some probability, provided that the ratio is against that policy and not bounded.
+    """
+
+    estimator: str
+    """``k1``, ``abs``, ``k2`` or ``k3``."""
+    gradient: str
+    """A name in `KL_GRADIENTS`."""
+    value_unbiased: bool
+    """Whether the expected value is KL(policy || reference)."""
+    expected_gradient: Expected
+    """Whose gradient the expected gradient is."""
+    off_policy: bool
+    """Whether both facts also hold on tokens drawn from another policy than the current one."""
+    note: str = ""
+    """What the expected gradient is when it belongs to neither KL."""
+
+
+_UNBIASED = ("k1", "k3")
+_EXPECTED: dict[str, tuple[Expected, Expected, Expected, Expected]] = {
+    # in the order of KL_GRADIENTS
+    "k1": ("zero", "reverse", "reverse", "reverse"),
+    "abs": ("neither", "reverse", "neither", "neither"),
+    "k2": ("reverse", "reverse", "neither", "neither"),
+    "k3": ("forward", "reverse", "reverse", "reverse"),
+}
+_OWN_EXPECTATION = "it is that of its own biased expectation"
+_NOTES = {
+    ("abs", "as_is"): "it is that of twice the total variation distance",
+    ("abs", "score_corrected"): _OWN_EXPECTATION,
+    ("abs", "is_corrected"): _OWN_EXPECTATION,
+    ("k2", "score_corrected"): _OWN_EXPECTATION,
+    ("k2", "is_corrected"): _OWN_EXPECTATION,
+}
+
+GRADIENT_FACTS: dict[tuple[str, str], GradientFact] = {
+    (estimator, gradient): GradientFact(
+        estimator=estimator,
+        gradient=gradient,
+        value_unbiased=estimator in _UNBIASED,
+        expected_gradient=expected,
+        off_policy=gradient == "is_corrected",
+        note=_NOTES.get((estimator, gradient), ""),
+    )
+    for estimator, row in _EXPECTED.items()
+    for gradient, expected in zip(KL_GRADIENTS, row, strict=True)
+}
+"""The fact of every (estimator, gradient); the tests prove each by exact enumeration over a small vocabulary."""
+
+
+def estimator_of(kl_type: str) -> str:
+    """Return ``k1``, ``abs``, ``k2`` or ``k3`` for any accepted spelling.
+
+    Raises:
+        ConfigError: there is no such estimator.
+    """
+    if kl_type not in KL_NAMES:
+        raise ConfigError(
+            f"kl_type={kl_type!r} is not a KL estimator; choose {listed(KL_NAMES)}{did_you_mean(kl_type, KL_NAMES)}"
+        )
+    return KL_NAMES[kl_type]
+
+
+def expected_gradient_facts(kl_type: str, gradient: str = "as_is") -> GradientFact:
+    """Return what a choice of estimator and gradient does in expectation.
+
+    Args:
+        kl_type: a name in `KL_NAMES`, aliases included.
+        gradient: a name in `KL_GRADIENTS`.
+
+    Raises:
+        ConfigError: one of the two names is unknown.
+    """
+    estimator = estimator_of(kl_type)
+    if gradient not in KL_GRADIENTS:
+        raise ConfigError(
+            f"gradient={gradient!r} of the KL term is not known; choose "
+            f"{listed(KL_GRADIENTS)}{did_you_mean(gradient, KL_GRADIENTS)}"
+        )
+    return GRADIENT_FACTS[estimator, gradient]
+
+
+def kl_warning(kl_type: str, gradient: str = "as_is") -> str | None:
+    """Say in one sentence what is wrong with the expected gradient of a choice, or None when it is the reverse KL's.
+
+    Args:
+        kl_type: a name in `KL_NAMES`, aliases included.
+        gradient: a name in `KL_GRADIENTS`.
+
+    Raises:
+        ConfigError: one of the two names is unknown.
+    """
+    fact = expected_gradient_facts(kl_type, gradient)
+    if fact.expected_gradient == "reverse":
+        return None
+    trouble = {
+        "zero": "has zero expected gradient on tokens of the current policy: as a loss it adds noise and does not pull "
+        "to the reference",
+        "forward": "follows the gradient of the forward KL(reference || policy), not of the reverse KL that its value "
+        "estimates",
+        "neither": f"follows the gradient of neither KL ({fact.note})",
+    }[fact.expected_gradient]
+    better = [name for name in KL_GRADIENTS if GRADIENT_FACTS[fact.estimator, name].expected_gradient == "reverse"]
+    return (
+        f"kl_loss_type={kl_type!r} with kl_gradient={gradient!r} {trouble}; "
+        f"kl_gradient={listed(better)} gives that of the reverse KL"
+    )

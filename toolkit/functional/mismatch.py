@@ -1,0 +1,350 @@
+"""Corrections for sampling from one policy and training another: importance weights, clamps and rejections.
+
+The sampler's probabilities q differ from the trainer's p, by numerics or because the weights moved on meanwhile. Each
+correction is four choices: over which unit (granularity), what is measured there (statistic and reduction), what
+happens then (action), and which tokens the loss is divided by afterwards (denominator). They compose by multiplication.
+
+Legend: N selected tokens, U units (tokens, turns or sequences), C corrections. All results are float64, without
+gradient. With finite log-probabilities every result is finite, also where a product of ratios is e^-107.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import DataError
+from toolkit.functional.ratios import MAX_LOG_RATIO
+from toolkit.functional.segments import segment_mean, segment_sum
+from toolkit.metrics import EffectiveSampleSize, Max, Mean, Metric, Min
+
+LARGEST_LOG = 500.0
+"""Bound on |log ratio| in nats where none is asked for: sums and products of a few e^500 still fit float64."""
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
+"""Bound on a product of weights, so that a loss in fp32 never sees inf."""
+SMALLEST_MEAN = 1e-8
+"""Weights whose mean is smaller are left as they are instead of divided by it (as in verl)."""
+CLAMPS = ("clamp", "clamp_upper")
+
+
+class Correction(Protocol):
+    """What a correction says; `toolkit.losses.correction.CorrectionConfig` documents each word and its choices."""
+
+    granularity: Any
+    statistic: Any
+    reduction: Any
+    action: Any
+    lower: float | None
+    upper: float | None
+    denominator: Any
+    normalize: bool
+    advantages: Any
+    between: Any
+    max_log_ratio: float | None
+    max_token_log_ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MismatchTerms:
+    """The tensors that corrections look at, selected tokens only; a turn or sequence must be here as a whole."""
+
+    rollout_logprobs: Tensor
+    """[N] log q, in nats, of the sampled tokens as the sampler reported them; finite."""
+    old_logprobs: Tensor | None = None
+    """[N] under the trainer's policy before the optimizer step."""
+    current_logprobs: Tensor | None = None
+    """[N] under the policy in training, known only in the forward."""
+    advantages: Tensor | None = None
+    """[N], for corrections that look at their sign."""
+    sequence_ids: Tensor | None = None
+    """[N] int64, the sequence of each token."""
+    num_sequences: int = 0
+    turn_ids: Tensor | None = None
+    """[N] int64, the turn of each token (`segments.turn_ids`)."""
+    num_turns: int = 0
+
+    def policies(self, between: str) -> tuple[Tensor, Tensor]:
+        """Return log p and log q, [N] each, of "old_rollout", "current_rollout" or "current_old"."""
+        first, second = between.split("_")
+        return self._given(f"{first}_logprobs"), self._given(f"{second}_logprobs")
+
+    def units(self, granularity: str) -> tuple[Tensor | None, int]:
+        """Return the unit of each token, [N] int64, and how many units there are; (None, 0) for "token"."""
+        if granularity == "token":
+            return None, 0
+        if granularity == "segment":
+            return self._given("turn_ids"), self.num_turns
+        return self._given("sequence_ids"), self.num_sequences
+
+    def has_sign(self, advantages: str, between: str) -> Tensor | bool:
+        """Return where the advantage is as a correction asks for: [N] bool, or True for "any"."""
+        if advantages == "any":
+            return True
+        given = self._given("advantages")
+        if advantages == "widening":
+            return given.sign() * torch.sub(*self.policies(between)).sign() > 0
+        return given < 0 if advantages == "negative" else given > 0
+
+    def _given(self, name: str) -> Tensor:
+        values = getattr(self, name)
+        if values is None:
+            raise DataError(f"a correction needs {name}, which this batch lacks; give one for each scored token")
+        assert isinstance(values, Tensor)
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrected:
+    """What the corrections decided for each token, [N]."""
+
+    weights: Tensor
+    """float64 factor of the token's loss, 0 where rejected, at most `LARGEST_WEIGHT`."""
+    is_kept: Tensor
+    """bool, False where some correction rejected the token."""
+    in_denominator: Tensor
+    """bool, False where a correction with denominator "survivors" rejected the token."""
+    is_hit: tuple[Tensor, ...]
+    """For each correction, bool: it rejected the token, or clamped its ratio."""
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+TOKEN_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "k1": lambda log_ratio, p, q: -log_ratio,
+    "k2": lambda log_ratio, p, q: 0.5 * log_ratio.square(),
+    # expm1 keeps d^2 / 2 for a small d, where exp(d) - 1 would cancel.
+    "k3": lambda log_ratio, p, q: log_ratio.expm1() - log_ratio,
+    "tv": lambda log_ratio, p, q: (p.exp() - q.exp()).abs(),
+    "prob_diff": lambda log_ratio, p, q: p.exp() - q.exp(),
+    "ratio_tv": lambda log_ratio, p, q: log_ratio.expm1().abs(),
+}
+"""Of (log p - log q, log p, log q), [N] each; "ratio" is apart, for it is reduced before exp."""
+
+
+@torch.no_grad()
+def unit_statistic(
+    trainer_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    ids: Tensor | None,
+    num: int,
+    *,
+    statistic: str,
+    reduction: str | None,
+    max_log_ratio: float | None = MAX_LOG_RATIO,
+    max_token_log_ratio: float | None = None,
+) -> Tensor:
+    """Measure how far two policies are apart on each unit.
+
+    With d = log p - log q of a sampled token: ratio e^d, k1 -d, k2 d^2/2, k3 e^d - 1 - d (all three estimate
+    KL(q || p) on samples of q), tv |p - q|, prob_diff p - q, ratio_tv |e^d - 1|. The ratio of a unit is reduced in log
+    space: the product ("sum"), the geometric mean ("mean"), the largest ("max"). Others are reduced as they are.
+
+    Args:
+        trainer_logprobs: [N] log p in nats.
+        rollout_logprobs: [N] log q in nats.
+        ids: [N] int64, the unit of each token; None: each token by itself.
+        num: U.
+        statistic: "ratio" or a name in `TOKEN_STATISTICS`.
+        reduction: "sum", "mean" or "max"; not read where `ids` is None.
+        max_log_ratio: bound in nats on |d| in k1, k2, k3, ratio_tv, and on the log of the reduced ratio, before exp;
+            None: `LARGEST_LOG`.
+        max_token_log_ratio: bound in nats on |d| of each token before anything else; None: none.
+
+    Returns:
+        [N] float64, each token with the value of its unit.
+
+    Source: k1, k2, k3: Schulman 2020, "Approximating KL divergence". Product and geometric mean: Liu et al. 2025,
+    "When speed kills stability". |p - q| is the total variation of "this token or another one".
+    """
+    p, q = trainer_logprobs.double(), rollout_logprobs.double()
+    bound = LARGEST_LOG if max_log_ratio is None else max_log_ratio
+    log_ratio = p - q
+    if max_token_log_ratio is not None:
+        log_ratio = log_ratio.clamp(-max_token_log_ratio, max_token_log_ratio)
+    if statistic == "ratio":
+        return _reduced(log_ratio, ids, num, reduction).clamp(-bound, bound).exp()
+    values = TOKEN_STATISTICS[statistic](log_ratio.clamp(-bound, bound), p, q)
+    return _reduced(values, ids, num, reduction)
+
+
+def _reduced(values: Tensor, ids: Tensor | None, num: int, reduction: str | None) -> Tensor:
+    if ids is None:
+        return values
+    if reduction == "max":
+        lowest = values.new_full((num,), -torch.inf)
+        return lowest.scatter_reduce(0, ids, values, "amax")[ids]
+    return (segment_sum if reduction == "sum" else segment_mean)(values, ids, num)[ids]
+
+
+def _statistic(correction: Correction, terms: MismatchTerms) -> Tensor:
+    return unit_statistic(
+        *terms.policies(correction.between),
+        *terms.units(correction.granularity),
+        statistic=correction.statistic,
+        reduction=correction.reduction,
+        max_log_ratio=correction.max_log_ratio,
+        max_token_log_ratio=correction.max_token_log_ratio,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ corrections
+
+
+@torch.no_grad()
+def corrected(
+    corrections: Sequence[Correction], terms: MismatchTerms, normalizer_sums: Tensor | None = None
+) -> Corrected:
+    """Apply corrections to each token: multiply the weights of those that clamp, reject what others reject.
+
+    The order makes no difference: each correction measures all tokens, also those that another one rejects.
+
+    Args:
+        corrections: C objects such as `CorrectionConfig`.
+        terms: the tensors of one micro-batch.
+        normalizer_sums: [C, 2] `normalizer_parts`, summed over the micro-batches and ranks of the step; needed only
+            where a correction normalises.
+
+    Raises:
+        DataError: `terms` or `normalizer_sums` lack what a correction needs.
+    """
+    weights = torch.ones_like(terms.rollout_logprobs, dtype=torch.float64)
+    is_kept = torch.ones_like(weights, dtype=torch.bool)
+    in_denominator, hits = is_kept, []
+    for index, correction in enumerate(corrections):
+        value = _statistic(correction, terms)
+        is_hit = _is_outside(value, correction.lower, correction.upper)
+        if correction.action in CLAMPS:
+            own = _clamped(value, correction)
+            if correction.normalize:
+                own = own / _normalizer(normalizer_sums, index)
+            weights = (weights * own).clamp(max=LARGEST_WEIGHT)
+        else:
+            if correction.action == "veto":
+                is_hit = _anywhere_in_sequence(is_hit, terms)
+            is_hit = is_hit & terms.has_sign(correction.advantages, correction.between)
+            is_kept = is_kept & ~is_hit
+            if correction.denominator == "survivors":
+                in_denominator = in_denominator & ~is_hit
+        hits.append(is_hit)
+    weights = weights.where(is_kept, 0.0)
+    return Corrected(weights=weights, is_kept=is_kept, in_denominator=in_denominator, is_hit=tuple(hits))
+
+
+@torch.no_grad()
+def normalizer_parts(corrections: Sequence[Correction], terms: MismatchTerms) -> Tensor:
+    """Return what the mean weights of a step are made of; add them up over its micro-batches and ranks.
+
+    Args:
+        corrections: C objects.
+        terms: the tensors of one micro-batch.
+
+    Returns:
+        [C, 2] float64: the sum of the units' clamped ratios and the number of units, the unit being the correction's
+        own (a sequence counts once, however long); zeros for a correction that does not normalise.
+    """
+    parts = torch.zeros(len(corrections), 2, dtype=torch.float64, device=terms.rollout_logprobs.device)
+    for index, correction in enumerate(corrections):
+        if correction.normalize:
+            own = _clamped(_statistic(correction, terms), correction)
+            ids, num = terms.units(correction.granularity)
+            share = torch.ones_like(own)
+            if ids is not None:
+                share = share / segment_sum(share, ids, num)[ids]
+            parts[index, 0], parts[index, 1] = (own * share).sum(), share.sum()
+    return parts
+
+
+def _clamped(ratio: Tensor, correction: Correction) -> Tensor:
+    bounds = correction.lower, correction.upper
+    return ratio if bounds == (None, None) else ratio.clamp(*bounds)
+
+
+def _is_outside(values: Tensor, lower: float | None, upper: float | None) -> Tensor:
+    is_outside = torch.zeros_like(values, dtype=torch.bool)
+    if lower is not None:
+        is_outside = is_outside | (values < lower)
+    return is_outside if upper is None else is_outside | (values > upper)
+
+
+def _anywhere_in_sequence(is_hit: Tensor, terms: MismatchTerms) -> Tensor:
+    ids, num = terms.units("sequence")
+    assert ids is not None
+    return segment_sum(is_hit.double(), ids, num)[ids] > 0
+
+
+def _normalizer(sums: Tensor | None, index: int) -> Tensor:
+    if sums is None:
+        raise DataError(
+            "a correction with normalize=True divides by the mean weight of the whole step: pass normalizer_sums, "
+            "the sum of normalizer_parts(...) over its micro-batches and ranks"
+        )
+    mean = sums[index, 0] / sums[index, 1].clamp(min=1)
+    return mean.where(mean > SMALLEST_MEAN, torch.ones_like(mean))
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+@torch.no_grad()
+def mismatch_metrics(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    weights: Tensor,
+    is_kept: Tensor,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int = 0,
+) -> dict[str, Metric]:
+    """Measure how far sampler and trainer are apart, and what the corrections made of it.
+
+    The metrics of parts merge to those of the whole. With d = log p - log q: ``rollout_mismatch`` mean |d|, ``_max``
+    the largest; ``rollout_k1`` and ``_k3`` KL(q || p); ``rollout_chi2`` mean e^2d - 1; ``rollout_prob_diff`` mean
+    |p - q|; ``rollout_weight`` (with ``_min`` and ``_max``) and ``rollout_ess`` the final weights, 0 where rejected;
+    ``rollout_kept`` the tokens kept, ``rollout_kept_sequences`` those with a token left.
+
+    Args:
+        old_logprobs: [N] log p in nats.
+        rollout_logprobs: [N] log q in nats; a NaN (not reported) leaves the token out of what compares policies.
+        weights: [N] of `corrected`.
+        is_kept: [N] of `corrected`.
+        sequence_ids: [N] int64, to count sequences too.
+        num_sequences: S.
+    """
+    is_known = rollout_logprobs.isfinite()
+    p, q = old_logprobs.double()[is_known], rollout_logprobs.double()[is_known]
+    log_ratio = p - q
+    bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    metrics: dict[str, Metric] = {
+        "rollout_mismatch": Mean.of(log_ratio.abs()),
+        "rollout_mismatch_max": Max.of(log_ratio.abs()),
+        "rollout_k1": Mean.of(-log_ratio),
+        "rollout_k3": Mean.of(bounded.expm1() - bounded),
+        "rollout_chi2": Mean.of((2 * bounded).expm1()),
+        "rollout_prob_diff": Mean.of((p.exp() - q.exp()).abs()),
+        "rollout_weight": Mean.of(weights),
+        "rollout_weight_min": Min.of(weights),
+        "rollout_weight_max": Max.of(weights),
+        "rollout_ess": EffectiveSampleSize.of(weights),
+        "rollout_kept": Mean.of(is_kept),
+    }
+    if sequence_ids is not None:
+        counts = segment_sum(torch.ones_like(weights), sequence_ids, num_sequences)
+        kept = segment_sum(is_kept.to(weights.dtype), sequence_ids, num_sequences)
+        metrics["rollout_kept_sequences"] = Mean((kept > 0).double().sum(), (counts > 0).double().sum())
+    return metrics
+
+
+def correction_metrics(corrections: Sequence[Correction], result: Corrected) -> dict[str, Metric]:
+    """Return the fraction of tokens that each correction rejected or clamped, e.g. ``rollout_mask_token_ratio``.
+
+    A second correction of the same kind gets "_2" behind its name, and so on.
+    """
+    metrics: dict[str, Metric] = {}
+    for correction, is_hit in zip(corrections, result.is_hit, strict=True):
+        name = f"rollout_{correction.action}_{correction.granularity}_{correction.statistic}"
+        same = sum(known == name or known.startswith(f"{name}#") for known in metrics)
+        metrics[f"{name}#{same + 1}" if same else name] = Mean.of(is_hit)
+    return {name.replace("#", "_"): metric for name, metric in metrics.items()}

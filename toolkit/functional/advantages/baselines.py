@@ -1,0 +1,78 @@
+"""Rewards relative to a baseline that comes from outside the group. S: sequences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.functional.advantages.registry import register_advantage
+from toolkit.functional.options import Fraction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from toolkit.functional.rewards import RewardTerms
+
+
+@register_advantage("remax", needs=("greedy_rewards",), within_group=False)
+def remax(r: RewardTerms) -> Tensor:
+    """Reward minus the reward of the greedy completion of the same prompt (ReMax).
+
+    ``A = R - R_greedy``. One sample per prompt will do, for one more generation each.
+
+    Args:
+        r: the rewards, [S], and those of the greedy completions, [S].
+
+    Returns:
+        [S] advantages; 0 where the greedy reward is not known.
+
+    Source: Li et al. 2023, arXiv 2310.10505.
+    """
+    greedy = r.given("greedy_rewards")
+    known = r.known & greedy.isfinite()
+    return r.result((r.filled - greedy.to(r.wide)).where(known, 0.0), known)
+
+
+@register_advantage("rae", needs=("baselines",), within_group=False)
+def rae(r: RewardTerms, *, decay: Fraction = 0.95) -> Tensor:
+    """Reward minus a moving average of the rewards before it (role-conditioned advantage estimation).
+
+    ``A_i = R_i - b`` and then ``b = decay b + (1 - decay) R_i``, in the order of the sequences. A group is here what
+    has an average of its own, such as a role in a game; `rae_baselines` gives the averages for the next batch.
+
+    Args:
+        r: the rewards, [S], and the averages so far, [S].
+        decay: of the average.
+
+    Returns:
+        [S] advantages.
+
+    Source: Liu et al. 2025, arXiv 2506.24119.
+    """
+    before, _ = _averages(r, decay)
+    return r.result(r.filled - before)
+
+
+def rae_baselines(r: RewardTerms, *, decay: float = 0.95) -> Tensor:
+    """Return the moving average of each sequence's group after this batch, [S], equal within a group.
+
+    Args:
+        r: the rewards, [S], and the averages before, [S].
+        decay: of the average.
+
+    Source: as `rae`.
+    """
+    return _averages(r, decay)[1].to(r.given("baselines").dtype)
+
+
+def _averages(r: RewardTerms, decay: float) -> tuple[Tensor, Tensor]:
+    """Return the average before each sequence, and that of its group after the batch, [S] each."""
+    average = r.given("baselines").to(r.wide)
+    before = average.clone()
+    turn = r.place_in_group
+    for place in range(int(turn.max()) + 1 if len(turn) else 0):
+        now = turn == place
+        before = average.where(now, before)
+        step = (decay * average + (1 - decay) * r.filled).where(now & r.known, 0.0)
+        is_moved = r.total((now & r.known).to(r.wide)) > 0
+        average = r.total(step).where(is_moved, average)
+    return before, average

@@ -1,0 +1,147 @@
+"""The registry of advantage estimators: one decorated function each, with its own typed options.
+
+An estimator is a function ``f(r, *, option=default, ...)`` from `RewardTerms` to one advantage per sequence [S] or per
+token [S, T]. What it declares in its signature becomes its validated options, its Hydra schema and its documentation.
+
+This module and the built-in estimators import no torch, so that the command line knows every option without loading it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from toolkit.errors import ConfigError, DataError, did_you_mean, listed
+from toolkit.functional.options import options_model
+from toolkit.schema import Config, located
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from toolkit.functional.rewards import RewardTerms
+
+AdvantageLevel = Literal["sequence", "token"]
+AdvantageNeed = Literal[
+    "lengths", "mask", "token_rewards", "values", "logprobs", "sum_pi_squared", "rewards_multi", "greedy_rewards",
+    "baselines", "input_lengths", "num_turns",
+]  # fmt: skip
+"""What an estimator may need of `RewardTerms` beside rewards and groups."""
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """A registered advantage estimator."""
+
+    name: str
+    function: Callable[..., Any]
+    level: AdvantageLevel
+    """One advantage per sequence, [S], or per token, [S, T]."""
+    options_model: type[Config]
+    """Validates the keyword-only parameters of `function`."""
+    needs: tuple[AdvantageNeed, ...] = ()
+    """Fields of `RewardTerms` that must be there."""
+    within_group: bool = True
+    """It compares the sequences of a group: one that is alone in its group learns nothing."""
+
+    def options(self, given: Mapping[str, Any], where: str = "advantage") -> dict[str, Any]:
+        """Validate `given` and fill in the defaults.
+
+        Raises:
+            ConfigError: an option is unknown, of the wrong type or out of range.
+        """
+        with located(where):
+            return self.options_model(**given).model_dump()
+
+    def compute(self, terms: RewardTerms, **options: Any) -> Tensor:
+        """Return the advantages, [S] or [S, T] as `level` says; options left out have their defaults.
+
+        Raises:
+            ConfigError: an option is unknown, of the wrong type or out of range.
+            DataError: `terms` lacks a field that the estimator needs.
+        """
+        for need in self.needs:
+            if getattr(terms, need) is None and not (need == "lengths" and terms.mask is not None):
+                raise DataError(f"advantage {self.name!r} needs {need}; give RewardTerms({need}=...)")
+        return self.function(terms, **self.options(options))
+
+
+_ESTIMATORS: dict[str, Advantage] = {}
+
+
+def register_advantage(
+    name: str,
+    *,
+    level: AdvantageLevel = "sequence",
+    needs: tuple[AdvantageNeed, ...] = (),
+    within_group: bool = True,
+    overwrite: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function selectable as ``advantage=<name>``.
+
+    Args:
+        name: how it is picked.
+        level: "sequence" when it returns [S], "token" when it returns [S, T].
+        needs: fields of `RewardTerms` that it reads beside rewards and groups; a run that has not got them is refused
+            before it starts.
+        within_group: whether a group of one sequence leaves nothing to compare; groups of one are then refused.
+        overwrite: replace an estimator of the same name instead of refusing (when you re-run a notebook cell).
+
+    Returns:
+        A decorator that gives the function back unchanged.
+
+    Raises:
+        ConfigError: the name is taken by another function, the level or a need is unknown, or a parameter of the
+            function has no default or may be passed by position.
+    """
+    if level not in get_args(AdvantageLevel):
+        choices = listed(get_args(AdvantageLevel))
+        raise ConfigError(f"level={level!r} of advantage {name!r} is unknown; choose {choices}")
+    unknown = [need for need in needs if need not in get_args(AdvantageNeed)]
+    if unknown:
+        raise ConfigError(
+            f"advantage {name!r} needs {unknown[0]!r}, which RewardTerms has not got; "
+            f"choose {listed(get_args(AdvantageNeed))}"
+        )
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        known = _ESTIMATORS.get(name)
+        same_source = known is not None and (
+            (known.function.__module__, known.function.__qualname__) == (function.__module__, function.__qualname__)
+        )
+        if known is not None and not overwrite and not same_source:
+            raise ConfigError(
+                f"advantage {name!r} is already registered by {known.function.__module__}.{known.function.__name__}; "
+                "choose another name, or pass overwrite=True"
+            )
+        options = options_model("advantage estimator", name, function, reserved=("estimator", "options"))
+        _ESTIMATORS[name] = Advantage(name, function, level, options, needs, within_group)
+        return function
+
+    return decorate
+
+
+def advantage(name: str) -> Advantage:
+    """Return the registered advantage estimator called `name`.
+
+    Raises:
+        ConfigError: there is none; the message lists those that exist.
+    """
+    names = advantage_names()
+    if name not in names:
+        hint = did_you_mean(str(name), names)
+        raise ConfigError(
+            f"advantage={name!r} is not an advantage estimator; choose {listed(names)}{hint}; "
+            "one of your own is registered with @register_advantage of toolkit.functional.advantages"
+        )
+    return _ESTIMATORS[name]
+
+
+def advantage_names() -> list[str]:
+    """Return the names of all registered advantage estimators, built-in ones included, sorted."""
+    package = importlib.import_module("toolkit.functional.advantages")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return sorted(_ESTIMATORS)

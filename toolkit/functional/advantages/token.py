@@ -1,0 +1,133 @@
+"""One advantage per token: generalised advantage estimation, optimal token baseline. S: sequences, T: positions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from toolkit.functional.advantages.group import Singleton
+from toolkit.functional.advantages.registry import register_advantage
+from toolkit.functional.options import Fraction, Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from toolkit.functional.rewards import RewardTerms
+
+
+@register_advantage("gae", level="token", needs=("mask", "values"), within_group=False)
+def gae(
+    r: RewardTerms,
+    *,
+    gamma: Fraction = 1.0,
+    lam: Fraction = 0.95,
+    holes: Literal["skip", "walk"] = "skip",
+    whiten: bool = True,
+    eps: Positive = 1e-8,
+) -> Tensor:
+    """Generalised advantage estimation with a critic (GAE).
+
+    ``delta_t = r_t + gamma V_{t+1} - V_t`` and ``A_t = delta_t + gamma lam A_{t+1}``. ``A + V``, not whitened, is what
+    a critic learns.
+
+    Args:
+        r: the rewards, [S], or the token rewards, [S, T]; the mask and the values, [S, T].
+        gamma: discount per step.
+        lam: 1 trusts the rewards, 0 the critic.
+        holes: "skip": the next token is the next scored one (verl, NeMo-RL); "walk": tokens between the turns are steps
+            like any other, with values that must be real (SkyRL, ROLL, slime).
+        whiten: to mean 0 and variance 1 over all scored tokens of the batch.
+        eps: added to that variance; 1e-8 as in verl.
+
+    Returns:
+        [S, T] advantages, 0 where masked.
+
+    Source: Schulman et al. 2015, arXiv 1506.02438, eq. 11-16.
+    """
+    mask = r.given("mask")
+    steps = mask if holes == "skip" else r.inside
+    rewards, values = r.rewards_at(steps), r.at(steps, "values")
+    advantages = rewards * 0
+    following = next_value = rewards[:, 0] * 0
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here = steps[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following).where(here, following)
+        next_value = values[:, t].where(here, next_value)
+        advantages[:, t] = following
+    counted = mask & r.complete(steps, "values").unsqueeze(-1)
+    if whiten:
+        advantages = r.whiten(advantages, counted, std="sample", eps=eps, eps_to="variance")
+    return r.result(advantages, counted)
+
+
+@register_advantage("optimal_token_baseline", level="token", needs=("mask", "logprobs", "sum_pi_squared"))
+def optimal_token_baseline(
+    r: RewardTerms, *, zero_tail: bool = True, eps: Positive = 1e-8, singleton: Singleton = "zero"
+) -> Tensor:
+    """Return minus the baseline of least variance at each position of the group (optimal token baseline).
+
+    ``B_t = sum_i G_i,t W_i,t / sum_i W_i,t`` over the sequences scored at position t, with
+    ``W_t = sum up to t of (1 - 2 pi + sum pi^2)``: how much a sequence's gradient has grown so far.
+
+    Args:
+        r: the rewards, [S], or the token rewards, [S, T]; mask, log-probabilities and sums of squares, [S, T].
+        zero_tail: no baseline where the longest sequence has more tokens than any other: there it would be compared
+            with itself.
+        eps: added to the sum of weights; 1e-8 as in verl.
+        singleton: what a group of one gets: 0, or its return (verl).
+
+    Returns:
+        [S, T] advantages, 0 where masked.
+
+    Source: Li et al. 2026, arXiv 2602.07078; positions are those of the row, holes included.
+    """
+    return _optimal(r, r.given("mask"), None, zero_tail, eps, singleton)
+
+
+@register_advantage("tir_optimal_token_baseline", level="token", needs=("mask", "logprobs", "sum_pi_squared"))
+def tir_optimal_token_baseline(
+    r: RewardTerms, *, zero_tail: bool = True, eps: Positive = 1e-8, singleton: Singleton = "zero"
+) -> Tensor:
+    """The optimal token baseline for several turns: position t is the t-th scored token.
+
+    As optimal_token_baseline, but what tools said between the turns does not shift the tokens that are compared.
+
+    Args:
+        r: as for optimal_token_baseline.
+        zero_tail: as there.
+        eps: as there.
+        singleton: as there.
+
+    Returns:
+        [S, T] advantages, 0 where masked.
+
+    Source: Li et al. 2026, arXiv 2602.07078, tool-integrated reasoning.
+    """
+    mask = r.given("mask")
+    order = (~mask).to(r.wide).argsort(dim=-1, stable=True)  # scored tokens first, as they stand
+    return _optimal(r, mask, order, zero_tail, eps, singleton)
+
+
+def _optimal(
+    r: RewardTerms, mask: Tensor, order: Tensor | None, zero_tail: bool, eps: float, singleton: Singleton
+) -> Tensor:
+    """Return the advantages, [S, T]; `order` [S, T] brings the tokens to the places where they are compared."""
+    known = r.complete(mask, "logprobs", "sum_pi_squared")
+    scored = mask & known.unsqueeze(-1)
+    returns = r.rewards_at(mask).flip(-1).cumsum(-1).flip(-1).where(scored, 0.0)
+    probabilities = r.at(scored, "logprobs").clamp(max=0).exp()
+    energy = (1 - 2 * probabilities + r.at(scored, "sum_pi_squared")).where(scored, 0.0).cumsum(-1).where(scored, 0.0)
+    lengths = scored.sum(-1).to(r.wide)
+    if order is not None:
+        returns, energy = returns.gather(-1, order), energy.gather(-1, order)
+    baseline = r.total(returns * energy) / (r.total(energy) + eps)
+    if zero_tail:
+        longest_other = r.largest_other(lengths).unsqueeze(-1)
+        position = (baseline * 0 + 1).cumsum(-1) - 1
+        is_tail = (position >= longest_other) & (lengths.unsqueeze(-1) > longest_other)
+        baseline = baseline.masked_fill(is_tail, 0.0)
+    alone = (r.total(known.to(r.wide)) < 2).unsqueeze(-1)
+    advantages = (returns - baseline).where(~alone, returns if singleton == "raw" else 0.0)
+    if order is not None:
+        advantages = (advantages * 0).scatter(-1, order, advantages)
+    return r.result(advantages, scored)

@@ -34,6 +34,9 @@ def random_item(
         advantages=torch.randn(shape, dtype=dtype),
         old_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=dtype),
         ref_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=dtype),
+        rollout_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=dtype),
+        teacher_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=dtype),
+        group_ids=(torch.arange(shape[0]) // 2).unsqueeze(-1),
     )
 
 

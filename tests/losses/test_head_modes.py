@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +27,19 @@ from toolkit.functional import registry
 from toolkit.functional.registry import policy_loss_names
 
 SHAPE = (4, 13)
+FULLY = ("vanilla", "cispo", "gspo", "real", "batch_centred")
+"""At least one loss of each scope; the head cannot tell the others from them."""
+LIGHTLY = ((torch.float64, "kl", "nothing"), (torch.float64, "plain", "head"), (torch.float32, "plain", "nothing"))
+"""What every other registered loss runs through: dtype, terms, what is frozen."""
+
+
+def combinations() -> Iterator[tuple[str, torch.dtype, str, str]]:
+    for name in [*policy_loss_names(), "batch_centred"]:
+        every = itertools.product(
+            (torch.float64, torch.float32), ("plain", "kl", "entropy"), ("nothing", "head", "trunk")
+        )
+        for choice in every if name in FULLY else LIGHTLY:
+            yield name, *choice
 
 
 @pytest.fixture
@@ -60,10 +75,7 @@ def head_of(frozen: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.usefixtures("_own_registry")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("terms", ["plain", "kl", "entropy"])
-@pytest.mark.parametrize("frozen", ["nothing", "head", "trunk"])
-@pytest.mark.parametrize("policy_loss", [*policy_loss_names(), "batch_centred"])
+@pytest.mark.parametrize(("policy_loss", "dtype", "terms", "frozen"), combinations())
 def test_every_loss_is_the_same_in_every_pass(policy_loss: str, frozen: str, terms: str, dtype: torch.dtype) -> None:
     item = random_item(SHAPE, dtype=dtype)
     # A loss that cancels to nearly 0 would have a relative error of the cancellation.
@@ -84,7 +96,9 @@ def test_every_loss_is_the_same_in_every_pass(policy_loss: str, frozen: str, ter
         passes.add(context(item, **chunked).explain(*head).name)
         for ours, theirs in zip(loss_and_grads(item, head, **chunked), expected, strict=True):
             error = float((ours.detach().double() - theirs.detach()).norm() / theirs.detach().norm())
-            assert error < (1e-12 if dtype == torch.float64 else 2e-6), (chunk_size, retain_bytes, error)
+            # A product of ratios over a sequence adds up the rounding of all its tokens.
+            single = 2e-6 if policy_loss in FULLY else 6e-6
+            assert error < (1e-12 if dtype == torch.float64 else single), (chunk_size, retain_bytes, error)
     is_local = registry.policy_loss(policy_loss).scope == "token"
     names = {"one-pass"} if is_local else {"one-pass", "two-pass"}
     if frozen == "head":

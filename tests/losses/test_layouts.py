@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from toolkit import BaseLossConfig, CELossConfig, CELossContextInputItem, GRPOLossConfig, RLLossContextInputItem
-from toolkit.functional.registry import policy_loss_names
+from toolkit.functional.registry import policy_loss, policy_loss_names
 
 WIDTH, VOCABULARY = 3, 7
 CONFIGS: list[BaseLossConfig] = [
     *[
         GRPOLossConfig(policy_loss_cfg={"loss_type": name}, use_kl_loss=True, kl_loss_type="k3", kl_loss_coef=0.1)
         for name in policy_loss_names()
+        if policy_loss(name).scope != "batch"  # those look at a whole micro-batch by definition
     ],
     *[CELossConfig(loss_reduction=reduction) for reduction in ("token", "sample", "square")],
 ]
@@ -40,6 +41,10 @@ def make_sequences(lengths: list[int], seed: int) -> list[Sequence]:
                 "advantages": normal(1, length),
                 "old_logprobs": -2 + 0.5 * normal(1, length),
                 "ref_logprobs": -2 + 0.5 * normal(1, length),
+                "rollout_logprobs": -2 + 0.5 * normal(1, length),
+                "teacher_logprobs": -2 + 0.5 * normal(1, length),
+                # A group of its own: a loss over groups needs each whole in one micro-batch.
+                "group_ids": torch.full((1, length), len(sequences)),
                 "hidden": normal(1, length, WIDTH),
             }
         )
@@ -53,7 +58,8 @@ def padded(sequences: list[Sequence], *, on_the_left: bool) -> Layout:
     for sequence in sequences:
         for name, value in sequence.items():
             shape = (1, width - value.shape[1], *value.shape[2:])
-            filling = value.new_full(shape, -100 if name == "shifted_labels" else torch.nan)
+            padding = {"shifted_labels": -100, "group_ids": int(value.max()) if name == "group_ids" else 0}
+            filling = value.new_full(shape, padding.get(name, torch.nan))
             rows[name].append(torch.cat([filling, value] if on_the_left else [value, filling], 1))
     return [{name: torch.cat(values) for name, values in rows.items()}], None
 

@@ -185,7 +185,8 @@ class BaseLossContext(ABC, Generic[ItemT]):
         labels, ignore_idx = self.loss_kwargs.shifted_labels, self.loss_cfg.ignore_idx
         check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, labels_name="shifted_labels")
         for name, value in self.loss_kwargs.tensors():
-            if self.loss_kwargs.is_per_token(name) and value.shape != labels.shape:
+            mark = self.loss_kwargs.layout(name) if self.loss_kwargs.is_per_token(name) else None
+            if isinstance(mark, PerToken) and mark.positions(value) != labels.shape:
                 raise DataError(
                     f"{type(self.loss_kwargs).__name__}.{name} has shape {list(value.shape)}, but shifted_labels has "
                     f"{list(labels.shape)}; a per-token field has one value for each position"

@@ -1,6 +1,6 @@
 """One weight for each token, fixed before the first forward of an optimizer step.
 
-The weight is the aggregation mode's own (`functional.aggregation`) divided by its sum over all micro-batches and all
+The weight is the aggregation's own (`functional.aggregation`) divided by its denominator over all micro-batches and all
 ranks. The loss is then always ``(weight * token_loss).sum()``: chunks, micro-batches, packs and ranks compose by
 addition, and no layout can change the gradient. A mean of micro-batch means would: with token losses [1, 1] and
 [3, 3, 3, 3, 3, 3] it gives 2.0, where the mean over tokens is 2.5.
@@ -12,15 +12,16 @@ again (``gradient_reduction="mean"``); a back-end that sums gets no factor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.distributed import all_reduce_sum, sp_gather, sp_split, world_size
+from toolkit.distributed import all_gather_objects, all_reduce_sum, rank, sp_gather, sp_split, world_size
 from toolkit.errors import ConfigError, DataError
-from toolkit.functional.aggregation import token_weights
+from toolkit.functional.aggregation import Share, share
 from toolkit.functional.segments import NO_SEQUENCE, sequence_ids
 from toolkit.metrics import Sum
 
@@ -85,44 +86,117 @@ def sequence_ids_of_batches(
     return found
 
 
-def calibrated_weights(
+@dataclass(frozen=True)
+class Calibrated:
+    """The weights of one term of the loss, and what they were divided by."""
+
+    weights: list[Tensor]
+    """float64, [B, T] for each micro-batch, 0 where nothing is scored."""
+    denominators: Tensor
+    """[2] float64, over all micro-batches and ranks: of the first and (per_component) of the second component."""
+
+
+def calibrated(
+    terms: Sequence[Sequence[Share]], *, gradient_reduction: str = "mean", counted_here: bool = True
+) -> list[Calibrated]:
+    """Divide the weights of each term by its denominators over the whole step; all ranks must call it together.
+
+    Args:
+        terms: for each term of the loss the shares of all micro-batches of this rank.
+        gradient_reduction: "mean" or "sum", what the back-end does over ranks.
+        counted_here: False where another rank of a sequence-parallel mesh counts the same sequences.
+
+    Returns:
+        For each term its weights; one collective for all of them.
+    """
+    device = next((own.counts.device for shares in terms for own in shares), torch.device("cpu"))
+    zero = torch.zeros(2, dtype=torch.float64, device=device)
+    local = torch.stack([sum((own.counts for own in shares), zero) for shares in terms])
+    totals = all_reduce_sum(local if counted_here else torch.zeros_like(local))
+    factor = world_size() if gradient_reduction == "mean" else 1
+    return [
+        Calibrated(
+            [own.weights * factor if own.is_sum else own.divided(total / factor) for own in shares],
+            torch.ones_like(total) if any(own.is_sum for own in shares) else total,
+        )
+        for shares, total in zip(terms, totals, strict=True)
+    ]
+
+
+def aggregated(
     labels: Sequence[Tensor],
     ids: Sequence[Tensor],
+    aggregation: str,
     *,
-    mode: str,
     ignore_idx: int,
-    gradient_reduction: str = "mean",
     sp_mesh: DeviceMesh | None = None,
-) -> list[Tensor]:
-    """Return the weight of every token of every micro-batch of this rank; all ranks must call it together.
+    **options: Any,
+) -> list[Share]:
+    """Return the share of every micro-batch of this rank under `aggregation`.
 
     Args:
         labels: shifted labels of each micro-batch, [1, T] or [B, T]; shards under sequence parallelism.
         ids: from `sequence_ids_of_batches`.
-        mode: aggregation, see `functional.aggregation`.
+        aggregation: see `functional.aggregation`.
         ignore_idx: label of positions that are not scored.
-        gradient_reduction: "mean" or "sum", what the back-end does over ranks.
-        sp_mesh: ranks that share a sequence; sequences are then measured over the whole mesh.
+        sp_mesh: ranks that share a sequence; sequences are then measured over the whole mesh, and every rank of it
+            counts all of them (pass ``counted_here`` to `calibrated`).
+        options: of `functional.aggregation.share`; a list has one entry for each micro-batch.
+    """
+    found = []
+    for index, (own, own_ids) in enumerate(zip(labels, ids, strict=True)):
+        own_options = {key: value[index] if isinstance(value, list) else value for key, value in options.items()}
+        is_active = own != ignore_idx
+        if sp_mesh is None:
+            found.append(share(is_active, own_ids, aggregation, **own_options))
+            continue
+        gathered: dict[str, Any] = {
+            key: sp_gather(value.to(torch.float64), sp_mesh).to(value.dtype) if isinstance(value, Tensor) else value
+            for key, value in own_options.items()
+        }
+        everywhere = sp_gather(is_active.to(torch.uint8), sp_mesh).bool()  # not every back-end gathers booleans
+        whole = share(everywhere, sp_gather(own_ids, sp_mesh), aggregation, **gathered)
+        is_second = own_options["is_positive"].logical_not() if whole.is_second is not None else None
+        weights = sp_split(whole.weights, sp_mesh, pad=0.0)
+        found.append(Share(weights, whole.counts, is_sum=whole.is_sum, is_second=is_second))
+    return found
+
+
+def counts_here(sp_mesh: DeviceMesh | None) -> bool:
+    """Whether this rank counts the sequences that it shares with the others of its mesh."""
+    return sp_mesh is None or sp_mesh.get_local_rank() == 0
+
+
+def prompts_of_batches(
+    labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int, count_empty: bool
+) -> tuple[list[Tensor], list[int]]:
+    """Count the scored tokens of every prompt over all micro-batches and ranks.
 
     Returns:
-        float64 tensors of the labels' shapes, 0 where ignored. They sum to 1 over all micro-batches and ranks (to R
-        with "mean"), or to 0 when no token is scored anywhere.
+        For each micro-batch the tokens of each position's prompt ([B, T]), and the number of prompts that it is to
+        count: each prompt is counted by one micro-batch of one rank.
     """
-    raw = [_raw_weights(own != ignore_idx, own_ids, mode, sp_mesh) for own, own_ids in zip(labels, ids, strict=True)]
-    device = labels[0].device if labels else torch.device("cpu")
-    local = torch.stack([weights.sum() for weights in raw]).sum() if raw else torch.zeros((), dtype=torch.float64)
-    denominator = all_reduce_sum(local.to(device))
-    factor = world_size() if gradient_reduction == "mean" else 1
-    scale = torch.where(denominator > 0, factor / denominator, 0.0)
-    return [weights * scale for weights in raw]
-
-
-def _raw_weights(is_active: Tensor, ids: Tensor, mode: str, sp_mesh: DeviceMesh | None) -> Tensor:
-    if sp_mesh is None or mode == "token":
-        return token_weights(is_active, ids, mode)
-    everywhere = sp_gather(is_active.to(torch.uint8), sp_mesh).bool()  # not every back-end gathers booleans
-    whole = token_weights(everywhere, sp_gather(ids, sp_mesh), mode)
-    return sp_split(whole, sp_mesh, pad=0.0)
+    own: dict[int, int] = {}
+    for own_labels, own_groups in zip(labels, group_ids, strict=True):
+        groups, place = own_groups.reshape(-1).unique(return_inverse=True)
+        sizes = torch.bincount(place, (own_labels.reshape(-1) != ignore_idx).double(), minlength=len(groups))
+        for group, size in zip(groups.tolist(), sizes.tolist(), strict=True):
+            own[group] = own.get(group, 0) + int(size)
+    everyone = all_gather_objects(own)
+    total: dict[int, int] = {}
+    for counts in everyone:
+        for group, size in counts.items():
+            total[group] = total.get(group, 0) + size
+    mine = {group for group in own if all(group not in earlier for earlier in everyone[: rank()])}
+    tokens, numbers = [], []
+    for own_groups in group_ids:
+        groups, place = own_groups.reshape(-1).unique(return_inverse=True)
+        sizes = torch.tensor([total[group] for group in groups.tolist()], dtype=torch.float64, device=place.device)
+        tokens.append(sizes[place].reshape(own_groups.shape))
+        counted = {group for group in groups.tolist() if group in mine and (count_empty or total[group] > 0)}
+        numbers.append(len(counted))
+        mine -= counted
+    return tokens, numbers
 
 
 def loss_metric(loss: Tensor, gradient_reduction: str) -> Sum:

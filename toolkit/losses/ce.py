@@ -10,11 +10,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from toolkit.errors import DataError
 from toolkit.head import TokenScores
 from toolkit.losses.base import BaseLossKwargs, as_loss_dtype
-from toolkit.losses.calibration import calibrated_weights, checked_items, loss_metric, sequence_ids_of_batches
+from toolkit.losses.calibration import (
+    aggregated,
+    calibrated,
+    checked_items,
+    counts_here,
+    loss_metric,
+    sequence_ids_of_batches,
+)
 from toolkit.losses.config import CELossConfig
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.losses.scored import ScoredLossContext
 from toolkit.metrics import Mean, Metric, Sum
+
+AGGREGATION_OF = {"token": "token_mean", "sample": "seq_mean_token_mean", "square": "square"}
+"""XTuner's names of the reductions of cross-entropy, and ours."""
 
 
 class CELossKwargs(BaseLossKwargs):
@@ -40,15 +50,12 @@ class CELossContext(ScoredLossContext[CELossContextInputItem]):
             item.shifted_labels for item in checked_items(data_batches, CELossContextInputItem, loss_cfg, CELossConfig)
         ]
         ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh, ignore_idx=loss_cfg.ignore_idx)
-        weights = calibrated_weights(
-            labels,
-            ids,
-            mode=loss_cfg.loss_reduction,
-            ignore_idx=loss_cfg.ignore_idx,
-            gradient_reduction=loss_cfg.gradient_reduction,
-            sp_mesh=sp_mesh,
+        aggregation = AGGREGATION_OF[loss_cfg.loss_reduction]
+        shares = aggregated(labels, ids, aggregation, ignore_idx=loss_cfg.ignore_idx, sp_mesh=sp_mesh)
+        (term,) = calibrated(
+            [shares], gradient_reduction=loss_cfg.gradient_reduction, counted_here=counts_here(sp_mesh)
         )
-        return [CELossKwargs(shifted_labels=y, loss_weight=w) for y, w in zip(labels, weights, strict=True)]
+        return [CELossKwargs(shifted_labels=y, loss_weight=w) for y, w in zip(labels, term.weights, strict=True)]
 
     def loss_from_scores(self, scores: TokenScores, loss_kwargs: CELossKwargs) -> tuple[Tensor, dict[str, Metric]]:
         """Return the weighted sum of negative log-probabilities and its metrics."""

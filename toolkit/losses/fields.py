@@ -1,6 +1,7 @@
 """Records of tensors (items, kwargs) that never change: every transform gives back a new one.
 
-Legend: B rows, T positions of a row. A per-token field has the shape of ``shifted_labels``: [1, T] or [B, T].
+Legend: B rows, T positions of a row, K values of one position. A per-token field has the shape of ``shifted_labels``,
+[1, T] or [B, T]; or [.., T, K] where it is declared with a trailing axis.
 """
 
 from __future__ import annotations
@@ -25,6 +26,17 @@ class PerToken:
 
     pad: float
     """What stands where there is no token."""
+    trailing: int = 0
+    """1 where a position has K values, [B, T, K]."""
+
+    @property
+    def dim(self) -> int:
+        """The token axis, counted from the end."""
+        return -1 - self.trailing
+
+    def positions(self, value: Tensor) -> torch.Size:
+        """Return the shape of `value` without the axes of one position: [B, T]."""
+        return value.shape[: value.dim() - self.trailing]
 
 
 @dataclass(frozen=True)
@@ -86,24 +98,21 @@ class TensorRecord(Model):
             positions: [n] int64, in the flattened per-token fields.
             as_row: give the per-token fields as one row [1, n] instead of [n].
         """
-        return self.replace(
-            **{
-                name: value.reshape(-1).index_select(0, positions).reshape((1, -1) if as_row else (-1,))
-                for name, value in self.tensors()
-                if isinstance(self.layout(name), PerToken)
-            }
-        )
+        taken = {}
+        for name, value in self.tensors():
+            mark = self.layout(name)
+            if isinstance(mark, PerToken):
+                own = value.reshape(-1, *value.shape[value.dim() - mark.trailing :]).index_select(0, positions)
+                taken[name] = own.unsqueeze(0) if as_row else own
+        return self.replace(**taken)
 
     def chunk(self, chunk_size: int) -> list[Self]:
-        """Cut the token axis (the last one) into pieces of at most `chunk_size` positions, views of this record."""
+        """Cut the token axis into pieces of at most `chunk_size` positions, views of this record."""
         if chunk_size < 1:
             raise DataError(f"chunk_size={chunk_size} must be at least 1")
-        pieces = {
-            name: value.split(chunk_size, dim=-1)
-            for name, value in self.tensors()
-            if isinstance(self.layout(name), PerToken)
-        }
-        lengths = {name: value.shape[-1] for name, value in self.tensors() if name in pieces}
+        dims = {name: mark.dim for name, _ in self.tensors() if isinstance(mark := self.layout(name), PerToken)}
+        pieces = {name: getattr(self, name).split(chunk_size, dim=dim) for name, dim in dims.items()}
+        lengths = {name: getattr(self, name).shape[dim] for name, dim in dims.items()}
         if len(set(lengths.values())) > 1:
             raise DataError(f"the per-token fields of {type(self).__name__} differ in length: {lengths}")
         number = max(map(len, pieces.values()), default=1)
@@ -121,7 +130,7 @@ class TensorRecord(Model):
             mark = self.layout(name)
             if isinstance(mark, PerToken):
                 pad = ignore_idx if name == "shifted_labels" and ignore_idx is not None else mark.pad
-                changes[name] = sp_split(value, sp_mesh, dim=-1, pad=pad)
+                changes[name] = sp_split(value, sp_mesh, dim=mark.dim, pad=pad)
         return self.replace(**changes)
 
     def __delattr__(self, name: str) -> None:

@@ -1,102 +1,78 @@
-"""GRPO and its relatives: a registered policy loss plus an optional KL term.
+"""GRPO and its relatives: a registered policy loss plus optional terms.
 
 Legend: B rows, T positions of a row, N selected tokens, S sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.errors import ConfigError, DataError
-from toolkit.functional.conformance import check_scope, check_token_losses, is_zero_without_advantage
-from toolkit.functional.kl import k3, kl_estimate
-from toolkit.functional.registry import PolicyLoss, policy_loss
-from toolkit.functional.segments import NO_SEQUENCE
+from toolkit.errors import DataError
+from toolkit.functional.conformance import check_token_losses
+from toolkit.functional.kl import k1, k3, kl_estimate
+from toolkit.functional.kl_exact import top_k_kl
 from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
 from toolkit.head.plan import Entropy, Scope
-from toolkit.losses.base import BaseLossKwargs, as_loss_dtype, check_finite
-from toolkit.losses.calibration import calibrated_weights, checked_items, loss_metric, sequence_ids_of_batches
-from toolkit.losses.config import GRPOLossConfig
-from toolkit.losses.fields import PerToken
+from toolkit.losses.base import as_loss_dtype
+from toolkit.losses.calibration import checked_items, loss_metric
+from toolkit.losses.candidates import check_vocabulary
+from toolkit.losses.config import BaseRLLossConfig, GRPOLossConfig
+from toolkit.losses.grpo_correction import late_correction
+from toolkit.losses.grpo_kwargs import GRPOLossKwargs, build_grpo_kwargs, options_of, policy_loss_of, scope_of
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.scored import ScoredLossContext
 from toolkit.metrics import Max, Mean, Metric, Min, Sum
 
-
-class GRPOLossKwargs(BaseLossKwargs):
-    """Everything the loss of one micro-batch needs; all fields [1, T] or [B, T]."""
-
-    advantages: Annotated[Tensor, PerToken(pad=0.0)]
-    old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    sequence_ids: Annotated[Tensor | None, PerToken(pad=NO_SEQUENCE)] = None
+__all__ = ["GRPOLossContext", "GRPOLossKwargs"]
 
 
 class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
-    """``loss = sum_t weight_t * (policy_loss_t + kl_loss_coef * kl_t - entropy_coef * H_t)``, weight_t = 1 / tokens."""
+    """``loss = sum_t weight_t (importance_t policy_loss_t + kl_loss_coef kl_t - entropy_coef H_t)``, and so on.
 
-    loss_cfg: GRPOLossConfig
+    weight_t is the aggregation's, fixed for the whole step; importance_t that of the corrections, 1 without any.
+    """
+
+    cfg_type: ClassVar[type[BaseRLLossConfig]] = GRPOLossConfig
+    loss_cfg: BaseRLLossConfig
     loss_kwargs: GRPOLossKwargs
 
     @classmethod
     def build_batches_loss_kwargs(
         cls,
         data_batches: list[RLLossContextInputItem],
-        loss_cfg: GRPOLossConfig,
+        loss_cfg: BaseRLLossConfig,
         cu_seq_lens_list: Sequence[Tensor | None] | None = None,
         sp_mesh: DeviceMesh | None = None,
     ) -> list[GRPOLossKwargs]:
         """Check the items and fix the weight of every token of the step; see the base class for the arguments.
 
         Raises:
-            DataError: advantages are missing, ref_logprobs are missing with ``use_kl_loss``, or a scored position
-                holds NaN or inf.
+            DataError: something that the loss reads is missing (advantages, ref_logprobs with ``use_kl_loss``, ...), or
+                a scored position of it holds NaN or inf.
             ConfigError: the policy loss looks at more tokens than it declares.
         """
-        items = checked_items(data_batches, RLLossContextInputItem, loss_cfg, GRPOLossConfig)
-        advantages = [_checked_advantages(item, loss_cfg, f"data_batches[{i}]") for i, item in enumerate(items)]
-        _checked_policy_loss(loss_cfg, sp_mesh)
-        labels = [item.shifted_labels for item in items]
-        ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh, ignore_idx=loss_cfg.ignore_idx)
-        weights = calibrated_weights(
-            labels,
-            ids,
-            mode="token",
-            ignore_idx=loss_cfg.ignore_idx,
-            gradient_reduction=loss_cfg.gradient_reduction,
-            sp_mesh=sp_mesh,
-        )
-        return [
-            GRPOLossKwargs(
-                shifted_labels=item.shifted_labels,
-                loss_weight=weight,
-                advantages=own_advantages,
-                old_logprobs=item.old_logprobs,
-                ref_logprobs=item.ref_logprobs,
-                rollout_logprobs=item.rollout_logprobs,
-                sequence_ids=own_ids,
-            )
-            for item, own_advantages, weight, own_ids in zip(items, advantages, weights, ids, strict=True)
-        ]
+        items = checked_items(data_batches, RLLossContextInputItem, loss_cfg, cls.cfg_type)
+        return build_grpo_kwargs(items, loss_cfg, cu_seq_lens_list, sp_mesh)
 
     @property
     def scope(self) -> Scope:
-        """What the chosen policy loss looks at."""
-        return self._policy_loss.scope
+        """What the chosen policy loss and its corrections look at; a micro-batch holds its groups whole."""
+        scope = scope_of(self.loss_cfg)
+        return "batch" if scope == "group" else scope  # type: ignore[return-value]
 
     @property
     def entropy(self) -> Entropy:
         """With gradient for a bonus, without for the metric."""
         if self.loss_cfg.entropy_coef != 0:
             return True
-        return "metric" if self.loss_cfg.use_entropy_metric else False
+        is_read = self.loss_cfg.use_entropy_metric or "entropies" in policy_loss_of(self.loss_cfg).needs
+        return "metric" if is_read else False
 
     def sequence_ids(self) -> Tensor | None:
         """Return the sequence of each position."""
@@ -116,93 +92,141 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             is_idle = ~torch.isin(flat, flat[~is_idle.reshape(-1)]).reshape(labels.shape)
         return labels.masked_fill(is_idle, cfg.ignore_idx)
 
-    @property
-    def _policy_loss(self) -> PolicyLoss:
-        return policy_loss(self.loss_cfg.policy_loss_cfg["loss_type"])
+    def candidate_ids(self, loss_kwargs: GRPOLossKwargs) -> Tensor | Literal["all"] | None:
+        """Return the candidates that an exact divergence compares."""
+        if loss_kwargs.candidate_logprobs is None:
+            return None
+        return "all" if loss_kwargs.candidate_ids is None else loss_kwargs.candidate_ids
+
+    def candidates(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor, Tensor]:
+        """Return the candidates' log-probabilities [N, K] under the policy, with gradient, and under the other one.
+
+        Raises:
+            DataError: the head was not asked for them.
+        """
+        if scores.candidates is None or loss_kwargs.candidate_logprobs is None:
+            raise DataError("this loss compares whole distributions, but the scores have no candidates")
+        return scores.candidates, _constant(loss_kwargs.candidate_logprobs, scores.candidates)
+
+    def forward(
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Return the loss of this micro-batch and its metrics; see `BaseLossContext.forward`."""
+        loss, extra = super().forward(hidden_states, head_weight, head_bias)
+        if extra is not None and not isinstance(extra, Mapping):
+            return loss, extra  # a subclass's own
+        return loss, {**(extra or {}), **(self.loss_kwargs.step_metrics or {})}
 
     def loss_from_scores(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor, dict[str, Metric]]:
         """Return the weighted sum of the policy, KL and entropy terms, and the metrics of all."""
         cfg = self.loss_cfg
-        terms, weights = self._terms(scores.logprobs, loss_kwargs)
-        token_losses = self._policy_loss.function(terms, **_options(cfg))
-        check_token_losses(token_losses, scores.logprobs, self._policy_loss.name)
-        policy = (weights * token_losses).sum()
-        metrics = {**terms.reported, **_metrics(terms), "policy_loss": loss_metric(policy, cfg.gradient_reduction)}
-        loss = policy
+        terms, weights = self._terms(scores, loss_kwargs)
+        importance, measured = self._importance(terms, loss_kwargs)
+        other = loss_kwargs.other_weight
+        other_weights = weights if other is None else as_loss_dtype(other, weights)
+        token_losses = self.policy_losses(terms, scores, loss_kwargs)
+        check_token_losses(token_losses, scores.logprobs, policy_loss_of(cfg).name)
+        loss = policy = _weighted_sum(weights, token_losses, importance)
+        metrics = {
+            **terms.reported,
+            **measured,
+            **_metrics(terms),
+            "policy_loss": loss_metric(policy, cfg.gradient_reduction),
+        }
         if cfg.use_kl_loss:
-            assert cfg.kl_loss_type is not None
-            assert terms.ref_logprobs is not None
-            token_kl = kl_estimate(terms.logprobs, terms.ref_logprobs, cfg.kl_loss_type)
-            loss = loss + cfg.kl_loss_coef * (weights * token_kl).sum()
+            token_kl = self._kl(terms, scores, loss_kwargs)
+            loss = loss + cfg.kl_loss_coef * _weighted_sum(
+                other_weights, token_kl, importance if cfg.correction_on_kl else None
+            )
             metrics["kl_ref"] = Mean.of(token_kl)
-        if scores.entropy is not None:
+        if loss_kwargs.nll_weight is not None:
+            nll_weight = as_loss_dtype(loss_kwargs.nll_weight, scores.logprobs)
+            nll = -(nll_weight * scores.logprobs).sum()
+            loss = loss + cfg.positive_nll_coef * nll
+            metrics["positive_nll"] = loss_metric(nll, cfg.gradient_reduction)
+        if scores.entropy is not None and self.entropy:
             metrics["entropy"] = Mean.of(scores.entropy)
             if cfg.entropy_coef != 0:
-                loss = loss - cfg.entropy_coef * (weights * scores.entropy).sum()
+                loss = loss - cfg.entropy_coef * (other_weights * scores.entropy).sum()
         return loss, {**metrics, "loss": loss_metric(loss, cfg.gradient_reduction)}
 
-    def _terms(self, logprobs: Tensor, loss_kwargs: GRPOLossKwargs) -> tuple[PolicyTerms, Tensor]:
+    def policy_losses(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
+        """Return the policy loss of each token, [N], not yet weighted."""
+        return policy_loss_of(self.loss_cfg).function(terms, **options_of(self.loss_cfg))
+
+    def _kl(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
+        cfg = self.loss_cfg
+        if cfg.candidates != "ref":
+            return _sampled_kl(terms, cfg)
+        tail = "drop" if loss_kwargs.candidate_ids is None else cfg.kl_tail
+        return top_k_kl(*self.candidates(scores, loss_kwargs), direction=cfg.kl_direction, tail=tail)
+
+    def _check(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
+        super()._check(hidden_states, head_weight, head_bias)
+        own = self.loss_kwargs
+        check_vocabulary(
+            own.candidate_ids,
+            own.candidate_logprobs,
+            own.shifted_labels,
+            head_weight.shape[0],
+            self.loss_cfg.ignore_idx,
+        )
+
+    def _importance(self, terms: PolicyTerms, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor | None, dict[str, Metric]]:
+        """Return the importance weights [N] of all corrections, without gradient (None: all are 1), and metrics."""
+        late, metrics = late_correction(terms, self.loss_cfg)
+        found = [as_loss_dtype(own, terms.logprobs) for own in (loss_kwargs.policy_weight, late) if own is not None]
+        return (None if not found else found[0] if len(found) == 1 else found[0] * found[1]), metrics
+
+    def _terms(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[PolicyTerms, Tensor]:
         """Return what the policy loss sees, in the dtype of the log-probabilities, and the weights beside it."""
         if loss_kwargs.loss_weight is None:
             raise DataError(
                 "GRPOLossKwargs has no loss_weight; build it with GRPOLossContext.build_batches_loss_kwargs"
             )
-        old, ref, rollout = loss_kwargs.old_logprobs, loss_kwargs.ref_logprobs, loss_kwargs.rollout_logprobs
-        ids = loss_kwargs.sequence_ids if self.scope != "token" else None
+        logprobs = scores.logprobs
+        given: dict[str, Any] = {
+            name: _constant(values, logprobs)
+            for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "teacher_logprobs", "advantages")
+            if (values := getattr(loss_kwargs, name)) is not None
+        }
+        given.setdefault("old_logprobs", logprobs.detach())
+        if self.scope != "token":
+            for what in ("sequence", "turn", "group"):
+                ids = getattr(loss_kwargs, f"{what}_ids")
+                if ids is not None:
+                    given |= {f"{what}_ids": ids, f"num_{what}s": int(ids.max()) + 1 if len(ids) else 0}
+            given["positions"] = loss_kwargs.positions
+        entropies = None if scores.entropy is None else scores.entropy.detach()
         terms = PolicyTerms(
-            logprobs=logprobs,
-            old_logprobs=_constant(logprobs if old is None else old, logprobs),
-            advantages=_constant(loss_kwargs.advantages, logprobs),
-            ref_logprobs=None if ref is None else _constant(ref, logprobs),
-            rollout_logprobs=None if rollout is None else _constant(rollout, logprobs),
-            sequence_ids=ids,
-            num_sequences=int(ids.max()) + 1 if ids is not None and len(ids) else 0,
+            logprobs=logprobs, entropies=entropies, log_ratio_range=self.loss_cfg.log_ratio_range, **given
         )
         return terms, as_loss_dtype(loss_kwargs.loss_weight, logprobs)
 
 
-def _options(cfg: GRPOLossConfig) -> dict[str, Any]:
-    return {key: value for key, value in cfg.policy_loss_cfg.items() if key != "loss_type"}
+def _weighted_sum(weights: Tensor, token_values: Tensor, importance: Tensor | None) -> Tensor:
+    if importance is None:
+        return (weights * token_values).sum()
+    # A rejected token is selected out: its value may be inf, and inf * 0 is NaN.
+    return (weights * importance * token_values.where(importance != 0, 0.0)).sum()
 
 
-def _checked_policy_loss(cfg: GRPOLossConfig, sp_mesh: DeviceMesh | None) -> None:
-    """Check once for each loss and its options that it keeps what it declares.
-
-    Raises:
-        ConfigError: it looks at more tokens than its scope says, or at more than the setting allows.
-    """
-    loss = policy_loss(cfg.policy_loss_cfg["loss_type"])
-    if sp_mesh is not None and loss.scope != "token":
-        raise ConfigError(
-            f"policy loss {loss.name!r} uses statistics beyond one token (scope={loss.scope!r}), which sequence "
-            "parallelism would cut apart; use it without sp_mesh"
-        )
-    check_scope(loss, _options(cfg))
-    if cfg.drop_zero_advantage and (loss.scope == "batch" or not is_zero_without_advantage(loss, _options(cfg))):
-        raise ConfigError(
-            f"drop_zero_advantage=True would change policy loss {loss.name!r}: its tokens count even with advantage 0; "
-            "set drop_zero_advantage=False (their products in backward are skipped anyway where their gradient is 0)"
-        )
+def _sampled_kl(terms: PolicyTerms, cfg: BaseRLLossConfig) -> Tensor:
+    assert cfg.kl_loss_type is not None
+    return kl_estimate(
+        terms.logprobs,
+        terms.given("ref_logprobs"),
+        cfg.kl_loss_type,
+        gradient=cfg.kl_gradient,
+        input_clamp=cfg.kl_input_clamp,
+        output_clamp=cfg.kl_output_clamp,
+        log_ratio=terms.log_ratio(cfg.kl_anchor) if cfg.kl_gradient == "is_corrected" else None,
+    )
 
 
 def _constant(values: Tensor, like: Tensor) -> Tensor:
     """Cut `values` off from any graph: a live old_logprobs would cancel the policy's own gradient."""
     return values.detach().to(like.dtype)
-
-
-def _checked_advantages(item: RLLossContextInputItem, loss_cfg: GRPOLossConfig, where: str) -> Tensor:
-    """Check everything that a policy loss needs of an item and return its advantages."""
-    if item.advantages is None:
-        raise DataError(f"{where}.advantages is missing; a policy loss needs one advantage for each scored token")
-    if loss_cfg.use_kl_loss and item.ref_logprobs is None:
-        raise DataError(
-            f"{where}.ref_logprobs is missing, but use_kl_loss=True compares the policy with a reference; give the "
-            "reference's log-probabilities or set use_kl_loss=False (on the command line: kl=none)"
-        )
-    read = ("advantages", "old_logprobs", "ref_logprobs") if loss_cfg.use_kl_loss else ("advantages", "old_logprobs")
-    for name in read:
-        check_finite(f"{where}.{name}", getattr(item, name), item.shifted_labels, loss_cfg.ignore_idx)
-    return item.advantages
 
 
 @torch.no_grad()
@@ -215,11 +239,13 @@ def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
         "ratio": mean_ratio,
         "ratio_min": Min.of(ratio),
         "ratio_max": Max.of(ratio),
-        "log_ratio_clamped": Mean.of((terms.logprobs - terms.old_logprobs).abs() > terms.max_log_ratio),
+        "log_ratio_clamped": Mean.of((terms.logprobs - terms.old_logprobs) != log_ratio),
         "kl_old": Mean.of(k3(terms.old_logprobs, terms.logprobs)),
+        "kl_old_k1": Mean.of(k1(terms.old_logprobs, terms.logprobs)),
         "active_tokens": Sum(mean_ratio.den),
     }
     if terms.rollout_logprobs is not None:
         known = terms.rollout_logprobs.isfinite()  # a sampler may not report every token
+        metrics["rollout_missing"] = Mean.of(~known)
         metrics["rollout_mismatch"] = Mean.of((terms.old_logprobs - terms.rollout_logprobs)[known].abs())
     return metrics

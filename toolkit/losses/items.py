@@ -1,7 +1,7 @@
 """What a user hands in: one item for each micro-batch.
 
-Legend: B rows, T positions of a row. Labels are already shifted: position t of every field speaks of the token that
-the model predicts from position t, i.e. of token t + 1 of the text.
+Legend: B rows, T positions of a row, K candidates, V vocabulary. Labels are already shifted: position t of every field
+speaks of the token that the model predicts from position t, i.e. of token t + 1 of the text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from toolkit.errors import DataError
 from toolkit.losses.fields import PerToken, TensorRecord
+from toolkit.losses.provenance import LogprobSpec
 
 
 class LossContextInputItem(TensorRecord):
@@ -52,6 +53,9 @@ class LossContextInputItem(TensorRecord):
 
     def _fitted(self, name: str, value: Tensor) -> Tensor:
         """Return `value` in the shape of the labels: given so, or [T] for every row, or [B, 1] for a whole row."""
+        mark = self.layout(name) if self.is_per_token(name) else None
+        if isinstance(mark, PerToken) and mark.trailing:
+            return self._fitted_candidates(name, value)
         shape = self.shifted_labels.shape
         fits = value.shape == shape or (len(shape) == 2 and value.shape in (shape[1:], torch.Size([shape[0], 1])))
         if not fits:
@@ -59,9 +63,27 @@ class LossContextInputItem(TensorRecord):
                 f"{name} has shape {list(value.shape)}, but shifted_labels has {list(shape)}; allowed are "
                 f"{list(shape)}, [{shape[-1]}] and [{shape[0]}, 1]"
             )
+        if name == "group_ids":
+            if value.is_floating_point() or value.dtype == torch.bool:
+                raise DataError(f"group_ids has dtype {value.dtype}; it must be an integer tensor")
+            return value.long().expand(shape)
         if not value.is_floating_point():
             raise DataError(f"{name} has dtype {value.dtype}; it must be a floating-point tensor")
         return value.expand(shape)
+
+    def _fitted_candidates(self, name: str, value: Tensor) -> Tensor:
+        """Return `value` as [B, T, K]: given so, or [T, K] for every row."""
+        shape = self.shifted_labels.shape
+        is_shaped = value.dim() >= 2 and value.shape[:-1] in (shape, shape[-1:]) and value.shape[-1] > 0
+        if not is_shaped:
+            raise DataError(
+                f"{name} has shape {list(value.shape)}, but shifted_labels has {list(shape)}; it must be "
+                f"[{', '.join(map(str, shape))}, K] with K candidates for each position"
+            )
+        if name.endswith("_ids") == value.is_floating_point() or value.dtype == torch.bool:
+            kind = "int64" if name.endswith("_ids") else "floating-point"
+            raise DataError(f"{name} has dtype {value.dtype}; it must be a tensor of {kind}")
+        return (value.long() if name.endswith("_ids") else value).expand(*shape, -1)
 
 
 class CELossContextInputItem(LossContextInputItem):
@@ -78,4 +100,22 @@ class RLLossContextInputItem(LossContextInputItem):
     ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     """Log-probabilities of the reference policy, in nats; needed with ``use_kl_loss``."""
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    """Log-probabilities as the sampler reported them, in nats; reported as a metric, not trained on."""
+    """Log-probabilities as the sampler reported them, in nats; NaN where it did not. Read by ``anchor="rollout"``, by
+    corrections and by metrics."""
+    teacher_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    """Log-probabilities of a teacher, in nats; for distillation."""
+    teacher_topk_ids: Annotated[Tensor | None, PerToken(pad=-1, trailing=1)] = None
+    """[.., T, K] int64, candidate tokens of each position; a negative one stands for none. None: the whole vocabulary,
+    K = V in order."""
+    teacher_topk_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, trailing=1)] = None
+    """[.., T, K] the teacher's log-probabilities of them in nats, over its full vocabulary, at the temperature of the
+    loss. For distillation with ``variant="top_k"``."""
+    ref_topk_ids: Annotated[Tensor | None, PerToken(pad=-1, trailing=1)] = None
+    """[.., T, K] the same of the reference policy."""
+    ref_topk_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, trailing=1)] = None
+    """[.., T, K] the same of the reference policy; for ``kl_loss_type`` "top_k" and "full"."""
+    group_ids: Annotated[Tensor | None, PerToken(pad=-1)] = None
+    """int64, the prompt that a position's sequence answers; the same number for all completions of one prompt, in
+    every micro-batch and on every rank. For ``prompt_mean`` and losses of scope "group"; [B, 1] broadcasts."""
+    rollout_spec: LogprobSpec | None = None
+    """How ``rollout_logprobs`` were taken; compared with the loss's own settings before they are used."""

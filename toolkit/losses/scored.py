@@ -6,7 +6,8 @@ Legend: B rows, T positions of a row, N scored tokens, n of them in one call, D 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -53,11 +54,22 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         """Return the sequence of each position, for a loss of scope "sequence"."""
         return None
 
+    def candidate_ids(self, loss_kwargs: Any) -> Tensor | Literal["all"] | None:
+        """Return the tokens that `loss_from_scores` wants scored beside the labels; the head's path is then general.
+
+        Args:
+            loss_kwargs: the kwargs of n tokens.
+
+        Returns:
+            [n, K], negative for none; "all" for the whole vocabulary; None: no others.
+        """
+        return None
+
     def forward(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         """Return the loss of this micro-batch and its metrics; see `BaseLossContext.forward`."""
-        if self.loss_cfg.mode == "eager" or self._has_own_loss_fn:
+        if self.loss_cfg.mode == "eager" or self._is_general:
             return super().forward(hidden_states, head_weight, head_bias)
         self._check(hidden_states, head_weight, head_bias)
 
@@ -78,23 +90,29 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, positions)
         cfg = self.loss_cfg
         transform = LogitTransform(cfg.logit_scale, cfg.softcap, cfg.temperature)
-        with_entropy = bool(self.entropy)
+        taken = loss_kwargs.take(positions)
         scores = eager_scores(
-            hidden, head_weight, flat.index_select(0, positions), head_bias, transform, with_entropy=with_entropy
+            hidden,
+            head_weight,
+            flat.index_select(0, positions),
+            head_bias,
+            transform,
+            with_entropy=bool(self.entropy),
+            candidate_ids=self.candidate_ids(taken),
         )
         if scores.entropy is not None and self.entropy == "metric":
-            scores = TokenScores(scores.logprobs, scores.entropy.detach())
-        return self.loss_from_scores(scores, loss_kwargs.take(positions))
+            scores = replace(scores, entropy=scores.entropy.detach())
+        return self.loss_from_scores(scores, taken)
 
     def _chunk_plan(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> HeadPlan:
-        if self._has_own_loss_fn:
+        if self._is_general:
             return super()._chunk_plan(hidden_states, head_weight, head_bias)
         return explain(hidden_states, head_weight, self.scored_labels(), head_bias, **self._head_options())
 
     @property
-    def _has_own_loss_fn(self) -> bool:
-        """Whether a subclass overrides `loss_fn`: then that is the loss, and it goes the general path."""
-        return type(self).loss_fn is not ScoredLossContext.loss_fn
+    def _is_general(self) -> bool:
+        """Whether a subclass overrides `loss_fn`, which then is the loss, or wants candidates: autograd serves both."""
+        return type(self).loss_fn is not ScoredLossContext.loss_fn or self.candidate_ids(self.loss_kwargs) is not None
 
     def _head_options(self) -> dict[str, Any]:
         cfg = self.loss_cfg

@@ -1,0 +1,57 @@
+"""ROLL's `ActorPGWorker` losses, reduced by its `agg_loss`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.dialects import Run
+from tests.dialects.parts import Fields, preset_of, renamed, scored_rows, scored_tokens
+from tests.golden_data import Case
+
+EXCLUDED: dict[str, str] = {}
+UNMASKED_MEAN = "token-mean lets the tokens between turns into the sum, with their gradient: a mean over other tokens"
+OPTIONS = {
+    "tis_lower_bound": "weight_min",
+    "tis_upper_bound": "weight_max",
+    "topr_positive_weight": "positive_weight",
+    "topr_negative_weight": "negative_weight",
+    "cispo_epsilon_low": "cliprange_low",
+    "cispo_epsilon_high": "cliprange_high",
+    "cispo_use_unified_mask": "use_unified_mask",
+    "kimi15_tau": "tau",
+}
+EPSILON = 1e-8
+"""Its mean over the tokens of a row divides by their number and this."""
+
+
+def translate(case: Case) -> Run:
+    policy_loss = renamed(case.params, OPTIONS)
+    if case.entry == "ppo":
+        policy_loss |= ppo(case.params)
+    name, scale = case.params.get("loss_agg_mode", "seq-mean-token-mean"), 1.0
+    aggregation: Fields = {"name": name.replace("-", "_")}
+    if name == "seq-mean-token-sum-norm":  # divides by the padded width, and not by the number of sequences
+        width = case.inputs["response_mask"].shape[-1]
+        aggregation, scale = {"name": "constant", "length": width}, float(scored_rows(case))
+    return Run(
+        preset=preset_of(case),
+        policy_loss=policy_loss,
+        loss={"aggregation": aggregation},
+        row_epsilon=EPSILON if name == "seq-mean-token-mean" else 0.0,
+        scale=scale,
+    )
+
+
+def reason_to_exclude(case: Case) -> str | None:
+    """What depends on the parameters."""
+    has_holes = int(case.inputs["seq_lens"].sum()) != scored_tokens(case)
+    return UNMASKED_MEAN if case.params.get("loss_agg_mode") == "token-mean" and has_holes else None
+
+
+def ppo(given: dict[str, Any]) -> Fields:
+    clip = given.get("pg_clip", 0.2)
+    low, high = clip, clip
+    if given.get("use_pg_clip_range"):
+        low, high = given.get("pg_clip_low", 0.2), given.get("pg_clip_high", 0.2)
+    dual = 1 + 2 * clip if given.get("dual_clip_loss") else None
+    return {"cliprange_low": low, "cliprange_high": high, "clip_ratio_c": dual}

@@ -1,0 +1,54 @@
+"""Config of the aggregation; no torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from toolkit.errors import ConfigError
+from toolkit.functional.names import PER_SEQUENCE, Aggregation
+from toolkit.schema import Config
+
+Factor = Annotated[float, Field(ge=0)]
+
+
+class AggregationConfig(Config):
+    """How token losses become one number: which weight a token has and what the sum is divided by."""
+
+    name: Aggregation = "token_mean"
+    """See `toolkit.functional.aggregation` for what each divides by."""
+    length: Annotated[float, Field(gt=0)] | None = None
+    """L of ``constant``, in tokens: as a rule the longest completion allowed (Dr. GRPO)."""
+    count_empty: bool = False
+    """Whether sequences (prompts) without a scored token count; TRL, SkyRL and ms-swift count them, verl does not."""
+    positive_weight: Factor = 1.0
+    """Factor of the tokens with A > 0 under ``per_component``."""
+    negative_weight: Factor = 1.0
+    """Factor of the other tokens under ``per_component``."""
+
+    @model_validator(mode="after")
+    def _every_setting_is_read(self) -> AggregationConfig:
+        if self.name == "constant" and self.length is None:
+            raise ConfigError(
+                "aggregation 'constant' divides by a fixed length and needs it: give length, in tokens "
+                "(on the command line: aggregation=constant loss.aggregation.length=1024)"
+            )
+        unread: dict[str, tuple[str, ...]] = {
+            "length": ("constant",),
+            "count_empty": (*PER_SEQUENCE, "prompt_mean"),
+            "positive_weight": ("per_component",),
+            "negative_weight": ("per_component",),
+        }
+        for field, readers in unread.items():
+            if getattr(self, field) != type(self).model_fields[field].default and self.name not in readers:
+                raise ConfigError(
+                    f"{field}={getattr(self, field)} has no effect on aggregation {self.name!r}; it is read by "
+                    f"{', '.join(readers)}"
+                )
+        return self
+
+
+def aggregation_from(given: Any) -> Any:
+    """Return the config of an aggregation given by its name alone; anything else is left to validation."""
+    return {"name": given} if isinstance(given, str) else given

@@ -10,9 +10,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from toolkit import ConfigError, GRPOLossConfig
-from toolkit.config import SCHEMAS, RunConfig, build_config, check_overrides, compose_config, conf_dir
+from toolkit.config import SCHEMAS, RunConfig, build_config, build_loss, check_overrides, compose_config, conf_dir
 from toolkit.functional import registry
+from toolkit.functional.advantages import advantage, advantage_names
 from toolkit.plugins import load_plugins
+from toolkit.training.config import TRAINING_HAS
 
 CONF = Path(conf_dir())
 EXPERIMENTS = [
@@ -33,13 +35,25 @@ def test_the_documented_command_line() -> None:
     assert (loss.use_kl_loss, loss.kl_loss_type, loss.mode, loss.chunk_size) == (True, "k3", "chunk", 256)
 
 
+FOR_OWN_LOOPS = ("kl=top_k", "kl=full", "policy_loss=opd", "policy_loss=sdar", "loss=opd")
+"""Choices that read what the training command does not make: a teacher's or the reference's distribution."""
+
+
 @pytest.mark.parametrize("group", sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "bench"))
 def test_every_choice_of_every_group_composes(group: str) -> None:
-    extra = {"pretrained": ["model.path=x"]}
+    extra = {"pretrained": ["model.path=x"], "adaptive": ["kl=k2"]}
+    if group == "advantage":  # those that the training command cannot serve are refused where advantages are used
+        extra = {name: ["loss=ce"] for name in advantage_names() if not set(advantage(name).needs) <= set(TRAINING_HAS)}
     for path in (CONF / group).glob("*.yaml"):
         choice = [f"+{group}={path.stem}"] if group in ("experiment", "debug") else [f"{group}={path.stem}"]
         choice = [c.removeprefix("+") for c in choice]
-        build_config(compose_config([*choice, *extra.get(path.stem, [])]))
+        cfg = compose_config([*choice, *extra.get(path.stem, [])])
+        if f"{group}={path.stem}" not in FOR_OWN_LOOPS:
+            build_config(cfg)
+            continue
+        build_loss(cfg)
+        with pytest.raises(ConfigError, match="in a loop of your own"):
+            build_config(cfg)
 
 
 @pytest.mark.parametrize("preset", EXPERIMENTS)
@@ -75,7 +89,11 @@ def test_every_field_of_every_config_is_explained() -> None:
 
 
 WRONG = [
-    (["loss=grop"], "loss=grop is not a choice of loss: choose 'ce' or 'grpo'; try: loss=grpo"),
+    (
+        ["loss=grop"],
+        "loss=grop is not a choice of loss: choose 'ce', 'grpo', 'opd', 'oreal' or 'preset/<peer>/<name>'; "
+        "try: loss=grpo",
+    ),
     (["loss.chunk_sz=3"], "try: loss.chunk_size=3"),
     (
         ["loss.mode=chnk"],
@@ -108,7 +126,14 @@ WRONG = [
     (["experiment=grpo_kl,dr_grpo"], "add -m"),
     (["model.num_heads=3"], "must be an even number"),
     (["optimizer.betas=[2,3]"], "optimizer.betas"),
-    (["rollout.group_size=1"], "rollout.group_size=1 is not allowed"),
+    (["rollout.group_size=0"], "rollout.group_size=0 is not allowed"),
+    (["rollout.group_size=1"], "advantage=grpo compares the completions of one prompt, but rollout.group_size=1"),
+    (["advantage=gae"], "advantage=gae needs 'values', which the training command has not got"),
+    (["advantage=grop"], "try: advantage=grpo"),
+    (["advantage.stdd=none"], "try: advantage.std=none"),
+    (["advantage.std=non"], "try: advantage.std=none"),
+    (["advantage=pass_at_k", "advantage.k=0"], "advantage.k=0 is not allowed"),
+    (["+advantage.new=1"], "advantage.new is not a setting of advantage"),
     (["loss.ignore_idx=5"], "is the id of a token"),
     (["loss.softcap=30"], "loss.logit_scale and loss.softcap are for loops of your own"),
     (["loss.chunk_size=big"], "loss.chunk_size='big' is not allowed: it must be a number of tokens above 0, or 'auto'"),
@@ -188,9 +213,9 @@ def test_errors_need_no_torch() -> None:
 def test_help_and_cfg() -> None:
     done = train("--help")
     assert done.returncode == 0
-    assert "policy_loss: cispo, gspo, vanilla" in done.stdout
+    assert f"policy_loss: {', '.join(registry.policy_loss_names())}" in " ".join(done.stdout.split())
     assert "schema" not in done.stdout.split("== Configuration")[0]
-    assert "kl: abs, k1, k2, k3, none" in done.stdout
+    assert "kl: abs, full, k1, k1_in_reward," in done.stdout
     done = train("--cfg", "job", "--resolve", "kl=k3")
     assert done.returncode == 0
     assert OmegaConf.create(done.stdout).loss.kl_loss_type == "k3"
@@ -263,7 +288,7 @@ def test_own_configuration_folder(tmp_path: Path) -> None:
     for wrong, words in (
         ("loss.gama=1", "try: loss.gamma=1"),
         ("loss.gamma=x", "loss.gamma='x' is not allowed"),
-        ("loss=focl", "choose 'ce', 'focal' or 'grpo'; try: loss=focal"),
+        ("loss=focl", "choose 'ce', 'focal', 'grpo', 'opd', 'oreal' or 'preset/<peer>/<name>'; try: loss=focal"),
         ("kl=k3", "kl=k3 has no effect"),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -1,5 +1,7 @@
 """Several processes give the gradient of one: really spawned, joined by gloo."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +15,25 @@ from tests.conftest import random_head, random_item, run_processes
 from toolkit import CELossConfig, GRPOLossConfig, LaunchError, LossRunner, RLLossContextInputItem
 from toolkit.distributed import check_world_size, reduce_metrics
 from toolkit.losses.items import CELossContextInputItem
-from toolkit.metrics import Max, Mean, Min, Sum, merge_metrics, to_floats
+from toolkit.metrics import EffectiveSampleSize, Max, Mean, Min, Sum, merge_metrics, to_floats
 
 SHAPE = (4, 6)
 CONFIGS = {
     "grpo": GRPOLossConfig(use_kl_loss=True, kl_loss_type="k3", kl_loss_coef=0.1, use_entropy_metric=True),
     "grpo_chunk": GRPOLossConfig(use_kl_loss=True, kl_loss_type="k3", kl_loss_coef=0.1, mode="chunk", chunk_size=4),
+    "grpo_corrected": GRPOLossConfig(
+        policy_loss_cfg={"loss_type": "gspo", "cliprange_low": 0.2},
+        aggregation="prompt_mean",
+        correction=[
+            {"action": "clamp_upper", "upper": 2.0, "normalize": True},
+            {"action": "mask", "lower": 0.4, "upper": 2.5, "denominator": "survivors"},
+        ],
+        positive_nll_coef=0.3,
+    ),
+    "grpo_components": GRPOLossConfig(aggregation={"name": "per_component", "positive_weight": 2.0}),
+    "grpo_constant": GRPOLossConfig(aggregation={"name": "constant", "length": 5}, mode="chunk", chunk_size=4),
+    "grpo_sum": GRPOLossConfig(aggregation="token_sum"),
+    "grpo_sequences": GRPOLossConfig(aggregation="seq_mean_token_mean"),
     "ce_token": CELossConfig(),
     "ce_sample": CELossConfig(loss_reduction="sample"),
     "ce_square": CELossConfig(loss_reduction="square", mode="chunk", chunk_size=4),
@@ -97,16 +112,18 @@ def data_parallel(rank: int, world: int, name: str, dtype: torch.dtype, is_uneve
 
 def reference(name: str, dtype: torch.dtype) -> tuple[float, Tensor, Tensor, dict[str, float]]:
     """The loss of everything in one batch, worked out without the process group."""
-    group = dist.group.WORLD
-    import toolkit.losses.calibration as calibration
-
-    whole, calibration.all_reduce_sum = calibration.all_reduce_sum, lambda values: values
-    size, calibration.world_size = calibration.world_size, lambda: 1
-    try:
+    with alone():
         return one_process(name, dtype)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """As if there were no process group."""
+    kept, dist.is_initialized = dist.is_initialized, lambda: False
+    try:
+        yield
     finally:
-        calibration.all_reduce_sum, calibration.world_size = whole, size
-        assert dist.group.WORLD is group
+        dist.is_initialized = kept
 
 
 @pytest.mark.dist
@@ -160,7 +177,7 @@ def sequence_parallel(rank: int, world: int) -> None:
     """Two ranks share a packed row whose length is odd; token, sample and square weights."""
     mesh = init_device_mesh("cpu", (world,))
     bounds = torch.tensor([0, 5, 6, 23])
-    for name in ("grpo", "ce_token", "ce_sample", "ce_square"):
+    for name in ("grpo", "grpo_components", "grpo_constant", "grpo_sum", "grpo_sequences", "ce_sample", "ce_square"):
         cfg = CONFIGS[name]
         item, (hidden, weight, bias) = data(name, torch.float64)
         row = type(item)(**{key: value.reshape(1, -1)[:, :23] for key, value in item.tensors()})
@@ -177,13 +194,9 @@ def sequence_parallel(rank: int, world: int) -> None:
         loss.backward()
         dist.all_reduce(model.weight.grad, op=dist.ReduceOp.SUM)
         whole = Wrapped(weight, bias)
-        import toolkit.losses.calibration as calibration
-
-        kept = calibration.all_reduce_sum, calibration.world_size
-        calibration.all_reduce_sum, calibration.world_size = (lambda values: values), (lambda: 1)
-        (kwargs,) = context.build_batches_loss_kwargs([row], cfg, [bounds])
-        calibration.all_reduce_sum, calibration.world_size = kept
-        whole(hidden, context(cfg, kwargs))[0].backward()
+        with alone():
+            (kwargs,) = context.build_batches_loss_kwargs([row], cfg, [bounds])
+            whole(hidden, context(cfg, kwargs))[0].backward()
         torch.testing.assert_close(model.weight.grad / world, whole.weight.grad, rtol=1e-12, atol=1e-15)
 
 
@@ -194,10 +207,10 @@ def test_sequence_parallel_equals_one_process() -> None:
 
 def metrics_reduce(rank: int, world: int) -> None:
     values = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([4.0])][rank]
-    found = to_floats(
-        reduce_metrics({"m": Mean.of(values), "s": Sum(values.sum()), "lo": Min.of(values), "hi": Max.of(values)})
-    )
-    assert found == {"m": 13 / 4, "s": 13.0, "lo": 1.0, "hi": 6.0}  # the mean of the means would be 3.5
+    parts = {"m": Mean.of(values), "s": Sum(values.sum()), "lo": Min.of(values), "hi": Max.of(values)}
+    found = to_floats(reduce_metrics({**parts, "ess": EffectiveSampleSize.of(values)}))
+    # The mean of the means would be 3.5.
+    assert found == {"m": 13 / 4, "s": 13.0, "lo": 1.0, "hi": 6.0, "ess": 13**2 / (4 * 57)}
 
 
 @pytest.mark.dist

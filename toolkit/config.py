@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -22,20 +22,25 @@ from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, model_validator
 
 from toolkit.benchmark.config import BenchConfig
-from toolkit.diagnosis import diagnose, groups_in
+from toolkit.diagnosis import choices_shown, diagnose, groups_in
 from toolkit.errors import ConfigError, listed
+from toolkit.functional.advantages import advantage, advantage_names
 from toolkit.functional.registry import policy_loss, policy_loss_names
-from toolkit.losses.config import BaseLossConfig, CELossConfig, GRPOLossConfig
-from toolkit.models.config import ModelConfig, PretrainedConfig, TinyLlamaConfig
+from toolkit.losses.aggregation import AggregationConfig
+from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig, GRPOLossConfig
+from toolkit.losses.config_opd import OPDLossConfig
+from toolkit.losses.config_oreal import OrealLossConfig
+from toolkit.models.config import PretrainedConfig, TinyLlamaConfig
 from toolkit.plugins import load_plugins
 from toolkit.rollout.config import RolloutConfig
+from toolkit.run_config import RunConfig
 from toolkit.schema import Config, located
-from toolkit.tasks.config import SpellBackwardConfig, TaskConfig
+from toolkit.tasks.config import SpellBackwardConfig
 from toolkit.training.config import (
     AdvantageConfig,
+    KLControlConfig,
     OptimizerConfig,
     SchedulerConfig,
     TrackerConfig,
@@ -46,10 +51,12 @@ from toolkit.training.config import (
 SCHEMAS: tuple[type[Config], ...] = (
     CELossConfig,
     GRPOLossConfig,
+    OrealLossConfig,
+    OPDLossConfig,
     SpellBackwardConfig,
     TinyLlamaConfig,
     PretrainedConfig,
-    AdvantageConfig,
+    KLControlConfig,
     RolloutConfig,
     WarmupConfig,
     OptimizerConfig,
@@ -58,54 +65,24 @@ SCHEMAS: tuple[type[Config], ...] = (
     TrackerConfig,
     BenchConfig,
 )
+PARTS: tuple[type[Config], ...] = (AggregationConfig,)
+"""Configs inside of others: their schema nodes are plain values."""
 ROOTS = {"config": "", "bench": "bench"}
 """The configurations that a command composes, and the group that belongs to that command alone."""
-BENCH_GROUPS = ("bench", "kl", "loss", "policy_loss")
+BENCH_GROUPS = ("aggregation", "bench", "kl", "loss", "policy_loss")
 BENCH_KEYS = ("bench", "loss", "plugins", "rollout")
 NOT_IN_BENCH = ("temperature", "logit_scale", "softcap", "ignore_idx", "entropy_coef", "drop_zero_advantage")
-READ_BY = {"policy_loss": "policy_loss_cfg", "kl": "use_kl_loss"}
+PRESET = "preset/"
+"""What the names of losses that are another project's definition begin with."""
+READ_BY = {
+    "policy_loss": "policy_loss_cfg",
+    "kl": "use_kl_loss",
+    "aggregation": "aggregation",
+    "correction": "correction",
+}
 """The field of a loss config that a group of choices is for."""
 MAX_CHECKED_JOBS = 32
 """Jobs of a multirun that are checked beforehand; each checks itself again when it starts."""
-
-
-class RunConfig(Config):
-    """Everything a training run needs, each part an instance of its config class."""
-
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
-    """Seed of data, weights and sampling."""
-    plugins: tuple[str, ...] = ()
-    """Python files or modules that register policy losses of the user's own."""
-    task: TaskConfig
-    model: ModelConfig
-    loss: BaseLossConfig
-    advantage: AdvantageConfig
-    rollout: RolloutConfig
-    warmup: WarmupConfig
-    optimizer: OptimizerConfig
-    scheduler: SchedulerConfig
-    training: TrainingConfig
-    tracker: TrackerConfig
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> RunConfig:
-        if self.loss.ignore_idx >= 0:
-            raise ConfigError(
-                f"loss.ignore_idx={self.loss.ignore_idx} is the id of a token, which would then never be scored; "
-                "use a negative number"
-            )
-        if self.loss.logit_scale != 1 or self.loss.softcap is not None:
-            raise ConfigError(
-                "loss.logit_scale and loss.softcap are for loops of your own: here the model samples, and scores its "
-                "samples, without them; leave both at their defaults"
-            )
-        sampled_at, scored_at = self.rollout.temperature, self.loss.temperature
-        if not isinstance(self.loss, CELossConfig) and sampled_at != scored_at:
-            raise ConfigError(
-                f"rollout.temperature={sampled_at} but loss.temperature={scored_at}: tokens must be scored as they "
-                "were sampled; give both the same (with loss=grpo set rollout.temperature alone, the loss follows)"
-            )
-        return self
 
 
 def conf_dir() -> str:
@@ -118,18 +95,27 @@ def conf_dir() -> str:
 
 
 def register_schemas() -> None:
-    """Put every config class and every policy loss where the YAML files find them; safe to call again."""
+    """Put every config class, policy loss and advantage estimator where YAML files find them; safe to call again."""
     store = ConfigStore.instance()
     OmegaConf.register_new_resolver("toolkit_choices", _choices_text, replace=True)
     for schema in SCHEMAS:
         target = f"{schema.__module__}.{schema.__name__}"
         store.store(group="schema", name=schema.__name__, node={"_target_": target, **schema.defaults()})
+    for part in PARTS:
+        store.store(group="schema", name=part.__name__, node=part.defaults())
     own_files = {path.stem for path in Path(conf_dir(), "policy_loss").glob("*.yaml")}
     for name in policy_loss_names():
         node = {"loss_type": name, **policy_loss(name).options_model.defaults()}
         store.store(group="schema/policy_loss", name=name, node=node)
         if name not in own_files:  # a plugin's loss is a choice without a file
             store.store(group="policy_loss", name=name, node=node)
+    target = f"{AdvantageConfig.__module__}.{AdvantageConfig.__name__}"
+    own_files = {path.stem for path in Path(conf_dir(), "advantage").glob("*.yaml")}
+    for name in advantage_names():
+        node = {"_target_": target, "estimator": name, **advantage(name).options_model.defaults()}
+        store.store(group="schema/advantage", name=name, node=node)
+        if name not in own_files:
+            store.store(group="advantage", name=name, node=node)
 
 
 def compose_config(overrides: Sequence[str], *, root: str = "config") -> DictConfig:
@@ -143,14 +129,7 @@ def compose_config(overrides: Sequence[str], *, root: str = "config") -> DictCon
         ConfigError: an override names a choice or a key that does not exist; the message names the nearest right one.
     """
     parsed = _parse(overrides)
-    for override in parsed:
-        key = str(override.key_or_group)
-        if key.startswith("loss.policy_loss_cfg"):
-            option = key.removeprefix("loss.policy_loss_cfg").lstrip(".") or "<option>"
-            raise ConfigError(
-                f"{override.input_line}: on the command line the policy loss has a group of its own; "
-                f"write policy_loss=<name> and policy_loss.{option}=..."
-            )
+    _check_policy_loss_keys(parsed)
     load_plugins(_plugins_in(parsed))
     register_schemas()
     with _own_hydra():
@@ -161,6 +140,24 @@ def compose_config(overrides: Sequence[str], *, root: str = "config") -> DictCon
             raise ConfigError(diagnose(parsed, error, groups, root)) from None
     _check_unread(parsed, cfg, BENCH_KEYS if root == "bench" else list(RunConfig.model_fields))
     return cfg
+
+
+def _check_policy_loss_keys(parsed: Sequence[Override]) -> None:
+    """Refuse the way to a policy loss's options that is not read: presets have them inside, other losses beside."""
+    preset = next((o.value() for o in parsed if o.key_or_group == "loss" and str(o.value()).startswith(PRESET)), None)
+    for override in parsed:
+        group, _, option = str(override.key_or_group).partition(".")
+        if preset is None and str(override.key_or_group).startswith("loss.policy_loss_cfg"):
+            option = option.removeprefix("policy_loss_cfg").lstrip(".") or "<option>"
+            raise ConfigError(
+                f"{override.input_line}: on the command line the policy loss has a group of its own; "
+                f"write policy_loss=<name> and policy_loss.{option}=..."
+            )
+        if preset is not None and group == "policy_loss":
+            raise ConfigError(
+                f"{override.input_line} has no effect: loss={preset} brings its policy loss along; change its options "
+                f"by loss.policy_loss_cfg.{option or '<option>'}=..., or take loss=grpo and choose all parts yourself"
+            )
 
 
 @contextlib.contextmanager
@@ -257,6 +254,12 @@ def build_bench(cfg: DictConfig) -> tuple[BenchConfig, BaseLossConfig]:
         ConfigError: as `build_config`.
     """
     loss = build_loss(cfg)
+    lacking = loss.not_in_training if isinstance(loss, BaseRLLossConfig) else None
+    if lacking is not None:
+        raise ConfigError(
+            f"the loss reads {lacking} of the items, which the benchmark does not make up; choose another policy loss, "
+            "or a KL estimated from the sampled token"
+        )
     for name, field in type(loss).model_fields.items():
         value = getattr(loss, name)
         if name in NOT_IN_BENCH and value != field.default:
@@ -296,7 +299,7 @@ def _groups(root: str, *folders: str) -> dict[str, list[str]]:
 
 def _choices_text(root: str = "config") -> str:
     """Return the choices for --help; Hydra's own list would show the schema nodes, too."""
-    return "\n".join(f"{group}: {', '.join(found)}" for group, found in _groups(root).items())
+    return "\n".join(f"{group}: {', '.join(choices_shown(found))}" for group, found in _groups(root).items())
 
 
 def _sweep_jobs(overrides: Sequence[str]) -> Iterable[Sequence[str]] | None:

@@ -12,19 +12,37 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from toolkit.errors import did_you_mean, listed, nearest
+from toolkit.functional.advantages import advantage_names
 from toolkit.functional.registry import policy_loss_names
 
-OPTIONAL_GROUPS = ("experiment", "debug")
+OPTIONAL_GROUPS = ("experiment", "debug", "aggregation")
 """Groups of which nothing may be chosen."""
 
 
 def groups_in(*folders: str) -> dict[str, list[str]]:
     """Return every group of these configuration folders with its choices, plugins' losses included."""
-    found: dict[str, set[str]] = {"policy_loss": set(policy_loss_names())}
+    found: dict[str, set[str]] = {"policy_loss": set(policy_loss_names()), "advantage": set(advantage_names())}
     for folder in folders:
-        for path in Path(folder).glob("*/*.yaml"):
-            found.setdefault(path.parent.name, set()).add(path.stem)
+        for path in Path(folder).glob("*/**/*.yaml"):
+            group, *choice = path.relative_to(folder).with_suffix("").parts
+            found.setdefault(group, set()).add("/".join(choice))
     return {group: sorted(choices) for group, choices in sorted(found.items())}
+
+
+def choices_shown(choices: list[str], given: str = "") -> list[str]:
+    """Return choices for people to read: presets, of which there are many, only where they are asked for.
+
+    Args:
+        choices: all of them.
+        given: what was chosen wrongly; ``preset/verl/...`` gets the presets of that peer.
+    """
+    folder = given.rpartition("/")[0]
+    inside = [choice for choice in choices if folder and choice.startswith(f"{folder}/")]
+    plain = [choice for choice in choices if "/" not in choice]
+    peers = {choice.rpartition("/")[0] for choice in choices if "/" in choice}
+    return inside or [*plain, *(f"{peer}/..." for peer in sorted(peers) if given.startswith("preset"))] + (
+        ["preset/<peer>/<name>"] if peers and not given.startswith("preset") else []
+    )
 
 
 def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]], root: str) -> str:
@@ -37,10 +55,13 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
         key, value = str(override.key_or_group), override.value()
         if key in OPTIONAL_GROUPS and value is None:
             return f"{override.input_line}: leave it out; {key} chooses nothing unless you name a preset"
-        if key in groups and str(value) not in groups[key]:
-            best = nearest(str(value), groups[key])
+        wanted = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        unknown = [one for one in wanted if key in groups and one not in groups[key]]
+        if unknown:
+            best = nearest(unknown[0], groups[key])
             hint = f"; try: {key}={best}" if best else ""
-            return f"{override.input_line} is not a choice of {key}: choose {listed(groups[key])}{hint}"
+            likely = choices_shown(groups[key], unknown[0])
+            return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}"
     choosing = [o for o in parsed if str(o.key_or_group) in groups or o.key_or_group == "hydra.searchpath"]
     known = _known_keys(choosing, root)
     for override in plain:

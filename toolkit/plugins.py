@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from toolkit.errors import ConfigError, ToolkitError
+from toolkit.functional.advantages import advantage_names
 from toolkit.functional.registry import policy_loss_names
 
 _loaded: dict[Path, int] = {}
@@ -24,6 +25,7 @@ def load_plugins(plugins: Iterable[str]) -> None:
         ConfigError: there is no such file or module, or it fails while it is imported.
     """
     for plugin in plugins:
+        advantage_names()
         policy_loss_names()  # built-in losses first: a plugin that takes one of their names is the one to complain of
         try:
             if plugin.endswith(".py"):

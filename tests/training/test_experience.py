@@ -5,11 +5,14 @@ import torch
 
 pytest.importorskip("transformers")
 
+from toolkit import ConfigError
+from toolkit.functional.rewards import RewardTerms
 from toolkit.models.config import TinyLlamaConfig
 from toolkit.models.policy import Policy
 from toolkit.rollout.sampler import complete
 from toolkit.tasks.base import Example
-from toolkit.training.experience import IGNORED, rows_from_answers, rows_from_completions
+from toolkit.training.config import AdvantageConfig
+from toolkit.training.experience import IGNORED, joined_terms, reward_terms, rows_from_answers, rows_from_completions
 
 PROMPTS = ["ab=", "abc=", "a="]
 
@@ -101,3 +104,41 @@ def test_silenced_rows_score_nothing(model) -> None:
     assert len(rows.silenced()) == 1
     assert (rows.silenced().shifted_labels == IGNORED).all()
     assert [len(piece) for piece in rows.split(1)] == [1, 1]
+
+
+def test_advantages_of_completions_whatever_their_shape(model) -> None:
+    policy, tokenizer = model
+    found = complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=4, group_size=2, temperature=1.0)
+    terms = reward_terms(torch.arange(6.0).view(3, 2), found)
+    assert terms.group_ids.tolist() == [0, 0, 1, 1, 2, 2]
+    assert terms.given("lengths").tolist() == found.is_new.sum(-1).tolist()
+    each = AdvantageConfig(estimator="reinforce_pp").compute(terms)
+    rows = rows_from_completions(found, each)
+    assert rows.advantages is not None
+    assert torch.equal(rows.advantages, each)
+    assert (each[rows.shifted_labels == IGNORED] == 0).all()
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce_pp", "reinforce_pp_baseline"])
+def test_a_batch_on_two_processes_is_one_batch(estimator: str) -> None:
+    mask = torch.tensor([[True, False, False], [True, True, False], [True, True, True], [True, False, True]])
+    rewards = torch.tensor([1.0, 0.0, 5.0, 2.0])
+    whole = RewardTerms(rewards=rewards, group_ids=torch.tensor([3, 3, 8, 8]), lengths=mask.sum(-1), mask=mask)
+    parts = [
+        RewardTerms(rewards=rewards[i : i + 2], group_ids=torch.zeros(2, dtype=torch.int64), lengths=m.sum(-1), mask=m)
+        for i, m in ((0, mask[:2, :2]), (2, mask[2:]))
+    ]
+    compute = AdvantageConfig(estimator=estimator).compute
+    assert torch.equal(compute(joined_terms(parts)), compute(whole))
+
+
+def test_advantage_config_is_checked_and_frozen() -> None:
+    config = AdvantageConfig(estimator="rloo", eps=1e-6)
+    assert config == AdvantageConfig(estimator="rloo", options={"eps": 1e-6})
+    assert config.options["singleton"] == "zero"
+    assert hash(config.options) == hash(AdvantageConfig(estimator="rloo", eps=1e-6).options)
+    for change in (lambda: config.options.update(eps=1), lambda: setattr(config, "estimator", "grpo")):
+        with pytest.raises(ConfigError, match="never changes"):
+            change()
+    with pytest.raises(ConfigError, match=r"advantage\.epss is not a setting"):
+        AdvantageConfig(epss=1)

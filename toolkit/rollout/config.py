@@ -16,11 +16,11 @@ class RolloutConfig(Config):
 
     prompts_per_step: Positive = 128
     """Prompts in one rollout, over all processes."""
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """Completions of each prompt: the group that advantages are relative to."""
+    group_size: Positive = 8
+    """Completions of each prompt: the group that most advantages are relative to, and which then needs 2 or more."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature; the loss scores tokens at the same one."""
     max_new_tokens: Positive | None = None
     """Longest completion; None: as long as the task's longest answer."""
     skip_uniform_groups: bool = True
-    """Leave out groups whose rewards are all equal: their advantages are 0 (DAPO's dynamic sampling)."""
+    """Leave out groups whose advantages are all 0, as those of equal rewards are in GRPO (DAPO's dynamic sampling)."""

@@ -43,7 +43,12 @@ def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: di
             fresh / "state.pt",
         )
         state = {"phase": phase.name, "next_step": phase.next_step, "num_updates": phase.num_updates}
-        state |= {"num_skipped": trainer.num_skipped, "identity": identity(trainer.config), **record}
+        state |= {
+            "num_skipped": trainer.num_skipped,
+            "kl_control": trainer.kl_penalty.state(),
+            "identity": identity(trainer.config),
+            **record,
+        }
         (fresh / "state.json").write_text(json.dumps({**state, "python_rng": random.getstate()}))
         old = output_dir / f"{CHECKPOINT}.old"
         shutil.rmtree(old, ignore_errors=True)

@@ -2,25 +2,98 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from toolkit.schema import Config
+from toolkit.errors import ConfigError, listed
+from toolkit.functional.advantages import Advantage, advantage, advantage_names
+from toolkit.functional.names import KLEstimator
+from toolkit.schema import Config, FrozenDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from toolkit.functional.rewards import RewardTerms
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+TRAINING_HAS = ("lengths", "mask")
+"""What the training command gives to an advantage estimator beside rewards and groups."""
 
 
 class AdvantageConfig(Config):
-    """From rewards to advantages, relative to the other completions of the same prompt."""
+    """From rewards to advantages: a registered estimator, its options beside it or in `options`."""
 
-    std: Literal["sample", "population", "none"] = "sample"
-    """Divide by the group's standard deviation: over G - 1, over G, or not at all (Dr. GRPO)."""
-    eps: Rate = 1e-4
-    """Added to the standard deviation; 1e-4 as in TRL."""
+    estimator: str = "grpo"
+    """Name of the estimator."""
+    options: Mapping[str, Any] = Field(default_factory=dict, validate_default=True)
+    """All options of the estimator; those that are not given have its defaults."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_options(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        beside = {name: value for name, value in given.items() if name not in cls.model_fields}
+        name = given.get("estimator", cls.model_fields["estimator"].default)
+        options = advantage(name).options({**(given.get("options") or {}), **beside})
+        return {"estimator": name, "options": options}
+
+    @field_validator("options", mode="after")
+    @classmethod
+    def _freeze_options(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        return FrozenDict(options)
+
+    def compute(self, terms: RewardTerms) -> Tensor:
+        """Return the advantages of `terms`: [S] one per sequence, or [S, T] one per token, as the estimator has them.
+
+        Raises:
+            DataError: `terms` lacks a field that the estimator needs.
+        """
+        return advantage(self.estimator).compute(terms, **self.options)
+
+    def check_training(self, group_size: int) -> None:
+        """Raise if the training command cannot serve the estimator.
+
+        Raises:
+            ConfigError: it needs what a run has not got, or several completions of each prompt and there is one.
+        """
+        found = advantage(self.estimator)
+        missing = [need for need in found.needs if need not in TRAINING_HAS]
+        if missing:
+            raise ConfigError(
+                f"advantage={self.estimator} needs {listed(missing, 'and')}, which the training command has not got; "
+                f"choose {listed(_served())}, or call it in a loop of your own (toolkit.functional.advantages)"
+            )
+        if group_size == 1 and found.within_group:
+            raise ConfigError(
+                f"advantage={self.estimator} compares the completions of one prompt, but rollout.group_size=1 leaves "
+                "nothing to compare: every advantage would be 0; set rollout.group_size=2 or more, or take "
+                f"advantage={' or '.join(_served(lambda one: not one.within_group))}"
+            )
+
+
+def _served(wanted: Callable[[Advantage], bool] = lambda one: True) -> list[str]:
+    """Return the estimators that need no more than a run has got."""
+    found = [advantage(name) for name in advantage_names()]
+    return [one.name for one in found if set(one.needs) <= set(TRAINING_HAS) and wanted(one)]
+
+
+class KLControlConfig(Config):
+    """KL(policy || reference) in the reward, and a coefficient that adapts."""
+
+    reward_type: KLEstimator | None = None
+    """Subtract reward_coef x this estimate, summed over a completion, from its reward; None: no KL in the reward."""
+    reward_coef: Rate = 0.001
+    """Coefficient of the KL in the reward; 0.001 as in verl."""
+    target: Rate | None = None
+    """KL of a completion, in nats, that the coefficient (of the reward or of the loss) is steered to; None: fixed."""
+    horizon: Positive = 10_000
+    """Completions over which an error of 10 % changes the coefficient by 10 %; 10,000 as in verl."""
 
 
 class OptimizerConfig(Config):

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from toolkit.functional.rewards import RewardTerms
 from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.provenance import LogprobSpec
 from toolkit.rollout.sampler import Completions
 from toolkit.tasks.base import Example
 
@@ -30,13 +33,17 @@ class Rows:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
+    group_ids: Tensor | None = None
+    temperature: float = 1.0
+    """At which the rows were sampled."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def select(self, index: Tensor | slice) -> Rows:
         """Return some of the rows."""
-        return replace(self, **{name: value[index] for name, value in vars(self).items() if value is not None})
+        parts: dict[str, Any] = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **parts)
 
     def split(self, size: int) -> list[Rows]:
         """Cut into consecutive pieces of at most `size` rows."""
@@ -58,23 +65,59 @@ class Rows:
             old_logprobs=self.old_logprobs,
             ref_logprobs=self.ref_logprobs,
             rollout_logprobs=self.rollout_logprobs,
+            group_ids=self.group_ids,
+            rollout_spec=LogprobSpec(temperature=self.temperature),
         )
 
 
-def rows_from_completions(completions: Completions, advantages: Tensor) -> Rows:
-    """Turn completions and one advantage for each into rows that score the new tokens.
+def rows_from_completions(
+    completions: Completions, advantages: Tensor, group_ids: Tensor | None = None, *, temperature: float = 1.0
+) -> Rows:
+    """Turn completions and their advantages into rows that score the new tokens.
 
     Args:
         completions: R rows of T tokens.
-        advantages: [R].
+        advantages: [R], or [R, T - 1] one for each position.
+        group_ids: [R] the prompt that each completion answers, unique over all processes.
+        temperature: at which they were sampled.
     """
+    advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
     labels = completions.input_ids.masked_fill(~completions.is_new, IGNORED)[:, 1:]
     return Rows(
         input_ids=completions.input_ids,
         attention_mask=completions.attention_mask,
         shifted_labels=labels,
-        advantages=advantages.to(labels.device).unsqueeze(-1).expand(labels.shape),
+        advantages=advantages.to(labels.device).expand(labels.shape),
         rollout_logprobs=completions.logprobs[:, 1:],
+        group_ids=None if group_ids is None else group_ids.to(labels.device).unsqueeze(-1).expand(labels.shape),
+        temperature=temperature,
+    )
+
+
+def reward_terms(rewards: Tensor, completions: Completions) -> RewardTerms:
+    """Return what an advantage estimator gets to see of completions, on the CPU.
+
+    Args:
+        rewards: [P, G] of G completions of each of P prompts.
+        completions: P x G rows of T tokens.
+    """
+    groups = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1])
+    mask = completions.is_new[:, 1:].cpu()
+    return RewardTerms(rewards=rewards.flatten(), group_ids=groups, lengths=mask.sum(-1), mask=mask)
+
+
+def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
+    """Return the bundle of several processes: no group is shared by two of them, short rows are padded."""
+    width = max(part.given("mask").shape[1] for part in parts)
+    first_group, groups = 0, []
+    for part in parts:
+        groups.append(part.group_ids + first_group)
+        first_group += int(part.group_ids.max()) + 1
+    return RewardTerms(
+        rewards=torch.cat([part.rewards for part in parts]),
+        group_ids=torch.cat(groups),
+        lengths=torch.cat([part.given("lengths") for part in parts]),
+        mask=torch.cat([pad(part.given("mask"), (0, width - part.given("mask").shape[1])) for part in parts]),
     )
 
 

@@ -19,8 +19,7 @@ from rich.console import Console
 from toolkit.config import RunConfig
 from toolkit.distributed import check_world_size, reduce_metrics
 from toolkit.errors import LaunchError
-from toolkit.losses.config import BaseLossConfig, GRPOLossConfig
-from toolkit.losses.grpo import GRPOLossContext
+from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.metrics import Max
 from toolkit.training import checkpoint
@@ -130,6 +129,7 @@ def _train(
     if folder is not None:
         checkpoint.load_weights(folder, trainer)
         trainer.num_skipped = state["num_skipped"]
+        trainer.kl_penalty.restore(state["kl_control"])
         tracker.restore(folder.parent, state["phase"], state["next_step"])
         console.print(f"resumed from {folder}: {state['phase']} step {state['next_step']}", soft_wrap=True)
     if state["phase"] == "warmup":
@@ -184,13 +184,21 @@ def _run_phase(
 
 def rehearse(loss_cfg: BaseLossConfig) -> None:
     """Call a policy loss once on two made-up tokens, so that a slip in one of your own shows before the warm-up."""
-    if isinstance(loss_cfg, GRPOLossConfig):
-        item = RLLossContextInputItem(shifted_labels=torch.tensor([[0, 1]]), advantages=torch.tensor([1.0, -1.0]))
-        if loss_cfg.use_kl_loss:
-            item.ref_logprobs = torch.tensor([[-1.0, -1.0]])
+    if isinstance(loss_cfg, BaseRLLossConfig):
+        logprobs: dict[str, Any] = {
+            name: torch.tensor([[-1.0, -1.0]])
+            for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "teacher_logprobs")
+        }
+        item = RLLossContextInputItem(
+            shifted_labels=torch.tensor([[0, 1]]),
+            advantages=torch.tensor([1.0, -1.0]),
+            group_ids=torch.tensor([[0]]),
+            **logprobs,
+        )
         hidden, weight = torch.zeros(1, 2, 2, requires_grad=True), torch.eye(2)
-        batches_kwargs = GRPOLossContext.build_batches_loss_kwargs([item], loss_cfg)
-        GRPOLossContext(loss_cfg, batches_kwargs[0]).forward(hidden, weight)[0].backward()
+        context = loss_cfg.loss_ctx_cls
+        batches_kwargs = context.build_batches_loss_kwargs([item], loss_cfg)
+        context(loss_cfg, batches_kwargs[0]).forward(hidden, weight)[0].backward()
 
 
 def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: str) -> Accelerator:

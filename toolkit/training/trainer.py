@@ -20,16 +20,25 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from toolkit.config import RunConfig
-from toolkit.distributed import all_reduce_sum, reduce_metrics
-from toolkit.functional.advantages import group_advantages
+from toolkit.distributed import all_gather_objects, all_reduce_sum, reduce_metrics
+from toolkit.functional.rewards import RewardTerms
 from toolkit.losses.calibration import loss_metric
-from toolkit.losses.config import BaseLossConfig, CELossConfig
+from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
+from toolkit.losses.grpo_kwargs import scope_of
 from toolkit.metrics import Max, Mean, Metric, Sum, merge_metrics, metrics_in, to_floats
 from toolkit.models.policy import Policy
 from toolkit.rollout.sampler import complete
 from toolkit.tasks.base import Example, Task
 from toolkit.training.config import SchedulerConfig
-from toolkit.training.experience import IGNORED, Rows, rows_from_answers, rows_from_completions
+from toolkit.training.experience import (
+    IGNORED,
+    Rows,
+    joined_terms,
+    reward_terms,
+    rows_from_answers,
+    rows_from_completions,
+)
+from toolkit.training.kl_penalty import KLPenalty
 
 WARMUP_RISE = 10
 """Updates over which the warm-up's learning rate rises."""
@@ -62,6 +71,7 @@ class Trainer:
         self.task = task
         self.tokenizer = tokenizer
         self.reference: Policy | None = None
+        self.kl_penalty = KLPenalty(config.kl_control, config.loss)
         self.policy = accelerator.prepare_model(policy)
         self.num_skipped = 0
 
@@ -96,7 +106,7 @@ class Trainer:
                 self._optimizer(lr),
                 schedule,
             )
-        if getattr(loss_cfg, "use_kl_loss", False) and self.reference is None:
+        if self.kl_penalty.needs_reference and self.reference is None:
             self.reference = copy.deepcopy(self.unwrapped).eval().requires_grad_(False)
         schedule = learning_rate_schedule(self.config.scheduler, lr, cfg.steps * cfg.minibatches)
         return Phase("main", cfg.steps, self._rl_step, self._optimizer(lr), schedule)
@@ -139,15 +149,29 @@ class Trainer:
         cfg, step = self.config, phase.next_step
         prompts = self.task.draw(cfg.rollout.prompts_per_step, self._rng("main", step, "data"))
         rows, measured = self._experience(self._own_share(prompts), self._rng("main", step, "reward", self._rank))
-        if cfg.training.minibatches > 1:
+        needs_old = cfg.training.minibatches > 1 or bool(getattr(cfg.loss, "correction", ()))
+        if needs_old and rows.old_logprobs is None:
             rows = replace(rows, old_logprobs=self._score(self.unwrapped, rows))
-        if self.reference is not None:
+        if self.reference is not None and rows.ref_logprobs is None:
             rows = replace(rows, ref_logprobs=self._score(self.reference, rows))
-        order = torch.randperm(len(rows)).to(rows.input_ids.device)
-        for index in order.tensor_split(cfg.training.minibatches):
-            stepped = self._optimizer_step(phase, rows.select(index) if len(index) else rows.silenced(), cfg.loss)
+        loss_cfg = self.kl_penalty.loss_config(_without_empty(cfg.loss))
+        for index in self._shuffled(len(rows)).tensor_split(cfg.training.minibatches):
+            own = index.flatten().to(rows.input_ids.device)
+            stepped = self._optimizer_step(phase, rows.select(own) if len(own) else rows.silenced(), loss_cfg)
             measured = merge_metrics([measured, stepped])
-        return to_floats(measured)
+        metrics = to_floats(measured)
+        return metrics | self.kl_penalty.observe(metrics, cfg.rollout.prompts_per_step * cfg.rollout.group_size)
+
+    def _shuffled(self, number: int) -> Tensor:
+        """Return the rows of a rollout in random order: [n, 1], or [P, G] where a loss needs whole groups."""
+        size = self.config.rollout.group_size if self._needs_groups and number > 1 else 1
+        groups = torch.randperm(number // size)
+        return groups.unsqueeze(-1) * size + torch.arange(size)
+
+    @property
+    def _needs_groups(self) -> bool:
+        loss_cfg = self.config.loss
+        return isinstance(loss_cfg, BaseRLLossConfig) and scope_of(loss_cfg) == "group"
 
     def _experience(self, examples: list[Example], rng: Random) -> tuple[Rows, dict[str, Metric]]:
         """Sample completions of this process's prompts, reward them and compare them within their groups."""
@@ -168,20 +192,40 @@ class Trainer:
                 for row, (text, ended) in enumerate(zip(completions.texts, completions.finished, strict=True))
             ]
         ).view(-1, cfg.group_size)
-        advantages = group_advantages(rewards, std=self.config.advantage.std, eps=self.config.advantage.eps)
-        rows = rows_from_completions(completions, advantages.flatten())
+        # Prompts are dealt out in turn, so these numbers are those of the prompts over all processes.
+        prompts = self._rank + self.accelerator.num_processes * torch.arange(len(examples))
+        groups = prompts.repeat_interleave(cfg.group_size)
+        rows = rows_from_completions(completions, torch.zeros(len(groups)), groups, temperature=cfg.temperature)
+        measured: dict[str, Metric] = {"reward": Mean.of(rewards)}
+        if self.config.kl_control.reward_type is not None:
+            assert self.reference is not None
+            old, ref = self._score(self.unwrapped, rows), self._score(self.reference, rows)
+            rows = replace(rows, old_logprobs=old, ref_logprobs=ref)
+            rewards, of_kl = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)
+            measured |= of_kl
+        advantages = self._advantages(reward_terms(rewards, completions))
+        per_token = (advantages if advantages.dim() == 2 else advantages.unsqueeze(-1)).to(rows.input_ids.device)
+        rows = replace(rows, advantages=per_token.expand(rows.shifted_labels.shape))
         is_uniform = (rewards == rewards[:, :1]).all(-1)
         metrics = reduce_metrics(
             {
-                "reward": Mean.of(rewards),
+                **measured,
                 "uniform_groups": Mean.of(is_uniform),
                 "completion_tokens": Mean.of(completions.is_new.sum(-1).cpu()),
             }
         )
         if cfg.skip_uniform_groups:
-            kept = (~is_uniform).repeat_interleave(cfg.group_size).nonzero().squeeze(-1).to(rows.input_ids.device)
+            teaches = (advantages.view(*rewards.shape, -1) != 0).any(-1).any(-1)
+            kept = teaches.repeat_interleave(cfg.group_size).nonzero().squeeze(-1).to(rows.input_ids.device)
             rows = rows.select(kept) if len(kept) else rows.silenced()
         return rows, metrics
+
+    def _advantages(self, own: RewardTerms) -> Tensor:
+        """Return the advantages of this process's completions, [R] or [R, T - 1]; the batch is that of all of them."""
+        parts = all_gather_objects(own)
+        start = sum(len(part.rewards) for part in parts[: self._rank])
+        found = self.config.advantage.compute(joined_terms(parts))[start : start + len(own.rewards)]
+        return found if found.dim() == 1 else found[:, : own.given("mask").shape[1]]
 
     @torch.no_grad()
     def _score(self, policy: Policy, rows: Rows) -> Tensor:
@@ -197,7 +241,10 @@ class Trainer:
         for group in phase.optimizer.param_groups:
             group["lr"] = phase.learning_rate(phase.num_updates)
         phase.num_updates += 1
-        micro_batches = self._same_number_everywhere(rows.split(self.config.training.micro_batch_size))
+        size = self.config.training.micro_batch_size
+        if self._needs_groups:  # RunConfig has made sure that a micro-batch holds a group
+            size -= size % self.config.rollout.group_size
+        micro_batches = self._same_number_everywhere(rows.split(size))
         items = [rows.item(loss_cfg.ignore_idx) for rows in micro_batches]
         context = loss_cfg.loss_ctx_cls
         batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg)
@@ -269,6 +316,14 @@ class Trainer:
     def _own_share(self, examples: list[Example]) -> list[Example]:
         # A process without work still takes part: with fewer examples than processes, some are seen twice.
         return examples[self._rank :: self.accelerator.num_processes] or examples[:1]
+
+
+def _without_empty(loss_cfg: BaseLossConfig) -> BaseLossConfig:
+    """Do not count empty sequences: every completion has a token, only the rows of a rank without work have none."""
+    if "aggregation" not in type(loss_cfg).model_fields:
+        return loss_cfg
+    aggregation = loss_cfg.aggregation.model_copy(update={"count_empty": False})  # type: ignore[attr-defined]
+    return loss_cfg.model_copy(update={"aggregation": aggregation})
 
 
 def _per_update(metrics: dict[str, Metric]) -> dict[str, Metric]:

@@ -1,0 +1,85 @@
+"""KL in the reward, a coefficient that adapts, and rows that stay with their group."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit import ConfigError, GRPOLossConfig
+from toolkit.config import build_config, compose_config
+from toolkit.metrics import to_floats
+from toolkit.training.config import KLControlConfig
+from toolkit.training.kl_penalty import KLPenalty
+from toolkit.training.trainer import Trainer
+
+
+def test_rewards_less_kl_by_hand() -> None:
+    # Two completions of one prompt: log ratios .2 and .3 (KL .5), and -.1 on the only scored token of the second.
+    penalty = KLPenalty(KLControlConfig(reward_type="k1", reward_coef=0.1), GRPOLossConfig())
+    own = torch.tensor([[-1.0, -2.0], [-1.0, math.nan]])
+    ref = torch.tensor([[-1.2, -2.3], [-0.9, math.inf]])
+    scored = torch.tensor([[True, True], [True, False]])
+    rewards, metrics = penalty.off_rewards(torch.tensor([[1.0, 0.0]]), own, ref, scored)
+    assert rewards.tolist() == [pytest.approx([1 - 0.05, 0.01])]
+    assert to_floats(metrics)["kl_completion"] == pytest.approx((0.5 - 0.1) / 2)
+    assert penalty.needs_reference
+
+
+@pytest.mark.parametrize(("observed", "factor"), [(2.0, 1.02), (0.5, 0.98), (1.1, 1.01)])
+def test_the_coefficient_follows_the_target(observed: float, factor: float) -> None:
+    # Relative error of at most 0.2, times 100 completions of a horizon of 1000.
+    control = KLControlConfig(reward_type="k1", reward_coef=0.5, target=1.0, horizon=1000)
+    penalty = KLPenalty(control, GRPOLossConfig())
+    assert penalty.observe({"kl_completion": observed}, 100) == {"kl_coef": 0.5}
+    assert penalty.reward_coef == pytest.approx(0.5 * factor)
+    fresh = KLPenalty(control, GRPOLossConfig())
+    fresh.restore(penalty.state())
+    assert fresh.reward_coef == penalty.reward_coef
+    assert penalty.observe({"kl_completion": math.nan}, 100) == {"kl_coef": penalty.reward_coef}
+
+
+def test_the_coefficient_of_the_loss_adapts_too() -> None:
+    cfg = GRPOLossConfig(use_kl_loss=True, kl_loss_type="k2", kl_loss_coef=0.5)
+    penalty = KLPenalty(KLControlConfig(target=1.0, horizon=1000), cfg)
+    assert penalty.loss_config(cfg) == cfg
+    penalty.observe({"kl_ref": 0.5, "completion_tokens": 4.0}, 100)  # 2 nats a completion
+    assert penalty.loss_config(cfg).kl_loss_coef == pytest.approx(0.51)  # type: ignore[attr-defined]
+    assert cfg.kl_loss_coef == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["kl_control=adaptive"], "there is no KL to steer"),
+        (["kl_control=adaptive", "kl=k2", "kl_control.reward_type=k1"], "both kl_control.reward_type and the loss"),
+        (["kl_control=adaptive", "kl=k2", "kl_control.horizon=100"], "make it more than 204"),
+        (["kl_control.reward_type=k1", "loss=ce"], "no effect without rewards"),
+        (["policy_loss=real", "training.micro_batch_size=4"], "training.micro_batch_size=8 or more"),
+        (["policy_loss=opd"], "no teacher"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_config(compose_config(overrides))
+
+
+class Stub:
+    """As much of a trainer as shuffling reads."""
+
+    _needs_groups = Trainer._needs_groups
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+@pytest.mark.parametrize("policy_loss", ["vanilla", "real"])
+def test_rows_stay_with_their_group_where_the_loss_needs_it(policy_loss: str) -> None:
+    config = build_config(compose_config([f"policy_loss={policy_loss}", "rollout.group_size=4"]))
+    order = Trainer._shuffled(Stub(config), 12)  # type: ignore[arg-type]
+    assert sorted(order.flatten().tolist()) == list(range(12))
+    whole = all(sorted(int(row) // 4 for row in group) == [int(group[0]) // 4] * len(group) for group in order)
+    assert whole
+    assert order.shape == ((3, 4) if policy_loss == "real" else (12, 1))

@@ -14,11 +14,11 @@ LAYERS = [
     ["functional", "head", "distributed"],
     ["losses"],
     ["models", "tasks", "rollout"],
-    ["plugins", "diagnosis"],
+    ["plugins", "diagnosis", "run_config"],
     ["config"],
     ["training", "notebook"],
-    ["runner", "benchmark"],
-    ["train", "bench", "check"],
+    ["runner", "benchmark", "catalogue", "conformance_suite"],
+    ["train", "bench", "check", "explain"],
 ]
 """From the bottom to the top; a room imports from rooms below it, and its own."""
 # The config classes of the loop are below `config`, which composes them; the loop itself is above it.
@@ -78,10 +78,12 @@ def test_importing_is_light_and_touches_no_device() -> None:
 def test_public_names_are_frozen() -> None:
     assert sorted(toolkit.__all__) == sorted(toolkit._HOMES)
     assert sorted(toolkit.__all__) == [
-        "BaseLossConfig", "BaseLossContext", "BaseLossKwargs", "CELossConfig", "CELossContext",
-        "CELossContextInputItem", "CELossKwargs", "ConfigError", "DataError", "GRPOLossConfig", "GRPOLossContext",
-        "GRPOLossKwargs", "LaunchError", "LossContextInputItem", "LossResult", "LossRunner", "PerToken", "PolicyTerms",
-        "RLLossContextInputItem", "Shared", "ToolkitError", "register_policy_loss",
+        "AggregationConfig", "BaseLossConfig", "BaseLossContext", "BaseLossKwargs", "BaseRLLossConfig", "CELossConfig",
+        "CELossContext", "CELossContextInputItem", "CELossKwargs", "ConfigError", "CorrectionConfig", "DataError",
+        "GRPOLossConfig", "GRPOLossContext", "GRPOLossKwargs", "LaunchError", "LogprobSpec", "LossContextInputItem",
+        "LossResult", "LossRunner", "OPDLossConfig", "OPDLossContext", "OrealLossConfig", "OrealLossContext",
+        "PerToken", "PolicyTerms", "RLLossContextInputItem", "Shared", "ToolkitError", "register_advantage",
+        "register_policy_loss",
     ]  # fmt: skip
     for name in toolkit.__all__:
         assert getattr(toolkit, name).__doc__

@@ -10,14 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from toolkit.errors import ConfigError, DataError, LaunchError, ToolkitError
+    from toolkit.functional.advantages import register_advantage
     from toolkit.functional.registry import register_policy_loss
     from toolkit.functional.terms import PolicyTerms
+    from toolkit.losses.aggregation import AggregationConfig
     from toolkit.losses.base import BaseLossContext, BaseLossKwargs
     from toolkit.losses.ce import CELossContext, CELossKwargs
-    from toolkit.losses.config import BaseLossConfig, CELossConfig, GRPOLossConfig
+    from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig, GRPOLossConfig
+    from toolkit.losses.config_opd import OPDLossConfig
+    from toolkit.losses.config_oreal import OrealLossConfig
+    from toolkit.losses.correction import CorrectionConfig
     from toolkit.losses.fields import PerToken, Shared
     from toolkit.losses.grpo import GRPOLossContext, GRPOLossKwargs
     from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+    from toolkit.losses.opd import OPDLossContext
+    from toolkit.losses.oreal import OrealLossContext
+    from toolkit.losses.provenance import LogprobSpec
     from toolkit.runner import LossResult, LossRunner
 
 __version__ = "0.1.0"
@@ -28,10 +36,17 @@ _HOMES = {
     "DataError": "errors",
     "LaunchError": "errors",
     "register_policy_loss": "functional.registry",
+    "register_advantage": "functional.advantages",
     "PolicyTerms": "functional.terms",
     "BaseLossConfig": "losses.config",
     "CELossConfig": "losses.config",
+    "BaseRLLossConfig": "losses.config",
     "GRPOLossConfig": "losses.config",
+    "OPDLossConfig": "losses.config_opd",
+    "OrealLossConfig": "losses.config_oreal",
+    "AggregationConfig": "losses.aggregation",
+    "CorrectionConfig": "losses.correction",
+    "LogprobSpec": "losses.provenance",
     "BaseLossContext": "losses.base",
     "BaseLossKwargs": "losses.base",
     "PerToken": "losses.fields",
@@ -43,32 +58,43 @@ _HOMES = {
     "CELossKwargs": "losses.ce",
     "GRPOLossContext": "losses.grpo",
     "GRPOLossKwargs": "losses.grpo",
+    "OPDLossContext": "losses.opd",
+    "OrealLossContext": "losses.oreal",
     "LossRunner": "runner",
     "LossResult": "runner",
 }
 
 __all__ = [
+    "AggregationConfig",
     "BaseLossConfig",
     "BaseLossContext",
     "BaseLossKwargs",
+    "BaseRLLossConfig",
     "CELossConfig",
     "CELossContext",
     "CELossContextInputItem",
     "CELossKwargs",
     "ConfigError",
+    "CorrectionConfig",
     "DataError",
     "GRPOLossConfig",
     "GRPOLossContext",
     "GRPOLossKwargs",
     "LaunchError",
+    "LogprobSpec",
     "LossContextInputItem",
     "LossResult",
     "LossRunner",
+    "OPDLossConfig",
+    "OPDLossContext",
+    "OrealLossConfig",
+    "OrealLossContext",
     "PerToken",
     "PolicyTerms",
     "RLLossContextInputItem",
     "Shared",
     "ToolkitError",
+    "register_advantage",
     "register_policy_loss",
 ]
 

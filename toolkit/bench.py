@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from toolkit.config import build_bench, compose_config, conf_dir, register_schemas
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, say_warnings_plainly
 
 # Idle threads that spin would be counted as CPU time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -37,6 +37,7 @@ def _job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
+    say_warnings_plainly()
     arguments = get_args_parser().parse_args()
     try:
         if not (arguments.shell_completion or arguments.hydra_help):

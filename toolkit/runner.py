@@ -1,6 +1,6 @@
 """`LossRunner`: a loss in one call, for notebooks and for loops of one's own.
 
-Legend: B rows, T positions that have hidden states, D hidden width, V vocabulary.
+Legend: B rows, T positions that have hidden states, K candidates, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,10 +19,21 @@ from toolkit.losses.base import BaseLossContext
 from toolkit.losses.calibration import loss_metric
 from toolkit.losses.config import BaseLossConfig, CELossConfig
 from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.provenance import LogprobSpec
 from toolkit.losses.shift import shift_labels
 from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
 
-RL_FIELDS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
+TOPK_FIELDS = ("teacher_topk_ids", "teacher_topk_logprobs", "ref_topk_ids", "ref_topk_logprobs")
+RL_FIELDS = (
+    "advantages",
+    "old_logprobs",
+    "ref_logprobs",
+    "rollout_logprobs",
+    "teacher_logprobs",
+    "group_ids",
+    "rollout_spec",
+    *TOPK_FIELDS,
+)
 FIELDS = ("input_ids", "shifted_labels", "loss_mask", "cu_seq_lens", *RL_FIELDS)
 """What a batch may hold for the loss; whatever else it holds is for the caller's own forward."""
 Forward = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
@@ -93,6 +104,13 @@ class LossRunner:
         old_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
         rollout_logprobs: Tensor | None = None,
+        teacher_logprobs: Tensor | None = None,
+        group_ids: Tensor | None = None,
+        rollout_spec: LogprobSpec | None = None,
+        teacher_topk_ids: Tensor | None = None,
+        teacher_topk_logprobs: Tensor | None = None,
+        ref_topk_ids: Tensor | None = None,
+        ref_topk_logprobs: Tensor | None = None,
         cu_seq_lens: Tensor | None = None,
     ) -> LossResult:
         """Return the loss of one batch, normalised over this batch (and the other ranks, if there are any).
@@ -110,7 +128,15 @@ class LossRunner:
             advantages: a number, [B] one per row, [T] for every row, [B, 1] or [B, T]; [B] is refused where B = T.
             old_logprobs: [B, T] in nats; None: on-policy.
             ref_logprobs: [B, T] in nats; needed with a KL term.
-            rollout_logprobs: [B, T] in nats; only measured.
+            rollout_logprobs: [B, T] in nats, as the sampler reported them; measured, and read by corrections and
+                ``anchor="rollout"``.
+            teacher_logprobs: [B, T] in nats; for distillation.
+            group_ids: integers, [B] one per row, [B, 1] or [B, T]: the prompt that a row answers.
+            rollout_spec: how `rollout_logprobs` were taken.
+            teacher_topk_ids: [B, T, K] candidate tokens, negative for none; None: the whole vocabulary.
+            teacher_topk_logprobs: [B, T, K] the teacher's log-probabilities of them in nats.
+            ref_topk_ids: [B, T, K] the same of the reference.
+            ref_topk_logprobs: [B, T, K] the same of the reference; for an exact KL.
             cu_seq_lens: [S + 1] boundaries of the sequences in one packed row.
 
         Raises:
@@ -124,6 +150,13 @@ class LossRunner:
             "old_logprobs": old_logprobs,
             "ref_logprobs": ref_logprobs,
             "rollout_logprobs": rollout_logprobs,
+            "teacher_logprobs": teacher_logprobs,
+            "group_ids": group_ids,
+            "rollout_spec": rollout_spec,
+            "teacher_topk_ids": teacher_topk_ids,
+            "teacher_topk_logprobs": teacher_topk_logprobs,
+            "ref_topk_ids": ref_topk_ids,
+            "ref_topk_logprobs": ref_topk_logprobs,
             "cu_seq_lens": cu_seq_lens,
         }
         loss, extra = self._context(fields, hidden_states).forward(hidden_states, head_weight, head_bias)
@@ -196,7 +229,8 @@ class LossRunner:
             if unread:
                 raise DataError(f"{unread[0]} has no effect on cross-entropy; leave it out or use a policy loss")
             return CELossContextInputItem(shifted_labels=labels)
-        given["advantages"] = _spread(given["advantages"], labels)
+        given["advantages"] = _spread("advantages", given["advantages"], labels)
+        given["group_ids"] = _spread("group_ids", given["group_ids"], labels)
         return RLLossContextInputItem(shifted_labels=labels, **given)
 
     def _labels(self, fields: Mapping[str, Any], num_positions: int | None) -> Tensor:
@@ -222,19 +256,18 @@ class LossRunner:
         return "\n".join([f"LossRunner({type(self.loss_cfg).__name__}", *lines, ")"])
 
 
-def _spread(advantages: Tensor | float | None, labels: Tensor) -> Tensor | None:
-    """Bring a number, or one advantage a row, to a shape that items broadcast."""
-    if advantages is None or (isinstance(advantages, Tensor) and advantages.dim() == 2):
-        return advantages
-    values = torch.as_tensor(
-        advantages, dtype=torch.get_default_dtype() if isinstance(advantages, (int, float)) else None
-    )
+def _spread(name: str, given: Tensor | float | None, labels: Tensor) -> Tensor | None:
+    """Bring a number, or one value a row, to a shape that items broadcast."""
+    if given is None or (isinstance(given, Tensor) and given.dim() == 2):
+        return given
+    is_number = isinstance(given, (int, float)) and name == "advantages"
+    values = torch.as_tensor(given, dtype=torch.get_default_dtype() if is_number else None)
     if values.dim() == 0:
         return values.to(labels.device).expand(labels.shape)
     if values.dim() == 1 and labels.dim() == 2 and labels.shape[0] > 1 and len(values) == labels.shape[0]:
         if labels.shape[0] == labels.shape[1]:
             raise DataError(
-                f"advantages of shape [{len(values)}] may mean rows or positions here; give [{len(values)}, 1] for "
+                f"{name} of shape [{len(values)}] may mean rows or positions here; give [{len(values)}, 1] for "
                 f"one a row, or {list(labels.shape)}"
             )
         return values.unsqueeze(-1)

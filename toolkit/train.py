@@ -21,8 +21,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from toolkit.config import build_config, check_overrides, conf_dir, output_dir_in, register_schemas
-from toolkit.errors import ConfigError, ToolkitError
+from toolkit.config import RunConfig, build_config, check_overrides, conf_dir, output_dir_in, register_schemas
+from toolkit.errors import ConfigError, ToolkitError, has_warned, say_warnings_plainly
+from toolkit.losses.lint import warnings_for
 from toolkit.training.doors import check_environment, make_output_dir
 
 INTERRUPTED = 130
@@ -48,6 +49,7 @@ def _job(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Run the command line."""
+    say_warnings_plainly()
     arguments = get_args_parser().parse_args()
     try:
         if arguments.resolve and not arguments.cfg:
@@ -76,9 +78,28 @@ def _check(arguments: argparse.Namespace) -> None:
     if not (arguments.cfg or arguments.help or arguments.info):
         for config in configs:
             check_environment(config)
+        if int(os.environ.get("RANK", "0")) == 0:
+            _say_notes(configs)
         output_dir = output_dir_in(overrides)
         if output_dir is not None and not arguments.multirun:
             make_output_dir(output_dir)
+
+
+def _say_notes(configs: list[RunConfig]) -> None:
+    """Say once what is known to be wrong or misleading in a configuration that runs."""
+    notes = [
+        note
+        for config in configs
+        for note in warnings_for(
+            config.loss,
+            advantage=config.advantage.estimator,
+            advantage_options=config.advantage.options,
+            longest=config.rollout.max_new_tokens,
+        )
+        if not has_warned(note)
+    ]
+    for note in dict.fromkeys(notes):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _stop(error: ToolkitError) -> None:

@@ -1,0 +1,328 @@
+"""``toolkit.check``: every built-in loss passes, and each kind of broken loss is told what is wrong with it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from toolkit.check import main
+from toolkit.conformance_suite import Outcome, Subject, load_subject, report, run_suite
+from toolkit.errors import ConfigError
+from toolkit.functional import conformance, registry
+from toolkit.functional.registry import policy_loss, policy_loss_names, register_policy_loss
+
+MY_PPO = """import torch
+from toolkit import register_policy_loss
+
+
+@register_policy_loss("my_ppo")
+def my_ppo(t, *, eps: float = 0.2):
+    r = t.ratio()
+    return -torch.minimum(r * t.advantages, r.clamp(1 - eps, 1 + eps) * t.advantages)
+
+
+def undecorated(t, *, eps: float = 0.2):
+    return -t.ratio().clamp(1 - eps, 1 + eps) * t.advantages
+
+
+def flipped(t):
+    return t.ratio() * t.advantages
+
+
+def raises(t):
+    return t.logprob * t.advantages
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.policy_loss_names()
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(conformance, "_passed", set())
+
+
+def outcomes_of(function: Callable, **declared) -> dict[str, Outcome]:
+    register_policy_loss("mine", **declared)(function)
+    return {outcome.name: outcome for outcome in run_suite(load_subject("mine"))}
+
+
+@pytest.mark.parametrize("name", policy_loss_names())
+def test_every_built_in_loss_passes(name: str) -> None:
+    outcomes = run_suite(load_subject(name))
+    assert not [str(outcome) for outcome in outcomes if outcome.status not in ("ok", "not applicable")]
+    # What a check leaves out has a reason that the loss declares.
+    left_out = {outcome.name for outcome in outcomes if outcome.status == "not applicable"}
+    loss = policy_loss(name)
+    allowed = set()
+    if loss.scope == "batch":
+        allowed |= {"keeps to the declared scope", "micro-batches and packing do not matter"}
+    if "teacher_logprobs" in loss.needs:
+        allowed.add("gradient sign")
+    if not loss.options_model.model_fields:
+        allowed.add("every option matters")
+    assert left_out == allowed
+
+
+# -------------------------------------------------------------------- broken losses
+
+
+def averaged(t):
+    return (-t.ratio() * t.advantages).mean()
+
+
+def in_place_on_advantages(t):
+    t.advantages.mul_(2)
+    return -t.ratio() * t.advantages
+
+
+def in_place_on_logprobs(t):
+    return -t.logprobs.sub_(t.old_logprobs).exp() * t.advantages
+
+
+def of_the_sequence(t):
+    return -t.segment_mean(t.ratio()) * t.advantages
+
+
+def of_the_batch(t):
+    return -t.ratio() * t.advantages / len(t.advantages)
+
+
+def wrong_sign(t):
+    return t.ratio() * t.advantages
+
+
+def swapped(t):
+    return -(t.old_logprobs - t.logprobs).exp() * t.advantages
+
+
+def detached(t):
+    return -t.ratio().detach() * t.advantages
+
+
+def without_advantages(t):
+    return -t.ratio()
+
+
+def with_an_idle_option(t, *, eps: float = 0.2, beta: float = 0.1):
+    return -t.ratio().clamp(1 - eps, 1 + eps) * t.advantages
+
+
+def with_an_idle_switch(t, *, use_it: bool = False):
+    return -t.ratio() * t.advantages
+
+
+def unbounded(t):
+    return -(t.logprobs - t.old_logprobs).exp() * t.advantages
+
+
+def masked_by_a_product(t):
+    ratio = (t.logprobs - t.old_logprobs).exp()
+    return -t.logprobs * t.advantages + ratio * (ratio < 2) * 0.01 * t.advantages
+
+
+def half(t):
+    return -(t.ratio().half() * t.advantages.half())
+
+
+def half_inside(t):
+    return -(t.ratio().half() * t.advantages).to(t.logprobs.dtype)
+
+
+def at_random(t):
+    return -t.ratio() * t.advantages * (torch.rand(t.advantages.shape) > 0.5)
+
+
+def whitened(t):
+    return -t.ratio() * (t.advantages - t.advantages.mean()) / t.advantages.std()
+
+
+def index_error(t):
+    return -t.ratio() * t.advantages[: t.num_sequences]
+
+
+@pytest.mark.parametrize(
+    ("function", "check", "words"),
+    [
+        (averaged, "one loss for each token", r"returned \[\]; it must return one loss for each"),
+        (index_error, "one loss for each token", r"it raised RuntimeError: .*\(test_check\.py:\d+\)"),
+        (in_place_on_advantages, "inputs are left as they were", r"t\.advantages in place.*without the underscore"),
+        (in_place_on_logprobs, "inputs are left as they were", r"t\.logprobs in place"),
+        (of_the_batch, "keeps to the declared scope", "scope='batch'"),
+        (whitened, "keeps to the declared scope", "scope='batch'"),
+        (at_random, "keeps to the declared scope", "scope='batch'"),
+        (wrong_sign, "gradient sign", r"A > 0 should lower the loss.*\+.*minus sign missing"),
+        (swapped, "gradient sign", "policies swapped"),
+        (detached, "gradient sign", r"no token has a gradient.*detached"),
+        (without_advantages, "gradient sign", r"neither loss nor gradient changes with t\.advantages"),
+        (with_an_idle_option, "every option matters", r"'beta' changes neither loss nor gradient.*tried 0\.2, 0\.05"),
+        (with_an_idle_switch, "every option matters", r"'use_it' changes neither.*tried True instead of False"),
+        (unbounded, "finite at log ratios of +-25 and +-100", r"is -?inf in float32 .*t\.ratio\(\)"),
+        (masked_by_a_product, "finite at log ratios of +-25 and +-100", r"nan in float32.*inf x 0 is NaN"),
+        (half, "precision", r"losses in torch\.float16; compute in float32"),
+        (half_inside, "precision", r"do not feel a step of 1e-06.*half precision; remove \.half\(\)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_broken_loss_is_told_what_is_wrong(function: Callable, check: str, words: str) -> None:
+    outcomes = outcomes_of(function)
+    assert outcomes[check].status == "failed"
+    assert re.search(words, outcomes[check].words), outcomes[check].words
+
+
+@pytest.mark.parametrize("scope", ["token", "sequence", "group"])
+def test_the_scope_that_is_needed(scope: str) -> None:
+    outcomes = outcomes_of(of_the_sequence, scope=scope)
+    if scope == "token":
+        # The loss itself refuses to give statistics that it did not ask for, or the comparison finds out.
+        assert "scope='sequence'" in outcomes["keeps to the declared scope"].words
+    else:
+        assert {outcome.status for outcome in outcomes.values()} <= {"ok", "not applicable"}
+
+
+def test_nothing_runs_after_a_loss_that_cannot_be_called() -> None:
+    outcomes = list(outcomes_of(averaged).values())
+    assert {outcome.status for outcome in outcomes[3:]} == {"not run"}
+    assert outcomes[-1].words == "first repair: one loss for each token"
+
+
+@pytest.mark.parametrize(("scope", "is_found"), [("batch", True), ("token", True)])
+def test_random_numbers_are_found(scope: str, is_found: bool) -> None:
+    outcomes = outcomes_of(at_random, scope=scope)
+    assert any(outcome.status == "failed" for outcome in outcomes.values()) == is_found
+    if scope == "batch":
+        assert "selected_at_random" in outcomes["the same again when called again"].words
+
+
+def test_a_loss_that_cannot_do_without_tokens_is_found() -> None:
+    def against_the_best(t):
+        return -t.ratio() * (t.advantages - t.advantages.max())
+
+    outcome = outcomes_of(against_the_best, scope="batch")["nothing to score gives 0"]
+    assert outcome.status == "failed"
+    assert "cannot do without tokens" in outcome.words
+
+
+@pytest.mark.parametrize("check", ["micro-batches and packing do not matter", "eager and chunk mode agree"])
+def test_what_the_made_up_tokens_alone_do_not_show(check: str) -> None:
+    """A threshold on the number of tokens that only a real batch reaches."""
+
+    def guarded(t):
+        return -t.ratio() * t.advantages * (1 if len(t.advantages) < 15 else 2)
+
+    outcomes = outcomes_of(guarded)
+    assert outcomes["keeps to the declared scope"].status == "ok"
+    assert outcomes[check].status == "failed"
+    assert "gradient of the h" in outcomes[check].words or "loss differs" in outcomes[check].words
+
+
+def test_values_from_outside_of_the_terms_are_found() -> None:
+    """A loss that remembers a tensor of its first call."""
+    seen = []
+
+    def remembers(t):
+        seen.append(t.logprobs)
+        return -t.ratio() * t.advantages * (1 + 0.1 * len(seen))
+
+    outcomes = outcomes_of(remembers)
+    assert "failed" in {outcome.status for outcome in outcomes.values()}
+
+
+def test_an_option_that_only_another_one_opens() -> None:
+    def gated(t, *, use_cap: bool = False, cap: float = 3.0):
+        return -(t.ratio().clamp(max=cap) if use_cap else t.ratio()) * t.advantages
+
+    assert outcomes_of(gated)["every option matters"].status == "ok"
+
+
+# -------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def _plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_file.py").write_text(MY_PPO)
+
+
+def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "toolkit.check", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.usefixtures("_plugin")
+def test_the_command_on_a_file() -> None:
+    done = check("my_file.py:my_ppo", "eps=0.3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "my_ppo (scope token; eps=0.3)"
+    assert len([line for line in lines if line.startswith("ok ")]) == 13
+    assert re.fullmatch(r"13 checks passed; \d+\.\d s", lines[-1])
+
+
+@pytest.mark.usefixtures("_plugin")
+def test_the_command_on_a_broken_loss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["toolkit-check", "my_file.py:flipped"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr()
+    assert "FAIL  gradient sign" in said.out
+    assert "is a minus sign missing" in said.out
+    assert re.search(r"1 failed: gradient sign; \d+\.\d s$", said.out.strip())
+    assert not said.err
+
+
+@pytest.mark.usefixtures("_plugin")
+def test_losses_are_found_in_files_modules_and_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_subject("my_file.py:my_ppo").loss.name == "my_ppo"
+    assert load_subject("my_file.py:undecorated", {"eps": 0.1}).options == {"eps": 0.1}
+    monkeypatch.syspath_prepend(".")
+    Path("my_module.py").write_text(MY_PPO.replace("my_ppo", "of_a_module"))
+    assert load_subject("my_module:of_a_module").loss.name == "of_a_module"
+    assert load_subject("gspo").loss.scope == "sequence"
+
+
+@pytest.mark.usefixtures("_plugin")
+@pytest.mark.parametrize(
+    ("what", "options", "words"),
+    [
+        ("my_file.py:my_pp", {}, r"no function 'my_pp'; it has .*'my_ppo'.*did you mean 'my_ppo'"),
+        ("my_file.py", {}, "my_file.py:my_loss"),
+        ("nothing.py:f", {}, "no file 'nothing.py'"),
+        ("no_module:f", {}, "no_module"),
+        ("vanila", {}, "did you mean 'vanilla'"),
+        ("my_file.py:my_ppo", {"epss": 1}, "did you mean 'eps'"),
+        ("my_file.py:my_ppo", {"eps": "x"}, "my_ppo.eps='x' is not allowed"),
+    ],
+)
+def test_wrong_arguments(what: str, options: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_subject(what, options)
+
+
+@pytest.mark.usefixtures("_plugin")
+def test_an_error_of_the_function_names_its_line() -> None:
+    subject = load_subject("my_file.py:raises")
+    outcomes = run_suite(subject)
+    assert "AttributeError" in outcomes[0].words
+    assert "(my_file.py:20)" in outcomes[0].words
+    text = report(subject, outcomes, 1.0)
+    assert "FAIL  one loss for each token" in text
+    assert text.endswith("1.0 s")
+
+
+def test_the_command_refuses_words_without_a_value() -> None:
+    done = check("vanilla", "eps")
+    assert done.returncode == 1
+    assert done.stderr == "error: 'eps' is not an option of the loss; write option=value, such as eps=0.3\n"
+
+
+def test_a_subject_is_called_on_copies() -> None:
+    register_policy_loss("mine")(in_place_on_advantages)
+    terms = conformance.made_up_terms(0.3)
+    before = terms.advantages.clone()
+    Subject(policy_loss("mine"), {})(terms)
+    assert torch.equal(terms.advantages, before)

@@ -1,0 +1,348 @@
+"""``toolkit.explain``: what a loss computes, in words; what is known to be wrong with it; tables made from the code."""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import toolkit
+from toolkit import errors
+from toolkit.catalogue import BEGIN, END, listing, with_markdown
+from toolkit.config import build_loss, compose_config, conf_dir
+from toolkit.errors import ConfigError, DataError
+from toolkit.explain import main
+from toolkit.functional import registry
+from toolkit.functional.registry import policy_loss, policy_loss_names, register_policy_loss
+from toolkit.losses.config import GRPOLossConfig
+from toolkit.losses.config_opd import OPDLossConfig
+from toolkit.losses.config_oreal import OrealLossConfig
+from toolkit.losses.explanation import explain_loss, needed_fields
+from toolkit.losses.facts import POLICY_FACTS, equation, filled, source_of, title_of
+from toolkit.losses.items import RLLossContextInputItem
+
+README = Path(toolkit.__file__).parents[1] / "README.md"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def config(loss_type: str = "vanilla", *, options: dict[str, Any] | None = None, **fields: Any) -> GRPOLossConfig:
+    return GRPOLossConfig(policy_loss_cfg={"loss_type": loss_type, **(options or {})}, **fields)
+
+
+def explained(*overrides: str) -> str:
+    """The text on one line, however it was wrapped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return " ".join(explain_loss(build_loss(compose_config(overrides))).split())
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "toolkit.explain", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def _own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning that is given once in a process stays to be given to other tests."""
+    monkeypatch.setattr(errors, "_warned", set(errors._warned))
+
+
+@pytest.fixture
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.policy_loss_names()
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+
+
+# -------------------------------------------------------------------- formulas
+
+
+def test_clauses_of_a_formula() -> None:
+    formula = "clip(r, [{low} // 0], [{cap} // 1 + {high} // inf])[, at most {c}] A [x]"
+    options = {"low": None, "cap": None, "high": 0.2, "c": None}
+    assert filled(formula, options) == "clip(r, 0, 1 + 0.2) A x"
+    assert filled(formula, {**options, "cap": 5.0, "c": 3.0}) == "clip(r, 0, 5), at most 3 A x"
+    assert filled(formula, {**options, "low": 0.0, "high": None}) == "clip(r, 0, inf) A x"
+
+
+@pytest.mark.parametrize("name", policy_loss_names())
+def test_every_built_in_loss_is_explained(name: str) -> None:
+    loss = policy_loss(name)
+    assert loss.formula
+    assert title_of(loss.function)
+    assert source_of(loss.function)
+    assert set(POLICY_FACTS[name]._fields) == {"ratio", "gradient"}
+    options = loss.options({})
+    nothing = {key: None if _may_be_none(loss, key) else value for key, value in options.items()}
+    for chosen in (options, nothing):
+        text = equation(loss, chosen)
+        assert not re.search(r"None|null|[\[\]{}]|//", text), text
+    text = explain_loss(config(name))
+    assert all(len(line) <= 112 for line in text.splitlines())
+
+
+def _may_be_none(loss: registry.PolicyLoss, option: str) -> bool:
+    try:
+        return loss.options({option: None})[option] is None
+    except ConfigError:
+        return False
+
+
+def test_there_are_no_facts_of_losses_that_are_gone() -> None:
+    assert set(POLICY_FACTS) <= set(policy_loss_names())
+
+
+def test_the_documented_example() -> None:
+    text = explained("loss=grpo", "policy_loss=gspo", "kl=k3", "correction=[tis,geo_rs]", "mode=chunk")
+    for words in (
+        "loss = sum over scored tokens of weight x (importance x policy + 0.001 x KL)",
+        "max(-A s, -A clip(s, 1 - 0.0003, 1 + 0.0004)); s = exp(mean over the sequence of log pi / pi_old)",
+        "+ 0.001 x k3: exp(-d) - 1 + d, d = log pi - log pi_ref",
+        "value unbiased, gradient that of the forward KL(reference || policy)",
+        "|d| at most 20 nats, no gradient beyond; |the estimate| at most 10 nats",
+        "each token is weighted by pi_old / pi_rollout, at most 2",
+        "each sequence is dropped unless the geometric mean over its tokens of pi_old / pi_rollout is at least 0.999 "
+        "and at most 1.001; what is dropped leaves the denominator",
+        "multiplies the policy term only",
+        "token_mean: weight = 1 / N: the mean over all N scored tokens",
+        "over all micro-batches and ranks",
+        "Tokens rejected by a correction with denominator=survivors are not counted.",
+        "ratio: s, one for a whole sequence, is clipped and carries the gradient; it divides by pi_old",
+        "pi_rollout (as the sampler reported it): corrections (a weight, never clipped in the policy term)",
+        "flows through the mean",
+        "log ratios are held in [-20, 20] nats before exp; the gradient is 0 outside",
+        "ref_logprobs: for the comparison with the reference",
+        "Zheng et al. 2025, arXiv 2507.18071, eq. 5-7",
+        "scope=sequence",
+        "! policy loss 'gspo' under aggregation 'token_mean'",
+    ):
+        assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["policy_loss=vanilla", "policy_loss.clip_ratio_c=null"], "-A clip(r, 1 - 0.2, 1 + 0.2)); r = pi / pi_old"),
+        (["policy_loss=vanilla"], "1 + 0.2)), where A < 0 at most -3 A;"),
+        (["policy_loss=cispo", "policy_loss.weight_max=5"], "-sg(clip(r, 1 - 0.2, 5)) A log pi"),
+        (["policy_loss=is_reinforce", "policy_loss.anchor=rollout"], "rollout_logprobs: for the ratio's denominator"),
+        (["aggregation=constant", "loss.aggregation.length=100"], "weight = 1 / (S 100)"),
+        (["aggregation=token_sum"], "divided by nothing"),
+        (["aggregation=prompt_mean"], "group_ids: for aggregation prompt_mean"),
+        (["aggregation=seq_mean_token_mean", "loss.aggregation.count_empty=true"], "without a scored token count, too"),
+        (["loss.entropy_coef=0.01"], "- 0.01 x the policy's entropy"),
+        (["loss.positive_nll_coef=0.1"], "+ 0.1 x the mean of -log pi over the N+ tokens with A > 0"),
+        (["loss.log_ratio_range=[null,null]"], "not bounded before exp"),
+        (["loss.log_ratio_range=[null,10]"], "[-inf, 10] nats"),
+        (["kl=k1_is_corrected"], "reweighted by the ratio to pi_old"),
+        (["kl=full"], "KL(policy || reference) over the whole vocabulary"),
+        (
+            ["correction=opsm"],
+            "each sequence with A < 0 is dropped unless the mean over its tokens of log pi_rollout / pi is",
+        ),
+        (["correction=veto"], "at least 0.0001 and at most 100 for every token of it"),
+        (["correction=decoupled"], "weighted by pi_old / pi_rollout, unbounded"),
+        (["loss=ce"], "weight x (-log pi)"),
+        (["loss=oreal"], "1 x NLL+"),
+        (["loss=oreal"], "1 / N+ where A > 0, 1 / N- elsewhere"),
+        (["loss=opd"], "teacher_logprobs: for the policy loss"),
+        (["loss=opd", "loss.variant=top_k"], "divergence between policy and teacher"),
+        (["loss=preset/verl/gspo"], "[-inf, 10] nats"),
+        (["rollout.temperature=0.7"], "logits are over temperature 0.7"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_each_choice_adds(overrides: list[str], words: str) -> None:
+    assert words in explained(*overrides)
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_a_plugin_without_a_formula() -> None:
+    @register_policy_loss("mine")
+    def mine(t, *, eps: float = 0.2):
+        return -t.ratio() * t.advantages
+
+    text = explain_loss(config("mine", options={"eps": 0.3}))
+    assert "mine(t, eps=0.3), which states no formula" in text
+    assert "none given" in text
+
+
+NEEDY: list[Any] = [
+    config(),
+    config(use_kl_loss=True, kl_loss_type="k2"),
+    config("is_reinforce", options={"anchor": "rollout"}),
+    config(use_kl_loss=True, kl_loss_type="k1", kl_gradient="is_corrected", kl_anchor="rollout"),
+    config(correction=[{"action": "clamp_upper", "upper": 2.0}]),
+    config(correction=[{"action": "clamp_upper", "between": "current_rollout"}]),
+    config("opd"),
+    config("real", aggregation="prompt_mean"),
+    config(aggregation="prompt_mean"),
+    config(use_kl_loss=True, kl_loss_type="full"),
+    OrealLossConfig(),
+    OPDLossConfig(),
+    OPDLossConfig(teacher="reference"),
+    OPDLossConfig(variant="top_k"),
+]
+
+
+@pytest.mark.parametrize("cfg", NEEDY, ids=range(len(NEEDY)))
+def test_what_the_items_need_is_what_the_loss_asks_for(cfg: Any) -> None:
+    given = {name: -torch.ones(2, 3) for name in needed_fields(cfg)}
+    labels = torch.ones(2, 3, dtype=torch.int64)
+    for name in given:
+        if "topk" in name:
+            given[name] = torch.full((2, 3, 4), 0.25).log()
+    if "group_ids" in given:
+        given["group_ids"] = torch.zeros(2, 1, dtype=torch.int64)
+
+    def build(fields: dict[str, torch.Tensor]) -> None:
+        cfg.loss_ctx_cls.build_batches_loss_kwargs([RLLossContextInputItem(shifted_labels=labels, **fields)], cfg)
+
+    build(given)
+    for name in given:
+        with pytest.raises(DataError, match=name):
+            build({key: value for key, value in given.items() if key != name})
+
+
+# -------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["policy_loss=cispo", "policy_loss.clip_ratio_c=3"], "policy_loss.clip_ratio_c"),
+        (["loss.aggregation.length=5"], "length=5.0 has no effect on aggregation 'token_mean'"),
+        (["loss.kl_gradient=straight_through"], "has no effect without use_kl_loss=True"),
+        (["loss=ce", "policy_loss=gspo"], "policy_loss=gspo has no effect"),
+        (["loss=preset/verl/gspo", "policy_loss=gspo"], "brings its policy loss along"),
+        (["policy_loss=gsop"], "try: policy_loss=gspo"),
+    ],
+)
+def test_settings_that_nothing_reads_end_in_one_line(
+    overrides: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["toolkit-explain", *overrides])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert words in said.err
+
+
+# -------------------------------------------------------------------- the command and the tables
+
+
+def test_the_command_is_quick_and_loads_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['explain', 'policy_loss=gspo', 'kl=k1']\n"
+        "from toolkit.explain import main; main(); sys.stderr.write(str('torch' in sys.modules))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stderr == "False"
+    assert done.stdout.count("zero expected gradient") == 1  # the library's own warning is not said again
+    assert after.ru_utime - before.ru_utime < 3  # seconds of a CPU; 1 on an idle machine
+
+
+def test_settings_around_the_loss_are_seen() -> None:
+    done = run("aggregation=constant", "advantage=grpo", "rollout.max_new_tokens=2000")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "use advantage=dr_grpo" in text
+    assert "set loss.aggregation.length=2000" in text
+
+
+def test_an_option_without_effect_is_noted() -> None:
+    done = run("loss.kl_loss_type=k3")
+    assert "kl_loss_type='k3' has no effect with use_kl_loss=False" in done.stdout + done.stderr
+
+
+def test_the_list_has_everything() -> None:
+    text = listing()
+    for name in policy_loss_names():
+        assert f"policy_loss={name} " in text
+    for group in ("kl", "aggregation", "correction", "loss"):
+        for path in Path(conf_dir(), group).glob("*.yaml"):
+            assert f"{group}={path.stem} " in text
+    for path in Path(conf_dir(), "loss/preset").glob("*/*.yaml"):
+        assert re.search(rf"^  {path.parent.name} .*\b{path.stem}\b", text, flags=re.MULTILINE)
+
+
+def test_readme_has_the_tables_that_the_code_makes() -> None:
+    made = run("--markdown").stdout.strip()
+    assert made.count("`policy_loss=") == len(policy_loss_names())
+    shown = README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    assert shown == made, "run: python -m toolkit.explain --markdown README.md"
+
+
+def test_writing_the_tables(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert run("--markdown", str(readme)).returncode == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n")
+    assert text.endswith(f"{END}\nafter\n")
+    assert "old\n" not in text.splitlines()
+    assert with_markdown(text) == text
+    readme.write_text("nothing")
+    done = run("--markdown", str(readme))
+    assert done.returncode == 1
+    assert "README has no <!-- losses:begin -->" in done.stderr
+
+
+MY_PPO = """import torch
+from toolkit import register_policy_loss
+
+@register_policy_loss("my_ppo")
+def my_ppo(t, *, eps: float = 0.2):
+    r = t.ratio()
+    return -torch.minimum(r * t.advantages, r.clamp(1 - eps, 1 + eps) * t.advantages)
+"""
+
+
+OWN = ["plugins=[my_file.py]", "policy_loss=my_ppo", "policy_loss.eps=0.3"]
+SMALL = ["training.steps=1", "warmup.steps=1", "task.num_heldout=16", "rollout.prompts_per_step=4", "hydra.run.dir=out"]
+
+
+@pytest.fixture
+def _plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_file.py").write_text(MY_PPO)
+    assert len([line for line in MY_PPO.splitlines() if line]) <= 8
+
+
+@pytest.mark.usefixtures("_plugin", "_own_registry")
+def test_a_loss_in_eight_lines_is_explained() -> None:
+    assert "my_ppo(t, eps=0.3)" in explained(*OWN)
+    with pytest.raises(ConfigError, match=r"try: policy_loss\.eps=0\.3"):
+        explained(*OWN[:2], "policy_loss.epss=0.3")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_plugin")
+def test_a_loss_in_eight_lines_trains() -> None:
+    done = subprocess.run([sys.executable, "-m", "toolkit.train", *OWN, *SMALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "note:" not in done.stderr
+    assert Path("out/summary.json").is_file()
+
+
+def test_training_says_what_is_known_to_be_wrong(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from toolkit.train import _say_notes
+
+    class Run:
+        loss = config("gspo", entropy_coef=-0.5)
+        advantage = type("A", (), {"estimator": "grpo", "options": {}})
+        rollout = type("R", (), {"max_new_tokens": None})
+
+    _say_notes([Run, Run])  # type: ignore[list-item]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["note", "note"]

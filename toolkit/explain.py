@@ -1,0 +1,94 @@
+"""``python -m toolkit.explain``: what a loss computes, in formulas with numbers; ``--list`` shows every choice.
+
+Takes the overrides of the training command, and loads no torch (unless a plugin of yours does).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from toolkit.config import build_loss, compose_config
+from toolkit.errors import ConfigError, ToolkitError
+from toolkit.losses.explanation import explain_loss
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments = _parser().parse_args()
+    try:
+        print(_answer(arguments))
+    except ToolkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="toolkit-explain",
+        description="Say what a loss computes: formula, normaliser, policies, gradients, and warnings.",
+        epilog="example: toolkit-explain loss=grpo policy_loss=gspo kl=k3 aggregation=seq_mean_token_mean",
+    )
+    parser.add_argument("overrides", nargs="*", help="as for toolkit-train; `list` is the same as --list")
+    parser.add_argument("--list", action="store_true", help="list everything that can be chosen")
+    parser.add_argument(
+        "--markdown",
+        nargs="?",
+        const="-",
+        metavar="README",
+        help="print the tables of the README, or write them into this file between their markers",
+    )
+    return parser
+
+
+def _answer(arguments: argparse.Namespace) -> str:
+    if arguments.list or arguments.overrides == ["list"]:
+        from toolkit.catalogue import listing
+
+        return listing()
+    if arguments.markdown is not None:
+        return _markdown(arguments.markdown)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cfg = compose_config(arguments.overrides)
+        loss = build_loss(cfg)
+    text = explain_loss(loss, **_context(cfg))
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    return "\n".join([text, *(f"note: {message}" for message in said if not _stands_in(message, text))])
+
+
+def _markdown(path: str) -> str:
+    from toolkit.catalogue import markdown, with_markdown
+
+    if path == "-":
+        return markdown()
+    try:
+        text = with_markdown(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--markdown {path}: {error}") from None
+    Path(path).write_text(text)
+    return f"wrote the tables of {path}"
+
+
+def _context(cfg: DictConfig) -> dict[str, object]:
+    """Return what the run around the loss tells the warnings."""
+    options = OmegaConf.to_container(cfg.advantage, resolve=True)
+    assert isinstance(options, dict)
+    return {
+        "advantage": options.pop("estimator", None),
+        "advantage_options": options,
+        "longest": OmegaConf.select(cfg, "rollout.max_new_tokens"),
+    }
+
+
+def _stands_in(message: str, text: str) -> bool:
+    """Whether the wrapped text says it already."""
+    return " ".join(message.split()) in " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

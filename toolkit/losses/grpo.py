@@ -243,6 +243,7 @@ def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
         "kl_old": Mean.of(k3(terms.old_logprobs, terms.logprobs)),
         "kl_old_k1": Mean.of(k1(terms.old_logprobs, terms.logprobs)),
         "active_tokens": Sum(mean_ratio.den),
+        "non_finite_tokens": Sum((~terms.logprobs.isfinite()).sum().double()),
     }
     if terms.rollout_logprobs is not None:
         known = terms.rollout_logprobs.isfinite()  # a sampler may not report every token

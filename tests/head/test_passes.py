@@ -151,7 +151,7 @@ def test_gradient_of_one_output_alone(leaves: str, which: int) -> None:
     case = Case(leaves=leaves, entropy=True)
     data = draw(case)
     scores = token_logprobs(*data.head, chunk_size=4, entropy=True)
-    ours = torch.autograd.grad((scores[which] * data.c).sum(), data.leaves)
+    ours = torch.autograd.grad((list(scores)[which] * data.c).sum(), data.leaves)
     theirs = torch.autograd.grad((eager_outputs(data, 2)[which] * data.c[data.active]).sum(), data.leaves)
     for mine, exact in zip(ours, theirs, strict=True):
         assert relative(mine, exact) <= 1e-12

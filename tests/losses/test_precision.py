@@ -158,10 +158,10 @@ def test_only_metrics_are_merged() -> None:
 def test_fields_that_are_not_read_may_be_incomplete() -> None:
     item, head = random_item(), random_head()
     broken = torch.full((2, 13), torch.nan)
-    fields = {**dict(item.tensors()), "ref_logprobs": broken}
     rollout = item.old_logprobs.clone()
     rollout[:, ::2] = torch.nan
-    result = LossRunner(GRPOLossConfig())(*head, **fields, rollout_logprobs=rollout)
+    fields = {**dict(item.tensors()), "ref_logprobs": broken, "rollout_logprobs": rollout}
+    result = LossRunner(GRPOLossConfig())(*head, **fields)
     assert result.metrics["rollout_mismatch"] == 0.0
 
 

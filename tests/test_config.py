@@ -42,6 +42,8 @@ FOR_OWN_LOOPS = ("kl=top_k", "kl=full", "policy_loss=opd", "policy_loss=sdar", "
 @pytest.mark.parametrize("group", sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "bench"))
 def test_every_choice_of_every_group_composes(group: str) -> None:
     extra = {"pretrained": ["model.path=x"], "adaptive": ["kl=k2"]}
+    if group == "aggregation":
+        extra = {"constant": ["loss.aggregation.length=5"]}
     if group == "advantage":  # those that the training command cannot serve are refused where advantages are used
         extra = {name: ["loss=ce"] for name in advantage_names() if not set(advantage(name).needs) <= set(TRAINING_HAS)}
     for path in (CONF / group).glob("*.yaml"):
@@ -88,6 +90,14 @@ def test_every_field_of_every_config_is_explained() -> None:
             assert field.description, f"{schema.__name__}.{name}"
 
 
+def test_a_preset_gives_way_to_what_is_said_beside_it() -> None:
+    plain = build_loss(compose_config(["loss=preset/liger/grpo", "kl=none"]))
+    assert not plain.use_kl_loss  # type: ignore[attr-defined]
+    assert not build_loss(compose_config(["loss=preset/verl/reinforce", "correction=none"])).correction  # type: ignore[attr-defined]
+    other = build_loss(compose_config(["loss=preset/verl/vanilla", "loss.policy_loss_cfg.anchor=rollout"]))
+    assert other.policy_loss_cfg["anchor"] == "rollout"  # type: ignore[attr-defined]
+
+
 WRONG = [
     (
         ["loss=grop"],
@@ -95,6 +105,13 @@ WRONG = [
         "try: loss=grpo",
     ),
     (["loss.chunk_sz=3"], "try: loss.chunk_size=3"),
+    (["loss=preset/trl/grpo", "correction=bypass"], "write loss.policy_loss_cfg.anchor=rollout"),
+    (["correction=bypass", "policy_loss=reinforce"], "policy loss 'reinforce' has none"),
+    (["correction=[tis,tis]"], "name each correction once"),
+    (["loss=preset/verl/vanilla", "policy_loss.delta=4"], "change its options by loss.policy_loss_cfg.delta=..."),
+    (["loss=preset/verl/vanilla", "loss.policy_loss_cfg.anchr=rollout"], "did you mean 'anchor'?"),
+    (["aggregation=constant"], "aggregation=constant loss.aggregation.length=1024"),
+    (["loss=opd", "loss.teacher=reference", "advantage=rloo"], "on-policy distillation reads no advantages"),
     (
         ["loss.mode=chnk"],
         "loss.mode='chnk' is not one of the choices; choose 'eager' or 'chunk' (did you mean 'chunk'?)",
@@ -118,7 +135,7 @@ WRONG = [
     (["plugins=[nothing.py]"], "nothing.py"),
     (["foo"], "key.subkey=value or group=choice"),
     (["loss=null"], "loss=null is not a choice of loss"),
-    (["kl=null"], "kl=null is not a choice of kl"),
+    (["kl=null"], "kl=null: leave it out"),
     (["+foo=1"], "foo is not a setting"),
     (["loss._target_=os.system"], "loss._target_='os.system' is not a class"),
     (["loss._target_=foo.Bar"], "loss._target_='foo.Bar' is not a class"),

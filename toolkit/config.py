@@ -134,7 +134,7 @@ def compose_config(overrides: Sequence[str], *, root: str = "config") -> DictCon
     register_schemas()
     with _own_hydra():
         try:
-            cfg = compose(root, overrides=list(overrides))
+            cfg = compose(root, overrides=adapted(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             groups = _groups(root, *_own_folders(parsed))
             raise ConfigError(diagnose(parsed, error, groups, root)) from None
@@ -144,9 +144,19 @@ def compose_config(overrides: Sequence[str], *, root: str = "config") -> DictCon
 
 def _check_policy_loss_keys(parsed: Sequence[Override]) -> None:
     """Refuse the way to a policy loss's options that is not read: presets have them inside, other losses beside."""
-    preset = next((o.value() for o in parsed if o.key_or_group == "loss" and str(o.value()).startswith(PRESET)), None)
+    loss = next((str(o.value()) for o in parsed if o.key_or_group == "loss"), "grpo")
+    preset = loss if loss.startswith(PRESET) else None
     for override in parsed:
         group, _, option = str(override.key_or_group).partition(".")
+        value = override.value()
+        chosen = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        if group == "correction" and not option and (len(set(chosen)) < len(chosen) or "none" in chosen[1:]):
+            raise ConfigError(f"{override.input_line}: name each correction once, and none by itself")
+        if group == "correction" and "bypass" in chosen and loss != "grpo":
+            where = "loss.policy_loss_cfg.anchor" if preset is not None or loss == "oreal" else "loss.anchor"
+            raise ConfigError(
+                f"correction=bypass sets policy_loss.anchor, which loss={loss} does not read; write {where}=rollout"
+            )
         if preset is None and str(override.key_or_group).startswith("loss.policy_loss_cfg"):
             option = option.removeprefix("policy_loss_cfg").lstrip(".") or "<option>"
             raise ConfigError(
@@ -158,6 +168,16 @@ def _check_policy_loss_keys(parsed: Sequence[Override]) -> None:
                 f"{override.input_line} has no effect: loss={preset} brings its policy loss along; change its options "
                 f"by loss.policy_loss_cfg.{option or '<option>'}=..., or take loss=grpo and choose all parts yourself"
             )
+
+
+def adapted(overrides: Sequence[str]) -> list[str]:
+    """Return overrides as Hydra takes them: an option that a preset's file does not name is added to its policy loss.
+
+    The registry knows all options of a loss, and refuses others.
+    """
+    if not any(own.startswith(f"loss={PRESET}") for own in overrides):
+        return list(overrides)
+    return [f"++{own}" if own.startswith("loss.policy_loss_cfg.") else own for own in overrides]
 
 
 @contextlib.contextmanager
@@ -275,9 +295,19 @@ def _check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[s
     stray = [str(key) for key in cfg if key not in known and key != "policy_loss"]
     if stray:
         raise ConfigError(f"{stray[0]} is not a setting; the top level has: {', '.join(known)}")
-    fields = getattr(_target_class("loss", cfg.loss), "model_fields", {})
+    target = _target_class("loss", cfg.loss)
+    fields = getattr(target, "model_fields", {})
+    if "bypass" in str(next((o.value() for o in parsed if o.key_or_group == "correction"), "")):
+        name = str(cfg.policy_loss.loss_type)
+        if "anchor" not in policy_loss(name).options_model.model_fields:
+            raise ConfigError(
+                f"correction=bypass takes ratios to the sampler's probabilities, but policy loss {name!r} has none; "
+                "leave it out, or choose a policy loss with the option 'anchor'"
+            )
     for override in parsed:
         group = str(override.key_or_group).split(".")[0]
+        if group == "advantage" and issubclass(target, OPDLossConfig):
+            raise ConfigError(f"{override.input_line} has no effect: on-policy distillation reads no advantages")
         if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):
             raise ConfigError(
                 f"{override.input_line} has no effect: {cfg.loss._target_.rpartition('.')[2]} has no "

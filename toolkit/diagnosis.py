@@ -15,7 +15,7 @@ from toolkit.errors import did_you_mean, listed, nearest
 from toolkit.functional.advantages import advantage_names
 from toolkit.functional.registry import policy_loss_names
 
-OPTIONAL_GROUPS = ("experiment", "debug", "aggregation")
+OPTIONAL_GROUPS = ("experiment", "debug", "aggregation", "kl", "correction")
 """Groups of which nothing may be chosen."""
 
 

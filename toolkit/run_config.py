@@ -72,6 +72,11 @@ class RunConfig(Config):
         in_reward = control.reward_type is not None
         if in_reward and not isinstance(self.loss, BaseRLLossConfig):
             raise ConfigError("kl_control.reward_type has no effect without rewards; choose a policy loss (loss=grpo)")
+        if control.reward_coef != KLControlConfig.model_fields["reward_coef"].default and not in_reward:
+            raise ConfigError(
+                f"kl_control.reward_coef={control.reward_coef} has no effect without KL in the reward; choose one, "
+                "e.g. kl=k1_in_reward (the coefficient of a KL in the loss is loss.kl_loss_coef)"
+            )
         if control.target is None:
             return
         if in_loss == in_reward:
@@ -79,6 +84,8 @@ class RunConfig(Config):
             raise ConfigError(
                 f"kl_control.target={control.target}: {which}; choose one, e.g. kl=k2 (in the loss) or kl=k1_in_reward"
             )
+        if in_loss and getattr(self.loss, "kl_loss_coef", 1.0) == 0:
+            raise ConfigError("loss.kl_loss_coef=0 stays 0: an adaptive coefficient is multiplied; start it above 0")
         number = self.rollout.prompts_per_step * self.rollout.group_size
         if number >= 5 * control.horizon:
             raise ConfigError(

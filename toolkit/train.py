@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from toolkit.config import RunConfig, build_config, check_overrides, conf_dir, output_dir_in, register_schemas
+from toolkit.config import RunConfig, adapted, build_config, check_overrides, conf_dir, output_dir_in, register_schemas
 from toolkit.errors import ConfigError, ToolkitError, has_warned, say_warnings_plainly
 from toolkit.losses.lint import warnings_for
 from toolkit.training.doors import check_environment, make_output_dir
@@ -62,6 +62,7 @@ def main() -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         # One output directory for the whole run: only the main process makes one.
         sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+    sys.argv[1:] = adapted(sys.argv[1:])
     try:
         _job()
     except KeyboardInterrupt:

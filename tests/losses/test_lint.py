@@ -34,6 +34,7 @@ KL = {"use_kl_loss": True, "kl_loss_type": "k2"}
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (config("gspo"), {}, r"'gspo' under aggregation 'token_mean': .*use aggregation=seq_mean_token_mean$"),
     (config("luspo", aggregation="seq_mean_token_sum"), {}, "'luspo' under aggregation 'seq_mean_token_sum'"),
+    (config("topr_sequence"), {}, "sums over the tokens of a sequence.*use aggregation=seq_mean_token_sum"),
     (config("real", aggregation="seq_mean_token_mean"), {}, "use aggregation=prompt_mean"),
     (config("sapo"), {}, "its paper averages otherwise"),
     (config(aggregation={"name": "constant", "length": 100}), {"longest": 200}, "set loss.aggregation.length=200"),

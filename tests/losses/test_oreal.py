@@ -47,7 +47,7 @@ def test_by_hand() -> None:
     item, head = coin([1.0, 1.0, -2.0], old)
     loss, _, metrics = evaluate(OrealLossConfig(), [item], [head])
     assert loss.item() == pytest.approx(math.log(2) - 1 + 2)
-    assert metrics["positive_nll"] == pytest.approx(math.log(2))
+    assert metrics["positive_nll_loss"] == pytest.approx(math.log(2))
     assert metrics["denominator_positive"] == 2
     assert metrics["denominator_negative"] == 1
     # 2 x (0.5 log 2 - 0.7 x 1) + 0.3 x 2
@@ -84,7 +84,7 @@ def test_an_empty_side_is_zero(signs: str) -> None:
     assert loss.isfinite()
     assert all(grad.isfinite().all() for grad in grads)
     assert (loss.item() == 0) == (signs == "none")
-    assert (metrics["positive_nll"] > 0) == (signs == "positive")
+    assert (metrics["positive_nll_loss"] > 0) == (signs == "positive")
 
 
 def slow(cfg: OrealLossConfig, item: RLLossContextInputItem, logprobs: Tensor) -> float:

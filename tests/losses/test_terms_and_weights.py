@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from toolkit import ConfigError, DataError, GRPOLossConfig, GRPOLossContext, RLLossContextInputItem
+from toolkit.functional.registry import policy_loss_names
 from toolkit.head import TokenScores
 from toolkit.losses.aggregation import AggregationConfig
 from toolkit.losses.provenance import LogprobSpec
@@ -154,6 +155,14 @@ def test_weights_by_hand(aggregation: Any, expected: list[float]) -> None:
     assert by_hand(aggregation, [1.0, -1.0, 2.0], labels, [5, 5, 6]) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("bounds", [[0, 3, 3, 5], [0, 3, 5, 5]])
+def test_empty_sequences_of_a_packed_row_count_wherever_they_stand(bounds: list[int]) -> None:
+    cfg = GRPOLossConfig(aggregation={"name": "seq_mean_token_sum", "count_empty": True})
+    item = RLLossContextInputItem(shifted_labels=torch.zeros(1, 5, dtype=torch.int64), advantages=torch.ones(1, 5))
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg, [torch.tensor(bounds)])
+    assert kwargs.loss_weight.flatten().tolist() == pytest.approx([1 / 3] * 5)
+
+
 def test_empty_sequences_count_only_on_request() -> None:
     # D20: two tokens in one row, another row is empty.
     labels = [[0, 0], [-100, -100]]
@@ -208,9 +217,11 @@ def test_positive_nll_is_the_mean_over_positive_tokens() -> None:
 
 def test_a_group_cut_in_two_is_refused() -> None:
     cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": "real"}, aggregation="prompt_mean")
+    # A row with nothing to score, as a rank without work sends one, may belong to any group.
+    evaluate(cfg, [slice(0, 3), slice(2, 3), slice(3, 6)])
     evaluate(cfg, [slice(0, 3), slice(3, 6)])
     with pytest.raises(DataError, match="group 7 lies in several micro-batches"):
-        evaluate(cfg, [slice(0, 2), slice(2, 6)])
+        evaluate(cfg, [slice(0, 1), slice(1, 6)])
 
 
 def test_zero_variance_groups_are_counted() -> None:
@@ -218,7 +229,7 @@ def test_zero_variance_groups_are_counted() -> None:
     item = item.replace(advantages=torch.tensor([[1.0], [1.0], [1.0], [2.0], [-2.0], [0.0]]))
     (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], GRPOLossConfig())
     found = to_floats(kwargs.step_metrics)
-    assert found["zero_variance_groups"] == pytest.approx(2 / 3)
+    assert found["zero_variance_groups"] == pytest.approx(1 / 3)
     assert found["denominator"] == float((item.shifted_labels != -100).sum())
 
 
@@ -226,6 +237,7 @@ def test_zero_variance_groups_are_counted() -> None:
     ("spec", "temperature", "words"),
     [
         ({"mode": "raw"}, 0.6, "they are raw"),
+        ({"mode": "raw", "temperature": 0.6}, 1.0, "they are raw"),
         ({"temperature": 0.6}, 1.0, "temperature 0.6"),
         ({"top_p": 0.9}, 1.0, "top_p=0.9"),
         ({"top_k": 50}, 1.0, "top_k=50"),
@@ -268,6 +280,46 @@ def test_what_is_read_must_be_there(changes: dict[str, Any], options: dict[str, 
     item = item.replace(**changes)
     with pytest.raises(DataError, match=words):
         GRPOLossContext.build_batches_loss_kwargs([item], GRPOLossConfig(**options))
+
+
+def test_a_rollout_weight_inside_of_a_loss_is_checked_as_any_other() -> None:
+    item, _ = batch()
+    cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": "vespo", "use_rollout_weight": True})
+    for changes, words in (
+        ({"rollout_logprobs": torch.full((6, 9), torch.nan)}, "= nan"),
+        ({"rollout_logprobs": None}, "is missing"),
+        ({"rollout_spec": LogprobSpec(temperature=0.5)}, "temperature 0.5"),
+    ):
+        with pytest.raises(DataError, match=words):
+            GRPOLossContext.build_batches_loss_kwargs([item.replace(**changes)], cfg)
+
+
+@pytest.mark.parametrize("policy_loss", policy_loss_names())
+def test_a_micro_batch_with_nothing_to_score_reports_the_same_metrics(policy_loss: str) -> None:
+    # Ranks merge their metrics by position: a name that one of them lacks would mix up all others.
+    cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": policy_loss}, positive_nll_coef=0.1, correction=[TIS])
+    item, logprobs = batch()
+    names = []
+    for own in (item, item.replace(shifted_labels=torch.full((6, 9), -100))):
+        (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([own], cfg)
+        scored = (kwargs.shifted_labels != -100).reshape(-1).nonzero().squeeze(-1)
+        context = GRPOLossContext(cfg, kwargs)
+        _, found = context.loss_from_scores(TokenScores(logprobs.reshape(-1)[scored], None), kwargs.take(scored))
+        names.append([*found, *kwargs.step_metrics])
+    assert names[0] == names[1]
+
+
+def test_no_micro_batches_at_all() -> None:
+    assert GRPOLossContext.build_batches_loss_kwargs([], GRPOLossConfig(aggregation="prompt_mean")) == []
+
+
+def test_rejected_tokens_are_not_learnt_from() -> None:
+    item, _ = batch()
+    everything = {**MASK, "lower": 1e6, "upper": 1e7, "denominator": "original"}
+    for options, is_void in (({}, True), ({"use_kl_loss": True, "kl_loss_type": "k2"}, False)):
+        cfg = GRPOLossConfig(correction=[everything], **options)
+        (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)
+        assert (GRPOLossContext(cfg, kwargs).num_learning() == 0) == is_void
 
 
 @pytest.mark.parametrize(

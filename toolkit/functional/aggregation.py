@@ -59,6 +59,7 @@ def share(
     *,
     length: float | None = None,
     count_empty: bool = False,
+    num_sequences: int | None = None,
     is_positive: Tensor | None = None,
     component_weights: tuple[float, float] = (1.0, 1.0),
     prompt_tokens: Tensor | None = None,
@@ -72,6 +73,7 @@ def share(
         aggregation: one of `functional.names.Aggregation`.
         length: L of "constant", in tokens.
         count_empty: whether sequences without a scored token count where sequences are counted (peers differ).
+        num_sequences: S, empty ones included; as many as `ids` names by default.
         is_positive: bool of the same shape, A > 0; for "per_component".
         component_weights: factors of the tokens with A > 0 and of the others; for "per_component".
         prompt_tokens: of the same shape, the scored tokens of each position's prompt over the whole step; for
@@ -93,14 +95,18 @@ def share(
         positive = active.where(is_positive, 0.0)
         weights = component_weights[0] * positive + component_weights[1] * (active - positive)
         return Share(weights, _counts(positive.sum(), (active - positive).sum()), is_second=~is_positive)
-    lengths, num_sequences = _lengths(active, ids, count_empty=count_empty)
+    lengths, counted = _lengths(active, ids)
+    if count_empty and num_sequences is not None:
+        counted = active.new_tensor(float(num_sequences))
+    elif count_empty:
+        counted = active.new_tensor(float(ids.max()) + 1 if ids.numel() else 0.0)
     if aggregation == "seq_mean_token_mean":
-        return Share(active / lengths, _counts(num_sequences))
+        return Share(active / lengths, _counts(counted))
     if aggregation == "seq_mean_token_sum":
-        return Share(active, _counts(num_sequences))
+        return Share(active, _counts(counted))
     if aggregation == "constant":
         assert length is not None
-        return Share(active / length, _counts(num_sequences))
+        return Share(active / length, _counts(counted))
     assert aggregation == "square", aggregation
     weights = active * lengths.rsqrt()
     return Share(weights, _counts(weights.sum()))
@@ -110,10 +116,9 @@ def _counts(first: Tensor, second: Tensor | None = None) -> Tensor:
     return torch.stack([first, torch.zeros_like(first) if second is None else second])
 
 
-def _lengths(active: Tensor, ids: Tensor, *, count_empty: bool) -> tuple[Tensor, Tensor]:
-    """Return the scored tokens of each position's own sequence (at least 1), and the number of sequences."""
+def _lengths(active: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scored tokens of each position's own sequence (at least 1), and the number of sequences with any."""
     flat = (ids + 1).reshape(-1)  # position 0 collects what belongs to no sequence
     num_slots = int(flat.max()) + 1 if flat.numel() else 1
     lengths = segment_sum(active.reshape(-1), flat, num_slots)
-    num_sequences = active.new_tensor(float(num_slots - 1)) if count_empty else (lengths[1:] > 0).sum().to(active.dtype)
-    return lengths[flat].reshape(active.shape).clamp(min=1), num_sequences
+    return lengths[flat].reshape(active.shape).clamp(min=1), (lengths[1:] > 0).sum().to(active.dtype)

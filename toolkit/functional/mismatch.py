@@ -24,8 +24,8 @@ from toolkit.metrics import EffectiveSampleSize, Max, Mean, Metric, Min
 
 LARGEST_LOG = 500.0
 """Bound on |log ratio| in nats where none is asked for: sums and products of a few e^500 still fit float64."""
-LARGEST_WEIGHT = torch.finfo(torch.float32).max
-"""Bound on a product of weights, so that a loss in fp32 never sees inf."""
+LARGEST_WEIGHT = 1e30
+"""Bound on a product of weights: times a token's loss it still fits fp32."""
 SMALLEST_MEAN = 1e-8
 """Weights whose mean is smaller are left as they are instead of divided by it (as in verl)."""
 CLAMPS = ("clamp", "clamp_upper")

@@ -39,7 +39,8 @@ class PolicyLoss:
     """The aggregation of its paper, where another one is known to be wrong or to change what it does."""
     formula: str = ""
     """One token's loss in plain characters, ``{option}`` standing for the value of an option. ``[a // b]`` reads a,
-    or b where an option in a is None; ``[a]`` is then left out."""
+    or b where an option in a is None; ``[a]`` is then left out. ``[<?flag>a // b]`` reads a where an option is true;
+    `toolkit.losses.facts.filled` has all of it."""
 
     def options(self, given: Mapping[str, Any], where: str = "policy_loss_cfg") -> dict[str, Any]:
         """Validate `given` and fill in the defaults.
@@ -113,6 +114,8 @@ def policy_loss(name: str) -> PolicyLoss:
     Raises:
         ConfigError: there is none; the message lists those that exist.
     """
+    if name in _LOSSES:  # it is asked for in every chunk; listing the modules takes longer
+        return _LOSSES[name]
     names = policy_loss_names()
     if name not in names:
         raise ConfigError(

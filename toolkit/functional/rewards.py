@@ -236,6 +236,8 @@ class RewardTerms:
         variance = (weights * centred.square()).sum() / (number - int(std == "sample")).clamp(min=1)
         divisor = (variance + eps).sqrt() if eps_to == "variance" else variance.sqrt() + eps
         counted = weights > 0
+        if not values.numel():
+            return values
         highest = values.masked_fill(~counted, float("-inf")).amax()
         lowest = values.masked_fill(~counted, float("inf")).amin()
         return (centred / divisor).where(counted & (highest > lowest), 0.0)

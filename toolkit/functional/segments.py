@@ -109,7 +109,7 @@ def suffix_sum(values: Tensor, ids: Tensor, discount: float = 1.0, positions: Te
     """
     # Sums over spans of 1, 2, 4 ... tokens: log2(N) steps without the powers discount^-t that would overflow.
     total, span = values, 1
-    log_discount = math.log(discount)
+    log_discount = math.log(max(discount, 1e-300))
     where = torch.arange(len(values), device=values.device) if positions is None else positions
     while span < len(values):
         is_same = ids[span:] == ids[:-span]

@@ -143,8 +143,13 @@ class PolicyTerms:
         return lowest.scatter_reduce(0, groups, values.detach(), "amax")[groups]
 
     def selected_at_random(self, is_eligible: Tensor, count: int, seed: int) -> Tensor:
-        """Pick `count` of the eligible tokens, the same for the same seed on every rank and device: [N] bool."""
-        generator = torch.Generator().manual_seed(seed)
+        """Pick `count` of the eligible tokens, [N] bool: the same ones for the same tokens and seed anywhere.
+
+        The advantages' bits are mixed into the seed (as integers, whose sum does not depend on its order), for with the
+        seed alone every step would pick the same places.
+        """
+        content = int(self.advantages.double().view(torch.int64).sum())
+        generator = torch.Generator().manual_seed((seed + content) % 2**63)
         keys = torch.rand(len(is_eligible), generator=generator, dtype=torch.float64).to(is_eligible.device)
         keys = keys.where(is_eligible, 2.0)
         chosen = torch.zeros_like(is_eligible)

@@ -123,6 +123,10 @@ class BaseLossContext(ABC, Generic[ItemT]):
         loss, extras = chunked_loss(piece_loss, flat, head_weight, head_bias, [len(piece) for piece in pieces])
         return loss, merge_extras(extras)
 
+    def num_learning(self) -> Tensor:
+        """Return how many tokens this micro-batch can learn from, a 0-dim tensor; a step with none anywhere is void."""
+        return (self.loss_kwargs.shifted_labels != self.loss_cfg.ignore_idx).sum()
+
     def explain(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None) -> HeadPlan:
         """Return how `forward` with these tensors would go through the head, why, and at what cost; ``print`` it.
 

@@ -193,7 +193,9 @@ def prompts_of_batches(
         groups, place = own_groups.reshape(-1).unique(return_inverse=True)
         sizes = torch.tensor([total[group] for group in groups.tolist()], dtype=torch.float64, device=place.device)
         tokens.append(sizes[place].reshape(own_groups.shape))
-        counted = {group for group in groups.tolist() if group in mine and (count_empty or total[group] > 0)}
+        # Negative numbers are the padding of a packed row.
+        named = {group for group in groups.tolist() if group in mine and group >= 0}
+        counted = {group for group in named if count_empty or total[group] > 0}
         numbers.append(len(counted))
         mine -= counted
     return tokens, numbers

@@ -41,7 +41,9 @@ class CorrectionConfig(Config):
     upper: float | None = None
     """Inclusive upper bound; None: none, so that clamp_upper is the plain importance weight."""
     denominator: Literal["original", "survivors"] | None = None
-    """What the loss is divided by after a rejection: all tokens, or those that are left. Required for mask and veto."""
+    """After a rejection, required for mask and veto. original: the token's policy term is 0, all else stays as it was.
+    survivors: the token counts nowhere, as if masked: not in the denominator, in the KL or entropy term, nor in a
+    sequence's ratio (XTuner does the same)."""
     normalize: bool = False
     """Divide the clamped ratios by their mean over the step: over tokens, turns or sequences, as `granularity` says."""
     advantages: Literal["any", "negative", "positive", "widening"] = "any"

@@ -16,6 +16,7 @@ from toolkit.errors import DataError
 from toolkit.functional.conformance import check_token_losses
 from toolkit.functional.kl import k1, k3, kl_estimate
 from toolkit.functional.kl_exact import top_k_kl
+from toolkit.functional.mismatch import LARGEST_WEIGHT
 from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
 from toolkit.head.plan import Entropy, Scope
@@ -117,6 +118,13 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             return loss, extra  # a subclass's own
         return loss, {**(extra or {}), **(self.loss_kwargs.step_metrics or {})}
 
+    def num_learning(self) -> Tensor:
+        """Return the tokens with a weight in some term: those that a correction rejected have none in the policy's."""
+        kwargs, cfg = self.loss_kwargs, self.loss_cfg
+        if kwargs.policy_weight is None or cfg.use_kl_loss or cfg.entropy_coef != 0 or cfg.positive_nll_coef != 0:
+            return super().num_learning()
+        return ((kwargs.policy_weight != 0) & (kwargs.shifted_labels != cfg.ignore_idx)).sum()
+
     def loss_from_scores(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor, dict[str, Metric]]:
         """Return the weighted sum of the policy, KL and entropy terms, and the metrics of all."""
         cfg = self.loss_cfg
@@ -143,7 +151,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             nll_weight = as_loss_dtype(loss_kwargs.nll_weight, scores.logprobs)
             nll = -(nll_weight * scores.logprobs).sum()
             loss = loss + cfg.positive_nll_coef * nll
-            metrics["positive_nll"] = loss_metric(nll, cfg.gradient_reduction)
+            metrics["positive_nll_loss"] = loss_metric(nll, cfg.gradient_reduction)
         if scores.entropy is not None and self.entropy:
             metrics["entropy"] = Mean.of(scores.entropy)
             if cfg.entropy_coef != 0:
@@ -176,7 +184,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         """Return the importance weights [N] of all corrections, without gradient (None: all are 1), and metrics."""
         late, metrics = late_correction(terms, self.loss_cfg)
         found = [as_loss_dtype(own, terms.logprobs) for own in (loss_kwargs.policy_weight, late) if own is not None]
-        return (None if not found else found[0] if len(found) == 1 else found[0] * found[1]), metrics
+        return (None if not found else torch.stack(found).prod(0).clamp(max=LARGEST_WEIGHT)), metrics
 
     def _terms(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[PolicyTerms, Tensor]:
         """Return what the policy loss sees, in the dtype of the log-probabilities, and the weights beside it."""

@@ -68,7 +68,7 @@ def corrected_batches(
             "granularity='token' or no sp_mesh"
         )
     scored = [(item.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1) for item in items]
-    terms = [_mismatch_terms(*parts) for parts in zip(items, scored, ids, turns, strict=True)]
+    terms = [_mismatch_terms(*parts, cfg) for parts in zip(items, scored, ids, turns, strict=True)]
     sums = None
     if any(correction.normalize for correction in corrections):
         device = items[0].shifted_labels.device if items else torch.device("cpu")
@@ -80,12 +80,20 @@ def corrected_batches(
     ]
 
 
+def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> Tensor | None:
+    """Return the sampler's log-probabilities, unless they are of another distribution: not even for a metric then."""
+    spec = item.rollout_spec
+    is_other = spec is not None and spec.mismatch(cfg.temperature) is not None and not cfg.accept_mismatch
+    return None if is_other else item.rollout_logprobs
+
+
 def _mismatch_terms(
-    item: RLLossContextInputItem, positions: Tensor, ids: Tensor, turns: Tensor
+    item: RLLossContextInputItem, positions: Tensor, ids: Tensor, turns: Tensor, cfg: BaseRLLossConfig
 ) -> MismatchTerms | None:
     """Return what corrections look at, or None where the items cannot be compared with the sampler."""
-    if item.old_logprobs is None or item.rollout_logprobs is None:
+    if item.old_logprobs is None or comparable_rollout(item, cfg) is None:
         return None
+    assert item.rollout_logprobs is not None
     assert item.advantages is not None
     old, rollout, advantages, sequences, turn = (
         values.detach().reshape(-1).index_select(0, positions)

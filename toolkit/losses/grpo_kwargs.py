@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import all_gather_objects, rank
 from toolkit.errors import ConfigError, DataError
-from toolkit.functional.aggregation import Share, share
+from toolkit.functional.aggregation import Share
 from toolkit.functional.conformance import check_scope, is_zero_without_advantage
 from toolkit.functional.registry import PolicyLoss, policy_loss
 from toolkit.functional.segments import NO_SEQUENCE, turn_ids
@@ -24,7 +24,7 @@ from toolkit.losses.calibration import aggregated, calibrated, counts_here, prom
 from toolkit.losses.candidates import candidates_of
 from toolkit.losses.config import BaseRLLossConfig
 from toolkit.losses.fields import PerToken
-from toolkit.losses.grpo_correction import corrected_batches, early, late
+from toolkit.losses.grpo_correction import comparable_rollout, corrected_batches, early, late
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.metrics import Max, Mean, Metric
 
@@ -72,12 +72,12 @@ def build_grpo_kwargs(
     turns = [turn_ids(own != cfg.ignore_idx, own_ids) for own, own_ids in zip(labels, ids, strict=True)]
     scope = scope_of(cfg)
     if scope == "group":
-        _check_groups_are_whole(items)
+        _check_groups_are_whole(items, cfg.ignore_idx)
     corrected = corrected_batches(items, ids, turns, cfg, sp_mesh)
     labels = [batch.labels for batch in corrected]
-    terms = [_shares(items, labels, ids, cfg, sp_mesh)]
+    terms = [_shares(items, labels, ids, cfg, sp_mesh, cu_seq_lens_list)]
     if cfg.positive_nll_coef:
-        terms.append([_positive_share(item, own, cfg) for item, own in zip(items, labels, strict=True)])
+        terms.append(_positive_shares(items, labels, ids, cfg, sp_mesh))
     has_others = cfg.aggregation.name == "per_component" and (cfg.use_kl_loss or cfg.entropy_coef != 0)
     if has_others:
         terms.append(aggregated(labels, ids, "token_mean", ignore_idx=cfg.ignore_idx, sp_mesh=sp_mesh))
@@ -99,7 +99,7 @@ def build_grpo_kwargs(
             advantages=_given(item.advantages),
             old_logprobs=item.old_logprobs,
             ref_logprobs=item.ref_logprobs,
-            rollout_logprobs=item.rollout_logprobs,
+            rollout_logprobs=comparable_rollout(item, cfg),
             teacher_logprobs=item.teacher_logprobs,
             sequence_ids=ids[index],
             turn_ids=turns[index] if scope != "token" else None,
@@ -169,6 +169,7 @@ def _readers(cfg: BaseRLLossConfig) -> dict[str, _Reader]:
     name = f"policy loss {loss.name!r}"
     uses_rollout = any("rollout" in own.between for own in cfg.correction)
     anchored = options.get("anchor") == "rollout" or "rollout_logprobs" in loss.needs
+    anchored |= bool(options.get("use_rollout_weight"))
     kl_anchored = cfg.use_kl_loss and cfg.kl_gradient == "is_corrected" and cfg.kl_anchor == "rollout"
     return {
         "ref_logprobs": _Reader(
@@ -229,9 +230,13 @@ def _check_item(item: RLLossContextInputItem, cfg: BaseRLLossConfig, where: str)
         )
 
 
-def _check_groups_are_whole(items: list[RLLossContextInputItem]) -> None:
+def _check_groups_are_whole(items: list[RLLossContextInputItem], ignore_idx: int) -> None:
     """A group that is split over micro-batches would be seen as several smaller ones, without any error."""
-    own = [set(item.group_ids.unique().tolist()) - {-1} for item in items if item.group_ids is not None]
+    own = [
+        set(item.group_ids[item.shifted_labels != ignore_idx].unique().tolist())
+        for item in items
+        if item.group_ids is not None
+    ]
     mine: set[int] = set().union(*own) if own else set()
     others = [groups for number, groups in enumerate(all_gather_objects(mine)) if number != rank()]
     for index, groups in enumerate(own):
@@ -252,9 +257,15 @@ def _shares(
     ids: list[Tensor],
     cfg: BaseRLLossConfig,
     sp_mesh: DeviceMesh | None,
+    cu_seq_lens_list: Sequence[Tensor | None] | None,
 ) -> list[Share]:
     chosen = cfg.aggregation
     options: dict[str, Any] = {"count_empty": chosen.count_empty, "length": chosen.length}
+    if cu_seq_lens_list is not None:  # empty sequences leave no trace in the ids
+        options["num_sequences"] = [
+            len(own_ids) if bounds is None else len(bounds) - 1
+            for own_ids, bounds in zip(ids, cu_seq_lens_list, strict=True)
+        ]
     if chosen.name == "per_component":
         options["is_positive"] = [_given(item.advantages) > 0 for item in items]
         options["component_weights"] = (chosen.positive_weight, chosen.negative_weight)
@@ -270,9 +281,18 @@ def _shares(
     return aggregated(labels, ids, chosen.name, ignore_idx=cfg.ignore_idx, sp_mesh=sp_mesh, **options)
 
 
-def _positive_share(item: RLLossContextInputItem, labels: Tensor, cfg: BaseRLLossConfig) -> Share:
-    is_positive = (labels != cfg.ignore_idx) & (_given(item.advantages) > 0)
-    return share(is_positive, torch.zeros_like(labels), "token_mean")
+def _positive_shares(
+    items: list[RLLossContextInputItem],
+    labels: list[Tensor],
+    ids: list[Tensor],
+    cfg: BaseRLLossConfig,
+    sp_mesh: DeviceMesh | None,
+) -> list[Share]:
+    """Return the shares of a mean over the tokens with A > 0."""
+    positive = [
+        own.masked_fill(~(_given(item.advantages) > 0), cfg.ignore_idx) for item, own in zip(items, labels, strict=True)
+    ]
+    return aggregated(positive, ids, "token_mean", ignore_idx=cfg.ignore_idx, sp_mesh=sp_mesh)
 
 
 def _denominators(denominators: Tensor, cfg: BaseRLLossConfig) -> dict[str, Metric]:
@@ -284,19 +304,22 @@ def _denominators(denominators: Tensor, cfg: BaseRLLossConfig) -> dict[str, Metr
 def _step_metrics(
     items: list[RLLossContextInputItem], labels: list[Tensor], cfg: BaseRLLossConfig
 ) -> dict[str, Metric]:
-    """Return what the items themselves tell: tokens without an advantage, groups that teach nothing."""
+    """Return what the items themselves tell: tokens without an advantage, groups that teach nothing.
+
+    Rewards that are all equal give a group the advantage 0 throughout; so does every part of such a group that a
+    micro-batch or a rank holds. (A part of another group whose advantages happen to be equal does not count.)
+    """
     is_scored = [own != cfg.ignore_idx for own in labels]
     advantages = torch.cat(
         [_given(item.advantages)[own] for item, own in zip(items, is_scored, strict=True)] or [torch.zeros(0)]
     )
     metrics: dict[str, Metric] = {"zero_advantage_tokens": Mean.of(advantages == 0)}
-    if all(item.group_ids is not None for item in items):
+    if items and all(item.group_ids is not None for item in items):
         groups = torch.cat([i.group_ids[m] for i, m in zip(items, is_scored, strict=True) if i.group_ids is not None])
         _, place = groups.unique(return_inverse=True)
         size = int(place.max()) + 1 if len(place) else 0
-        low = advantages.new_full((size,), torch.inf).scatter_reduce(0, place, advantages, "amin")
-        high = advantages.new_full((size,), -torch.inf).scatter_reduce(0, place, advantages, "amax")
-        metrics["zero_variance_groups"] = Mean.of(low == high)
+        largest = advantages.new_zeros(size).scatter_reduce(0, place, advantages.abs(), "amax")
+        metrics["zero_variance_groups"] = Mean.of(largest == 0)
     return metrics
 
 

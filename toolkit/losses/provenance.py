@@ -29,6 +29,11 @@ class LogprobSpec(Config):
 
     def mismatch(self, temperature: float) -> str | None:
         """Say why these log-probabilities cannot be compared with a trainer's at `temperature`, None when they can."""
+        if self.mode == "raw" and self.temperature != 1:
+            return (
+                f"they are raw (a softmax of the bare logits), but the tokens were sampled at temperature "
+                f"{self.temperature:g}; ask the sampler for processed log-probabilities"
+            )
         if self.mode == "raw" and temperature != 1:
             return (
                 f"they are raw (a softmax of the bare logits), but the loss scores at temperature {temperature:g}; "

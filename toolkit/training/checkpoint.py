@@ -75,8 +75,14 @@ def load_weights(folder: Path, trainer: Trainer) -> None:
 
 
 def load_reference(folder: Path, trainer: Trainer) -> None:
-    """Load the reference policy's weights, if the run had one."""
-    if trainer.reference is not None and (folder / "reference.safetensors").is_file():
+    """Load the reference policy's weights, if the run has one.
+
+    Raises:
+        ConfigError: the checkpoint has none: the policy as it is now is not what the earlier steps were held to.
+    """
+    if trainer.reference is not None:
+        if not (folder / "reference.safetensors").is_file():
+            raise ConfigError(f"training.resume: {folder} holds no reference policy; resume with the earlier settings")
         load_model(trainer.reference, str(folder / "reference.safetensors"))
 
 

@@ -12,7 +12,7 @@ from toolkit.errors import ConfigError
 
 CHECKPOINT = "checkpoint"
 """Folder of the checkpoint in an output directory."""
-SAME_WHEN_RESUMED = ("seed", "task", "model", "loss")
+SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")
 """What a resumed run must share with the run that it goes on from: data, weights and objective."""
 
 

@@ -258,7 +258,7 @@ class Trainer:
                 accelerator.backward(loss)
             parts.append({**metrics_in(metrics), "loss": loss_metric(loss, loss_cfg.gradient_reduction)})
         step_metrics = _per_update(reduce_metrics(merge_metrics(parts)))
-        tokens = sum((batch.shifted_labels != IGNORED).sum() for batch in micro_batches)
+        tokens = sum(context(loss_cfg, kwargs).num_learning() for kwargs in batches_kwargs)
         if float(all_reduce_sum(torch.as_tensor(tokens, dtype=torch.float64, device=accelerator.device))) == 0:
             self.num_skipped += 1  # nothing to learn from anywhere: Adam's momentum must not move the weights
             phase.optimizer.zero_grad()

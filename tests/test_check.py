@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from toolkit import GRPOLossConfig
 from toolkit.check import main
 from toolkit.conformance_suite import Outcome, Subject, load_subject, report, run_suite
 from toolkit.errors import ConfigError
 from toolkit.functional import conformance, registry
 from toolkit.functional.registry import policy_loss, policy_loss_names, register_policy_loss
+from toolkit.training.run import rehearse
 
 MY_PPO = """import torch
 from toolkit import register_policy_loss
@@ -155,7 +157,7 @@ def index_error(t):
         (in_place_on_logprobs, "inputs are left as they were", r"t\.logprobs in place"),
         (of_the_batch, "keeps to the declared scope", "scope='batch'"),
         (whitened, "keeps to the declared scope", "scope='batch'"),
-        (at_random, "keeps to the declared scope", "scope='batch'"),
+        (at_random, "the same again when called again", "selected_at_random"),
         (wrong_sign, "gradient sign", r"A > 0 should lower the loss.*\+.*minus sign missing"),
         (swapped, "gradient sign", "policies swapped"),
         (detached, "gradient sign", r"no token has a gradient.*detached"),
@@ -187,8 +189,88 @@ def test_the_scope_that_is_needed(scope: str) -> None:
 
 def test_nothing_runs_after_a_loss_that_cannot_be_called() -> None:
     outcomes = list(outcomes_of(averaged).values())
-    assert {outcome.status for outcome in outcomes[3:]} == {"not run"}
-    assert outcomes[-1].words == "first repair: one loss for each token"
+    assert {outcome.status for outcome in outcomes[1:]} == {"not run"}
+    lines = report(load_subject("mine"), outcomes, 1.0).splitlines()
+    assert lines[-2] == "-     12 more checks, when that is repaired"
+    assert len(lines) == 5
+
+
+def test_a_random_loss_is_not_told_to_widen_its_scope() -> None:
+    outcomes = outcomes_of(at_random)
+    assert outcomes["keeps to the declared scope"].status == "not run"
+    assert "scope=" not in " ".join(outcome.words for outcome in outcomes.values())
+
+
+def test_the_same_cause_is_told_once() -> None:
+    outcomes = [Outcome("a", "failed", "the cause"), Outcome("b", "failed", "the cause")]
+    text = report(load_subject("vanilla"), outcomes, 1.0)
+    assert text.count("the cause") == 1
+    assert "the same as: a" in text
+
+
+@pytest.mark.parametrize("name", ["ref_logprobs", "rollout_logprobs", "teacher_logprobs", "entropies"])
+@pytest.mark.parametrize("with_given", [False, True])
+def test_a_field_that_is_not_declared(name: str, with_given: bool) -> None:
+    def reads(t):
+        values = t.given(name) if with_given else getattr(t, name)
+        return -t.ratio() * t.advantages + 0.01 * (t.bounded(values) - t.bounded(t.logprobs)).square()
+
+    words = outcomes_of(reads)["one loss for each token"].words
+    assert f"t.{name}, which it does not declare" in words
+    assert f"needs=('{name}',)" in words
+    register_policy_loss("mine", needs=(name,), overwrite=True)(reads)
+    assert run_suite(load_subject("mine"))[0].status == "ok"
+
+
+def test_groups_are_there_for_wide_scopes_alone() -> None:
+    def reads(t):
+        return -t.ratio() * t.advantages * (1 + 0 * t.group_ids)
+
+    assert "scope='group'" in outcomes_of(reads)["one loss for each token"].words
+    register_policy_loss("mine", scope="group", overwrite=True)(reads)
+    assert {outcome.status for outcome in run_suite(load_subject("mine"))} <= {"ok", "not applicable"}
+
+
+def no_gradient(t):
+    with torch.no_grad():
+        return -t.ratio() * t.advantages
+
+
+def typo(t):
+    return -t.ratio() * t.advantage
+
+
+def reads_the_reference(t):
+    return -t.ratio() * t.advantages + 0.01 * (t.logprobs - t.ref_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (no_gradient, r"'mine' has no gradient.*no_grad"),
+        (typo, r"'mine': it raised AttributeError: .*'advantage'.*\(test_check\.py:\d+\)"),
+        (reads_the_reference, r"'mine': it reads t\.ref_logprobs.*needs=\('ref_logprobs',\)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@pytest.mark.parametrize("mode", ["eager", "chunk"])
+def test_the_rehearsal_says_it_in_one_line(function: Callable, words: str, mode: str) -> None:
+    register_policy_loss("mine")(function)
+    with pytest.raises(ConfigError, match=words) as caught:
+        rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": "mine"}, mode=mode))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", policy_loss_names())
+def test_every_built_in_loss_is_rehearsed(name: str) -> None:
+    rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": name}))
+    if "anchor" in policy_loss(name).options_model.model_fields:
+        rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": name, "anchor": "rollout"}))
+
+
+def test_a_kl_brings_the_reference() -> None:
+    register_policy_loss("mine")(reads_the_reference)
+    rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": "mine"}, use_kl_loss=True, kl_loss_type="k2"))
 
 
 @pytest.mark.parametrize(("scope", "is_found"), [("batch", True), ("token", True)])
@@ -318,6 +400,19 @@ def test_the_command_refuses_words_without_a_value() -> None:
     done = check("vanilla", "eps")
     assert done.returncode == 1
     assert done.stderr == "error: 'eps' is not an option of the loss; write option=value, such as eps=0.3\n"
+
+
+def test_the_command_without_a_loss() -> None:
+    for arguments in ((), ("--wrong",)):
+        done = check(*arguments)
+        assert done.returncode == 1
+        assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
+
+
+def test_a_reader_that_stops_early() -> None:
+    command = f"{sys.executable} -m toolkit.check vanilla | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_a_subject_is_called_on_copies() -> None:

@@ -20,12 +20,13 @@ from toolkit.config import build_loss, compose_config, conf_dir
 from toolkit.errors import ConfigError, DataError
 from toolkit.explain import main
 from toolkit.functional import registry
+from toolkit.functional.ratios import bounded
 from toolkit.functional.registry import policy_loss, policy_loss_names, register_policy_loss
 from toolkit.losses.config import GRPOLossConfig
 from toolkit.losses.config_opd import OPDLossConfig
 from toolkit.losses.config_oreal import OrealLossConfig
 from toolkit.losses.explanation import explain_loss, needed_fields
-from toolkit.losses.facts import POLICY_FACTS, equation, filled, source_of, title_of
+from toolkit.losses.facts import LARGEST_LOG_RATIO, POLICY_FACTS, equation, filled, source_of, title_of
 from toolkit.losses.items import RLLossContextInputItem
 
 README = Path(toolkit.__file__).parents[1] / "README.md"
@@ -68,6 +69,11 @@ def test_clauses_of_a_formula() -> None:
     assert filled(formula, options) == "clip(r, 0, 1 + 0.2) A x"
     assert filled(formula, {**options, "cap": 5.0, "c": 3.0}) == "clip(r, 0, 5), at most 3 A x"
     assert filled(formula, {**options, "low": 0.0, "high": None}) == "clip(r, 0, inf) A x"
+    flags = "[<?on>yes[, {c}] // no][<!c=1>, c is not 1][<?mode=a><?on>; both]"
+    assert filled(flags, {"on": True, "c": 1.0, "mode": "a"}) == "yes, 1; both"
+    assert filled(flags, {"on": False, "c": None, "mode": "a"}) == "no, c is not 1"
+    with pytest.raises(KeyError):
+        filled("[<?of>x]", {"on": True})
 
 
 @pytest.mark.parametrize("name", policy_loss_names())
@@ -76,7 +82,7 @@ def test_every_built_in_loss_is_explained(name: str) -> None:
     assert loss.formula
     assert title_of(loss.function)
     assert source_of(loss.function)
-    assert set(POLICY_FACTS[name]._fields) == {"ratio", "gradient"}
+    assert set(POLICY_FACTS[name]._fields) == {"ratio", "gradient", "bound"}
     options = loss.options({})
     nothing = {key: None if _may_be_none(loss, key) else value for key, value in options.items()}
     for chosen in (options, nothing):
@@ -101,7 +107,7 @@ def test_the_documented_example() -> None:
     text = explained("loss=grpo", "policy_loss=gspo", "kl=k3", "correction=[tis,geo_rs]", "mode=chunk")
     for words in (
         "loss = sum over scored tokens of weight x (importance x policy + 0.001 x KL)",
-        "max(-A s, -A clip(s, 1 - 0.0003, 1 + 0.0004)); s = exp(mean over the sequence of log pi / pi_old)",
+        "max(-A s, -A clip(s, 1 - 0.0003, 1 + 0.0004)); s = exp(mean over the sequence of log(pi / pi_old))",
         "+ 0.001 x k3: exp(-d) - 1 + d, d = log pi - log pi_ref",
         "value unbiased, gradient that of the forward KL(reference || policy)",
         "|d| at most 20 nats, no gradient beyond; |the estimate| at most 10 nats",
@@ -137,13 +143,16 @@ def test_the_documented_example() -> None:
         (["aggregation=seq_mean_token_mean", "loss.aggregation.count_empty=true"], "without a scored token count, too"),
         (["loss.entropy_coef=0.01"], "- 0.01 x the policy's entropy"),
         (["loss.positive_nll_coef=0.1"], "+ 0.1 x the mean of -log pi over the N+ tokens with A > 0"),
-        (["loss.log_ratio_range=[null,null]"], "not bounded before exp"),
+        (
+            ["loss.log_ratio_range=[null,null]"],
+            "[-inf, 68.7] nats (the ceiling is what fp32 can hold)",
+        ),
         (["loss.log_ratio_range=[null,10]"], "[-inf, 10] nats"),
         (["kl=k1_is_corrected"], "reweighted by the ratio to pi_old"),
         (["kl=full"], "KL(policy || reference) over the whole vocabulary"),
         (
             ["correction=opsm"],
-            "each sequence with A < 0 is dropped unless the mean over its tokens of log pi_rollout / pi is",
+            "each sequence with A < 0 is dropped unless the mean over its tokens of log(pi_rollout / pi) is",
         ),
         (["correction=veto"], "at least 0.0001 and at most 100 for every token of it"),
         (["correction=decoupled"], "weighted by pi_old / pi_rollout, unbounded"),
@@ -153,12 +162,78 @@ def test_the_documented_example() -> None:
         (["loss=opd"], "teacher_logprobs: for the policy loss"),
         (["loss=opd", "loss.variant=top_k"], "divergence between policy and teacher"),
         (["loss=preset/verl/gspo"], "[-inf, 10] nats"),
+        (["policy_loss=nll", "policy_loss.only_positive=false"], "-log pi options"),
+        (["policy_loss=nll"], "-log pi, 0 where A <= 0 options"),
+        (["policy_loss=real", "policy_loss.only_mixed=true"], "; 0 for a group without both kinds"),
+        (["policy_loss=topr_sequence"], "-A log pi where A > 0, else -sg(clip(R, 0, 1)) A log pi; R = product over"),
+        (["policy_loss=topr_sequence", "policy_loss.token_ratio=true"], "R = pi / pi_old of the token alone;"),
+        (["policy_loss=topr", "policy_loss.negative_weight=0"], "-A log pi where A > 0, else 0;"),
+        (["policy_loss=topr", "policy_loss.positive_weight=0.5"], "-0.5 A log pi where A > 0"),
+        (["policy_loss=cispo", "policy_loss.use_unified_mask=true"], "0 where r is above that range with A > 0"),
+        (["policy_loss=vespo", "policy_loss.use_rollout_weight=true"], "pi / pi_old x min(pi_old / pi_rollout, 2);"),
+        (["policy_loss=vespo", "policy_loss.use_rollout_weight=true"], "reported it): a factor of the weight"),
+        (["policy_loss=vespo"], "log w between -18.4 and 20"),
+        (["policy_loss=gspo", "policy_loss.average_advantages=true"], "; A is the mean of the sequence's"),
+        (["policy_loss=fipo"], "kept in 1 to 1 + 0.2, in 0.8 to 1 where A < 0 and r > 4"),
+        (["policy_loss=fipo", "policy_loss.only_raise=false"], "kept in 1 - 0.2 to 1 + 0.2"),
+        (["policy_loss=dppo_tv"], "-r A unless"),
+        (["policy_loss=dppo_tv", "policy_loss.clip_ratio_c=20"], "-min(r, 20) A unless"),
+        (
+            ["policy_loss=dppo_kl", "policy_loss.form=score", "policy_loss.clip_ratio_c=20"],
+            "-sg(min(r, 20)) A log pi unless",
+        ),
+        (["policy_loss=dppo_kl", "policy_loss.form=score"], "the weight is computed from log ratios held in [-20, 20]"),
+        (["policy_loss=aspo"], "-A sg(min(1 / r, 3)) pi / sg(pi)"),
+        (["policy_loss=kimi"], "outside it has no gradient, and -A grad log pi stays"),
+        (["kl=k1_in_reward", "mode=chunk"], "one pass over the tokens"),
+        (["loss=opd", "loss.variant=top_k", "mode=chunk"], "the general path"),
         (["rollout.temperature=0.7"], "logits are over temperature 0.7"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_each_choice_adds(overrides: list[str], words: str) -> None:
     assert words in explained(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["policy_loss=reinforce"], "log ratio"),
+        (["policy_loss=nll"], "log ratio"),
+        (["policy_loss=cispo"], "the gradient is 0 outside"),
+        (["policy_loss=kimi", "policy_loss.tau=0"], "(0 / 2)"),
+        (["policy_loss=ipo", "policy_loss.log_ratio_sq_coef=0"], "(log r)^2"),
+        (["loss=opd"], "(log r)^2"),
+        (["loss=opd", "loss.variant=top_k"], "pi_old"),
+        (["loss=opd", "loss.variant=top_k"], "|log r|"),
+        (["kl=full", "mode=chunk"], "one pass"),
+        (["policy_loss=vespo"], "factor"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_hold_is_not_said(overrides: list[str], words: str) -> None:
+    assert words not in explained(*overrides)
+
+
+@pytest.mark.parametrize("name", sorted(set(policy_loss_names()) - {"vespo"}))
+def test_the_usual_bounds_are_not_named_where_others_hold(name: str) -> None:
+    text = " ".join(explain_loss(config(name, log_ratio_range=(None, 10.0))).split())
+    assert not re.search(r"20 nats|Differs\.|\band head|in head", text), text
+
+
+def test_the_largest_log_ratio_is_that_of_the_code() -> None:
+    assert bounded(torch.tensor([1e3]), None, None).item() == pytest.approx(LARGEST_LOG_RATIO, abs=0.05)
+
+
+def test_the_run_around_the_loss() -> None:
+    done = run("kl=k1_in_reward", "kl_control=adaptive", "advantage=rloo")
+    text = " ".join(done.stdout.split())
+    assert "reward R - 0.001 x the sum over the completion of k1" in text
+    assert "kl control adaptive: the coefficient rises while the KL of a completion is above 1 nats" in text
+    assert "advantage rloo: " in text
+    done = run("advantage=gae")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: advantage=gae needs 'values'")
 
 
 @pytest.mark.usefixtures("_own_registry")
@@ -179,6 +254,7 @@ NEEDY: list[Any] = [
     config(use_kl_loss=True, kl_loss_type="k1", kl_gradient="is_corrected", kl_anchor="rollout"),
     config(correction=[{"action": "clamp_upper", "upper": 2.0}]),
     config(correction=[{"action": "clamp_upper", "between": "current_rollout"}]),
+    config("vespo", options={"use_rollout_weight": True}),
     config("opd"),
     config("real", aggregation="prompt_mean"),
     config(aggregation="prompt_mean"),
@@ -253,7 +329,7 @@ def test_the_command_is_quick_and_loads_no_torch() -> None:
 
 
 def test_settings_around_the_loss_are_seen() -> None:
-    done = run("aggregation=constant", "advantage=grpo", "rollout.max_new_tokens=2000")
+    done = run("aggregation=constant", "loss.aggregation.length=1024", "advantage=grpo", "rollout.max_new_tokens=2000")
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
     assert "use advantage=dr_grpo" in text

@@ -14,7 +14,7 @@ LAYERS = [
     ["functional", "head", "distributed"],
     ["losses"],
     ["models", "tasks", "rollout"],
-    ["plugins", "diagnosis", "run_config"],
+    ["plugins", "diagnosis", "run_config", "overrides"],
     ["config"],
     ["training", "notebook"],
     ["runner", "benchmark", "catalogue", "conformance_suite"],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import random_head, random_item
-from toolkit import CELossConfig, ConfigError, DataError, GRPOLossConfig, GRPOLossContext, LossRunner
+from toolkit import CELossConfig, ConfigError, DataError, GRPOLossConfig, GRPOLossContext, LossRunner, errors
 
 
 def test_equals_items_and_contexts() -> None:
@@ -151,3 +151,66 @@ def test_repr_is_readable() -> None:
     assert "  mode='chunk'" in repr(LossRunner.from_overrides(["mode=chunk"]))
     item, head = random_item(), random_head()
     assert repr(LossRunner(GRPOLossConfig())(*head, **dict(item.tensors()))).startswith("LossResult(loss=")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("advantage=rloo", "LossRunner has no advantage; leave it out"),
+        ("training.steps=3", "LossRunner has no training; leave it out"),
+        ("rollout.group_size=4", "LossRunner has no rollout; leave it out"),
+        ("kl_control=adaptive", "LossRunner has no kl_control; leave it out"),
+        ("kl=k1_in_reward", "LossRunner has no rewards"),
+        ("seed=1", "LossRunner has no seed; leave it out"),
+    ],
+)
+def test_overrides_that_a_loss_cannot_honour(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        LossRunner.from_overrides(["kl=k2", override] if not override.startswith("kl=") else [override])
+    assert str(caught.value).startswith(override)
+
+
+def test_a_single_override_may_be_a_string() -> None:
+    assert LossRunner.from_overrides("policy_loss=gspo").loss_cfg.policy_loss_cfg["loss_type"] == "gspo"
+    assert LossRunner.from_overrides("rollout.temperature=0.7").loss_cfg.temperature == 0.7
+
+
+def test_values_of_wrong_types_are_named_and_not_printed_whole() -> None:
+    head, labels = random_head((2, 4)), torch.zeros(2, 4, dtype=torch.int64)
+    runner = LossRunner(GRPOLossConfig())
+    with pytest.raises(DataError, match=r"group_ids is a list.*tensor of integers"):
+        runner(*head, shifted_labels=labels, advantages=1.0, group_ids=["a", "b"])
+    with pytest.raises(DataError, match="old_logprobs") as caught:
+        runner(*head, shifted_labels=labels, advantages=1.0, old_logprobs=[[0.0] * 4000] * 2)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (["aggregation=constant", "loss.aggregation.length=0"], "loss.aggregation.length=0 is not allowed"),
+        (["loss.aggregation=foo"], "loss.aggregation.name='foo' is not one"),
+        (["loss.mode=foo"], "loss.mode='foo' is not one"),
+    ],
+)
+def test_paths_of_nested_settings(overrides: list[str], start: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LossRunner.from_overrides(overrides)
+    assert str(caught.value).startswith(start)
+
+
+def test_nested_settings_in_python() -> None:
+    with pytest.raises(ConfigError, match=r"^aggregation\.name='seq_mean'.*did you mean 'seq_mean_token_mean'"):
+        GRPOLossConfig(aggregation="seq_mean")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^aggregation\.lenght is not a setting.*did you mean 'length'"):
+        GRPOLossConfig(aggregation={"name": "constant", "lenght": 3})  # type: ignore[arg-type]
+
+
+def test_warnings_point_at_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_warned", set())
+    with pytest.warns(UserWarning, match="no effect with use_kl_loss=False") as caught:
+        GRPOLossConfig(kl_loss_type="k2")
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="directly") as caught:
+        errors.warn_once("directly")
+    assert caught[0].filename == __file__

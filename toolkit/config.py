@@ -16,7 +16,6 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.utils import get_class
@@ -33,6 +32,7 @@ from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
 from toolkit.losses.config_opd import OPDLossConfig
 from toolkit.losses.config_oreal import OrealLossConfig
 from toolkit.models.config import PretrainedConfig, TinyLlamaConfig
+from toolkit.overrides import adapted, check_policy_loss_keys, own_folders, parse, plugins_in, sweep_jobs
 from toolkit.plugins import load_plugins
 from toolkit.rollout.config import RolloutConfig
 from toolkit.run_config import RunConfig
@@ -72,8 +72,6 @@ ROOTS = {"config": "", "bench": "bench"}
 BENCH_GROUPS = ("aggregation", "bench", "kl", "loss", "policy_loss")
 BENCH_KEYS = ("bench", "loss", "plugins", "rollout")
 NOT_IN_BENCH = ("temperature", "logit_scale", "softcap", "ignore_idx", "entropy_coef", "drop_zero_advantage")
-PRESET = "preset/"
-"""What the names of losses that are another project's definition begin with."""
 READ_BY = {
     "policy_loss": "policy_loss_cfg",
     "kl": "use_kl_loss",
@@ -128,56 +126,18 @@ def compose_config(overrides: Sequence[str], *, root: str = "config") -> DictCon
     Raises:
         ConfigError: an override names a choice or a key that does not exist; the message names the nearest right one.
     """
-    parsed = _parse(overrides)
-    _check_policy_loss_keys(parsed)
-    load_plugins(_plugins_in(parsed))
+    parsed = parse(overrides)
+    check_policy_loss_keys(parsed)
+    load_plugins(plugins_in(parsed))
     register_schemas()
     with _own_hydra():
         try:
             cfg = compose(root, overrides=adapted(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            groups = _groups(root, *_own_folders(parsed))
+            groups = _groups(root, *own_folders(parsed))
             raise ConfigError(diagnose(parsed, error, groups, root)) from None
     _check_unread(parsed, cfg, BENCH_KEYS if root == "bench" else list(RunConfig.model_fields))
     return cfg
-
-
-def _check_policy_loss_keys(parsed: Sequence[Override]) -> None:
-    """Refuse the way to a policy loss's options that is not read: presets have them inside, other losses beside."""
-    loss = next((str(o.value()) for o in parsed if o.key_or_group == "loss"), "grpo")
-    preset = loss if loss.startswith(PRESET) else None
-    for override in parsed:
-        group, _, option = str(override.key_or_group).partition(".")
-        value = override.value()
-        chosen = [str(one) for one in value] if isinstance(value, list) else [str(value)]
-        if group == "correction" and not option and (len(set(chosen)) < len(chosen) or "none" in chosen[1:]):
-            raise ConfigError(f"{override.input_line}: name each correction once, and none by itself")
-        if group == "correction" and "bypass" in chosen and loss != "grpo":
-            where = "loss.policy_loss_cfg.anchor" if preset is not None or loss == "oreal" else "loss.anchor"
-            raise ConfigError(
-                f"correction=bypass sets policy_loss.anchor, which loss={loss} does not read; write {where}=rollout"
-            )
-        if preset is None and str(override.key_or_group).startswith("loss.policy_loss_cfg"):
-            option = option.removeprefix("policy_loss_cfg").lstrip(".") or "<option>"
-            raise ConfigError(
-                f"{override.input_line}: on the command line the policy loss has a group of its own; "
-                f"write policy_loss=<name> and policy_loss.{option}=..."
-            )
-        if preset is not None and group == "policy_loss":
-            raise ConfigError(
-                f"{override.input_line} has no effect: loss={preset} brings its policy loss along; change its options "
-                f"by loss.policy_loss_cfg.{option or '<option>'}=..., or take loss=grpo and choose all parts yourself"
-            )
-
-
-def adapted(overrides: Sequence[str]) -> list[str]:
-    """Return overrides as Hydra takes them: an option that a preset's file does not name is added to its policy loss.
-
-    The registry knows all options of a loss, and refuses others.
-    """
-    if not any(own.startswith(f"loss={PRESET}") for own in overrides):
-        return list(overrides)
-    return [f"++{own}" if own.startswith("loss.policy_loss_cfg.") else own for own in overrides]
 
 
 @contextlib.contextmanager
@@ -255,7 +215,7 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
         ConfigError: the first thing found wrong.
     """
     jobs: Iterable[Sequence[str]] = [overrides]
-    sweeps = [override.input_line for override in _parse(overrides) if override.is_sweep_override()]
+    sweeps = [override.input_line for override in parse(overrides) if override.is_sweep_override()]
     if sweeps and not multirun:
         raise ConfigError(f"{sweeps[0]} names several values; add -m to run one job for each")
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -263,7 +223,7 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
             "-m runs one job after the other in one process; start each job of several processes by itself"
         )
     if multirun:
-        jobs = islice(_sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
+        jobs = islice(sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
     return [build_config(compose_config(job)) for job in jobs]
 
 
@@ -330,45 +290,3 @@ def _groups(root: str, *folders: str) -> dict[str, list[str]]:
 def _choices_text(root: str = "config") -> str:
     """Return the choices for --help; Hydra's own list would show the schema nodes, too."""
     return "\n".join(f"{group}: {', '.join(choices_shown(found))}" for group, found in _groups(root).items())
-
-
-def _sweep_jobs(overrides: Sequence[str]) -> Iterable[Sequence[str]] | None:
-    """Return the jobs of a multirun, or None for kinds of sweep that only their sweeper can list."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    try:
-        batches = BasicSweeper.split_arguments(_parse(overrides), max_batch_size=None)
-    except (HydraException, AssertionError, AttributeError, TypeError):
-        return None
-    return (job for batch in batches for job in batch)
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"{first}; an override looks like key.subkey=value or group=choice") from None
-
-
-def _own_folders(parsed: Iterable[Override]) -> list[str]:
-    """Return the configuration folders that the command line adds to ours (``--config-dir``, ``hydra.searchpath``)."""
-    found = [o.value() for o in parsed if o.key_or_group == "hydra.searchpath"]
-    return [str(folder).removeprefix("file://") for folders in found if isinstance(folders, list) for folder in folders]
-
-
-def output_dir_in(overrides: Sequence[str]) -> str | None:
-    """Return the output directory that the command line asks for, None when it leaves that to the configuration."""
-    for override in _parse(overrides):
-        if override.key_or_group == "hydra.run.dir":
-            value = str(override.value())
-            return None if "${" in value else value
-    return None
-
-
-def _plugins_in(parsed: Iterable[Override]) -> list[str]:
-    for override in parsed:
-        if override.key_or_group == "plugins":
-            value = override.value()
-            return [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    return []

@@ -7,12 +7,17 @@ builtin error it refines, so that ``except ValueError`` keeps working.
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 
 class ToolkitError(Exception):
     """Base of every error that the toolkit raises on purpose."""
+
+    report: tuple[Any, ...] | None = None
+    """What `toolkit.schema` made the message of, for the config around to name the whole path."""
 
 
 class ConfigError(ToolkitError, ValueError):
@@ -52,7 +57,15 @@ def warn_once(message: str | None) -> None:
     """Warn of a choice that works but does something else than its name says, once in a process; None: nothing."""
     if message is not None and message not in _warned:
         _warned.add(message)
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(message, UserWarning, stacklevel=_level_of_caller() - 1)
+
+
+def _level_of_caller() -> int:
+    """Return the ``stacklevel`` (of a warning given here) of the first frame outside of this package and pydantic."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("toolkit", "pydantic"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def say_warnings_plainly() -> None:

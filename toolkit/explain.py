@@ -8,13 +8,20 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from toolkit.config import build_loss, compose_config
 from toolkit.errors import ConfigError, ToolkitError
-from toolkit.losses.explanation import explain_loss
+from toolkit.functional.advantages import advantage
+from toolkit.functional.kl_facts import KL_NAMES
+from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
+from toolkit.losses.explanation import explain_loss, needed_fields
+from toolkit.losses.facts import KL_EQUATIONS, shown, title_of
+from toolkit.training.config import AdvantageConfig, KLControlConfig
 
 
 def main() -> None:
@@ -56,7 +63,8 @@ def _answer(arguments: argparse.Namespace) -> str:
         warnings.simplefilter("always")
         cfg = compose_config(arguments.overrides)
         loss = build_loss(cfg)
-    text = explain_loss(loss, **_context(cfg))
+        about = list(_around(cfg, loss))
+    text = explain_loss(loss, about, **_context(cfg))
     said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     return "\n".join([text, *(f"note: {message}" for message in said if not _stands_in(message, text))])
 
@@ -83,6 +91,47 @@ def _context(cfg: DictConfig) -> dict[str, object]:
         "advantage_options": options,
         "longest": OmegaConf.select(cfg, "rollout.max_new_tokens"),
     }
+
+
+def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
+    """Say what becomes of rewards before the loss sees them, and what steers the KL coefficient.
+
+    Raises:
+        ConfigError: as for training, the run cannot serve the advantage estimator.
+    """
+    if not isinstance(loss, BaseRLLossConfig):
+        return
+    control = KLControlConfig(**_plain(cfg.kl_control))
+    if control.reward_type is not None:
+        estimator = KL_NAMES[control.reward_type]
+        yield (
+            "reward",
+            [
+                f"R - {control.reward_coef:g} x the sum over the completion of {estimator}: {KL_EQUATIONS[estimator]}, "
+                "d = log pi - log pi_ref, without gradient; before advantages are made"
+            ],
+        )
+    if control.target is not None:
+        yield (
+            "kl control",
+            [
+                f"adaptive: the coefficient rises while the KL of a completion is above {control.target:g} nats and "
+                f"falls while it is below; horizon {control.horizon} completions"
+            ],
+        )
+    chosen = AdvantageConfig(**_plain(cfg.advantage))
+    chosen.check_training(cfg.rollout.group_size)
+    if "advantages" not in needed_fields(loss):
+        return
+    options = ", ".join(f"{name}={shown(value)}" for name, value in chosen.options.items())
+    title = title_of(advantage(chosen.estimator).function)
+    yield "advantage", [f"{chosen.estimator}: {title}" + (f" ({options})" if options else "")]
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items() if name != "_target_"}
 
 
 def _stands_in(message: str, text: str) -> bool:

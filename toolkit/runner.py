@@ -36,6 +36,8 @@ RL_FIELDS = (
 )
 FIELDS = ("input_ids", "shifted_labels", "loss_mask", "cu_seq_lens", *RL_FIELDS)
 """What a batch may hold for the loss; whatever else it holds is for the caller's own forward."""
+LOSS_GROUPS = ("loss", "policy_loss", "kl", "aggregation", "correction", "mode", "plugins", "hydra")
+"""Overrides that say something of the loss; the sampler's temperature is its own, too."""
 Forward = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
 """``forward(batch) -> (hidden_states, head_weight)`` or ``(hidden_states, head_weight, head_bias)``."""
 
@@ -81,15 +83,22 @@ class LossRunner:
         self.loss_cfg = loss_cfg
 
     @classmethod
-    def from_overrides(cls, overrides: Sequence[str] = ()) -> Self:
+    def from_overrides(cls, overrides: Sequence[str] | str = ()) -> Self:
         """Pick the loss as on the command line: ``["loss=grpo", "policy_loss.cliprange_high=0.28", "kl=k3"]``.
 
+        Args:
+            overrides: a list, or a single one.
+
         Raises:
-            ConfigError: names the nearest right override.
+            ConfigError: names the nearest right override, or one that says nothing of the loss.
         """
         from toolkit.config import build_loss, compose_config
 
-        return cls(build_loss(compose_config(list(overrides))))
+        given = [overrides] if isinstance(overrides, str) else list(overrides)
+        cfg = compose_config(given)
+        for override in given:
+            _check_is_of_loss(override)
+        return cls(build_loss(cfg))
 
     def __call__(
         self,
@@ -256,12 +265,34 @@ class LossRunner:
         return "\n".join([f"LossRunner({type(self.loss_cfg).__name__}", *lines, ")"])
 
 
+def _check_is_of_loss(override: str) -> None:
+    """Refuse an override that a loss alone cannot honour."""
+    key, _, value = override.lstrip("+~").partition("=")
+    group = key.partition("@")[0].partition(".")[0]
+    if group == "kl" and value.strip("'\"").endswith("_in_reward"):
+        raise ConfigError(
+            f"{override}: LossRunner has no rewards; leave it out, or choose a KL in the loss, such as kl=k3"
+        )
+    if group not in LOSS_GROUPS and key != "rollout.temperature":
+        raise ConfigError(
+            f"{override}: LossRunner has no {group}; leave it out (it reads {', '.join(LOSS_GROUPS[:-2])} and "
+            "rollout.temperature), or train with python -m toolkit.train"
+        )
+
+
 def _spread(name: str, given: Tensor | float | None, labels: Tensor) -> Tensor | None:
     """Bring a number, or one value a row, to a shape that items broadcast."""
     if given is None or (isinstance(given, Tensor) and given.dim() == 2):
         return given
     is_number = isinstance(given, (int, float)) and name == "advantages"
-    values = torch.as_tensor(given, dtype=torch.get_default_dtype() if is_number else None)
+    try:
+        values = torch.as_tensor(given, dtype=torch.get_default_dtype() if is_number else None)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = "integers" if name == "group_ids" else "numbers"
+        raise DataError(
+            f"{name} is a {type(given).__name__} that does not become a tensor ({str(error).splitlines()[0]}); give a "
+            f"tensor of {kind}"
+        ) from None
     if values.dim() == 0:
         return values.to(labels.device).expand(labels.shape)
     if values.dim() == 1 and labels.dim() == 2 and labels.shape[0] > 1 and len(values) == labels.shape[0]:

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from toolkit.errors import ConfigError, ToolkitError, did_you_mean, listed, nearest
 
 _where: ContextVar[str | None] = ContextVar("where", default=None)
+MAX_SHOWN = 60
+"""Characters of a wrong value in a message."""
 
 
 @contextlib.contextmanager
@@ -37,7 +39,9 @@ class Model(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise self.error_class(explain(type(self), error)) from None
+            told = self.error_class(explain(type(self), error))
+            told.report = (type(self), error, _where.get())
+            raise told from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.model_config.get("frozen"):
@@ -109,7 +113,7 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
     context = item.get("ctx", {})
     cause = context.get("error")
     if isinstance(cause, ToolkitError):
-        return str(cause)
+        return _explain_inner(cause, where, path)
     given = item.get("input")
     if item["type"] == "extra_forbidden":
         fields = list(model.model_fields)
@@ -119,12 +123,37 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
         return f"{path} is missing: {model.__name__} needs a value for it"
     if item["type"] == "literal_error":
         options = _literal_options(model, key)
-        hint = did_you_mean(str(given), map(str, options))
-        best = nearest(str(given), map(str, options))
+        best = _nearest_choice(str(given), list(map(str, options)))
+        hint = f" (did you mean {best!r}?)" if best else ""
         hint += f"; try: {path}={best}" if best and where else ""
-        return f"{path}={given!r} is not one of the choices; choose {listed(options)}{hint}"
-    shown = given if isinstance(given, (str, int, float, bool, list, tuple, dict, type(None))) else type(given).__name__
-    return f"{path}={shown!r} is not allowed: {_lower_first(item['msg'])}"
+        return f"{path}={_shown(given)} is not one of the choices; choose {listed(options)}{hint}"
+    return f"{path}={_shown(given)} is not allowed: {_lower_first(item['msg'])}"
+
+
+def _explain_inner(cause: ToolkitError, where: str | None, path: str) -> str:
+    """Say again what a config inside of another one reported, now that the way to it is known."""
+    if cause.report is None:
+        return str(cause)
+    model, error, place = cause.report
+    if place != where:
+        return str(cause)  # it was told a place of its own
+    with located(path):
+        return explain(model, error)
+
+
+def _nearest_choice(word: str, options: list[str]) -> str | None:
+    """Return the choice that begins with `word`, or has it inside, or else is spelt most like it."""
+    for found in ([o for o in options if o.startswith(word)], [o for o in options if word in o]):
+        if found and len(word) > 2:
+            return found[0]
+    return nearest(word, options)
+
+
+def _shown(given: Any) -> str:
+    """Return a value for a message: not all of a long one, of an object its type."""
+    is_plain = isinstance(given, (str, int, float, bool, list, tuple, dict, type(None)))
+    text = repr(given if is_plain else type(given).__name__)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def _literal_options(model: type[BaseModel], key: str) -> list[Any]:

@@ -21,9 +21,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from toolkit.config import RunConfig, adapted, build_config, check_overrides, conf_dir, output_dir_in, register_schemas
+from toolkit.config import RunConfig, build_config, check_overrides, conf_dir, register_schemas
 from toolkit.errors import ConfigError, ToolkitError, has_warned, say_warnings_plainly
 from toolkit.losses.lint import warnings_for
+from toolkit.overrides import adapted, output_dir_in
 from toolkit.training.doors import check_environment, make_output_dir
 
 INTERRUPTED = 130

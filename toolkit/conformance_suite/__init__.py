@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from toolkit.conformance_suite import alone, placed
-from toolkit.conformance_suite.subject import Failed, NotApplicable, Subject, load_subject
+from toolkit.conformance_suite.subject import Failed, NotApplicable, Subject, load_subject, place_of
 from toolkit.errors import ToolkitError
 
 __all__ = ["Outcome", "Subject", "load_subject", "report", "run_suite"]
@@ -25,11 +23,11 @@ Check = Callable[[Subject], None]
 FIRST: tuple[tuple[str, Check], ...] = (
     ("one loss for each token", alone.one_loss_for_each_token),
     ("inputs are left as they were", alone.inputs_unchanged),
+    ("the same again when called again", alone.repeatable),
     ("keeps to the declared scope", alone.keeps_scope),
 )
-"""A loss that fails one of these fails the others, too, for reasons that would only confuse."""
+"""A loss that fails one of these fails those that follow, too, for reasons that would only confuse."""
 OTHERS: tuple[tuple[str, Check], ...] = (
-    ("the same again when called again", alone.repeatable),
     ("gradient sign", alone.gradient_sign),
     ("every option matters", alone.options_matter),
     ("finite at log ratios of +-25 and +-100", alone.finite),
@@ -61,21 +59,32 @@ def run_suite(subject: Subject) -> list[Outcome]:
     """Run all checks; a broken loss makes outcomes, never an exception."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        outcomes = [_outcome(name, check, subject) for name, check in FIRST]
-        broken = [outcome.name for outcome in outcomes if outcome.status == "failed"]
-        if broken:
-            return [*outcomes, *(Outcome(name, "not run", f"first repair: {broken[0]}") for name, _ in OTHERS)]
+        outcomes: list[Outcome] = []
+        for name, check in FIRST:
+            outcomes.append(_outcome(name, check, subject))
+            if outcomes[-1].status == "failed":
+                left = [own for own, _ in (*FIRST, *OTHERS)][len(outcomes) :]
+                return [*outcomes, *(Outcome(own, "not run") for own in left)]
         return [*outcomes, *(_outcome(name, check, subject) for name, check in OTHERS)]
 
 
 def report(subject: Subject, outcomes: Iterable[Outcome], seconds: float) -> str:
-    """Return one line for each check, what failed in words, and a summary."""
+    """Return one line for each check, what failed in words (the same words once), and a summary."""
     outcomes = list(outcomes)
+    told: dict[str, str] = {}
+    shown = []
+    for outcome in outcomes:
+        first = told.setdefault(outcome.words, outcome.name)
+        is_again = outcome.status == "failed" and first != outcome.name
+        shown.append(str(replace(outcome, words=f"the same as: {first}") if is_again else outcome))
+    waiting = sum(outcome.status == "not run" for outcome in outcomes)
+    if waiting:
+        shown[-waiting:] = [f"{MARKS['not run']}  {waiting} more checks, when that is repaired"]
     options = ", ".join(f"{name}={value}" for name, value in subject.options.items()) or "no options"
     failed = [outcome.name for outcome in outcomes if outcome.status == "failed"]
     passed = sum(outcome.status == "ok" for outcome in outcomes)
     summary = f"{passed} checks passed" if not failed else f"{len(failed)} failed: {', '.join(failed)}"
-    lines = [f"{subject.loss.name} (scope {subject.loss.scope}; {options})", *map(str, outcomes)]
+    lines = [f"{subject.loss.name} (scope {subject.loss.scope}; {options})", *shown]
     return "\n".join([*lines, f"{summary}; {seconds:.1f} s"])
 
 
@@ -90,12 +99,5 @@ def _outcome(name: str, check: Check, subject: Subject) -> Outcome:
     except (Failed, ToolkitError) as error:
         status, words = "failed", str(error)
     except Exception as error:  # the user's function may raise anything
-        status, words = "failed", f"it raised {type(error).__name__}: {error}{_place(error, subject)}"
+        status, words = "failed", f"it raised {type(error).__name__}: {error}{place_of(error, subject.loss)}"
     return Outcome(name, status, words, time.perf_counter() - started)
-
-
-def _place(error: Exception, subject: Subject) -> str:
-    """Return the line of the loss's own file that raised."""
-    own = subject.loss.function.__code__.co_filename if hasattr(subject.loss.function, "__code__") else ""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
-    return f" ({Path(own).name}:{lines[-1]})" if lines else ""

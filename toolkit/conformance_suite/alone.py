@@ -40,7 +40,7 @@ def inputs_unchanged(s: Subject) -> None:
     logprobs = terms.logprobs.clone().requires_grad_() * 1
     terms = replace(terms, logprobs=logprobs)
     before = {name: (value.detach().clone(), value._version) for name, value in tensors_of(terms)}
-    values = s.loss.function(terms, **s.options)
+    values = s.loss.function(s.declared(terms), **s.options)
     check_token_losses(values, logprobs, s.loss.name)
     changed = [
         name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.conformance_suite.subject import Failed, NotApplicable, Subject
+from toolkit.conformance_suite.subject import Failed, NotApplicable, Subject, fields_declared
 from toolkit.losses.config import GRPOLossConfig
 from toolkit.losses.grpo import GRPOLossContext
 from toolkit.losses.items import RLLossContextInputItem
@@ -97,10 +97,13 @@ def loss_and_grads(
     """
     hidden, weight = given.hidden.clone().requires_grad_(), given.weight.clone().requires_grad_()
     items, bounds, states = [], [], []
+    wanted = {"advantages", "old_logprobs", *fields_declared(s.loss, s.options)}
     for rows in batches:
         index = torch.tensor(rows)
-        own: dict[str, Any] = {name: value[index] for name, value in given.values.items()}
-        own |= {"group_ids": given.groups[index].expand(-1, POSITIONS), "shifted_labels": given.labels[index]}
+        own: dict[str, Any] = {name: value[index] for name, value in given.values.items() if name in wanted}
+        own["shifted_labels"] = given.labels[index]
+        if "group_ids" in wanted or cfg.aggregation.name == "prompt_mean":
+            own["group_ids"] = given.groups[index].expand(-1, POSITIONS)
         state = hidden[index]
         if is_packed:
             own = {name: value.reshape(1, -1) for name, value in own.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,9 +14,12 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError, did_you_mean, listed
 from toolkit.functional.conformance import check_token_losses
+from toolkit.functional.declared import declared, fields_declared, place_of, tensors_of, undeclared
 from toolkit.functional.registry import PolicyLoss, policy_loss, policy_loss_names, register_policy_loss
 from toolkit.functional.terms import PolicyTerms
 from toolkit.plugins import load_plugins
+
+__all__ = ["Failed", "NotApplicable", "Subject", "fields_declared", "load_subject", "place_of", "tensors_of"]
 
 
 class Failed(Exception):
@@ -41,7 +44,14 @@ class Subject:
         with torch.enable_grad():
             copies["logprobs"] = leaf * 1  # a function of the leaf: an in-place change of it is seen, not refused
             chosen = self.options if options is None else options
-            values = self.loss.function(replace(terms, reported={}, **copies), **chosen)
+            given = replace(terms, reported={}, **copies)
+            try:
+                values = self.loss.function(self.declared(given, chosen), **chosen)
+            except Exception:  # the user's function may raise anything
+                words = undeclared(self.loss, chosen, terms)
+                if words:
+                    raise Failed(words) from None
+                raise
             check_token_losses(values, leaf, self.loss.name)
             total = values.sum()
         if not total.requires_grad:
@@ -49,11 +59,9 @@ class Subject:
         found = torch.autograd.grad(total, leaf, allow_unused=True)[0]
         return values.detach(), torch.zeros_like(leaf) if found is None else found
 
-
-def tensors_of(terms: PolicyTerms) -> list[tuple[str, Tensor]]:
-    """Return the tensors of `terms` by name."""
-    found = [(field.name, getattr(terms, field.name)) for field in fields(terms)]
-    return [(name, value) for name, value in found if isinstance(value, Tensor)]
+    def declared(self, terms: PolicyTerms, options: Mapping[str, Any] | None = None) -> PolicyTerms:
+        """Return `terms` with no more than the loss asks for."""
+        return declared(self.loss, self.options if options is None else options, terms)
 
 
 def load_subject(what: str, options: Mapping[str, Any] | None = None) -> Subject:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from toolkit.functional.kl_facts import KL_NAMES, expected_gradient_facts
@@ -16,23 +16,25 @@ from toolkit.losses.facts import (
     CE_AGGREGATIONS,
     KL_EQUATIONS,
     KL_GRADIENT_WORDS,
-    POLICY_FACTS,
     Fact,
     equation,
+    fact_of,
+    range_words,
     shown,
     source_of,
     title_of,
 )
 from toolkit.losses.lint import warnings_for
 
+Sections = Iterable[tuple[str, list[str]]]
 WIDTH, INDENT = 112, 13
 K3_INPUT_CLAMP, K3_OUTPUT_CLAMP = 20.0, 10.0
 """What ``auto`` means for k3, in nats; for the other estimators it is none."""
 UNITS = {"token": "token", "segment": "turn", "sequence": "sequence"}
 STATISTICS = {
     "ratio": "pi_{p} / pi_{q}",
-    "k1": "log pi_{q} / pi_{p}",
-    "k2": "(log pi_{p} / pi_{q})^2 / 2",
+    "k1": "log(pi_{q} / pi_{p})",
+    "k2": "log(pi_{p} / pi_{q})^2 / 2",
     "k3": "r - 1 - log r, r = pi_{p} / pi_{q},",
     "tv": "|pi_{p} - pi_{q}|",
     "prob_diff": "pi_{p} - pi_{q}",
@@ -40,7 +42,9 @@ STATISTICS = {
 }
 REDUCTIONS = {"sum": "sum", "mean": "mean", "max": "largest"}
 RATIO_REDUCTIONS = {"sum": "product", "mean": "geometric mean", "max": "largest"}
-_EXACT = Fact("there is no ratio: distributions are compared", "that of the divergence, without noise at each token")
+_EXACT = Fact(
+    "there is no ratio: distributions are compared", "that of the divergence, without noise at each token", ""
+)
 SERVED_BY = {
     "token": "each token's loss is its own: one pass over the tokens in chunks, 3 matrix products",
     "sequence": "a token's loss looks at its sequence: one pass where every sequence fits a chunk, else two passes "
@@ -50,13 +54,16 @@ SERVED_BY = {
     "batch": "a token's loss looks at the whole micro-batch: two passes where that is larger than a chunk, up to 4 "
     "products",
 }
+GENERAL = "whole distributions are compared: the general path, logits in chunks, each differentiated by autograd"
+UNCUT = "whole distributions are compared, and a token's loss looks at its {scope}: all logits at once"
 
 
-def explain_loss(cfg: BaseLossConfig, **context: Any) -> str:
+def explain_loss(cfg: BaseLossConfig, about: Sections = (), **context: Any) -> str:
     """Say in plain text what a loss computes.
 
     Args:
         cfg: of any loss.
+        about: sections on the run around it, each a name and its lines.
         context: what `warnings_for` may know beside it.
     """
     if isinstance(cfg, BaseRLLossConfig):
@@ -65,7 +72,7 @@ def explain_loss(cfg: BaseLossConfig, **context: Any) -> str:
         sections = _ce_sections(cfg)
     else:
         sections = iter([("loss", [f"{type(cfg).__name__}: {title_of(type(cfg))}"])])
-    lines = [line for name, texts in sections for line in _section(name, texts)]
+    lines = [line for name, texts in (*sections, *about) for line in _section(name, texts)]
     lines += _section("head", _head(cfg))
     warnings = warnings_for(cfg, **context)
     lines += _section("warnings", [f"! {text}" for text in warnings] or ["none"])
@@ -103,9 +110,10 @@ def _policy_sections(cfg: BaseRLLossConfig) -> Iterator[tuple[str, list[str]]]:
         yield "corrections", [*corrections, f"The product of all weights multiplies {what}, without gradient."]
     yield "weight", _normaliser(cfg)
     yield "policies", list(_policies(cfg, loss, options))
-    yield "gradient", list(_gradients(cfg, loss))
+    yield "gradient", list(_gradients(cfg, loss, options))
     yield "items need", [f"{name}: {why}" for name, why in needed_fields(cfg).items()]
-    source = source_of(loss.function)
+    usual = cfg.log_ratio_range == type(cfg).model_fields["log_ratio_range"].default
+    source = source_of(loss.function, usual_range=usual and cfg.candidates != "teacher")
     yield "source", [source or "none given"]
 
 
@@ -132,7 +140,10 @@ def _policy_term(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any
     lines = [f"{loss.name}: {title}" if title else loss.name, equation(loss, options)]
     if options:
         lines.append("options: " + ", ".join(f"{name}={shown(value)}" for name, value in options.items()))
-    return [*lines, "A: the token's advantage; sg(x): x without gradient; log: natural"]
+    return [
+        *lines,
+        "A: the token's advantage; sg(x): x without gradient; log: natural, log(pi / pi_old): that of the quotient",
+    ]
 
 
 def _kl_term(cfg: BaseRLLossConfig) -> list[str]:
@@ -200,6 +211,7 @@ def needed_fields(cfg: BaseRLLossConfig) -> dict[str, str]:
         "old_logprobs": ["corrections"] if "old_rollout" in between else [],
         "rollout_logprobs": [
             *(["the ratio's denominator"] if cfg.policy_loss_cfg.get("anchor") == "rollout" else []),
+            *(["factors of the weight"] if cfg.policy_loss_cfg.get("use_rollout_weight") else []),
             *(["corrections"] if any("rollout" in own for own in between) else []),
             *(["the KL term's ratio"] if rollout_anchor else []),
         ],
@@ -221,10 +233,14 @@ def needed_fields(cfg: BaseRLLossConfig) -> dict[str, str]:
 
 
 def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> Iterator[str]:
-    fact = POLICY_FACTS.get(loss.name) if cfg.candidates != "teacher" else _EXACT
+    is_exact = cfg.candidates == "teacher"
+    fact = _EXACT if is_exact else fact_of(loss, options, cfg.log_ratio_range)
     yield "pi (theta): the policy in training; nothing else has a gradient"
-    anchor = options.get("anchor")
-    if fact is not None:
+    anchor = None if is_exact else options.get("anchor")
+    factor = "a factor of the weight" if options.get("use_rollout_weight") else ""
+    if is_exact:
+        pass
+    elif fact is not None:
         yield f"ratio: {fact.ratio}" + ("" if anchor is None else f"; it divides by pi_{anchor}")
     elif loss.function.__doc__:
         yield "ratio: as the function takes it (t.ratio() divides by pi_old)"
@@ -233,11 +249,13 @@ def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) 
     roles = {
         "old": [
             "the ratio's denominator" if anchor == "old" or (fact is None and anchor is None) else "",
+            factor,
             "corrections" if "old" in weighted else "",
             "the KL term's ratio" if is_kl and cfg.kl_anchor == "old" else "",
         ],
         "rollout": [
             "the ratio's denominator" if anchor == "rollout" else "",
+            factor,
             "corrections (a weight, never clipped in the policy term)" if "rollout" in weighted else "",
             "the KL term's ratio" if is_kl and cfg.kl_anchor == "rollout" else "",
         ],
@@ -247,22 +265,19 @@ def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) 
     who = {"old": "before the optimizer step", "rollout": "as the sampler reported it", "ref": "reference"}
     for name, found in roles.items():
         uses = " and ".join(filter(None, found))
-        if uses or name in ("old", "rollout"):
+        if uses or (name in ("old", "rollout") and not is_exact):
             yield f"pi_{name} ({who.get(name, name)}): {uses or 'in metrics only'}"
-    if roles["old"][0] or roles["old"][2]:
+    if roles["old"][0] or roles["old"][-1]:
         yield "Items without old_logprobs are on-policy: pi_old is then pi without gradient, and every ratio is 1."
 
 
-def _gradients(cfg: BaseRLLossConfig, loss: PolicyLoss) -> Iterator[str]:
-    fact = POLICY_FACTS.get(loss.name) if cfg.candidates != "teacher" else _EXACT
-    if fact is not None:
-        yield f"policy term: {fact.gradient}"
-    low, high = cfg.log_ratio_range
-    if low is None and high is None:
-        yield "log ratios are not bounded before exp: a ratio may overflow (in fp32 above 88 nats)"
+def _gradients(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> Iterator[str]:
+    fact = _EXACT if cfg.candidates == "teacher" else fact_of(loss, options, cfg.log_ratio_range)
+    if fact is None:
+        yield f"t.ratio() and its kin: log ratios are held in {range_words(cfg.log_ratio_range)} before exp"
     else:
-        ends = [("-inf" if low is None else f"{low:g}"), ("inf" if high is None else f"{high:g}")]
-        yield f"log ratios are held in [{', '.join(ends)}] nats before exp; the gradient is 0 outside"
+        yield f"policy term: {fact.gradient}"
+        yield from [fact.bound] if fact.bound else []
     if cfg.drop_zero_advantage:
         yield "tokens with A = 0 are left out of the forward"
 
@@ -288,7 +303,9 @@ def _correction_words(own: CorrectionConfig) -> str:
         else:
             words = f"each sequence is dropped unless {what} is {bounds} for every {unit}{sign} of it"
         words += "; what is dropped " + (
-            "leaves the denominator" if own.denominator == "survivors" else "still counts in the denominator"
+            "leaves the denominator and every term"
+            if own.denominator == "survivors"
+            else "still counts in the denominator"
         )
     return words + ("; known only in the forward" if own.needs_current else "")
 
@@ -304,17 +321,20 @@ def _ce_sections(cfg: CELossConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def _head(cfg: BaseLossConfig) -> list[str]:
-    scope = "token"
+    scope, served_by = "token", ""
     if isinstance(cfg, BaseRLLossConfig):
         scope = policy_loss(cfg.policy_loss_cfg["loss_type"]).scope
         if scope == "token" and any(own.needs_current and own.needs_sequences for own in cfg.correction):
             scope = "sequence"
+        if cfg.candidates is not None:
+            served_by = GENERAL if scope == "token" else UNCUT.format(scope=scope)
+    served_by = served_by or SERVED_BY[scope]
     transform = [f"x {cfg.logit_scale:g}"] if cfg.logit_scale != 1 else []
     transform += [f"soft-capped at {cfg.softcap:g}"] if cfg.softcap is not None else []
     transform += [f"over temperature {cfg.temperature:g}"] if cfg.temperature != 1 else []
     size = f"chunks of {cfg.chunk_size} tokens" if cfg.chunk_size != "auto" else "chunks that fit a budget of memory"
     how = "the logits of all scored tokens at once" if cfg.mode == "eager" else size
-    lines = [f"mode={cfg.mode}: {how}", f"scope={scope}: {SERVED_BY[scope]}"]
+    lines = [f"mode={cfg.mode}: {how}", f"scope={scope}: {served_by}"]
     if cfg.mode == "eager":
-        lines[1] = f"scope={scope} (with mode=chunk: {SERVED_BY[scope].partition(': ')[2]})"
+        lines[1] = f"scope={scope} (with mode=chunk: {served_by.partition(': ')[2]})"
     return [*lines, f"logits are {', then '.join(transform)}"] if transform else lines

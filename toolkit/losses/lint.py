@@ -22,6 +22,12 @@ SHORT_TOKEN_RANGE = 0.01
 SAME_AS_ANOTHER = {("gspo", "seq_mean_token_sum"): "luspo"}
 """A policy loss under an aggregation that is not its own, and which other loss that is under its own."""
 
+PER_TOKEN = {
+    "topr_sequence": "sums over the tokens of a sequence and takes the mean over sequences",
+    "gspo_token": "takes the mean over the tokens of a sequence and then that over sequences",
+}
+"""Losses that look at a whole sequence, with a gradient of its own for each token, and how their papers average."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -85,7 +91,9 @@ def _aggregation(s: Setting) -> Iterator[str]:
     has_choice = "aggregation" in type(s.cfg).model_fields  # OREAL's is part of its definition
     if wanted is None or chosen == wanted or not has_choice or (s.loss.name, chosen) in SAME_AS_ANOTHER:
         return
-    if s.loss.scope == "sequence" and chosen in ("token_mean", "token_sum", "seq_mean_token_sum", "constant"):
+    if s.loss.name in PER_TOKEN:
+        why = f"its paper {PER_TOKEN[s.loss.name]}, and its learning rate would not carry over"
+    elif s.loss.scope == "sequence" and chosen in ("token_mean", "token_sum", "seq_mean_token_sum", "constant"):
         why = "its loss is one number for a whole sequence, which would count once for each of the sequence's tokens"
     elif s.loss.scope == "group":
         why = "its loss is one number for a whole group, which would count as often as the group has tokens"

@@ -17,8 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from toolkit.config import RunConfig
-from toolkit.distributed import check_world_size, reduce_metrics
-from toolkit.errors import LaunchError
+from toolkit.distributed import check_world_size, rank, reduce_metrics
+from toolkit.errors import ConfigError, LaunchError, ToolkitError
+from toolkit.functional.declared import fields_declared, has_gradient, place_of, undeclared
+from toolkit.functional.registry import policy_loss
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.metrics import Max
@@ -185,20 +187,47 @@ def _run_phase(
 def rehearse(loss_cfg: BaseLossConfig) -> None:
     """Call a policy loss once on two made-up tokens, so that a slip in one of your own shows before the warm-up."""
     if isinstance(loss_cfg, BaseRLLossConfig):
-        logprobs: dict[str, Any] = {
-            name: torch.tensor([[-1.0, -1.0]])
-            for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "teacher_logprobs")
-        }
-        item = RLLossContextInputItem(
-            shifted_labels=torch.tensor([[0, 1]]),
-            advantages=torch.tensor([1.0, -1.0]),
-            group_ids=torch.tensor([[0]]),
-            **logprobs,
-        )
-        hidden, weight = torch.zeros(1, 2, 2, requires_grad=True), torch.eye(2)
-        context = loss_cfg.loss_ctx_cls
-        batches_kwargs = context.build_batches_loss_kwargs([item], loss_cfg)
-        context(loss_cfg, batches_kwargs[0]).forward(hidden, weight)[0].backward()
+        chosen = policy_loss(loss_cfg.policy_loss_cfg["loss_type"])
+        options = {key: value for key, value in loss_cfg.policy_loss_cfg.items() if key != "loss_type"}
+        try:
+            fields = fields_declared(chosen, options)
+            if undeclared(chosen, options) is None and not has_gradient(chosen, options):
+                raise ConfigError(
+                    f"policy loss {chosen.name!r} has no gradient: it runs under torch.no_grad(), or detaches "
+                    "t.logprobs on the way"
+                )
+            _rehearse(loss_cfg, fields)
+        except Exception as error:  # the user's function may raise anything
+            words = undeclared(chosen, options)
+            if words is None and isinstance(error, ToolkitError):
+                raise
+            words = words or f"it raised {type(error).__name__}: {str(error).splitlines()[0]}{place_of(error, chosen)}"
+            raise ConfigError(f"policy loss {chosen.name!r}: {words}") from None
+
+
+def _rehearse(loss_cfg: BaseRLLossConfig, fields: set[str]) -> None:
+    """Run forward and backward with no more than is declared: what is read beyond it may be missing later."""
+    wanted = {"old_logprobs", *fields}
+    if loss_cfg.needs_reference:
+        wanted.add("ref_logprobs")
+    if loss_cfg.correction or loss_cfg.kl_anchor == "rollout":
+        wanted.add("rollout_logprobs")
+    if "group_ids" in fields or loss_cfg.aggregation.name == "prompt_mean":
+        wanted.add("group_ids")
+    materials: dict[str, Any] = {
+        name: torch.tensor([[-1.0, -1.0]])
+        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "teacher_logprobs")
+    }
+    materials["group_ids"] = torch.tensor([[rank()]])  # they are numbered over all processes
+    item = RLLossContextInputItem(
+        shifted_labels=torch.tensor([[0, 1]]),
+        advantages=torch.tensor([1.0, -1.0]),
+        **{name: value for name, value in materials.items() if name in wanted},
+    )
+    hidden, weight = torch.zeros(1, 2, 2, requires_grad=True), torch.eye(2)
+    context = loss_cfg.loss_ctx_cls
+    batches_kwargs = context.build_batches_loss_kwargs([item], loss_cfg)
+    context(loss_cfg, batches_kwargs[0]).forward(hidden, weight)[0].backward()
 
 
 def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: str) -> Accelerator:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @register_policy_loss(
     "aspo",
-    formula="where A > 0: -A [min(1 / r, {weight_max}) // (1 / r)] pi / sg(pi), 0 if r > 1 + {cliprange_high}; else "
+    formula="where A > 0: -A sg([min(1 / r, {weight_max}) // 1 / r]) pi / sg(pi), 0 if r > 1 + {cliprange_high}; else "
     "max(-A r, -A clip(r, 1 - {cliprange_low}, 1 + {cliprange_high}))[, at most -{clip_ratio_c} A]; "
     "r = pi / pi_{anchor}",
 )

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @register_policy_loss(
     "cispo",
     formula="-sg(clip(r, [{weight_min} // 1 - {cliprange_low} // 0], [{weight_max} // 1 + {cliprange_high} // inf])) "
-    "A log pi; r = pi / pi_{anchor}",
+    "A log pi[<?use_unified_mask>, 0 where r is above that range with A > 0 or below it with A < 0]; "
+    "r = pi / pi_{anchor}",
 )
 def cispo(
     t: PolicyTerms,

@@ -78,8 +78,8 @@ def clip_cov(
 @register_policy_loss(
     "kl_cov",
     scope="batch",
-    formula="-A r, + {kl_coef} |log r| for the share {kl_cov_ratio} of tokens with the largest "
-    "(A - mean A)(log pi - mean log pi); r = pi / pi_{anchor}",
+    formula="-A r[<?kl_coef><?kl_cov_ratio>, + [<!kl_coef=1>{kl_coef} ]|log r| for the share {kl_cov_ratio} of tokens "
+    "with the largest (A - mean A)(log pi - mean log pi)]; r = pi / pi_{anchor}",
 )
 def kl_cov(
     t: PolicyTerms,
@@ -106,9 +106,8 @@ def kl_cov(
     """
     log_ratio = t.log_ratio(anchor)
     losses = -t.advantages * log_ratio.exp()
-    if kl_cov_ratio == 0 or len(losses) == 0:
-        return losses
-    penalised = _covariance(t).topk(max(1, int(kl_cov_ratio * len(losses)))).indices
+    count = 0 if kl_cov_ratio == 0 else min(len(losses), max(1, int(kl_cov_ratio * len(losses))))
+    penalised = _covariance(t).topk(count).indices
     penalty = log_ratio.abs()[penalised]
     t.report("kl_cov_penalty", penalty)
     return losses.index_add(0, penalised, kl_coef * penalty)

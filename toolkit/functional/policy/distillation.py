@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @register_policy_loss(
     "opd",
     needs=("teacher_logprobs",),
-    formula="-sg(log pi_teacher / pi) r[, 0 where p_{anchor} - p > {threshold_low}]; + {log_ratio_sq_coef} (log r)^2; "
+    formula="-sg(log(pi_teacher / pi)) r[, 0 where p_{anchor} - p > {threshold_low}]"
+    "[<?log_ratio_sq_coef>; + {log_ratio_sq_coef} (log r)^2]; "
     "r = p / p_{anchor}",
 )
 def opd(
@@ -57,7 +58,7 @@ def opd(
 @register_policy_loss(
     "sdar",
     needs=("teacher_logprobs",),
-    formula="sg(sigmoid({gate_beta} d)) d; d = log pi_teacher / pi",
+    formula="sg(sigmoid({gate_beta} d)) d; d = log(pi_teacher / pi)",
 )
 def sdar(t: PolicyTerms, *, gate_beta: Positive = 5.0) -> Tensor:
     """Follow a teacher only where it is surer of the token than the policy is.

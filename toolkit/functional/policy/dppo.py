@@ -21,8 +21,9 @@ SMALLEST_REST = 1e-8
 
 @register_policy_loss(
     "dppo_tv",
-    formula="-r A unless (A > 0 and p - p_{anchor} > {threshold_high}) or (A <= 0 and p_{anchor} - p > "
-    "{threshold_low}), then 0; + {log_ratio_sq_coef} (log r)^2; r = p / p_{anchor}[, at most {clip_ratio_c}]",
+    formula="[<?form=score>-sg([min(r, {clip_ratio_c}) // r]) A log pi // -[min(r, {clip_ratio_c}) // r] A] "
+    "unless (A > 0 and p - p_{anchor} > {threshold_high}) or (A <= 0 and p_{anchor} - p > {threshold_low}), then 0"
+    "[<?log_ratio_sq_coef>; + {log_ratio_sq_coef} (log r)^2]; r = p / p_{anchor}",
 )
 def dppo_tv(
     t: PolicyTerms,
@@ -61,9 +62,10 @@ def dppo_tv(
 
 @register_policy_loss(
     "dppo_kl",
-    formula="-r A unless (A > 0 and p > p_{anchor} and D > {threshold_high}) or (A <= 0 and p < p_{anchor} and "
-    "D > {threshold_low}), then 0; D = KL of (p_{anchor}, 1 - p_{anchor}) from (p, 1 - p); "
-    "+ {log_ratio_sq_coef} (log r)^2; r = p / p_{anchor}[, at most {clip_ratio_c}]",
+    formula="[<?form=score>-sg([min(r, {clip_ratio_c}) // r]) A log pi // -[min(r, {clip_ratio_c}) // r] A] "
+    "unless (A > 0 and p > p_{anchor} and D > {threshold_high}) or (A <= 0 and p < p_{anchor} and "
+    "D > {threshold_low}), then 0[<?log_ratio_sq_coef>; + {log_ratio_sq_coef} (log r)^2]; "
+    "D = KL of (p_{anchor}, 1 - p_{anchor}) from (p, 1 - p); r = p / p_{anchor}",
 )
 def dppo_kl(
     t: PolicyTerms,
@@ -104,7 +106,8 @@ def dppo_kl(
 
 @register_policy_loss(
     "ipo",
-    formula="-r A unless |p - p_{anchor}| > {threshold}, then 0; + {log_ratio_sq_coef} (log r)^2; r = p / p_{anchor}",
+    formula="-r A unless |p - p_{anchor}| > {threshold}, then 0"
+    "[<?log_ratio_sq_coef>; + {log_ratio_sq_coef} (log r)^2]; r = p / p_{anchor}",
 )
 def ipo(
     t: PolicyTerms,

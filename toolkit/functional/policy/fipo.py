@@ -21,8 +21,11 @@ UNSAFE_RANGE = (0.8, 1.0)
 @register_policy_loss(
     "fipo",
     scope="sequence",
-    formula="w max(-A r, -A clip(r, 1 - {cliprange_low}, 1 + {cliprange_high})); w = exp(sum over k >= t of "
-    "2^(-(k - t) / {half_life}) log r_k)[, kept within {weight_range} of 1]; r = pi / pi_{anchor}",
+    formula="sg(w) (max(-A r, -A clip(r, 1 - {cliprange_low}, 1 + {cliprange_high}))"
+    "[, where A < 0 at most -{clip_ratio_c} A]); w = exp(sum over k >= t of 2^(-(k - t) / {half_life}) log r_k)"
+    "[<?only_raise>, kept in 1 to 1 + {weight_range} // , kept in 1 - {weight_range} to 1 + {weight_range}]"
+    "[, in 0.8 to 1 where A < 0 and r > {safety_threshold}]; r = pi / pi_{anchor}"
+    "[, at most {delta} where it is not clipped; 0 stands for log r_k where r_k > {delta}]",
 )
 def fipo(
     t: PolicyTerms,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     "gmpo",
     scope="sequence",
     aggregation="seq_mean_token_mean",
-    formula="-mean(A) exp(mean over the sequence of x); x = log pi / pi_{anchor}, at most {cliprange_high} where "
+    formula="-mean(A) exp(mean over the sequence of x); x = log(pi / pi_{anchor}), at most {cliprange_high} where "
     "A > 0, at least -{cliprange_low} where A < 0",
 )
 def gmpo(

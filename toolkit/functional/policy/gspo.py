@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     scope="sequence",
     aggregation="seq_mean_token_mean",
     formula="max(-A s, -A clip(s, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most "
-    "-{clip_ratio_c} A]; s = exp(mean over the sequence of log pi / pi_{anchor})",
+    "-{clip_ratio_c} A]; s = exp(mean over the sequence of log(pi / pi_{anchor}))"
+    "[<?average_advantages>; A is the mean of the sequence's]",
 )
 def gspo(
     t: PolicyTerms,
@@ -65,7 +66,7 @@ def gspo(
     scope="sequence",
     aggregation="seq_mean_token_mean",
     formula="max(-A s_t, -A clip(s_t, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most "
-    "-{clip_ratio_c} A]; s_t = sg(s) pi / sg(pi), s = exp(mean over the sequence of log pi / pi_{anchor})",
+    "-{clip_ratio_c} A]; s_t = sg(s) pi / sg(pi), s = exp(mean over the sequence of log(pi / pi_{anchor}))",
 )
 def gspo_token(
     t: PolicyTerms,
@@ -108,7 +109,7 @@ def gspo_token(
     "segment_ratio",
     scope="sequence",
     formula="max(-A u, -A clip(u, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most "
-    "-{clip_ratio_c} A]; u = exp(mean over the turn of log pi / pi_{anchor})",
+    "-{clip_ratio_c} A]; u = exp(mean over the turn of log(pi / pi_{anchor}))",
 )
 def segment_ratio(
     t: PolicyTerms,
@@ -152,7 +153,7 @@ def segment_ratio(
     scope="sequence",
     aggregation="seq_mean_token_mean",
     formula="n max(-A s, -A clip(s, 1 - {cliprange_low}, 1 + {cliprange_high})); "
-    "s = exp(mean over the sequence's n tokens of log pi / pi_{anchor})",
+    "s = exp(mean over the sequence's n tokens of log(pi / pi_{anchor}))",
 )
 def luspo(
     t: PolicyTerms,
@@ -185,4 +186,4 @@ def luspo(
         cliprange_low=cliprange_low,
         cliprange_high=cliprange_high,
     )
-    return t.segment_sum(losses.detach() * 0 + 1) * losses
+    return t.segment_sum(t.advantages.new_ones(len(losses))) * losses

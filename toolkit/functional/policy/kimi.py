@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from toolkit.functional.terms import PolicyTerms
 
 
-@register_policy_loss("dro", formula="-A log pi + ({tau} / 2) (log pi / pi_{anchor})^2")
-@register_policy_loss("kimi", formula="-A log pi + ({tau} / 2) (log pi / pi_{anchor})^2")
+@register_policy_loss("dro", formula="-A log pi[<?tau> + ({tau} / 2) log(pi / pi_{anchor})^2]")
+@register_policy_loss("kimi", formula="-A log pi[<?tau> + ({tau} / 2) log(pi / pi_{anchor})^2]")
 def kimi(t: PolicyTerms, *, tau: NotNegative = 0.1, anchor: Anchor = "old") -> Tensor:
     """Follow the policy gradient with a quadratic penalty on the log ratio in the place of a clip.
 

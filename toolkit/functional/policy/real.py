@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     scope="group",
     aggregation="prompt_mean",
     formula="log(1 + sum over the group's sequences with A <= 0 of exp(s / {tau})) + log(1 + sum over those with A > 0 "
-    "of exp(-s / {tau})); s = mean over the sequence of log pi / pi_{anchor}; groups of one kind are 0 if "
-    "only_mixed={only_mixed}",
+    "of exp(-s / {tau})); s = mean over the sequence of log(pi / pi_{anchor}), its A the mean"
+    "[<?only_mixed>; 0 for a group without both kinds]",
 )
 def real(t: PolicyTerms, *, tau: Positive = 0.5, only_mixed: bool = False, anchor: Anchor = "old") -> Tensor:
     """Rank the good completions of a prompt above the bad ones: the reward is a label, not a factor.

@@ -52,7 +52,7 @@ def is_reinforce(t: PolicyTerms, *, anchor: Anchor = "old") -> Tensor:
     return -t.ratio(anchor) * t.advantages
 
 
-@register_policy_loss("nll", formula="-log pi, 0 where A <= 0 if only_positive={only_positive}")
+@register_policy_loss("nll", formula="-log pi[<?only_positive>, 0 where A <= 0]")
 def nll(t: PolicyTerms, *, only_positive: bool = True) -> Tensor:
     """Raise the log-probability of the tokens that did well, all by the same amount (imitation).
 

@@ -44,7 +44,7 @@ def sapo(t: PolicyTerms, *, tau_pos: Positive = 1.0, tau_neg: Positive = 1.05, a
     scope="sequence",
     aggregation="seq_mean_token_mean",
     formula="-(4 / tau) sigmoid(tau (s - 1)) A, tau = {tau_pos} where A > 0, else {tau_neg}; "
-    "s = exp(mean over the sequence of log pi / pi_{anchor})",
+    "s = exp(mean over the sequence of log(pi / pi_{anchor}))[<?average_advantages>; A is the mean of the sequence's]",
 )
 def sapo_sequence(
     t: PolicyTerms,

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 FORMULA = (
-    "-{positive_weight} A log pi where A > 0, else -{negative_weight} sg(clip(%s, {weight_min}, {weight_max})) A log pi"
+    "[<!positive_weight>0 // -[<!positive_weight=1>{positive_weight} ]A log pi] where A > 0, else "
+    "[<!negative_weight>0 // -[<!negative_weight=1>{negative_weight} ]sg(clip(%s, {weight_min}, {weight_max})) "
+    "A log pi]"
 )
 
 
@@ -54,8 +56,8 @@ def topr(
     "topr_sequence",
     scope="sequence",
     aggregation="seq_mean_token_sum",
-    formula=f"{FORMULA % 'R'}; R = product over the sequence of pi / pi_{{anchor}} "
-    "(of the token alone: {token_ratio}), A's sign that of its mean",
+    formula=f"{FORMULA % 'R'}; R = [<?token_ratio>pi / pi_{{anchor}} of the token alone // "
+    "product over the sequence of pi / pi_{anchor}]; whether A > 0 is asked of the sequence's mean",
 )
 def topr_sequence(
     t: PolicyTerms,

@@ -21,7 +21,8 @@ LOG_WEIGHT_MIN, LOG_WEIGHT_MAX = log(1e-8), 20.0
 @register_policy_loss(
     "vespo",
     scope="sequence",
-    formula="-sg(w^k exp(lambda (1 - w))) A log pi; w = product over the sequence of pi / pi_{anchor}; (k, lambda) = "
+    formula="-sg(w^k exp(lambda (1 - w))) A log pi; w = product over the sequence of pi / pi_{anchor}"
+    "[<?use_rollout_weight> x [min(pi_old / pi_rollout, {rollout_weight_max}) // pi_old / pi_rollout]]; (k, lambda) = "
     "({k_pos}, {lambda_pos}) where A >= 0, else ({k_neg}, {lambda_neg})",
 )
 def vespo(

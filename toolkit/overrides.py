@@ -1,0 +1,100 @@
+"""Reading overrides of the command line before anything is composed; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from toolkit.errors import ConfigError
+
+PRESET = "preset/"
+"""What the names of losses that are another project's definition begin with."""
+
+
+def adapted(overrides: Sequence[str]) -> list[str]:
+    """Return overrides as Hydra takes them: an option that a preset's file does not name is added to its policy loss.
+
+    The registry knows all options of a loss, and refuses others.
+    """
+    if not any(own.startswith(f"loss={PRESET}") for own in overrides):
+        return list(overrides)
+    return [f"++{own}" if own.startswith("loss.policy_loss_cfg.") else own for own in overrides]
+
+
+def check_policy_loss_keys(parsed: Sequence[Override]) -> None:
+    """Refuse the way to a policy loss's options that is not read: presets have them inside, other losses beside."""
+    loss = next((str(o.value()) for o in parsed if o.key_or_group == "loss"), "grpo")
+    preset = loss if loss.startswith(PRESET) else None
+    for override in parsed:
+        group, _, option = str(override.key_or_group).partition(".")
+        value = override.value()
+        chosen = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        if group == "correction" and not option and (len(set(chosen)) < len(chosen) or "none" in chosen[1:]):
+            raise ConfigError(f"{override.input_line}: name each correction once, and none by itself")
+        if group == "correction" and "bypass" in chosen and loss != "grpo":
+            where = "loss.policy_loss_cfg.anchor" if preset is not None or loss == "oreal" else "loss.anchor"
+            raise ConfigError(
+                f"correction=bypass sets policy_loss.anchor, which loss={loss} does not read; write {where}=rollout"
+            )
+        if preset is None and str(override.key_or_group).startswith("loss.policy_loss_cfg"):
+            option = option.removeprefix("policy_loss_cfg").lstrip(".") or "<option>"
+            raise ConfigError(
+                f"{override.input_line}: on the command line the policy loss has a group of its own; "
+                f"write policy_loss=<name> and policy_loss.{option}=..."
+            )
+        if preset is not None and group == "policy_loss":
+            raise ConfigError(
+                f"{override.input_line} has no effect: loss={preset} brings its policy loss along; change its options "
+                f"by loss.policy_loss_cfg.{option or '<option>'}=..., or take loss=grpo and choose all parts yourself"
+            )
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Return the parsed overrides.
+
+    Raises:
+        ConfigError: one is not of the form that Hydra reads.
+    """
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{first}; an override looks like key.subkey=value or group=choice") from None
+
+
+def own_folders(parsed: Iterable[Override]) -> list[str]:
+    """Return the configuration folders that the command line adds to ours (``--config-dir``, ``hydra.searchpath``)."""
+    found = [o.value() for o in parsed if o.key_or_group == "hydra.searchpath"]
+    return [str(folder).removeprefix("file://") for folders in found if isinstance(folders, list) for folder in folders]
+
+
+def output_dir_in(overrides: Sequence[str]) -> str | None:
+    """Return the output directory that the command line asks for, None when it leaves that to the configuration."""
+    for override in parse(overrides):
+        if override.key_or_group == "hydra.run.dir":
+            value = str(override.value())
+            return None if "${" in value else value
+    return None
+
+
+def plugins_in(parsed: Iterable[Override]) -> list[str]:
+    """Return the plugins that the command line names."""
+    for override in parsed:
+        if override.key_or_group == "plugins":
+            value = override.value()
+            return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return []
+
+
+def sweep_jobs(overrides: Sequence[str]) -> Iterable[Sequence[str]] | None:
+    """Return the jobs of a multirun, or None for kinds of sweep that only their sweeper can list."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    try:
+        batches = BasicSweeper.split_arguments(parse(overrides), max_batch_size=None)
+    except (HydraException, AssertionError, AttributeError, TypeError):
+        return None
+    return (job for batch in batches for job in batch)

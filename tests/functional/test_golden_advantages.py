@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden_data import SINGLE, Case, cases, relative_error, tolerance
+from tests.golden_data import IS_SHIPPED, SINGLE, Case, cases, relative_error, tolerance
 from toolkit.functional.advantages import advantage
 from toolkit.functional.advantages.rlsd import rlsd_reweight
 from toolkit.functional.rewards import RewardTerms
@@ -225,7 +225,8 @@ def excluded(case: Case) -> Tensor:
 def test_as_the_peer_computes_it(case: Case) -> None:
     ours, theirs, left_out = computed(case), expected(case), excluded(case)
     if left_out.any():
-        assert ((ours - theirs)[left_out].abs().nan_to_num(1.0) > allowed(case)).all(), "it agrees: no exclusion"
+        differs = (ours - theirs)[left_out].abs().nan_to_num(1.0) > allowed(case)
+        assert differs.all() or not IS_SHIPPED, "it agrees: no exclusion"
         ours, theirs = ours[~left_out], theirs[~left_out]
     assert ours.isfinite().all()
     error = relative_error(ours, theirs)
@@ -244,6 +245,7 @@ def test_few_are_excluded() -> None:
     assert sum(bool(excluded(case).any()) for case in CASES) <= MAX_EXCLUDED * len(CASES)
 
 
+@pytest.mark.skipif(not IS_SHIPPED, reason="other cases need not contain every one")
 def test_every_exclusion_is_used() -> None:
     for pattern in EXCLUDED:
         assert any(matches(case, [pattern]) and excluded(case).any() for case in CASES), pattern

@@ -35,8 +35,11 @@ def test_the_documented_command_line() -> None:
     assert (loss.use_kl_loss, loss.kl_loss_type, loss.mode, loss.chunk_size) == (True, "k3", "chunk", 256)
 
 
-FOR_OWN_LOOPS = ("kl=top_k", "kl=full", "policy_loss=opd", "policy_loss=sdar", "loss=opd")
-"""Choices that read what the training command does not make: a teacher's or the reference's distribution."""
+FOR_OWN_LOOPS = (
+    *("kl=top_k", "kl=full", "policy_loss=opd", "policy_loss=sdar", "loss=opd"),
+    *(f"advantage={name}" for name in advantage_names() if not set(advantage(name).needs) <= set(TRAINING_HAS)),
+)
+"""Choices that read what the training command does not make: a teacher, whole distributions, a critic."""
 
 
 @pytest.mark.parametrize("group", sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "bench"))
@@ -44,8 +47,6 @@ def test_every_choice_of_every_group_composes(group: str) -> None:
     extra = {"pretrained": ["model.path=x"], "adaptive": ["kl=k2"]}
     if group == "aggregation":
         extra = {"constant": ["loss.aggregation.length=5"]}
-    if group == "advantage":  # those that the training command cannot serve are refused where advantages are used
-        extra = {name: ["loss=ce"] for name in advantage_names() if not set(advantage(name).needs) <= set(TRAINING_HAS)}
     for path in (CONF / group).glob("*.yaml"):
         choice = [f"+{group}={path.stem}"] if group in ("experiment", "debug") else [f"{group}={path.stem}"]
         choice = [c.removeprefix("+") for c in choice]
@@ -111,7 +112,7 @@ WRONG = [
     (["loss=preset/verl/vanilla", "policy_loss.delta=4"], "change its options by loss.policy_loss_cfg.delta=..."),
     (["loss=preset/verl/vanilla", "loss.policy_loss_cfg.anchr=rollout"], "did you mean 'anchor'?"),
     (["aggregation=constant"], "aggregation=constant loss.aggregation.length=1024"),
-    (["loss=opd", "loss.teacher=reference", "advantage=rloo"], "on-policy distillation reads no advantages"),
+    (["loss=opd", "loss.teacher=reference", "advantage=rloo"], "OPDLossConfig reads no advantages"),
     (
         ["loss.mode=chnk"],
         "loss.mode='chnk' is not one of the choices; choose 'eager' or 'chunk' (did you mean 'chunk'?)",
@@ -129,6 +130,7 @@ WRONG = [
     (["model=pretrained"], "model.path has no default; set it: model.path=..."),
     (["loss=ce", "policy_loss.cliprange_low=0.1"], "has no effect"),
     (["loss=ce", "kl=k3"], "kl=k3 has no effect"),
+    (["loss=ce", "advantage=rloo"], "CELossConfig reads no advantages"),
     (["+loss.new=1"], "loss.new is not a setting of loss"),
     (["seed=-1"], "seed"),
     (["task=3"], "task=3 is not a choice of task"),

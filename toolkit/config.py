@@ -266,8 +266,8 @@ def _check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[s
             )
     for override in parsed:
         group = str(override.key_or_group).split(".")[0]
-        if group == "advantage" and issubclass(target, OPDLossConfig):
-            raise ConfigError(f"{override.input_line} has no effect: on-policy distillation reads no advantages")
+        if group == "advantage" and issubclass(target, (OPDLossConfig, CELossConfig)):
+            raise ConfigError(f"{override.input_line} has no effect: {target.__name__} reads no advantages")
         if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):
             raise ConfigError(
                 f"{override.input_line} has no effect: {cfg.loss._target_.rpartition('.')[2]} has no "

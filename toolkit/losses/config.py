@@ -166,9 +166,7 @@ class BaseRLLossConfig(BaseLossConfig):
             warn_once(f"kl_loss_coef={self.kl_loss_coef} has no effect with use_kl_loss=False")
         has_other_terms = (self.use_kl_loss and self.kl_loss_coef != 0) or self.entropy_coef != 0
         if self.drop_zero_advantage and has_other_terms:
-            warn_once(
-                "drop_zero_advantage=True has no effect beside a KL term or entropy bonus: they need every token"
-            )
+            warn_once("drop_zero_advantage=True has no effect beside a KL term or entropy bonus: they need every token")
         if self.use_kl_loss and self.kl_loss_type is None:
             raise ConfigError(
                 "use_kl_loss=True needs kl_loss_type, one of 'k1', 'k2', 'k3' or 'abs' (on the command line: kl=k3)"

@@ -16,6 +16,7 @@ from toolkit.check import main
 from toolkit.conformance_suite import Outcome, Subject, load_subject, report, run_suite
 from toolkit.errors import ConfigError
 from toolkit.functional import conformance, registry
+from toolkit.functional.declared import undeclared
 from toolkit.functional.registry import policy_loss, policy_loss_names, register_policy_loss
 from toolkit.training.run import rehearse
 
@@ -263,6 +264,8 @@ def test_the_rehearsal_says_it_in_one_line(function: Callable, words: str, mode:
 
 @pytest.mark.parametrize("name", policy_loss_names())
 def test_every_built_in_loss_is_rehearsed(name: str) -> None:
+    loss = policy_loss(name)
+    assert undeclared(loss, loss.options({})) is None  # and the rehearsal, which gives no more, does not raise
     rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": name}))
     if "anchor" in policy_loss(name).options_model.model_fields:
         rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": name, "anchor": "rollout"}))
@@ -270,6 +273,8 @@ def test_every_built_in_loss_is_rehearsed(name: str) -> None:
 
 def test_a_kl_brings_the_reference() -> None:
     register_policy_loss("mine")(reads_the_reference)
+    with pytest.raises(ConfigError, match="ref_logprobs"):
+        rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": "mine"}))
     rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": "mine"}, use_kl_loss=True, kl_loss_type="k2"))
 
 

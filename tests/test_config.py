@@ -91,6 +91,11 @@ def test_every_field_of_every_config_is_explained() -> None:
             assert field.description, f"{schema.__name__}.{name}"
 
 
+def test_oreal_takes_the_bypass_too() -> None:
+    cfg = build_loss(compose_config(["loss=oreal", "correction=bypass"]))
+    assert cfg.policy_loss_cfg["anchor"] == "rollout"  # type: ignore[attr-defined]
+
+
 def test_a_preset_gives_way_to_what_is_said_beside_it() -> None:
     plain = build_loss(compose_config(["loss=preset/liger/grpo", "kl=none"]))
     assert not plain.use_kl_loss  # type: ignore[attr-defined]

@@ -34,8 +34,8 @@ def check_policy_loss_keys(parsed: Sequence[Override]) -> None:
         chosen = [str(one) for one in value] if isinstance(value, list) else [str(value)]
         if group == "correction" and not option and (len(set(chosen)) < len(chosen) or "none" in chosen[1:]):
             raise ConfigError(f"{override.input_line}: name each correction once, and none by itself")
-        if group == "correction" and "bypass" in chosen and loss != "grpo":
-            where = "loss.policy_loss_cfg.anchor" if preset is not None or loss == "oreal" else "loss.anchor"
+        if group == "correction" and "bypass" in chosen and (preset is not None or loss == "opd"):
+            where = "loss.policy_loss_cfg.anchor" if preset is not None else "loss.anchor"
             raise ConfigError(
                 f"correction=bypass sets policy_loss.anchor, which loss={loss} does not read; write {where}=rollout"
             )

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.conftest import random_head, random_item
-from toolkit import ConfigError, DataError, GRPOLossConfig, GRPOLossContext, RLLossContextInputItem
+from tests.losses.evaluation import evaluate
+from toolkit import ConfigError, DataError, GRPOLossConfig, GRPOLossContext, RLLossContextInputItem, errors
 from toolkit.functional.registry import policy_loss, policy_loss_names
 
 KL_TYPES = [None, "kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
@@ -25,25 +25,6 @@ def config(policy_loss: str = "vanilla", kl: str | None = None, **rest) -> GRPOL
         kl_loss_coef=0.1,
         **rest,
     )
-
-
-def evaluate(
-    cfg: GRPOLossConfig,
-    items: list[RLLossContextInputItem],
-    heads: list[tuple],
-    cu_seq_lens: list[Tensor] | None = None,
-) -> tuple[Tensor, list[Tensor], dict[str, float]]:
-    """Loss, gradients of all hidden states, weight and bias, and metrics, over micro-batches."""
-    weight, bias = heads[0][1], heads[0][2]
-    batches = GRPOLossContext.build_batches_loss_kwargs(items, cfg, cu_seq_lens)
-    total, metrics = torch.zeros((), dtype=torch.float64), {}
-    for (hidden, _, _), kwargs in zip(heads, batches, strict=True):
-        loss, found = GRPOLossContext(cfg, kwargs).forward(hidden, weight, bias)
-        total = total + loss
-        for name, metric in found.items():
-            metrics[name] = metrics[name].merge(metric) if name in metrics else metric
-    grads = torch.autograd.grad(total, [*[h[0] for h in heads], weight, bias])
-    return total.detach(), list(grads), {name: metric.value() for name, metric in metrics.items()}
 
 
 def one_token(advantage: float, old: float, **fields) -> tuple[RLLossContextInputItem, tuple]:
@@ -290,7 +271,8 @@ def test_kl_without_an_estimator_is_a_config_error() -> None:
         GRPOLossConfig(use_kl_loss=True)
 
 
-def test_an_estimator_without_kl_warns() -> None:
+def test_an_estimator_without_kl_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_warned", set())  # an earlier test may have heard it
     with pytest.warns(UserWarning, match="no effect"):
         GRPOLossConfig(kl_loss_type="k3")
 

@@ -6,6 +6,7 @@ R ranks. Everything here also works in one process without a process group.
 from __future__ import annotations
 
 import os
+import zlib
 from typing import Any, TypeVar
 
 import torch
@@ -14,10 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.errors import LaunchError
-from toolkit.metrics import EffectiveSampleSize, Max, Mean, Metric, Metrics, Min, Sum
+from toolkit.errors import DataError, LaunchError
+from toolkit.metrics import M, Metric, Metrics, fetch, packed
 
 T = TypeVar("T")
+
+STARTED_TOGETHER = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Where torchrun, the MPIs and srun say how many processes they started."""
+PACKET = 128
+"""Numbers of a rank that the first collective of `reduce_metrics` carries; a step with more takes a second one."""
 
 
 def world_size() -> int:
@@ -43,48 +49,74 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the sum of `values` over all ranks as a new tensor; every rank must call it."""
     if world_size() == 1:
         return values.detach().clone()
-    total = values.detach().to(_collective_device(), copy=True)
+    total = values.detach().to(collective_device(), copy=True)
     dist.all_reduce(total)
     return total.to(values.device)
 
 
 def reduce_metrics(metrics: Metrics) -> dict[str, Metric]:
-    """Merge metrics over all ranks with three collectives; every rank must have the same names in the same order."""
-    if world_size() == 1 or not metrics:
+    """Merge metrics over all ranks; every rank must call it together, and gets the same numbers to the last bit.
+
+    One collective and one transfer to the host, where the result stays. The numbers of every rank are gathered, with a
+    mark made of their names and kinds, and combined there. That moves 1 KiB a rank. All-reduces would move less among
+    many ranks, but need two for sums and extremes, lose a NaN in the latter, and merge by position what ranks measured
+    under different names. Where the marks differ (a rank has a metric that another lacks) everything is sent again with
+    its names, and a name that is absent somewhere adds nothing.
+
+    Raises:
+        DataError: two ranks measured different kinds of metric under one name; on all ranks.
+    """
+    if world_size() == 1:
         return dict(metrics)
-    sums = [m.total for m in metrics.values() if isinstance(m, Sum)]
-    sums += [part for m in metrics.values() if isinstance(m, Mean) for part in (m.num, m.den)]
-    sizes = [m for m in metrics.values() if isinstance(m, EffectiveSampleSize)]
-    sums += [part for m in sizes for part in (m.total, m.squares, m.count)]
-    smallest = [m.smallest for m in metrics.values() if isinstance(m, Min)]
-    largest = [m.largest for m in metrics.values() if isinstance(m, Max)]
-    total, low, high = (
-        iter(_reduced(parts, op))
-        for parts, op in ((sums, dist.ReduceOp.SUM), (smallest, dist.ReduceOp.MIN), (largest, dist.ReduceOp.MAX))
-    )
-    # `sums` holds all Sum totals before the parts of the means and then of the sizes: read back in three rounds.
-    whole: dict[str, Metric] = {name: Sum(next(total)) for name, m in metrics.items() if isinstance(m, Sum)}
-    whole |= {name: Mean(next(total), next(total)) for name, m in metrics.items() if isinstance(m, Mean)}
-    whole |= {
-        name: EffectiveSampleSize(next(total), next(total), next(total))
-        for name, m in metrics.items()
-        if isinstance(m, EffectiveSampleSize)
-    }
-    whole |= {name: Min(next(low)) for name, m in metrics.items() if isinstance(m, Min)}
-    whole |= {name: Max(next(high)) for name, m in metrics.items() if isinstance(m, Max)}
+    names = sorted(metrics)
+    own = packed([part for name in names for part in metrics[name].parts], collective_device())
+    mark = float(zlib.crc32(repr([(name, type(metrics[name]).__name__) for name in names]).encode()))
+    room = PACKET - 1
+    first = F.pad(torch.cat([own.new_full((1,), mark), own[:room]]), [0, max(0, room - len(own))])
+    everyone = _gathered(first)
+    if bool((everyone[:, 0] != mark).any()):
+        return _reduced_by_name({name: (type(metrics[name]), fetch(metrics[name].parts)) for name in names})
+    numbers = everyone[:, 1 : 1 + len(own)]
+    if len(own) > room:
+        numbers = torch.cat([numbers, _gathered(own[room:])], 1)
+    whole, start = {}, 0
+    for name in names:
+        kind, width = type(metrics[name]), len(metrics[name].parts)
+        whole[name] = _over_ranks(kind, numbers[:, start : start + width])
+        start += width
     return {name: whole[name] for name in metrics}
 
 
-def _reduced(parts: list[Tensor], op: dist.ReduceOp.RedOpType) -> list[Tensor]:
-    if not parts:
-        return []
-    device = _collective_device()
-    packed = torch.stack([part.detach().to(device=device, dtype=torch.float64) for part in parts])
-    dist.all_reduce(packed, op=op)
-    return list(packed.unbind())
+def _gathered(vector: Tensor) -> Tensor:
+    """Return the vectors [n] of all ranks on the host, [R, n]."""
+    found = vector.new_empty(world_size() * len(vector))
+    dist.all_gather_into_tensor(found, vector.contiguous())
+    return found.view(world_size(), -1).cpu()
 
 
-def _collective_device() -> torch.device:
+def _over_ranks(kind: type[M], numbers: Tensor) -> M:
+    """Return the metric whose fields on R ranks are `numbers`, [R, fields]."""
+    if kind.how == "sum":
+        return kind.of_parts(numbers.sum(0).unbind())
+    return kind.of_parts((numbers.amin(0) if kind.how == "min" else numbers.amax(0)).unbind())
+
+
+def _reduced_by_name(own: dict[str, tuple[type[Metric], list[float]]]) -> dict[str, Metric]:
+    everyone = all_gather_objects(own)
+    whole: dict[str, Metric] = {}
+    for name in {name: None for found in everyone for name in found}:
+        holders = {index: found[name] for index, found in enumerate(everyone) if name in found}
+        kinds = {kind.__name__: index for index, (kind, _) in holders.items()}
+        if len(kinds) > 1:
+            said = " and ".join(f"a {kind} on rank {index}" for kind, index in sorted(kinds.items()))
+            raise DataError(f"the metric {name!r} is {said}; report it as the same kind on every rank")
+        ((kind, _), *_) = holders.values()
+        numbers = torch.tensor([parts for _, parts in holders.values()], dtype=torch.float64)
+        whole[name] = _over_ranks(kind, numbers)
+    return whole
+
+
+def collective_device() -> torch.device:
     """Return where the back-end wants its tensors: NCCL takes none from the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
@@ -108,10 +140,32 @@ def sp_split(values: Tensor, sp_mesh: DeviceMesh, *, dim: int = -1, pad: float) 
 
 
 def sp_gather(shard: Tensor, sp_mesh: DeviceMesh, *, dim: int = -1) -> Tensor:
-    """Return all shards joined along `dim` (padding of `sp_split` included), without gradient."""
-    shards = [torch.empty_like(shard) for _ in range(sp_mesh.size())]
-    dist.all_gather(shards, shard.detach().contiguous(), group=sp_mesh.get_group())
-    return torch.cat(shards, dim=dim)
+    """Return all shards joined along `dim`, padding of `sp_split` included; every rank of the mesh must call it.
+
+    Differentiable: where every rank computes a part of the loss from the whole, the gradient of a shard is the sum of
+    what all ranks ask of it. That takes a second collective, in backward.
+
+    Args:
+        shard: this rank's, of the same shape on every rank.
+        sp_mesh: one-dimensional mesh of the ranks that share a sequence.
+        dim: the token axis.
+    """
+    return _SPGather.apply(shard, sp_mesh, dim)
+
+
+class _SPGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, sp_mesh: DeviceMesh, dim: int) -> Tensor:
+        ctx.sp_mesh, ctx.dim, ctx.length = sp_mesh, dim, shard.shape[dim]
+        shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(sp_mesh.size())]
+        dist.all_gather(shards, shard.contiguous(), group=sp_mesh.get_group())
+        return torch.cat(shards, dim=dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.sp_mesh.get_group())
+        return total.narrow(ctx.dim, ctx.sp_mesh.get_local_rank() * ctx.length, ctx.length), None, None
 
 
 def check_world_size(obtained: int, expected: int | None = None) -> None:
@@ -132,7 +186,11 @@ def check_world_size(obtained: int, expected: int | None = None) -> None:
         ("WORLD_SIZE", _as_int(os.environ.get("WORLD_SIZE"))),
         ("the launcher's --num_processes", _asked_by_launcher()),
     ]
-    for source, number in asked:
+    # Of one machine, or of launchers that each may start several: as many or more are right.
+    at_least = [(name, _as_int(os.environ.get(name))) for name in STARTED_TOGETHER]
+    highest = [(name, _as_int(os.environ.get(name))) for name in ("RANK", "LOCAL_RANK")]
+    at_least += [(f"{name}={number}", number + 1) for name, number in highest if number is not None]
+    for source, number in asked + [(source, number) for source, number in at_least if (number or 0) > obtained]:
         if number is not None and number != obtained:
             raise LaunchError(
                 f"{source} asks for {number} processes, but {obtained} work together; on a machine without GPUs use "

@@ -15,7 +15,7 @@ from tests.golden_data import Case, cases, relative_error, tolerance
 from toolkit import GRPOLossConfig, RLLossContextInputItem
 from toolkit.config import build_loss, compose_config
 from toolkit.head import TokenScores
-from toolkit.losses.grpo_kwargs import policy_loss_of
+from toolkit.losses.grpo_items import policy_loss_of
 
 CASES = list(cases("policy_loss"))
 FIELDS = {

@@ -50,7 +50,6 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (config(options={"cliprange_low": 3e-4, "cliprange_high": 4e-4}), {}, "policy_loss=gspo"),
     (config(options={"anchor": "self"}), {}, "this is REINFORCE"),
     (config("clip_cov", options={"clip_cov_ratio": 0.0}), {}, "still holds back one token"),
-    (config("kl_cov"), {}, "statistics from one micro-batch"),
     (config(correction=[{**TIS, **SEQUENCE}]), {}, "product of their ratios.*use reduction='mean'"),
     (
         config(correction=[{**MASK, "denominator": "original"}]),

@@ -199,10 +199,3 @@ def test_scored_positions_behind_the_last_boundary() -> None:
 def test_boundaries_of_another_kind(bounds) -> None:
     with pytest.raises(DataError, match="one-dimensional integer tensor"):
         GRPOLossContext.build_batches_loss_kwargs([random_item((1, 8))], GRPOLossConfig(), [bounds])
-
-
-@pytest.mark.usefixtures("_sequence_loss")
-def test_sequence_losses_refuse_sequence_parallelism() -> None:
-    cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": "centred"})
-    with pytest.raises(ConfigError, match="sequence parallelism would cut apart"):
-        GRPOLossContext.build_batches_loss_kwargs([random_item()], cfg, sp_mesh=object())  # type: ignore[arg-type]

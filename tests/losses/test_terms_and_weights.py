@@ -224,12 +224,14 @@ def test_a_group_cut_in_two_is_refused() -> None:
         evaluate(cfg, [slice(0, 1), slice(1, 6)])
 
 
-def test_zero_variance_groups_are_counted() -> None:
+def test_sequences_without_an_advantage_are_counted() -> None:
     item, _ = batch()
-    item = item.replace(advantages=torch.tensor([[1.0], [1.0], [1.0], [2.0], [-2.0], [0.0]]))
+    item = item.replace(advantages=torch.tensor([[1.0], [0.0], [1.0], [2.0], [-2.0], [0.0]]))
     (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], GRPOLossConfig())
     found = to_floats(kwargs.step_metrics)
-    assert found["zero_variance_groups"] == pytest.approx(1 / 3)
+    is_scored = item.shifted_labels != -100
+    assert found["zero_advantage_sequences"] == pytest.approx(2 / int(is_scored.any(-1).sum()))
+    assert found["zero_advantage_tokens"] == pytest.approx(int(is_scored[[1, 5]].sum()) / int(is_scored.sum()))
     assert found["denominator"] == float((item.shifted_labels != -100).sum())
 
 

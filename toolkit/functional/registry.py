@@ -19,7 +19,7 @@ from toolkit.functional.options import options_model
 from toolkit.schema import Config, located
 
 Scope = Literal["token", "sequence", "group", "batch"]
-"""What one token's loss depends on: itself, its sequence, its group (a prompt's sequences), or the micro-batch."""
+"""What one token's loss depends on: itself, its sequence, its group (a prompt's sequences), or the whole step."""
 Need = Literal["ref_logprobs", "rollout_logprobs", "teacher_logprobs", "entropies"]
 """What a loss may need beside log-probabilities, old log-probabilities and advantages."""
 

@@ -58,11 +58,21 @@ class BaseLossContext(ABC, Generic[ItemT]):
     ) -> list[Any]:
         """Return the kwargs of every micro-batch of one optimizer step; every rank must call it together.
 
+        Everything that the loss divides by is counted here, over all micro-batches and ranks, in one exchange; every
+        rank needs at least one micro-batch (with nothing to score, if it has no work), not as many as the others.
+
+        **The contract.** The losses that `forward` returns for the micro-batches of a step add up, and so do their
+        gradients. With ``gradient_reduction="mean"`` (DDP, FSDP) each rank's sum carries a factor R, the number of
+        ranks, so that their *average* is loss and gradient of the whole step; with "sum" their sum is. Nothing else may
+        divide or multiply: no 1 / micro-batches, no R. Terms that a model adds itself (a router's loss) are not to be
+        multiplied by R: `toolkit.losses.auxiliary` has their weights.
+
         Args:
             data_batches: the items of all micro-batches of this rank; its shards of them where `sp_mesh` is given.
             loss_cfg: the config of this loss.
-            cu_seq_lens_list: for each micro-batch the [S + 1] boundaries of its packed row; None: a row is a sequence.
-            sp_mesh: ranks that share a sequence.
+            cu_seq_lens_list: for each micro-batch the [S + 1] boundaries of its packed row, of the whole row where
+                `sp_mesh` is given; None: a row is a sequence.
+            sp_mesh: one-dimensional mesh of ranks that share every row; each sequence counts once.
         """
 
     @abstractmethod

@@ -12,14 +12,13 @@ again (``gradient_reduction="mean"``); a back-end that sums gets no factor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.distributed import all_gather_objects, all_reduce_sum, rank, sp_gather, sp_split, world_size
+from toolkit.distributed import world_size
 from toolkit.errors import ConfigError, DataError
 from toolkit.functional.aggregation import Share, share
 from toolkit.functional.segments import NO_SEQUENCE, sequence_ids
@@ -48,18 +47,13 @@ def checked_items(data_batches: Any, item_type: type[ItemT], loss_cfg: Any, cfg_
 
 
 def sequence_ids_of_batches(
-    labels: Sequence[Tensor],
-    cu_seq_lens_list: Sequence[Tensor | None] | None,
-    sp_mesh: DeviceMesh | None = None,
-    *,
-    ignore_idx: int = -100,
+    labels: Sequence[Tensor], cu_seq_lens_list: Sequence[Tensor | None] | None, *, ignore_idx: int = -100
 ) -> list[Tensor]:
     """Return the sequence that each position of each micro-batch belongs to, [1, T] or [B, T] each.
 
     Args:
-        labels: shifted labels of each micro-batch; this rank's shards under sequence parallelism.
-        cu_seq_lens_list: boundaries of each packed row, over the whole row; None: each row is one sequence.
-        sp_mesh: ranks that share a sequence.
+        labels: shifted labels of each micro-batch, whole rows.
+        cu_seq_lens_list: boundaries of each packed row; None: each row is one sequence.
         ignore_idx: label of positions that are not scored.
 
     Raises:
@@ -70,135 +64,66 @@ def sequence_ids_of_batches(
         raise DataError(
             f"cu_seq_lens_list has {len(cu_seq_lens_list)} entries for {len(labels)} micro-batches; give one for each"
         )
-    shards = sp_mesh.size() if sp_mesh is not None else 1
     found = []
     for index, own in enumerate(labels):
-        whole = torch.Size([*own.shape[:-1], own.shape[-1] * shards])
         bounds = cu_seq_lens_list[index] if cu_seq_lens_list is not None else None
-        ids = sequence_ids(whole, bounds, own.device)
-        found.append(sp_split(ids, sp_mesh, pad=NO_SEQUENCE) if sp_mesh is not None else ids)
-        stray = (found[-1] == NO_SEQUENCE) & (own != ignore_idx)
+        ids = sequence_ids(own.shape, bounds, own.device)
+        stray = (ids == NO_SEQUENCE) & (own != ignore_idx)
         if bool(stray.any()):
             raise DataError(
                 f"data_batches[{index}].shifted_labels{stray.nonzero()[0].tolist()} is scored, but lies behind the end "
                 f"of cu_seq_lens; extend cu_seq_lens or mark the position by ignore_idx = {ignore_idx}"
             )
+        found.append(ids)
     return found
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """The weights of one term of the loss, and what they were divided by."""
-
-    weights: list[Tensor]
-    """float64, [B, T] for each micro-batch, 0 where nothing is scored."""
-    denominators: Tensor
-    """[2] float64, over all micro-batches and ranks: of the first and (per_component) of the second component."""
-
-
-def calibrated(
-    terms: Sequence[Sequence[Share]], *, gradient_reduction: str = "mean", counted_here: bool = True
-) -> list[Calibrated]:
-    """Divide the weights of each term by its denominators over the whole step; all ranks must call it together.
-
-    Args:
-        terms: for each term of the loss the shares of all micro-batches of this rank.
-        gradient_reduction: "mean" or "sum", what the back-end does over ranks.
-        counted_here: False where another rank of a sequence-parallel mesh counts the same sequences.
-
-    Returns:
-        For each term its weights; one collective for all of them.
-    """
-    device = next((own.counts.device for shares in terms for own in shares), torch.device("cpu"))
-    zero = torch.zeros(2, dtype=torch.float64, device=device)
-    local = torch.stack([sum((own.counts for own in shares), zero) for shares in terms])
-    totals = all_reduce_sum(local if counted_here else torch.zeros_like(local))
-    factor = world_size() if gradient_reduction == "mean" else 1
-    return [
-        Calibrated(
-            [own.weights * factor if own.is_sum else own.divided(total / factor) for own in shares],
-            torch.ones_like(total) if any(own.is_sum for own in shares) else total,
-        )
-        for shares, total in zip(terms, totals, strict=True)
-    ]
-
-
 def aggregated(
-    labels: Sequence[Tensor],
-    ids: Sequence[Tensor],
-    aggregation: str,
-    *,
-    ignore_idx: int,
-    sp_mesh: DeviceMesh | None = None,
-    **options: Any,
+    labels: Sequence[Tensor], ids: Sequence[Tensor], aggregation: str, *, ignore_idx: int, **options: Any
 ) -> list[Share]:
     """Return the share of every micro-batch of this rank under `aggregation`.
 
     Args:
-        labels: shifted labels of each micro-batch, [1, T] or [B, T]; shards under sequence parallelism.
+        labels: shifted labels of each micro-batch, [1, T] or [B, T], whole rows.
         ids: from `sequence_ids_of_batches`.
         aggregation: see `functional.aggregation`.
         ignore_idx: label of positions that are not scored.
-        sp_mesh: ranks that share a sequence; sequences are then measured over the whole mesh, and every rank of it
-            counts all of them (pass ``counted_here`` to `calibrated`).
         options: of `functional.aggregation.share`; a list has one entry for each micro-batch.
     """
-    found = []
-    for index, (own, own_ids) in enumerate(zip(labels, ids, strict=True)):
-        own_options = {key: value[index] if isinstance(value, list) else value for key, value in options.items()}
-        is_active = own != ignore_idx
-        if sp_mesh is None:
-            found.append(share(is_active, own_ids, aggregation, **own_options))
-            continue
-        gathered: dict[str, Any] = {
-            key: sp_gather(value.to(torch.float64), sp_mesh).to(value.dtype) if isinstance(value, Tensor) else value
-            for key, value in own_options.items()
-        }
-        everywhere = sp_gather(is_active.to(torch.uint8), sp_mesh).bool()  # not every back-end gathers booleans
-        whole = share(everywhere, sp_gather(own_ids, sp_mesh), aggregation, **gathered)
-        is_second = own_options["is_positive"].logical_not() if whole.is_second is not None else None
-        weights = sp_split(whole.weights, sp_mesh, pad=0.0)
-        found.append(Share(weights, whole.counts, is_sum=whole.is_sum, is_second=is_second))
-    return found
+    return [
+        share(
+            own != ignore_idx,
+            own_ids,
+            aggregation,
+            **{key: value[index] if isinstance(value, list) else value for key, value in options.items()},
+        )
+        for index, (own, own_ids) in enumerate(zip(labels, ids, strict=True))
+    ]
+
+
+def counts_of(shares: Sequence[Share], device: torch.device) -> Tensor:
+    """Return what the micro-batches of this rank add to the denominators of one term, [2] float64."""
+    return sum((own.counts for own in shares), torch.zeros(2, dtype=torch.float64, device=device))
+
+
+def calibrated(shares: Sequence[Share], denominators: Tensor, *, gradient_reduction: str) -> list[Tensor]:
+    """Divide the weights of one term by its denominators over the whole step.
+
+    Args:
+        shares: of the micro-batches of this rank.
+        denominators: [2] the `counts_of` all ranks together.
+        gradient_reduction: "mean" or "sum", what the back-end does over ranks.
+
+    Returns:
+        float64 weights, [B, T] for each micro-batch, 0 where nothing is scored.
+    """
+    factor = world_size() if gradient_reduction == "mean" else 1
+    return [own.weights * factor if own.is_sum else own.divided(denominators / factor) for own in shares]
 
 
 def counts_here(sp_mesh: DeviceMesh | None) -> bool:
     """Whether this rank counts the sequences that it shares with the others of its mesh."""
     return sp_mesh is None or sp_mesh.get_local_rank() == 0
-
-
-def prompts_of_batches(
-    labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int, count_empty: bool
-) -> tuple[list[Tensor], list[int]]:
-    """Count the scored tokens of every prompt over all micro-batches and ranks.
-
-    Returns:
-        For each micro-batch the tokens of each position's prompt ([B, T]), and the number of prompts that it is to
-        count: each prompt is counted by one micro-batch of one rank.
-    """
-    own: dict[int, int] = {}
-    for own_labels, own_groups in zip(labels, group_ids, strict=True):
-        groups, place = own_groups.reshape(-1).unique(return_inverse=True)
-        sizes = torch.bincount(place, (own_labels.reshape(-1) != ignore_idx).double(), minlength=len(groups))
-        for group, size in zip(groups.tolist(), sizes.tolist(), strict=True):
-            own[group] = own.get(group, 0) + int(size)
-    everyone = all_gather_objects(own)
-    total: dict[int, int] = {}
-    for counts in everyone:
-        for group, size in counts.items():
-            total[group] = total.get(group, 0) + size
-    mine = {group for group in own if all(group not in earlier for earlier in everyone[: rank()])}
-    tokens, numbers = [], []
-    for own_groups in group_ids:
-        groups, place = own_groups.reshape(-1).unique(return_inverse=True)
-        sizes = torch.tensor([total[group] for group in groups.tolist()], dtype=torch.float64, device=place.device)
-        tokens.append(sizes[place].reshape(own_groups.shape))
-        # Negative numbers are the padding of a packed row.
-        named = {group for group in groups.tolist() if group in mine and group >= 0}
-        counted = {group for group in named if count_empty or total[group] > 0}
-        numbers.append(len(counted))
-        mine -= counted
-    return tokens, numbers
 
 
 def loss_metric(loss: Tensor, gradient_reduction: str) -> Sum:

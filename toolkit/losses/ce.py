@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.errors import DataError
+from toolkit.functional.aggregation import Share
 from toolkit.head import TokenScores
 from toolkit.losses.base import BaseLossKwargs, as_loss_dtype
 from toolkit.losses.calibration import (
@@ -15,12 +17,15 @@ from toolkit.losses.calibration import (
     calibrated,
     checked_items,
     counts_here,
+    counts_of,
     loss_metric,
     sequence_ids_of_batches,
 )
+from toolkit.losses.census import Counts, census
 from toolkit.losses.config import CELossConfig
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.losses.scored import ScoredLossContext
+from toolkit.losses.shards import whole_items
 from toolkit.metrics import Mean, Metric, Sum
 
 AGGREGATION_OF = {"token": "token_mean", "sample": "seq_mean_token_mean", "square": "square"}
@@ -46,16 +51,28 @@ class CELossContext(ScoredLossContext[CELossContextInputItem]):
         sp_mesh: DeviceMesh | None = None,
     ) -> list[CELossKwargs]:
         """Fix the weight of every token of the step; see the base class for the arguments."""
-        labels = [
-            item.shifted_labels for item in checked_items(data_batches, CELossContextInputItem, loss_cfg, CELossConfig)
+        items = checked_items(data_batches, CELossContextInputItem, loss_cfg, CELossConfig)
+        device = items[0].shifted_labels.device if items else torch.device("cpu")
+        shares: list[Share] = []
+        whole: list[CELossContextInputItem] = []
+
+        def count() -> Counts:
+            whole.extend(items if sp_mesh is None else whole_items(items, sp_mesh))
+            labels = [item.shifted_labels for item in whole]
+            ids = sequence_ids_of_batches(labels, cu_seq_lens_list, ignore_idx=loss_cfg.ignore_idx)
+            shares.extend(
+                aggregated(labels, ids, AGGREGATION_OF[loss_cfg.loss_reduction], ignore_idx=loss_cfg.ignore_idx)
+            )
+            own = Counts(counts_of(shares, device))
+            return own if counts_here(sp_mesh) else own.uncounted()
+
+        total = census(count, num_numbers=2, has_tables=False, device=device)
+        weights = calibrated(shares, total.numbers, gradient_reduction=loss_cfg.gradient_reduction)
+        kwargs = [
+            CELossKwargs(shifted_labels=item.shifted_labels, loss_weight=own)
+            for item, own in zip(whole, weights, strict=True)
         ]
-        ids = sequence_ids_of_batches(labels, cu_seq_lens_list, sp_mesh, ignore_idx=loss_cfg.ignore_idx)
-        aggregation = AGGREGATION_OF[loss_cfg.loss_reduction]
-        shares = aggregated(labels, ids, aggregation, ignore_idx=loss_cfg.ignore_idx, sp_mesh=sp_mesh)
-        (term,) = calibrated(
-            [shares], gradient_reduction=loss_cfg.gradient_reduction, counted_here=counts_here(sp_mesh)
-        )
-        return [CELossKwargs(shifted_labels=y, loss_weight=w) for y, w in zip(labels, term.weights, strict=True)]
+        return kwargs if sp_mesh is None else [own.sp_split(sp_mesh, ignore_idx=loss_cfg.ignore_idx) for own in kwargs]
 
     def loss_from_scores(self, scores: TokenScores, loss_kwargs: CELossKwargs) -> tuple[Tensor, dict[str, Metric]]:
         """Return the weighted sum of negative log-probabilities and its metrics."""

@@ -212,6 +212,11 @@ class BaseRLLossConfig(BaseLossConfig):
         return self
 
     @property
+    def needs_current_first(self) -> bool:
+        """Whether corrections must know the current policy before the step: its survivors, or a mean of weights."""
+        return any(own.needs_current and (own.denominator == "survivors" or own.normalize) for own in self.correction)
+
+    @property
     def candidates(self) -> Literal["ref", "teacher"] | None:
         """Whose candidate tokens the policy is to be scored at, beside the sampled ones; None: nobody's."""
         return "ref" if self.use_kl_loss and self.kl_loss_type in EXACT_KL else None

@@ -43,15 +43,16 @@ class CorrectionConfig(Config):
     denominator: Literal["original", "survivors"] | None = None
     """After a rejection, required for mask and veto. original: the token's policy term is 0, all else stays as it was.
     survivors: the token counts nowhere, as if masked: not in the denominator, in the KL or entropy term, nor in a
-    sequence's ratio (XTuner does the same)."""
+    sequence's ratio (XTuner does the same). Of the current policy only with `current_logprobs` in the items."""
     normalize: bool = False
-    """Divide the clamped ratios by their mean over the step: over tokens, turns or sequences, as `granularity` says."""
+    """Divide the clamped ratios by their mean over the step: over tokens, turns or sequences, as `granularity` says.
+    Of the current policy only with `current_logprobs` in the items."""
     advantages: Literal["any", "negative", "positive", "widening"] = "any"
     """Reject only tokens whose advantage has this sign; widening: that of d, so that the update would move p further
     from q."""
     between: Literal["old_rollout", "current_rollout", "current_old"] = "old_rollout"
     """p and q: old is the policy before the step, rollout the sampler's, current the one in training (without
-    gradient), which is known only in the forward."""
+    gradient), which is known only in the forward, unless the items have `current_logprobs`."""
     max_log_ratio: Annotated[float, Gt(0)] | None = 20.0
     """Bound in nats on |d| and on the log of a unit's ratio, before exp; 20 as in XTuner and verl. None: 500."""
     max_token_log_ratio: Annotated[float, Gt(0)] | None = None
@@ -96,11 +97,6 @@ class CorrectionConfig(Config):
             yield (f"advantages={self.advantages!r} restricts what is rejected; action={self.action!r} rejects nothing")
         if self.action == "clamp_upper" and self.lower is not None:
             yield f"lower={self.lower} has no effect with action='clamp_upper'; use action='clamp' for both bounds"
-        if self.normalize and self.needs_current:
-            yield (
-                f"normalize=True needs the weights of the whole step before its first forward, but between="
-                f"{self.between!r} is known only in the forward; use between='old_rollout' or normalize=False"
-            )
 
     def _mistakes_of_rejections(self) -> Iterator[str]:
         if self.normalize:
@@ -112,11 +108,6 @@ class CorrectionConfig(Config):
                 f"action={self.action!r} needs denominator: 'original' divides the loss by all tokens as if nothing "
                 "had been rejected (smaller gradients), 'survivors' by those that are left; both are in use and "
                 "differ, so there is no default"
-            )
-        if self.denominator == "survivors" and self.needs_current:
-            yield (
-                f"denominator='survivors' needs to know the survivors before the first forward of the step, but "
-                f"between={self.between!r} is known only in the forward; use denominator='original'"
             )
         if self.action == "veto" and self.granularity == "sequence":
             yield "action='veto' of a statistic of whole sequences is action='mask'; write mask"

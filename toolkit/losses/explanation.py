@@ -49,10 +49,10 @@ SERVED_BY = {
     "token": "each token's loss is its own: one pass over the tokens in chunks, 3 matrix products",
     "sequence": "a token's loss looks at its sequence: one pass where every sequence fits a chunk, else two passes "
     "(scores first, then gradients), 3 to 4 products",
-    "group": "a token's loss looks at the sequences of its prompt, which must lie in one micro-batch: two passes where "
-    "that is larger than a chunk, up to 4 products",
-    "batch": "a token's loss looks at the whole micro-batch: two passes where that is larger than a chunk, up to 4 "
-    "products",
+    "group": "a token's loss looks at the sequences of its prompt, all in one micro-batch unless the items have "
+    "current_logprobs: two passes where that is larger than a chunk, up to 4 products",
+    "batch": "a token's loss looks at the whole step: items need current_logprobs where that has several "
+    "micro-batches or ranks; two passes where a micro-batch is larger than a chunk, up to 4 products",
 }
 GENERAL = "whole distributions are compared: the general path, logits in chunks, each differentiated by autograd"
 UNCUT = "whole distributions are compared, and a token's loss looks at its {scope}: all logits at once"
@@ -219,6 +219,7 @@ def needed_fields(cfg: BaseRLLossConfig) -> dict[str, str]:
         "ref_topk_logprobs": ["the KL term"] if cfg.candidates == "ref" else [],
         "teacher_topk_logprobs": ["the divergence"] if cfg.candidates == "teacher" else [],
         "teacher_logprobs": [],
+        "current_logprobs": ["corrections that must know them before the step"] if cfg.needs_current_first else [],
         "group_ids": [
             *(["aggregation prompt_mean"] if cfg.aggregation.name == "prompt_mean" else []),
             *(["the policy loss"] if loss.scope == "group" else []),
@@ -307,7 +308,7 @@ def _correction_words(own: CorrectionConfig) -> str:
             if own.denominator == "survivors"
             else "still counts in the denominator"
         )
-    return words + ("; known only in the forward" if own.needs_current else "")
+    return words + ("; known only in the forward, unless items have current_logprobs" if own.needs_current else "")
 
 
 # -------------------------------------------------------------------- cross-entropy, head

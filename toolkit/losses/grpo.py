@@ -25,9 +25,11 @@ from toolkit.losses.calibration import checked_items, loss_metric
 from toolkit.losses.candidates import check_vocabulary
 from toolkit.losses.config import BaseRLLossConfig, GRPOLossConfig
 from toolkit.losses.grpo_correction import late_correction
-from toolkit.losses.grpo_kwargs import GRPOLossKwargs, build_grpo_kwargs, options_of, policy_loss_of, scope_of
+from toolkit.losses.grpo_items import options_of, policy_loss_of, scope_of, scored_labels
+from toolkit.losses.grpo_kwargs import GRPOLossKwargs, build_grpo_kwargs
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.scored import ScoredLossContext
+from toolkit.losses.whole import Whole, emptied, with_gradient_of
 from toolkit.metrics import Max, Mean, Metric, Min, Sum
 
 __all__ = ["GRPOLossContext", "GRPOLossKwargs"]
@@ -64,7 +66,9 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     @property
     def scope(self) -> Scope:
         """What the chosen policy loss and its corrections look at; a micro-batch holds its groups whole."""
-        scope = scope_of(self.loss_cfg)
+        if self.loss_kwargs.whole is not None:
+            return "batch"
+        scope = policy_loss_of(self.loss_cfg).scope if self.loss_kwargs.has_current else scope_of(self.loss_cfg)
         return "batch" if scope == "group" else scope  # type: ignore[return-value]
 
     @property
@@ -81,17 +85,8 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
 
     def scored_labels(self) -> Tensor:
         """Return the labels, less tokens that `drop_zero_advantage` leaves out; none where a KL or bonus needs them."""
-        labels, cfg = self.loss_kwargs.shifted_labels, self.loss_cfg
-        has_other_terms = (cfg.use_kl_loss and cfg.kl_loss_coef != 0) or cfg.entropy_coef != 0
-        if not cfg.drop_zero_advantage or has_other_terms:
-            return labels
-        is_idle = self.loss_kwargs.advantages == 0
-        if self.scope == "sequence" and self.loss_kwargs.sequence_ids is not None:
-            # Only whole sequences: the others' statistics count every token.
-            is_idle = is_idle | (labels == cfg.ignore_idx)
-            flat = (self.loss_kwargs.sequence_ids + 1).reshape(-1)
-            is_idle = ~torch.isin(flat, flat[~is_idle.reshape(-1)]).reshape(labels.shape)
-        return labels.masked_fill(is_idle, cfg.ignore_idx)
+        own = self.loss_kwargs
+        return own.shifted_labels if own.whole is not None else scored_labels(own, self.loss_cfg)
 
     def candidate_ids(self, loss_kwargs: GRPOLossKwargs) -> Tensor | Literal["all"] | None:
         """Return the candidates that an exact divergence compares."""
@@ -129,18 +124,11 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         """Return the weighted sum of the policy, KL and entropy terms, and the metrics of all."""
         cfg = self.loss_cfg
         terms, weights = self._terms(scores, loss_kwargs)
-        importance, measured = self._importance(terms, loss_kwargs)
         other = loss_kwargs.other_weight
         other_weights = weights if other is None else as_loss_dtype(other, weights)
-        token_losses = self.policy_losses(terms, scores, loss_kwargs)
-        check_token_losses(token_losses, scores.logprobs, policy_loss_of(cfg).name)
-        loss = policy = _weighted_sum(weights, token_losses, importance)
-        metrics = {
-            **terms.reported,
-            **measured,
-            **_metrics(terms),
-            "policy_loss": loss_metric(policy, cfg.gradient_reduction),
-        }
+        policy, importance, measured = self._policy(terms, weights, scores, loss_kwargs)
+        loss = policy
+        metrics = {**measured, **_metrics(terms), "policy_loss": loss_metric(policy, cfg.gradient_reduction)}
         if cfg.use_kl_loss:
             token_kl = self._kl(terms, scores, loss_kwargs)
             loss = loss + cfg.kl_loss_coef * _weighted_sum(
@@ -180,10 +168,45 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             self.loss_cfg.ignore_idx,
         )
 
-    def _importance(self, terms: PolicyTerms, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor | None, dict[str, Metric]]:
+    def _policy(
+        self, terms: PolicyTerms, weights: Tensor, scores: TokenScores, loss_kwargs: GRPOLossKwargs
+    ) -> tuple[Tensor, Tensor | None, dict[str, Metric]]:
+        """Return the policy term of own tokens, their importance weights [N] (None: all are 1), and metrics."""
+        whole: Whole | None = loss_kwargs.whole
+        if whole is None:
+            importance, measured = self._importance(terms, loss_kwargs)
+            token_losses = self._token_losses(terms, scores, loss_kwargs)
+            return _weighted_sum(weights, token_losses, importance), importance, {**terms.reported, **measured}
+        assert loss_kwargs.place is not None
+        place: Tensor = loss_kwargs.place
+        needs_entropies = "entropies" in policy_loss_of(self.loss_cfg).needs
+        seen = whole.scores(scores.logprobs, scores.entropy if needs_entropies else None, place)
+        everyone, all_weights = self._terms(seen, whole.kwargs)
+        importance, measured = self._importance(everyone, whole.kwargs, own=place)
+        own = None if importance is None else importance[place]
+        if policy_loss_of(self.loss_cfg).scope == "token":  # only a correction looks at the others
+            token_losses = self._token_losses(terms, scores, loss_kwargs)
+            return _weighted_sum(weights, token_losses, own), own, {**terms.reported, **measured}
+        token_losses = self._token_losses(everyone, seen, whole.kwargs)
+        reported = everyone.reported if whole.reports else emptied(everyone.reported)
+        value = _weighted_sum(weights, token_losses.detach()[place], own)
+        policy = with_gradient_of(value, _weighted_sum(all_weights, token_losses, importance))
+        return policy, own, {**reported, **measured}
+
+    def _token_losses(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
+        token_losses = self.policy_losses(terms, scores, loss_kwargs)
+        check_token_losses(token_losses, scores.logprobs, policy_loss_of(self.loss_cfg).name)
+        return token_losses
+
+    def _importance(
+        self, terms: PolicyTerms, loss_kwargs: GRPOLossKwargs, own: Tensor | None = None
+    ) -> tuple[Tensor | None, dict[str, Metric]]:
         """Return the importance weights [N] of all corrections, without gradient (None: all are 1), and metrics."""
-        late, metrics = late_correction(terms, self.loss_cfg)
-        found = [as_loss_dtype(own, terms.logprobs) for own in (loss_kwargs.policy_weight, late) if own is not None]
+        late: Tensor | None = None
+        metrics: dict[str, Metric] = {}
+        if not loss_kwargs.has_current:
+            late, metrics = late_correction(terms, self.loss_cfg, own)
+        found = [as_loss_dtype(each, terms.logprobs) for each in (loss_kwargs.policy_weight, late) if each is not None]
         return (None if not found else torch.stack(found).prod(0).clamp(max=LARGEST_WEIGHT)), metrics
 
     def _terms(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[PolicyTerms, Tensor]:

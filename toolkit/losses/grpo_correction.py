@@ -1,7 +1,8 @@
 """Corrections of the mismatch between the sampler and the trainer, applied to the items of a step.
 
-Those between the old policy and the sampler are known before the first forward, so that rejected tokens can leave the
-denominators of all ranks; those with the current policy ("late") are applied in the forward.
+Those between the old policy and the sampler are known before the first forward ("early"), so that rejected tokens can
+leave the denominators of all ranks; those with the current policy are applied in the forward ("late"), unless the items
+have `current_logprobs`.
 
 Legend: B rows, T positions of a row, N scored tokens of a micro-batch.
 """
@@ -9,14 +10,11 @@ Legend: B rows, T positions of a row, N scored tokens of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.distributed import all_reduce_sum
-from toolkit.errors import ConfigError
 from toolkit.functional.mismatch import (
     Corrected,
     MismatchTerms,
@@ -43,41 +41,57 @@ class CorrectedBatch:
     metrics: dict[str, Metric]
 
 
-def early(cfg: BaseRLLossConfig) -> tuple[CorrectionConfig, ...]:
-    """Return the corrections that are known before the forward."""
-    return tuple(correction for correction in cfg.correction if not correction.needs_current)
+def early(cfg: BaseRLLossConfig, *, has_current: bool) -> tuple[CorrectionConfig, ...]:
+    """Return the corrections that are known before the forward: with `current_logprobs` in the items, all of them."""
+    return tuple(correction for correction in cfg.correction if has_current or not correction.needs_current)
 
 
-def late(cfg: BaseRLLossConfig) -> tuple[CorrectionConfig, ...]:
-    """Return the corrections that compare the current policy."""
-    return tuple(correction for correction in cfg.correction if correction.needs_current)
+def late(cfg: BaseRLLossConfig, *, has_current: bool) -> tuple[CorrectionConfig, ...]:
+    """Return the corrections that compare the current policy and have to wait for it."""
+    return tuple(correction for correction in cfg.correction if correction.needs_current and not has_current)
 
 
-def corrected_batches(
-    items: list[RLLossContextInputItem],
-    ids: Sequence[Tensor],
-    turns: Sequence[Tensor],
-    cfg: BaseRLLossConfig,
-    sp_mesh: DeviceMesh | None,
-) -> list[CorrectedBatch]:
-    """Apply the corrections that are known before the forward; every rank must call it together."""
-    corrections = early(cfg)
-    if sp_mesh is not None and any(correction.needs_sequences for correction in corrections):
-        raise ConfigError(
-            "a correction over turns or sequences does not work under sequence parallelism, which cuts them apart; use "
-            "granularity='token' or no sp_mesh"
-        )
-    scored = [(item.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1) for item in items]
-    terms = [_mismatch_terms(*parts, cfg) for parts in zip(items, scored, ids, turns, strict=True)]
-    sums = None
-    if any(correction.normalize for correction in corrections):
-        device = items[0].shifted_labels.device if items else torch.device("cpu")
-        parts = torch.zeros(len(corrections), 2, dtype=torch.float64, device=device)
-        sums = all_reduce_sum(sum((normalizer_parts(corrections, own) for own in terms if own is not None), parts))
-    return [
-        _corrected_batch(item, positions, own, corrections, sums, cfg)
-        for item, positions, own in zip(items, scored, terms, strict=True)
-    ]
+class EarlyCorrections:
+    """The corrections of a step that are known before its first forward, over the micro-batches of this rank."""
+
+    def __init__(
+        self,
+        items: Sequence[RLLossContextInputItem],
+        ids: Sequence[Tensor],
+        turns: Sequence[Tensor],
+        cfg: BaseRLLossConfig,
+        *,
+        has_current: bool,
+    ) -> None:
+        self._cfg, self._items = cfg, items
+        self._chosen = early(cfg, has_current=has_current)
+        self._scored = [(item.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1) for item in items]
+        self._terms = [_mismatch_terms(*own, cfg) for own in zip(items, self._scored, ids, turns, strict=True)]
+
+    def normalizer_parts(self, device: torch.device) -> Tensor:
+        """Return what this rank adds to the mean weights of the step, [C, 2]; C counts the late ones, too."""
+        parts = torch.zeros(len(self._cfg.correction), 2, dtype=torch.float64, device=device)
+        for own in self._terms:
+            if own is not None and self._chosen:
+                parts[: len(self._chosen)] += normalizer_parts(self._chosen, own)
+        return parts
+
+    def labels(self) -> list[Tensor]:
+        """Return the labels of each micro-batch, ignored where a token left the denominator: no sum is needed yet."""
+        return [batch.labels for batch in self.batches(None)]
+
+    def batches(self, normalizer_sums: Tensor | None) -> list[CorrectedBatch]:
+        """Return every micro-batch after the corrections.
+
+        Args:
+            normalizer_sums: [C, 2] the `normalizer_parts` of all ranks; None: no weight is divided by a mean.
+        """
+        if normalizer_sums is None:
+            normalizer_sums = torch.ones(len(self._chosen), 2, dtype=torch.float64)
+        return [
+            _corrected_batch(item, positions, own, self._chosen, normalizer_sums, self._cfg)
+            for item, positions, own in zip(self._items, self._scored, self._terms, strict=True)
+        ]
 
 
 def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> Tensor | None:
@@ -91,21 +105,26 @@ def _mismatch_terms(
     item: RLLossContextInputItem, positions: Tensor, ids: Tensor, turns: Tensor, cfg: BaseRLLossConfig
 ) -> MismatchTerms | None:
     """Return what corrections look at, or None where the items cannot be compared with the sampler."""
-    if item.old_logprobs is None or comparable_rollout(item, cfg) is None:
+    old = item.current_logprobs if item.old_logprobs is None else item.old_logprobs
+    rollout = comparable_rollout(item, cfg)
+    if old is None or (rollout is None and any("rollout" in own.between for own in cfg.correction)):
         return None
-    assert item.rollout_logprobs is not None
+    if rollout is None and item.current_logprobs is None:
+        return None
     assert item.advantages is not None
-    old, rollout, advantages, sequences, turn = (
-        values.detach().reshape(-1).index_select(0, positions)
-        for values in (item.old_logprobs, item.rollout_logprobs, item.advantages, ids, turns)
-    )
+
+    def own(values: Tensor) -> Tensor:
+        return values.detach().reshape(-1).index_select(0, positions)
+
     return MismatchTerms(
-        rollout_logprobs=rollout.double(),
-        old_logprobs=old.double(),
-        advantages=advantages,
-        sequence_ids=sequences,
+        # Without a sampler only current and old are compared; no statistic reads this field then.
+        rollout_logprobs=own(old if rollout is None else rollout).double(),
+        old_logprobs=own(old).double(),
+        current_logprobs=None if item.current_logprobs is None else own(item.current_logprobs).double(),
+        advantages=own(item.advantages),
+        sequence_ids=own(ids),
         num_sequences=int(ids.max()) + 1 if ids.numel() else 0,
-        turn_ids=turn,
+        turn_ids=own(turns),
         num_turns=int(turns.max()) + 1 if turns.numel() else 0,
     )
 
@@ -115,7 +134,7 @@ def _corrected_batch(
     positions: Tensor,
     terms: MismatchTerms | None,
     corrections: tuple[CorrectionConfig, ...],
-    sums: Tensor | None,
+    sums: Tensor,
     cfg: BaseRLLossConfig,
 ) -> CorrectedBatch:
     labels = item.shifted_labels
@@ -123,14 +142,16 @@ def _corrected_batch(
         return CorrectedBatch(labels, None, {})
     result = corrected(corrections, terms, sums) if corrections else _untouched(terms)
     assert terms.old_logprobs is not None
-    metrics = mismatch_metrics(
-        terms.old_logprobs,
-        terms.rollout_logprobs,
-        result.weights,
-        result.is_kept,
-        terms.sequence_ids,
-        terms.num_sequences,
-    )
+    metrics: dict[str, Metric] = {}
+    if comparable_rollout(item, cfg) is not None:
+        metrics = mismatch_metrics(
+            terms.old_logprobs,
+            terms.rollout_logprobs,
+            result.weights,
+            result.is_kept,
+            terms.sequence_ids,
+            terms.num_sequences,
+        )
     if not corrections:
         return CorrectedBatch(labels, None, metrics)
     metrics |= correction_metrics(corrections, result)
@@ -146,13 +167,20 @@ def _untouched(terms: MismatchTerms) -> Corrected:
     return Corrected(weights=ones, is_kept=ones.bool(), in_denominator=ones.bool(), is_hit=())
 
 
-def late_correction(terms: PolicyTerms, cfg: BaseRLLossConfig) -> tuple[Tensor | None, dict[str, Metric]]:
+def late_correction(
+    terms: PolicyTerms, cfg: BaseRLLossConfig, own: Tensor | None = None
+) -> tuple[Tensor | None, dict[str, Metric]]:
     """Apply the corrections that compare the current policy.
+
+    Args:
+        terms: the tokens that they look at, [N].
+        cfg: of the loss.
+        own: [n] which of them the metrics are to speak of; None: all.
 
     Returns:
         Their weights [N], without gradient (None: 1 everywhere), and metrics.
     """
-    corrections = late(cfg)
+    corrections = late(cfg, has_current=False)
     if not corrections:
         return None, {}
     seen = MismatchTerms(
@@ -166,4 +194,5 @@ def late_correction(terms: PolicyTerms, cfg: BaseRLLossConfig) -> tuple[Tensor |
         num_turns=terms.num_turns,
     )
     result = corrected(corrections, seen)
-    return result.weights, correction_metrics(corrections, result)
+    hits = result.is_hit if own is None else tuple(is_hit[own] for is_hit in result.is_hit)
+    return result.weights, correction_metrics(corrections, replace(result, is_hit=hits))

@@ -6,7 +6,8 @@ speaks of the token that the model predicts from position t, i.e. of token t + 1
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import math
+from typing import Annotated, Any, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from toolkit.errors import DataError
 from toolkit.losses.fields import PerToken, TensorRecord
 from toolkit.losses.provenance import LogprobSpec
+from toolkit.losses.shift import has_next, shift_labels, shift_values
 
 
 class LossContextInputItem(TensorRecord):
@@ -38,6 +40,71 @@ class LossContextInputItem(TensorRecord):
         for name, value in self.tensors():
             if name != "shifted_labels":
                 self.__dict__[name] = self._fitted(name, value)
+
+    @classmethod
+    def from_unshifted(
+        cls,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
+        ignore_idx: int = -100,
+        has_last_hidden: bool = True,
+        **fields: Any,
+    ) -> Self:
+        """Build an item from what samplers and rewards give: everything at index t speaks of token t itself.
+
+        Labels, mask and all per-token fields are shifted together, so that position t of the item speaks of the token
+        that is predicted from position t. With tokens [10, 11, 12, 13] and mask [0, 0, 1, 0] label, advantage and
+        log-probability of token 12 stand at position 1. The last position of every sequence is ignored.
+
+        Args:
+            input_ids: [B, T] int64, or [1, T] packed.
+            mask: [B, T]; which tokens are learnt from; None: all that are predicted.
+            attention_mask: [B, T]; 0 for padding, needed for rows that are padded on the left.
+            cu_seq_lens: [S + 1] boundaries of the sequences in a packed row.
+            ignore_idx: that of the loss config.
+            has_last_hidden: False where the model is run on ``input_ids[:, :-1]``; the item is then [B, T - 1].
+            fields: as in the constructor, such as ``advantages``. Log-probabilities that nobody reported are NaN, never
+                0, which would be a probability of 1; at tokens that count, a loss that reads them refuses NaN. [B, 1]
+                (one value a row) and ``group_ids`` speak of whole sequences and are not shifted.
+
+        Raises:
+            DataError: a field is unknown or has not one value for each of the T tokens.
+        """
+        if "shifted_labels" in fields:
+            raise DataError("from_unshifted makes shifted_labels from input_ids; leave it out, or use the constructor")
+        if cu_seq_lens is not None and not has_last_hidden:
+            raise DataError("a packed row has a hidden state for every token: leave has_last_hidden=True")
+        labels = shift_labels(input_ids, mask, cu_seq_lens, attention_mask=attention_mask, ignore_idx=ignore_idx)
+        is_followed = has_next(input_ids.shape, cu_seq_lens, attention_mask, input_ids.device)
+        known = {name: value for name, value in fields.items() if name in cls.model_fields}
+        shifted = {name: cls._shifted(name, value, is_followed) for name, value in known.items()}
+        item = cls(shifted_labels=labels, **{**fields, **shifted})
+        return item if has_last_hidden else item.chunk(input_ids.shape[-1] - 1)[0]
+
+    @classmethod
+    def _shifted(cls, name: str, value: Any, is_followed: Tensor) -> Any:
+        """Return a field as the constructor wants it, from one that speaks of the tokens themselves."""
+        if not isinstance(value, Tensor) or not cls.is_per_token(name):
+            return value
+        mark, shape = cls.layout(name), is_followed.shape
+        assert isinstance(mark, PerToken)
+        own = mark.positions(value)
+        if len(shape) == 2 and own == (shape[0], 1) != shape:
+            return value
+        if own not in (shape, shape[-1:]):
+            allowed = f"{list(shape)}" + (f", [{shape[-1]}] or [{shape[0]}, 1]" if len(shape) == 2 else "")
+            raise DataError(
+                f"{name} has shape {list(value.shape)}, but input_ids has {list(shape)}; allowed are {allowed}: one "
+                "value for each token, the first included, NaN where nobody reported a log-probability"
+            )
+        if name == "group_ids":
+            return value
+        pad = math.nan if name.endswith("logprobs") else mark.pad
+        trailing = value.shape[value.dim() - mark.trailing :]
+        return shift_values(value.expand(*shape, *trailing), is_followed, pad=pad, dim=mark.dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self).model_fields and getattr(self, name, None) is None and isinstance(value, Tensor):
@@ -97,6 +164,10 @@ class RLLossContextInputItem(LossContextInputItem):
     """[1, T] or [B, T]; [T] and [B, 1] broadcast."""
     old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     """Log-probabilities before this optimizer step, in nats; None: on-policy, the current ones detached."""
+    current_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    """Log-probabilities under the policy that is about to be updated, in nats, from a forward without gradient before
+    the step. With them, losses of scope "group" and "batch" see the whole step, however it is cut, and corrections that
+    compare the current policy know their survivors."""
     ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     """Log-probabilities of the reference policy, in nats; needed with ``use_kl_loss``."""
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None

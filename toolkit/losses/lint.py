@@ -191,7 +191,7 @@ def _self_anchor(s: Setting) -> Iterator[str]:
 
 def _no_share(s: Setting) -> Iterator[str]:
     if s.options.get("clip_cov_ratio") == 0:
-        yield f"clip_cov_ratio=0 of {s.name} still holds back one token of each micro-batch; use policy_loss=vanilla"
+        yield f"clip_cov_ratio=0 of {s.name} still holds back one token of each step; use policy_loss=vanilla"
 
 
 # -------------------------------------------------------------------- corrections
@@ -266,14 +266,6 @@ def _negative_entropy(s: Setting) -> Iterator[str]:
         )
 
 
-def _batch_statistics(s: Setting) -> Iterator[str]:
-    if s.loss.scope == "batch":
-        yield (
-            f"{s.name} takes its statistics from one micro-batch: the loss changes with the cut into micro-batches; "
-            "keep them large, and of one size between runs that you compare"
-        )
-
-
 CHECKS: tuple[Callable[[Setting], Iterator[str]], ...] = (
     _aggregation,
     _constant,
@@ -289,6 +281,5 @@ CHECKS: tuple[Callable[[Setting], Iterator[str]], ...] = (
     _correction_on_kl,
     _kl,
     _negative_entropy,
-    _batch_statistics,
 )
 """In the order in which their sentences are shown."""

@@ -40,7 +40,7 @@ def clip_cov(
     entropy fall; holding back very few of them keeps it.
 
     Args:
-        t: the tensors of the selected tokens, [N]; the means are over these: one micro-batch.
+        t: the tensors of the selected tokens, [N]; the means are over these: all of the step.
         cliprange_low: the ratio's floor is 1 - cliprange_low.
         cliprange_high: the ratio's ceiling is 1 + cliprange_high.
         clip_ratio_c: bound of a dual clip where A < 0; None: none, as in the paper.
@@ -94,7 +94,7 @@ def kl_cov(
     ``(A - mean A)(log pi - mean log pi)``. The penalty is part of the token's loss and weighted like it.
 
     Args:
-        t: the tensors of the selected tokens, [N]; the means are over these: one micro-batch.
+        t: the tensors of the selected tokens, [N]; the means are over these: all of the step.
         kl_cov_ratio: share of all tokens that are penalised; 2e-4 as in the paper for 32B models, 2e-3 for 7B; 0: none.
         kl_coef: factor of the penalty; 1 as in the paper.
         anchor: what the ratio divides by.

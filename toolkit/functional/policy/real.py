@@ -29,7 +29,7 @@ def real(t: PolicyTerms, *, tau: Positive = 0.5, only_mixed: bool = False, ancho
     a completion that is ranked right already moves nothing.
 
     Args:
-        t: the tensors of the selected tokens, [N]; a group's sequences in one micro-batch.
+        t: the tensors of the selected tokens, [N]; all sequences of a group among them.
         tau: temperature of the scores, in nats; 0.5 as in ms-swift.
         only_mixed: whether a group with only good or only bad sequences has a loss of 0 (ms-swift).
         anchor: what the ratio divides by.

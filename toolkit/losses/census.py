@@ -1,0 +1,83 @@
+"""What is counted over all ranks before the first forward of an optimizer step, in one exchange.
+
+Plain numbers (tokens, sequences, sums of weights ...) take one all-reduce of K float64 numbers, whatever the number of
+tokens, micro-batches or ranks. Only a loss that compares prompts needs more: each rank's small table of its prompts is
+gathered, and the numbers ride along. A rank whose items were refused takes part, too, so that the others hear of it
+instead of waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from toolkit.distributed import all_gather_objects, all_reduce_sum, rank, world_size
+from toolkit.errors import DataError, ToolkitError
+
+Table = dict[int, float]
+"""A number for each key: the tokens of each prompt, say."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one rank counted, or all ranks together."""
+
+    numbers: Tensor
+    """[K] float64."""
+    tables: dict[str, Table] = field(default_factory=dict)
+
+    def uncounted(self) -> Counts:
+        """Return nothing in the same shape: another rank of a sequence-parallel mesh counts the same sequences."""
+        return Counts(torch.zeros_like(self.numbers), {name: {} for name in self.tables})
+
+
+def census(count: Callable[[], Counts], *, num_numbers: int, has_tables: bool, device: torch.device) -> Counts:
+    """Return what all ranks counted together; every rank must call it, once for each optimizer step.
+
+    Args:
+        count: counts on this rank.
+        num_numbers: K, the same on every rank.
+        has_tables: whether there are tables, the same on every rank.
+        device: of the numbers.
+
+    Raises:
+        DataError, ConfigError: `count` raised it on this rank; DataError: it did on another one.
+    """
+    try:
+        own, error = count(), None
+    except ToolkitError as caught:
+        own, error = Counts(torch.zeros(num_numbers, dtype=torch.float64, device=device)), caught
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return own
+    flags = own.numbers.new_tensor([1.0, float(rank())] if error is not None else [0.0, 0.0])
+    packed = torch.cat([flags, own.numbers])
+    if has_tables:
+        everyone = all_gather_objects((packed.tolist(), own.tables))
+        packed = packed.new_tensor([numbers for numbers, _ in everyone]).sum(0)
+        tables = _added(tables for _, tables in everyone)
+    else:
+        packed, tables = all_reduce_sum(packed), {}
+    failed, failed_rank = packed[:2].tolist()
+    if error is not None:
+        raise error
+    if failed:
+        who = f"rank {int(failed_rank)}" if failed == 1 else f"{int(failed)} other ranks"
+        told = DataError(f"{who} refused the items of this step, so that no rank can go on; see the message there")
+        told.is_from_elsewhere = True
+        raise told
+    return Counts(packed[2:], tables)
+
+
+def _added(parts: Iterable[dict[str, Table]]) -> dict[str, Table]:
+    total: dict[str, Table] = {}
+    for part in parts:
+        for name, table in part.items():
+            own = total.setdefault(name, {})
+            for key, number in table.items():
+                own[key] = own.get(key, 0.0) + number
+    return total

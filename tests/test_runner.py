@@ -214,3 +214,36 @@ def test_warnings_point_at_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.warns(UserWarning, match="directly") as caught:
         errors.warn_once("directly")
     assert caught[0].filename == __file__
+
+
+def test_a_loss_over_the_batch_in_two_micro_batches() -> None:
+    """kl_cov looks at all tokens of the step: with the current log-probabilities the cut does not matter."""
+    torch.manual_seed(5)
+    hidden, weight = torch.randn(4, 5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    labels, advantages = torch.randint(0, 7, (4, 5)), torch.randn(4, 5, dtype=torch.float64)
+    current = (hidden @ weight.T).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    old = current + 0.3 * torch.randn(4, 5, dtype=torch.float64)
+    runner = LossRunner.from_overrides(["policy_loss=kl_cov", "policy_loss.kl_cov_ratio=0.2"])
+    grads, losses = [], []
+    for cuts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):
+        head = weight.clone().requires_grad_()
+        batches = [
+            {
+                "shifted_labels": labels[own],
+                "advantages": advantages[own],
+                "old_logprobs": old[own],
+                "current_logprobs": current[own],
+                "hidden": hidden[own],
+            }
+            for own in cuts
+        ]
+        result = runner.step(batches, lambda batch, head=head: (batch["hidden"], head))
+        grads.append(head.grad)
+        losses.append(result.metrics["loss"])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-15)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    with pytest.raises(DataError, match="statistics of the whole batch"):
+        runner.step(
+            [{name: value for name, value in batch.items() if name != "current_logprobs"} for batch in batches],
+            lambda batch: (batch["hidden"], head),
+        )

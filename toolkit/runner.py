@@ -27,6 +27,7 @@ TOPK_FIELDS = ("teacher_topk_ids", "teacher_topk_logprobs", "ref_topk_ids", "ref
 RL_FIELDS = (
     "advantages",
     "old_logprobs",
+    "current_logprobs",
     "ref_logprobs",
     "rollout_logprobs",
     "teacher_logprobs",
@@ -114,6 +115,7 @@ class LossRunner:
         ref_logprobs: Tensor | None = None,
         rollout_logprobs: Tensor | None = None,
         teacher_logprobs: Tensor | None = None,
+        current_logprobs: Tensor | None = None,
         group_ids: Tensor | None = None,
         rollout_spec: LogprobSpec | None = None,
         teacher_topk_ids: Tensor | None = None,
@@ -125,7 +127,8 @@ class LossRunner:
         """Return the loss of one batch, normalised over this batch (and the other ranks, if there are any).
 
         Give either `input_ids`, which are shifted here, or `shifted_labels`. Position t of every other field speaks of
-        the token that is predicted from position t.
+        the token that is predicted from position t; where your fields speak of token t itself, as samplers give them,
+        ``RLLossContextInputItem.from_unshifted(input_ids, mask, ...)`` shifts them together with the labels.
 
         Args:
             hidden_states: [B, T, D].
@@ -140,6 +143,8 @@ class LossRunner:
             rollout_logprobs: [B, T] in nats, as the sampler reported them; measured, and read by corrections and
                 ``anchor="rollout"``.
             teacher_logprobs: [B, T] in nats; for distillation.
+            current_logprobs: [B, T] in nats, of a forward without gradient before the step; for losses over groups and
+                batches in `step`, and rejections by the current policy.
             group_ids: integers, [B] one per row, [B, 1] or [B, T]: the prompt that a row answers.
             rollout_spec: how `rollout_logprobs` were taken.
             teacher_topk_ids: [B, T, K] candidate tokens, negative for none; None: the whole vocabulary.
@@ -160,6 +165,7 @@ class LossRunner:
             "ref_logprobs": ref_logprobs,
             "rollout_logprobs": rollout_logprobs,
             "teacher_logprobs": teacher_logprobs,
+            "current_logprobs": current_logprobs,
             "group_ids": group_ids,
             "rollout_spec": rollout_spec,
             "teacher_topk_ids": teacher_topk_ids,

@@ -20,7 +20,13 @@ from toolkit.metrics import M, Metric, Metrics, fetch, packed
 
 T = TypeVar("T")
 
-STARTED_TOGETHER = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+STARTED_TOGETHER = (
+    "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
 """Where torchrun, the MPIs and srun say how many processes they started."""
 PACKET = 128
 """Numbers of a rank that the first collective of `reduce_metrics` carries; a step with more takes a second one."""

@@ -1,55 +1,72 @@
 """Metrics that reduce exactly: over chunks, micro-batches and ranks, whatever the layout.
 
 A metric is never a bare number. It keeps what its reduction needs (a mean keeps numerator and denominator), so that
-merging parts gives what one pass over the whole would have given. Values stay on the device until ``value()``.
+merging parts gives what one pass over the whole would have given. Values stay on the device until they are asked for,
+and `to_floats` fetches all of them at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from itertools import islice
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+Combine = Callable[[Tensor, Tensor], Tensor]
+COMBINE: dict[str, Combine] = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}
 
-class Metric(Protocol):
-    """What every metric can do."""
 
-    def merge(self, other: Metric) -> Metric:
+class Metric(ABC):
+    """What every metric is: a few 0-dim tensors (its fields), how they combine, and the number they show."""
+
+    how: ClassVar[Literal["sum", "min", "max"]] = "sum"
+    """How a field of one part combines with that of another."""
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that it keeps, in the order of its fields."""
+        return tuple(vars(self).values())
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Tensor]) -> Self:
+        """Return the metric with these fields."""
+        return cls(*parts)
+
+    def merge(self, other: Metric) -> Self:
         """Return the metric of both parts together."""
-        ...
+        if type(self) is not type(other):
+            raise TypeError(f"cannot merge {type(self).__name__} with {type(other).__name__}")
+        return self.of_parts(map(COMBINE[self.how], self.parts, other.parts))
+
+    @staticmethod
+    @abstractmethod
+    def number(parts: Sequence[float]) -> float:
+        """Return the number to show, given the fields; NaN when nothing was measured."""
 
     def value(self) -> float:
-        """Return the number to show; NaN when nothing was measured. Waits for the device."""
-        ...
-
-
-def _same_kind(ours: Metric, other: Metric) -> None:
-    if type(ours) is not type(other):
-        raise TypeError(f"cannot merge {type(ours).__name__} with {type(other).__name__}")
+        """Return the number to show; NaN when nothing was measured. Waits for the device once."""
+        return self.number(fetch(self.parts))
 
 
 @dataclass(frozen=True)
-class Sum:
-    """A total, such as a loss or a count. `total`: 0-dim float tensor."""
+class Sum(Metric):
+    """A total, such as a loss or a count. `total`: 0-dim tensor."""
 
     total: Tensor
 
-    def merge(self, other: Metric) -> Sum:
-        """Add the totals."""
-        _same_kind(self, other)
-        return Sum(self.total + other.total)  # type: ignore[attr-defined]
-
-    def value(self) -> float:
+    @staticmethod
+    def number(parts: Sequence[float]) -> float:
         """Return the total."""
-        return float(self.total)
+        return parts[0]
 
 
 @dataclass(frozen=True)
-class Mean:
+class Mean(Metric):
     """A weighted mean kept as numerator and denominator (0-dim tensors)."""
 
     num: Tensor
@@ -58,68 +75,56 @@ class Mean:
     @classmethod
     def of(cls, values: Tensor) -> Mean:
         """Return the mean of all elements of `values`, which may be empty."""
-        values = values.detach().double()
-        return cls(values.sum(), torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device))
+        values = widened(values)
+        return cls(values.sum(), _count(values))
 
-    def merge(self, other: Metric) -> Mean:
-        """Add numerators and denominators."""
-        _same_kind(self, other)
-        return Mean(self.num + other.num, self.den + other.den)  # type: ignore[attr-defined]
-
-    def value(self) -> float:
+    @staticmethod
+    def number(parts: Sequence[float]) -> float:
         """Return num / den, NaN when nothing was counted."""
-        den = float(self.den)
-        return float(self.num) / den if den else math.nan
+        num, den = parts
+        return num / den if den else math.nan
 
 
 @dataclass(frozen=True)
-class Min:
+class Min(Metric):
     """The smallest value; +inf stands for "nothing measured"."""
 
+    how = "min"
     smallest: Tensor
 
     @classmethod
     def of(cls, values: Tensor) -> Min:
         """Return the minimum of all elements of `values`, which may be empty."""
-        values = values.detach().double().reshape(-1)
+        values = widened(values).reshape(-1)
         return cls(torch.cat([values, values.new_full((1,), math.inf)]).amin())
 
-    def merge(self, other: Metric) -> Min:
-        """Keep the smaller."""
-        _same_kind(self, other)
-        return Min(torch.minimum(self.smallest, other.smallest))  # type: ignore[attr-defined]
-
-    def value(self) -> float:
+    @staticmethod
+    def number(parts: Sequence[float]) -> float:
         """Return the minimum, NaN when nothing was measured."""
-        smallest = float(self.smallest)
-        return math.nan if smallest == math.inf else smallest
+        return math.nan if parts[0] == math.inf else parts[0]
 
 
 @dataclass(frozen=True)
-class Max:
+class Max(Metric):
     """The largest value; -inf stands for "nothing measured"."""
 
+    how = "max"
     largest: Tensor
 
     @classmethod
     def of(cls, values: Tensor) -> Max:
         """Return the maximum of all elements of `values`, which may be empty."""
-        values = values.detach().double().reshape(-1)
+        values = widened(values).reshape(-1)
         return cls(torch.cat([values, values.new_full((1,), -math.inf)]).amax())
 
-    def merge(self, other: Metric) -> Max:
-        """Keep the larger."""
-        _same_kind(self, other)
-        return Max(torch.maximum(self.largest, other.largest))  # type: ignore[attr-defined]
-
-    def value(self) -> float:
+    @staticmethod
+    def number(parts: Sequence[float]) -> float:
         """Return the maximum, NaN when nothing was measured."""
-        largest = float(self.largest)
-        return math.nan if largest == -math.inf else largest
+        return math.nan if parts[0] == -math.inf else parts[0]
 
 
 @dataclass(frozen=True)
-class EffectiveSampleSize:
+class EffectiveSampleSize(Metric):
     """The share of samples that weighted ones are worth, (sum w)^2 / (n sum w^2): 1 for equal weights, 1/n for one."""
 
     total: Tensor
@@ -129,20 +134,15 @@ class EffectiveSampleSize:
     @classmethod
     def of(cls, weights: Tensor) -> EffectiveSampleSize:
         """Return that of all elements of `weights`, which may be empty."""
-        weights = weights.detach().double()
-        count = torch.tensor(float(weights.numel()), dtype=torch.float64, device=weights.device)
-        return cls(weights.sum(), weights.square().sum(), count)
+        weights = widened(weights)
+        return cls(weights.sum(), weights.square().sum(), _count(weights))
 
-    def merge(self, other: Metric) -> EffectiveSampleSize:
-        """Add the sums: the result is that of both parts as one."""
-        _same_kind(self, other)
-        assert isinstance(other, EffectiveSampleSize)
-        return EffectiveSampleSize(self.total + other.total, self.squares + other.squares, self.count + other.count)
-
-    def value(self) -> float:
+    @staticmethod
+    def number(parts: Sequence[float]) -> float:
         """Return the share, NaN when nothing was measured or all weights are 0."""
-        scale = float(self.count) * float(self.squares)
-        return float(self.total) ** 2 / scale if scale else math.nan
+        total, squares, count = parts
+        scale = count * squares
+        return total * total / scale if scale else math.nan
 
 
 Metrics = Mapping[str, Metric]
@@ -167,5 +167,45 @@ def metrics_in(extra: object) -> dict[str, Metric]:
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:
-    """Return the number of each metric. One device synchronisation per tensor: call it once per step."""
-    return {name: metric.value() for name, metric in metrics.items()}
+    """Return the number of each metric. Waits for the device once, whatever their number: call it once per step."""
+    numbers = iter(fetch([part for metric in metrics.values() for part in metric.parts]))
+    return {name: metric.number(_next(numbers, len(metric.parts))) for name, metric in metrics.items()}
+
+
+def widened(values: Tensor) -> Tensor:
+    """Return `values` without graph in float64; float32 on mps, which has nothing wider."""
+    values = _whole(values.detach())
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def packed(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return 0-dim tensors as one vector [n] on `device`, with one transfer from each other device."""
+    places: dict[torch.device, list[int]] = {}
+    for place, part in enumerate(parts):
+        places.setdefault(part.device, []).append(place)
+    stacks = [torch.stack([widened(parts[place]).reshape(()) for place in own]) for own in places.values()]
+    if len(stacks) == 1:
+        return stacks[0].to(device)
+    vector = torch.empty(len(parts), dtype=torch.float64, device=device)
+    for own, stack in zip(places.values(), stacks, strict=True):
+        vector[own] = stack.to(device).to(vector.dtype)  # in this order: mps has no float64
+    return vector
+
+
+def fetch(parts: Sequence[Tensor]) -> list[float]:
+    """Return 0-dim tensors as numbers, with one transfer from each device that they lie on."""
+    return packed(parts, torch.device("cpu")).tolist()
+
+
+def _next(numbers: Iterator[float], count: int) -> list[float]:
+    return list(islice(numbers, count))
+
+
+def _count(values: Tensor) -> Tensor:
+    # Filled on the device: a number sent from the host would wait for it.
+    return values.new_full((), float(values.numel()))
+
+
+def _whole(values: Any) -> Tensor:
+    """Return a sharded tensor (DTensor) as a whole one, which is a collective; any other as it is."""
+    return values.full_tensor() if hasattr(values, "full_tensor") else values

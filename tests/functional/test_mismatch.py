@@ -460,11 +460,6 @@ def test_each_correction_reports_what_it_hit() -> None:
         ({"action": "clamp_upper", "upper": 0.0}, "leaves nothing"),
         ({"action": "mask", "denominator": "original", "statistic": "tv", "upper": 1.5}, "never binds"),
         ({"action": "mask", "denominator": "original", "upper": 2.0, "normalize": True}, "has no weights"),
-        ({"action": "clamp", "normalize": True, "between": "current_rollout"}, "only in the forward"),
-        (
-            {"action": "mask", "denominator": "survivors", "upper": 2.0, "between": "current_old"},
-            "use denominator='original'",
-        ),
         (
             {"action": "veto", "denominator": "original", "upper": 2.0, "granularity": "sequence", "reduction": "sum"},
             "write mask",

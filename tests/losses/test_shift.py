@@ -23,6 +23,16 @@ def test_padding_after_the_last_sequence_is_not_scored() -> None:
     assert labels.tolist() == [[11, -100, -100, -100]]
 
 
+def test_padding_on_either_side_neither_predicts_nor_is_predicted() -> None:
+    # R12d: without the attention mask the first row's padding would predict 10, and the second's 11 would predict 0.
+    ids = torch.tensor([[0, 10, 11], [10, 11, 0], [0, 0, 12]])
+    labels = shift_labels(ids, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 0], [0, 0, 1]]))
+    assert labels.tolist() == [[-100, 11, -100], [11, -100, -100], [-100] * 3]
+    assert shift_labels(ids).tolist() == [[10, 11, -100], [11, 0, -100], [0, 12, -100]]
+
+
 def test_mask_of_another_shape() -> None:
     with pytest.raises(DataError, match="loss_mask has shape"):
         shift_labels(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3))
+    with pytest.raises(DataError, match="attention_mask has shape"):
+        shift_labels(torch.zeros(1, 4, dtype=torch.int64), attention_mask=torch.zeros(1, 3))

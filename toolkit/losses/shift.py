@@ -1,4 +1,7 @@
-"""From unshifted text to shifted labels: the one place that owns the off-by-one. B rows, T tokens of a row."""
+"""From unshifted text to shifted labels and fields: the one place that owns the off-by-one.
+
+Legend: B rows, T tokens of a row, K values of one token.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ def shift_labels(
     loss_mask: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
     *,
+    attention_mask: Tensor | None = None,
     ignore_idx: int = -100,
 ) -> Tensor:
     """Return the label of every position: the next token of the same sequence.
@@ -23,21 +27,52 @@ def shift_labels(
         loss_mask: same shape; which tokens are to be scored *as targets*; None: all. With tokens [10, 11, 12, 13] and
             mask [0, 0, 1, 0] the label 12 stands at position 1 and everything else is ignored.
         cu_seq_lens: [S + 1] boundaries of a packed row: the last token of each sequence has no label.
+        attention_mask: same shape; 1 for text, 0 for padding on either side, which neither predicts nor is predicted.
+            Rows that are padded on the left need it (or a `loss_mask` without their first token), for nothing else says
+            that the first token of the text does not follow from the padding before it.
         ignore_idx: label of positions without one.
 
     Returns:
         int64 of the shape of `input_ids`; the last position of every sequence holds `ignore_idx`.
 
     Raises:
-        DataError: the mask has another shape, or the boundaries do not fit.
+        DataError: a mask has another shape, or the boundaries do not fit.
     """
-    if loss_mask is not None and loss_mask.shape != input_ids.shape:
-        raise DataError(
-            f"loss_mask has shape {list(loss_mask.shape)}; it must be that of input_ids, {list(input_ids.shape)}"
-        )
-    ids = sequence_ids(input_ids.shape, cu_seq_lens, input_ids.device)
-    same_sequence = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)
-    is_scored = same_sequence if loss_mask is None else same_sequence & loss_mask[..., 1:].bool()
-    labels = torch.full_like(input_ids, ignore_idx)
-    labels[..., :-1] = input_ids[..., 1:].where(is_scored, ignore_idx)
-    return labels
+    for name, mask in (("loss_mask", loss_mask), ("attention_mask", attention_mask)):
+        if mask is not None and mask.shape != input_ids.shape:
+            raise DataError(
+                f"{name} has shape {list(mask.shape)}; it must be that of input_ids, {list(input_ids.shape)}"
+            )
+    is_scored = has_next(input_ids.shape, cu_seq_lens, attention_mask, input_ids.device)
+    if loss_mask is not None:
+        is_scored = is_scored & shift_values(loss_mask.bool(), is_scored, pad=False)
+    return shift_values(input_ids, is_scored, pad=ignore_idx)
+
+
+def has_next(
+    shape: torch.Size, cu_seq_lens: Tensor | None, attention_mask: Tensor | None, device: torch.device
+) -> Tensor:
+    """Return whether position t and token t + 1 belong to the same sequence, bool of `shape`; False at the end."""
+    ids = sequence_ids(shape, cu_seq_lens, device)
+    found = torch.zeros(shape, dtype=torch.bool, device=device)
+    found[..., :-1] = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)
+    if attention_mask is not None:
+        is_text = attention_mask.bool()
+        found[..., :-1] &= is_text[..., 1:] & is_text[..., :-1]
+    return found
+
+
+def shift_values(values: Tensor, is_followed: Tensor, *, pad: float, dim: int = -1) -> Tensor:
+    """Move the value of token t + 1 to position t, where it is predicted.
+
+    Args:
+        values: [B, T] (or [T], or with K values a token [B, T, K]); index t speaks of token t.
+        is_followed: bool [B, T] (or [T]), from `has_next`.
+        pad: what stands where there is no next token.
+        dim: the token axis of `values`, counted from the end.
+
+    Returns:
+        A new tensor of the shape and dtype of `values`.
+    """
+    later = values.roll(-1, dim)  # what comes round from the first token meets a False of `is_followed`
+    return later.where(is_followed if dim == -1 else is_followed.unsqueeze(-1), pad).to(values.dtype)

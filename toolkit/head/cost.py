@@ -1,6 +1,7 @@
 """What a pass will cost: products, operations, bytes at the worst moment.
 
-Legend: T positions, N scored tokens, n tokens of the largest chunk, D hidden width, V vocabulary.
+Legend: T positions, N scored tokens, n tokens of the largest chunk, D hidden width, V vocabulary (own rows, where it is
+split over ranks: all costs are those of one rank).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Course:
     """Whether the loss is computed with the head."""
     with_entropy: bool
     """Whether the softmax pass computes entropies."""
+    has_free_entropy: bool
+    """Whether the frozen pass has them from its products instead."""
     entropy_has_grad: bool
     needs: tuple[bool, bool, bool]
     """Which of hidden states, weight and bias get a gradient."""
@@ -78,6 +81,8 @@ def peak_bytes(inputs: HeadInputs, course: Course) -> int:
     slopes = tokens * width * _hidden_sum_size(inputs)
     if course.name == "no-grad":
         return parts.base + parts.buffer + parts.score_scratch
+    if inputs.vocab.is_split and course.needs[0] and tokens < inputs.hidden.shape[0]:
+        casts += slopes  # the scored rows of the hidden gradient on their way to the other ranks
     if course.is_fused:
         most = max((kept_of(group, course.retained) for group in course.groups), default=1)
         return max(sums + parts.base + most * parts.buffer + parts.scratch + parts.rows, sums + casts)
@@ -89,6 +94,16 @@ def peak_bytes(inputs: HeadInputs, course: Course) -> int:
     forward = parts.base + kept * parts.buffer + parts.score_scratch
     backward = sums + parts.base + kept * parts.buffer + parts.grad_scratch + parts.rows
     return max(forward, backward, sums + casts)
+
+
+def sent_bytes(inputs: HeadInputs, course: Course) -> int:
+    """Return the bytes that this rank gives to the sums over the ranks that share the vocabulary."""
+    if not inputs.vocab.is_split:
+        return 0
+    tokens, wide = len(inputs.positions), 8 if inputs.compute_dtype == torch.float64 else 4
+    numbers = 3 + (course.with_entropy or course.has_free_entropy)
+    size = _hidden_sum_size(inputs) if course.is_fused or course.name != "frozen" else inputs.hidden.dtype.itemsize
+    return tokens * (numbers * wide + course.needs[0] * inputs.hidden.shape[1] * size)
 
 
 @dataclass(frozen=True)
@@ -123,9 +138,10 @@ def _parts(inputs: HeadInputs, course: Course) -> _Parts:
     slab = (
         min(LOW_PRECISION_SLAB, vocabulary) * width * size if course.needs[1] and _adds_up_wide(inputs, course) else 0
     )
+    vectors = 8 if inputs.vocab.is_split else 4
     return _Parts(
         buffer=rows * vocabulary * size,
-        base=rows * width * size + product + weight_copy + bias_copy + 4 * len(inputs.positions) * wide,
+        base=rows * width * size + product + weight_copy + bias_copy + vectors * len(inputs.positions) * wide,
         rows=rows * width * (2 * size + wide if is_low else size),
         score_scratch=(is_low + course.with_entropy) * block,
         grad_scratch=(is_low + max(extra, int(course.with_entropy and course.is_fused))) * block + slab,

@@ -5,7 +5,7 @@ Legend: T positions, N scored tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from toolkit.head.passes import (
     score_without_grad,
     total_of,
 )
-from toolkit.head.plan import Entropy, HeadPlan, Needs, Scope, make_plan
+from toolkit.head.plan import Entropy, HeadPlan, Needs, PassName, Scope, make_plan
 from toolkit.head.scores import TokenScores
 
 
@@ -73,11 +73,18 @@ def token_logprobs(
     product, may hold NaN, and come back as 0. Tokens that get a gradient of exactly 0 enter no product of backward.
     A loss that can be computed in one go is better off with `fused_loss`: 3 products.
 
+    The vocabulary may be split over ranks: a DTensor `head_weight` whose rows are sharded by ``Shard(0)`` over a
+    one-dimensional mesh, with the same hidden states, labels and options on all ranks of it. Each rank holds logits of
+    its own rows only; all get the same result. 3 or 4 numbers a token are sent in forward, and in backward the gradient
+    of the scored hidden states, once. The gradient of the weight is a DTensor, computed without communication; that of
+    hidden states, or of a plain bias, is the full one on every rank (not a part to be added up over the mesh); in low
+    precision each rank rounds its part of it, as column-parallel layers do.
+
     Args:
         hidden_states: [..., D], fp64, fp32, bf16 or fp16.
-        head_weight: [V, D].
+        head_weight: [V, D], or a DTensor of these, see above.
         labels: [...] int64 in 0 .. V - 1, or `ignore_idx`.
-        head_bias: [V], optional.
+        head_bias: [V], optional; a DTensor sharded as the weight, or plain.
         chunk_size: hold the logits of at most this many tokens; "auto" takes as many as fit `chunk_bytes`.
         chunk_bytes: memory for a chunk's logits; by default 128 MiB on a CPU, 1 GiB elsewhere.
         ignore_idx: label of positions that are not scored.
@@ -94,13 +101,15 @@ def token_logprobs(
         `TokenScores` of log-probabilities and entropies, each [...].
 
     Raises:
-        DataError: shapes or dtypes do not fit, or a label lies outside the vocabulary.
+        DataError: shapes or dtypes do not fit, a label lies outside the vocabulary, the weight is sharded in another
+            way, or the ranks that share it have different labels or options.
         ConfigError: an option makes no sense.
         RuntimeError: on a second derivative, which is not implemented.
     """
     transform = LogitTransform(logit_scale, softcap, temperature, vocab_mask)
     inputs = head_inputs(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, transform=transform)
     job = _job(inputs, None, None, chunk_size, chunk_bytes, retain_bytes, _checked_entropy(entropy))
+    _check_ranks(job, labels)
     if job.needs:
         logprobs, entropies = Scores.apply(inputs.hidden, inputs.weight, inputs.bias, job)
     else:
@@ -133,7 +142,8 @@ def fused_loss(
 
     The loss is a sum over groups of tokens that `scope` describes; `loss_fn` is called once for each group, and its
     gradient is taken at once, while the group's logits are still there. Any upstream gradient is respected. The
-    gradient also reaches other leaves that `loss_fn` depends on.
+    gradient also reaches other leaves that `loss_fn` depends on; where the vocabulary is split over ranks, each rank
+    has the full one, and `loss_fn` must return the same loss on all of them.
 
     Args:
         loss_fn: ``f(scores, positions) -> (scalar, extra)`` with `TokenScores` of [n] tokens and their positions [n]
@@ -167,6 +177,7 @@ def fused_loss(
     inputs = head_inputs(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, transform=transform)
     inputs, ids = _by_sequence(inputs, scope, sequence_ids, labels)
     job = _job(inputs, scope, ids, chunk_size, chunk_bytes, retain_bytes, _checked_entropy(entropy))
+    _check_ranks(job, labels)
     if not job.needs:
         return _loss_without_grad(job, loss_fn)
     others: list[Tensor] = []
@@ -246,6 +257,13 @@ def _job(
         entropy=entropy,
     )
     return Job(inputs, plan, needs, entropy)
+
+
+def _check_ranks(job: Job, labels: Tensor) -> None:
+    """Stop where the ranks that share the vocabulary would go through it differently."""
+    needs, names = job.needs, [*get_args(PassName)]
+    flags = [needs.hidden, needs.weight, needs.bias, job.entropy is True, job.entropy == "metric"]
+    job.inputs.vocab.check_same(labels, len(job.plan.chunks), names.index(job.plan.name), *flags)
 
 
 def _by_sequence(

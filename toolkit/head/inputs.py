@@ -13,6 +13,7 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
 from toolkit.head.logits import LogitTransform
+from toolkit.head.vocabulary import VocabGroup, own_part, replicated
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class HeadInputs:
     hidden: Tensor
     """[T, D]."""
     weight: Tensor
-    """[V, D]."""
+    """[V, D]; own rows only where the vocabulary is split."""
     bias: Tensor | None
-    """[V]."""
+    """[V], or own entries only."""
     positions: Tensor
     """[N] int64, where the scored tokens lie among the T positions."""
     targets: Tensor
@@ -33,6 +34,8 @@ class HeadInputs:
     """Its temperature, if a tensor, has one value for each of the T positions."""
     compute_dtype: torch.dtype
     """Of the matrix products."""
+    vocab: VocabGroup
+    """Whose rows `weight` holds."""
 
     def reordered(self, order: Tensor) -> HeadInputs:
         """Return the same with the scored tokens in another order, [N]."""
@@ -44,6 +47,7 @@ class HeadInputs:
             self.targets.index_select(0, order),
             self.transform,
             self.compute_dtype,
+            self.vocab,
         )
 
 
@@ -62,19 +66,22 @@ def head_inputs(
         DataError: shapes or dtypes do not fit, or a label lies outside the vocabulary or its mask.
         ConfigError: a scale, soft cap or temperature makes no sense.
     """
+    hidden_states = replicated(hidden_states)
     check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx)
+    weight, bias, vocab = own_part(head_weight, head_bias)
     labels = labels.long()
     flat = labels.reshape(-1)
     positions = (flat != ignore_idx).nonzero().squeeze(-1)
     targets = flat.index_select(0, positions)
     return HeadInputs(
         hidden=hidden_states.reshape(-1, hidden_states.shape[-1]),
-        weight=head_weight,
-        bias=head_bias,
+        weight=weight,
+        bias=bias,
         positions=positions,
         targets=targets,
         transform=_checked_transform(transform, labels, targets, head_weight, hidden_states, ignore_idx),
         compute_dtype=_compute_dtype(hidden_states),
+        vocab=vocab,
     )
 
 

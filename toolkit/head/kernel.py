@@ -4,7 +4,10 @@ A block fits the processor's cache, so that its passes cost little beside the pr
 80 for three products of width 1024). Nothing of the size of a chunk is ever allocated. ``logsumexp`` is not used: on a
 CPU it takes 8x the time of an in-place softmax.
 
-Legend: n tokens of a chunk, V vocabulary.
+Where the vocabulary is split over ranks, a block holds the softmax over own columns; a row's own share of the whole
+probability, known once the ranks have spoken, is multiplied in when its gradient is taken.
+
+Legend: n tokens of a chunk, V vocabulary (own columns, where it is split).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from toolkit.head.logits import LogitTransform
+from toolkit.head.vocabulary import OwnLabels, VocabGroup
 
 BLOCK_ELEMENTS = {"cpu": 2**19}
 """Elements of a block of rows: 2 MB in fp32, a part of the cache."""
@@ -32,34 +36,45 @@ class RowStats:
     lse: Tensor
     """log of the sum of exp(logits)."""
     entropy: Tensor | None
+    share: Tensor | None = None
+    """Probability of own columns, by which their own softmax is still to be multiplied; None without a split."""
 
     def select(self, rows: Tensor | slice) -> RowStats:
         """Return the statistics of some rows."""
-        return RowStats(self.logprobs[rows], self.lse[rows], None if self.entropy is None else self.entropy[rows])
+        entropy, share = (None if values is None else values[rows] for values in (self.entropy, self.share))
+        return RowStats(self.logprobs[rows], self.lse[rows], entropy, share)
 
 
 class Kernel:
     """The passes over logits between the products; owns its scratch memory and reuses it."""
 
     def __init__(
-        self, transform: LogitTransform, bias: Tensor | None, *, wide: torch.dtype, vocabulary: int, rows: int
+        self, transform: LogitTransform, bias: Tensor | None, vocab: VocabGroup, *, wide: torch.dtype, rows: int
     ) -> None:
         """Make a kernel.
 
         Args:
             transform: what happens to the logits; a per-token temperature is handed in with each chunk.
             bias: [V], added to the logits first.
+            vocab: whose columns these are.
             wide: dtype of the arithmetic, fp32 or float64.
-            vocabulary: V.
             rows: n of the largest chunk.
         """
         self._softcap, self._vocab_mask = transform.softcap, transform.vocab_mask
         self._bias = None if bias is None else bias.detach().to(wide)
-        self._wide, self._vocabulary, self._rows = wide, vocabulary, rows
+        self._wide, self._vocab, self._rows = wide, vocab, rows
+        self._vocabulary = max(1, vocab.rows)
+        self._is_excluded = vocab.is_split and self._vocab_mask is not None and not bool(self._vocab_mask.any())
         self._scratch: dict[int, Tensor] = {}
 
     def probabilities_(
-        self, logits: Tensor, targets: Tensor, transform: LogitTransform, *, with_entropy: bool
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        transform: LogitTransform,
+        *,
+        with_entropy: bool,
+        known: RowStats | None = None,
     ) -> RowStats:
         """Turn raw logits [n, V] into probabilities in place and return what is worth knowing of each row.
 
@@ -68,9 +83,12 @@ class Kernel:
             targets: [n] labels.
             transform: that of these rows.
             with_entropy: also compute the entropies.
+            known: what an earlier call returned for these rows where the vocabulary is split: the ranks need not speak
+                again.
         """
         before, after = transform.row_factors()
-        stats = [self._wide_vector(logits, len(targets)) for _ in range(3 if with_entropy else 2)]
+        is_split, with_entropy = self._vocab.is_split, with_entropy and known is None
+        stats = [self._wide_vector(logits, len(targets)) for _ in range(2 + is_split + with_entropy)]
         for span, rows in self._blocks(logits):
             block = self._widened(rows)
             if self._bias is not None:
@@ -81,15 +99,21 @@ class Kernel:
                 _scale_(block, after, span)
             if self._vocab_mask is not None:
                 block.masked_fill_(~self._vocab_mask, -torch.inf)
-            own = targets[span].unsqueeze(1)
-            logit, largest = block.gather(1, own).squeeze(1), block.amax(1)
-            torch.softmax(block, -1, out=block)
-            stats[0][span], stats[1][span] = _logprobs(block, own, logit, largest)
+            if is_split:
+                stats[0][span], stats[1][span], stats[2][span] = self._own_softmax_(block, targets[span])
+            else:
+                own = targets[span].unsqueeze(1)
+                logit, largest = block.gather(1, own).squeeze(1), block.amax(1)
+                torch.softmax(block, -1, out=block)
+                stats[0][span], stats[1][span] = _logprobs(block, own, logit, largest)
             if with_entropy:
-                stats[2][span] = self._entropy(block)
+                stats[-1][span] = self._entropy(block)
             if rows is not block:
                 rows.copy_(block)
-        return RowStats(stats[0], stats[1], stats[2] if with_entropy else None)
+        entropy = stats[-1] if with_entropy else None
+        if is_split:
+            return known or self._merged(targets, stats[0], stats[1], stats[2], entropy)
+        return RowStats(stats[0], stats[1], entropy)
 
     def gradient_(
         self,
@@ -118,11 +142,10 @@ class Kernel:
         """
         before, after = transform.row_factors()
         factor = before if self._softcap is None else before * after
-        own = targets.unsqueeze(1)
         if self._softcap is None and entropy_grads is None:
+            self._scale_to_share_(probs, stats)
             # p - 1 from log p, not from p as stored: bf16 has no number between 0.996 and 1.
-            at = (torch.arange(len(targets), device=targets.device), targets)
-            probs.index_put_(at, stats.logprobs.expm1().to(probs.dtype))  # scatter_ takes 100x the time
+            self._vocab.labels(targets).put_(probs, stats.logprobs.expm1().to(probs.dtype))
             return _row_factor(factor, None if logprob_grads is None else -logprob_grads, stats.logprobs)
         size: Tensor | None = None
         if entropy_grads is None:
@@ -135,7 +158,8 @@ class Kernel:
             size = size.where(size > 0, 1.0)
             logprob_grads, entropy_grads = logprob_grads / size, entropy_grads / size
         for span, rows in self._blocks(probs):
-            self._gradient_block_(rows, span, own[span], stats, transform, logprob_grads, entropy_grads)
+            labels = self._vocab.labels(targets[span])
+            self._gradient_block_(rows, span, labels, stats, transform, logprob_grads, entropy_grads)
         return _row_factor(factor, size, stats.logprobs)
 
     def add_bias_gradient(self, total: Tensor, logit_grads: Tensor, factor: Tensor | None) -> None:
@@ -144,11 +168,51 @@ class Kernel:
             block = self._widened(rows)
             total.add_(block.sum(0) if factor is None else torch.mv(block.t(), factor[span].to(block.dtype)))
 
+    def _own_softmax_(self, block: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the softmax over own columns; return the label's logit, the largest one, sum of exp(logit - largest)."""
+        if self._is_excluded:  # a softmax over nothing
+            block.zero_()
+            nothing = block[:, 0]
+            return nothing, nothing - torch.inf, nothing
+        logit, largest = self._vocab.labels(targets).take(block), block.amax(1)
+        torch.softmax(block, -1, out=block)
+        return logit, largest, 1 / block.amax(1)
+
+    def _merged(
+        self, targets: Tensor, logit: Tensor, largest: Tensor, total: Tensor, entropy: Tensor | None
+    ) -> RowStats:
+        """Return the statistics of whole rows from those of own columns, [n] each: 3 or 4 numbers a token are sent.
+
+        With own columns' sum of exponentials e_r and entropy H_r, and S the sum of all e_r: the share is e_r / S, and
+        ``H = log S + sum_r e_r (H_r - log e_r) / S``.
+        """
+        top = self._vocab.max_(largest.clone())
+        total = total * (largest - top).exp()
+        is_own = self._vocab.labels(targets).is_own
+        parts = [total, (logit - top).where(is_own, 0) if is_own is not None else logit - top]
+        if entropy is not None:
+            parts.append(total * entropy - torch.xlogy(total, total))
+        sums = self._vocab.sum_(torch.stack(parts))
+        log_sum = sums[0].log()
+        if entropy is not None:
+            entropy = (log_sum + sums[2] / sums[0]).clamp_(min=0)
+        return RowStats((sums[1] - log_sum).clamp_(max=0), top + log_sum, entropy, total / sums[0])
+
+    def _scale_to_share_(self, probs: Tensor, stats: RowStats) -> None:
+        """Turn the softmax over own columns into their part of the whole one, where the vocabulary is split."""
+        if stats.share is None:
+            return
+        for span, rows in self._blocks(probs):
+            block = self._widened(rows)
+            block.mul_(stats.share[span].unsqueeze(1))
+            if rows is not block:
+                rows.copy_(block)
+
     def _gradient_block_(
         self,
         rows: Tensor,
         span: slice,
-        own: Tensor,
+        labels: OwnLabels,
         stats: RowStats,
         transform: LogitTransform,
         logprob_grads: Tensor,
@@ -156,11 +220,12 @@ class Kernel:
     ) -> None:
         """``rows = (g_l (onehot - p) - g_H p (log p + H)) * d softcap``, with p = rows."""
         block = self._widened(rows)
-        at = (torch.arange(len(own), device=own.device), own.squeeze(1))
-        block.index_put_(at, stats.logprobs[span].exp())
+        if stats.share is not None:
+            block.mul_(stats.share[span].unsqueeze(1))
+        labels.put_(block, stats.logprobs[span].exp())
         # p = 0 gives 0 whatever its logarithm, which only must not be -inf.
         logs = torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()
-        slope = self._cap_slope(logs, span, own, stats, transform)
+        slope = self._cap_slope(logs, span, labels, stats, transform)
         upstream = logprob_grads[span].unsqueeze(1)
         if entropy_grads is None:
             block.mul_(-upstream)
@@ -168,14 +233,14 @@ class Kernel:
             assert stats.entropy is not None
             weight = entropy_grads[span].unsqueeze(1)
             block.mul_(logs.mul_(-weight).sub_(upstream + weight * stats.entropy[span].unsqueeze(1)))
-        block.index_put_(at, upstream.squeeze(1), accumulate=True)
+        labels.add_(block, upstream.squeeze(1))
         if slope is not None:
             block.mul_(slope)
         if rows is not block:
             rows.copy_(block)
 
     def _cap_slope(
-        self, logs: Tensor, span: slice, own: Tensor, stats: RowStats, transform: LogitTransform
+        self, logs: Tensor, span: slice, labels: OwnLabels, stats: RowStats, transform: LogitTransform
     ) -> Tensor | None:
         """Return d softcap(z) / dz = 1 - (softcap(z) / softcap)^2, with the capped logit found again from log p."""
         if self._softcap is None:
@@ -185,8 +250,7 @@ class Kernel:
         back = 1 / (after[span].unsqueeze(1) if isinstance(after, Tensor) else after) / self._softcap
         slope = torch.add(logs, lse, out=self._like(logs, 2)).mul_(back).square_().neg_().add_(1).clamp_min_(0)
         exact = ((stats.logprobs[span].unsqueeze(1) + lse) * back).square().neg().add(1)
-        at = (torch.arange(len(own), device=own.device), own.squeeze(1))
-        return slope.index_put_(at, exact.squeeze(1))  # of the label even where its probability underflows
+        return labels.put_(slope, exact.squeeze(1))  # of the label even where its probability underflows
 
     def _entropy(self, block: Tensor) -> Tensor:
         logs = torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()

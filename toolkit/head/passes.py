@@ -1,5 +1,9 @@
 """The two autograd functions of the head: scores for a loss elsewhere, and a loss computed while the logits are there.
 
+Where the vocabulary is split over ranks, they speak in the first pass over a chunk and once for the gradient of the
+hidden states, never in the second pass: rows are left out of it freely, and a rank that left out others could not hang
+the rest.
+
 Both run under disabled autocast (their dtypes are chosen) and with saved-tensor hooks switched off inside: under
 activation checkpointing the small graph of a loss must not be packed away while its gradient is being taken.
 
@@ -20,6 +24,7 @@ from toolkit.head.autograd import quiet, refuses_second_derivative, rescaled
 from toolkit.head.cost import Group, kept_of
 from toolkit.head.gradients import leaves_of
 from toolkit.head.inputs import HeadInputs
+from toolkit.head.kernel import RowStats
 from toolkit.head.plan import Entropy, HeadPlan, Needs, has_free_entropy
 from toolkit.head.scores import TokenScores
 from toolkit.head.work import Chunk, HeadWork
@@ -73,10 +78,12 @@ class Scores(torch.autograd.Function):
         logprobs, entropy = _empty_scores(job)
         is_frozen, chunks = job.plan.name == "frozen", job.plan.chunks
         kept: dict[int, Chunk] = {}
+        seen: list[RowStats] = []
         slopes = hidden.new_empty(job.plan.tokens if is_frozen else 0, hidden.shape[1], dtype=work.hidden_grad_dtype)
         with quiet(hidden):
             for index, span in enumerate(chunks):
                 chunk = work.score(span)
+                seen += [chunk.stats] if job.inputs.vocab.is_split else []
                 _write(logprobs, entropy, span, chunk)
                 if is_frozen:
                     slopes[span] = work.keep_input_gradient(chunk)
@@ -91,6 +98,7 @@ class Scores(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, bias)
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
         ctx.job, ctx.kept = _with_tensors(job, hidden.new_empty(0), weight.new_empty(0), None), kept
+        ctx.seen = dict(enumerate(seen))
         if entropy is not None and job.entropy == "metric":
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -109,7 +117,7 @@ class Scores(torch.autograd.Function):
             for span in job.plan.chunks:
                 rows = (slopes[span] * -logprob_grads[span].unsqueeze(1)).to(ctx.hidden_dtype)
                 grad.index_copy_(0, job.inputs.positions[span], rows)
-            return grad, None, None, None
+            return job.inputs.vocab.sum_rows_(grad, job.inputs.positions), None, None, None
         hidden, weight, bias = ctx.saved_tensors
         job = _with_tensors(job, hidden, weight, bias)
         needs = Needs(*ctx.needs_input_grad[:3])
@@ -118,7 +126,7 @@ class Scores(torch.autograd.Function):
             # The retained chunks first, so that one of their buffers serves the others.
             for index, span in sorted(enumerate(job.plan.chunks), key=lambda item: item[0] not in ctx.kept):
                 own = logprob_grads[span], None if entropy_grads is None else entropy_grads[span]
-                _second_pass(work, span, ctx.kept.pop(index, None), *own)
+                _second_pass(work, span, ctx.kept.pop(index, None), ctx.seen.get(index), *own)
         found = work.gradients()
         return (*_in_dtypes(found, (hidden, weight, bias)), None)
 
@@ -225,9 +233,11 @@ def _run_group(
     logprobs, entropy = _empty_scores(job, length)
     is_frozen = job.plan.name == "frozen" and (len(group) > 1 or job.has_free_entropy)
     kept: dict[int, Chunk] = {}
+    seen: list[RowStats | None] = []
     for index, span in enumerate(group):
         local = slice(span.start - base, span.stop - base)
         chunk = work.score(span)
+        seen.append(chunk.stats if job.inputs.vocab.is_split else None)
         _write(logprobs, entropy, local, chunk)
         if is_frozen:
             slopes = work.keep_input_gradient(chunk)
@@ -247,12 +257,17 @@ def _run_group(
             work.scale_hidden_gradient(job.inputs.positions[group[index]], -logprob_grads[local])
         else:
             own = logprob_grads[local], None if entropy_grads is None else entropy_grads[local]
-            _second_pass(work, group[index], kept.pop(index, None), *own)
+            _second_pass(work, group[index], kept.pop(index, None), seen[index], *own)
     return loss, extra
 
 
 def _second_pass(
-    work: HeadWork, span: slice, chunk: Chunk | None, logprob_grads: Tensor, entropy_grads: Tensor | None
+    work: HeadWork,
+    span: slice,
+    chunk: Chunk | None,
+    known: RowStats | None,
+    logprob_grads: Tensor,
+    entropy_grads: Tensor | None,
 ) -> None:
     """Take the gradients of a chunk; compute it again where it was not kept, less the rows without a coefficient."""
     if chunk is None:
@@ -264,7 +279,7 @@ def _second_pass(
             return
         logprob_grads = logprob_grads.index_select(0, rows)
         entropy_grads = None if entropy_grads is None else entropy_grads.index_select(0, rows)
-        chunk = work.score(span, keep_rows=rows)
+        chunk = work.score(span, keep_rows=rows, known=known)
     work.differentiate(chunk, logprob_grads, entropy_grads)
     work.release(chunk)
 
@@ -326,4 +341,5 @@ def _write(logprobs: Tensor, entropy: Tensor | None, span: slice, chunk: Chunk) 
 
 def _write_free_entropy(job: Job, entropy: Tensor | None, span: slice, chunk: Chunk, slope: Tensor) -> None:
     if entropy is not None and job.has_free_entropy:
-        entropy[span] = (-chunk.stats.logprobs - (chunk.inputs * slope).sum(1)).clamp(min=0)
+        product = job.inputs.vocab.sum_((chunk.inputs * slope).sum(1))
+        entropy[span] = (-chunk.stats.logprobs - product).clamp(min=0)

@@ -1,6 +1,7 @@
 """Which pass serves, in which chunks, and what it will cost; decided before the first product.
 
-Legend: T positions, N scored tokens, D hidden width, V vocabulary; a product is 2 N D V floating-point operations.
+Legend: T positions, N scored tokens, D hidden width, V vocabulary (own rows, where it is split over ranks); a product:
+2 N D V operations.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, listed
-from toolkit.head.cost import Course, Group, gradient_bytes, length_of, peak_bytes, products_of
+from toolkit.head.cost import Course, Group, gradient_bytes, length_of, peak_bytes, products_of, sent_bytes
 from toolkit.head.inputs import HeadInputs
+from toolkit.head.vocabulary import vocab_group
 
 Scope = Literal["token", "sequence", "batch"]
 """What one token's loss depends on: itself, its whole sequence, or all tokens."""
@@ -53,6 +55,10 @@ class HeadPlan:
     """At the worst moment, over the inputs, returned gradients included."""
     gradient_bytes: int
     """Of the returned gradients alone."""
+    ranks: int = 1
+    """That share the vocabulary; bytes and operations are those of one."""
+    sent_bytes: int = 0
+    """That one rank gives to sums over them: a few numbers a token, and once the gradient of the hidden states."""
 
     @property
     def chunks(self) -> list[slice]:
@@ -75,6 +81,11 @@ class HeadPlan:
             f"peak      {self.peak_bytes / 2**20:,.1f} MiB over the inputs, of which the returned gradients are "
             f"{self.gradient_bytes / 2**20:,.1f} MiB",
         ]
+        if self.ranks > 1:
+            lines.append(
+                f"split     vocabulary split over {self.ranks} ranks: costs are those of one, which sends "
+                f"{self.sent_bytes / 2**20:,.1f} MiB"
+            )
         return "\n".join(lines)
 
 
@@ -138,15 +149,16 @@ def make_plan(
     if merged:
         why += "; all tokens in one chunk, for a second one would need an fp32 weight gradient as large"
     largest = max(span.stop - span.start for group in groups for span in group)
-    chunk_cost = max(1, largest) * inputs.weight.shape[0] * inputs.compute_dtype.itemsize
+    chunk_cost = max(1, largest) * inputs.vocab.most_rows * inputs.compute_dtype.itemsize
     retained = retain_bytes // chunk_cost if name == "two-pass" else 0
-    gradients = (needs.hidden, needs.weight, needs.bias)
+    gradients, is_free = (needs.hidden, needs.weight, needs.bias), has_free_entropy(inputs, name, entropy)
     course = Course(
         name=name,
         groups=groups,
         retained=retained,
         is_fused=scope is not None,
-        with_entropy=bool(entropy) and not has_free_entropy(inputs, name, entropy),
+        with_entropy=bool(entropy) and not is_free,
+        has_free_entropy=is_free,
         entropy_has_grad=entropy is True,
         needs=gradients,
     )
@@ -162,6 +174,8 @@ def make_plan(
         flops=round(products * 2 * tokens * inputs.weight.numel()),
         peak_bytes=peak_bytes(inputs, course),
         gradient_bytes=gradient_bytes(inputs, gradients),
+        ranks=inputs.vocab.ranks,
+        sent_bytes=sent_bytes(inputs, course),
     )
 
 
@@ -199,7 +213,7 @@ def _chunk_size(
     inputs: HeadInputs, needs: Needs, tokens: int, chunk_size: int | str, chunk_bytes: int | None
 ) -> tuple[int, bool]:
     """Return the tokens of a chunk, and whether all were merged into one."""
-    vocabulary, width = inputs.weight.shape
+    vocabulary, width = inputs.vocab.most_rows, inputs.weight.shape[1]
     if chunk_size == "auto":
         size = auto_chunk(vocabulary, inputs.compute_dtype, inputs.hidden.device, chunk_bytes)
         if chunk_bytes is not None and not is_count(chunk_bytes):
@@ -281,17 +295,21 @@ def autograd_plan(
     Log-softmax, its gradient and that of the gather are alive at once: three times the logits of a chunk, in fp32 or
     wider.
     """
-    needs = Needs.of_tensors(hidden, weight, bias)
+    needs, vocab = Needs.of_tensors(hidden, weight, bias), vocab_group(weight)
     tokens, rows = spans[-1].stop if spans else 0, max((span.stop - span.start for span in spans), default=0)
+    weight_size = vocab.rows * weight.shape[1]
+    sizes = (
+        (hidden, needs.hidden, hidden.numel()),
+        (weight, needs.weight, weight_size),
+        (bias, needs.bias, vocab.rows),
+    )
     gradients = sum(
-        tensor.numel() * tensor.dtype.itemsize
-        for tensor, is_needed in ((hidden, needs.hidden), (weight, needs.weight), (bias, needs.bias))
-        if tensor is not None and is_needed
+        size * tensor.dtype.itemsize for tensor, is_needed, size in sizes if tensor is not None and is_needed
     )
     wide = max(4, hidden.dtype.itemsize)
-    logits = rows * weight.shape[0] * (3 * wide + (hidden.dtype.itemsize if hidden.dtype.itemsize == 2 else 0))
+    logits = rows * vocab.rows * (3 * wide + (hidden.dtype.itemsize if hidden.dtype.itemsize == 2 else 0))
     # The sums over chunks are fp32; a chunk's own gradient of the weight is alive beside them.
-    sums = (1 + (len(spans) > 1)) * needs.weight * weight.numel() * wide if name == "general" else 0
+    sums = (1 + (len(spans) > 1)) * needs.weight * weight_size * wide if name == "general" else 0
     products = 1 + needs.hidden + needs.weight
     return HeadPlan(
         name=name,
@@ -301,7 +319,9 @@ def autograd_plan(
         positions=hidden.numel() // max(1, hidden.shape[-1]),
         retained=0,
         products=products,
-        flops=products * 2 * tokens * weight.numel(),
+        flops=products * 2 * tokens * weight_size,
         peak_bytes=gradients + (logits if needs else logits * 2 // 3) + sums,
         gradient_bytes=gradients,
+        ranks=vocab.ranks,
+        sent_bytes=vocab.is_split * tokens * (4 * wide + needs.hidden * hidden.shape[-1] * hidden.dtype.itemsize),
     )

@@ -6,14 +6,16 @@ Legend: N tokens, K candidates, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.errors import DataError
 from toolkit.head.logits import LogitTransform
+from toolkit.head.vocabulary import SumOverRanks, UsedByRanks, VocabGroup, own_part, replicated
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,67 @@ def eager_scores(
 
     The reference that every pass is tested against, and what ``mode="eager"`` runs. It alone scores candidates:
     `candidate_ids` [N, K] int64, negative for none, or "all" for the whole vocabulary in order.
+
+    A weight whose vocabulary is split over ranks (see `toolkit.head.vocabulary`) gives the logits of own columns; the
+    ranks then exchange 3 + K numbers a token, and the gradient [N, D] of the hidden states.
+
+    Raises:
+        DataError: all candidates are asked of a split vocabulary.
     """
-    logits = F.linear(hidden, weight, bias)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    all_logprobs = transform(logits).log_softmax(-1)
+    hidden = replicated(hidden)
+    weight, bias, vocab = own_part(weight, bias)
+    if vocab.is_split:
+        return _split_scores(hidden, weight, labels, bias, vocab, transform, with_entropy, candidate_ids)
+    all_logprobs = transform(_wide(F.linear(hidden, weight, bias))).log_softmax(-1)
     logprobs = all_logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     # A logit of -inf has probability 0 and adds nothing to the entropy; 0 * -inf would be NaN.
     entropy = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e4)).sum(-1) if with_entropy else None
     return TokenScores(logprobs, entropy, _candidates(all_logprobs, candidate_ids))
+
+
+def _split_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    vocab: VocabGroup,
+    transform: LogitTransform,
+    with_entropy: bool,
+    candidate_ids: Tensor | Literal["all"] | None,
+) -> TokenScores:
+    """Score with own columns of the logits; ``log p = z - log sum_r exp(z_r)`` with one sum over the ranks."""
+    if isinstance(candidate_ids, str):
+        raise DataError(
+            f"the log-probabilities of all {vocab.vocabulary} tokens are asked for, but the head's vocabulary is split "
+            f"over {vocab.ranks} ranks, which do not exchange logits; give candidate_ids (the most likely ones)"
+        )
+    ids = labels.unsqueeze(-1)
+    if candidate_ids is not None:
+        ids = torch.cat([ids, candidate_ids], dim=-1)  # the label is the first candidate
+    vocab.check_same(ids, ids.shape[-1], hidden.requires_grad, with_entropy)
+    own = replace(transform, vocab_mask=vocab.own_mask(transform.vocab_mask, weight.device))
+    logits = own(_wide(F.linear(UsedByRanks.apply(hidden, vocab), weight, bias)))
+    logits = logits - vocab.max_(logits.detach().amax(-1)).unsqueeze(-1)
+    exps = logits.exp()
+    columns = ids - vocab.start
+    is_own = (columns >= 0) & (columns < vocab.rows)
+    found = logits.gather(-1, columns.clamp(0, logits.shape[-1] - 1)).where(is_own, 0)
+    parts = [exps.sum(-1, keepdim=True), found]
+    if with_entropy:
+        parts.append((exps * logits.clamp(min=-1e4)).sum(-1, keepdim=True))
+    sums = SumOverRanks.apply(torch.cat(parts, dim=-1), vocab)
+    log_sum = sums[:, :1].log()
+    entropy = log_sum.squeeze(-1) - sums[:, -1] / sums[:, 0] if with_entropy else None
+    logprobs = sums[:, 1 : 1 + ids.shape[-1]] - log_sum
+    return TokenScores(
+        logprobs[:, 0],
+        entropy,
+        None if candidate_ids is None else logprobs[:, 1:].masked_fill(candidate_ids < 0, -torch.inf),
+    )
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _candidates(all_logprobs: Tensor, ids: Tensor | Literal["all"] | None) -> Tensor | None:

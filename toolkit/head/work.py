@@ -6,7 +6,7 @@ Legend: T positions, N scored tokens, n tokens of a chunk, D hidden width, V voc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Chunk:
     buffer: Tensor
     """What `probs` is the beginning of."""
     probs: Tensor
-    """[n, V], later overwritten by the gradient."""
+    """[n, V], later overwritten by the gradient; where the vocabulary is split, the softmax over own columns."""
     stats: RowStats
 
 
@@ -46,11 +46,10 @@ class HeadWork:
     def __init__(self, inputs: HeadInputs, needs: Needs, plan: HeadPlan, *, with_entropy: bool) -> None:
         self._given, self._needs, self._with_entropy = inputs, needs, with_entropy
         self._hidden = inputs.hidden.detach()
-        self._weight = inputs.weight.detach().to(inputs.compute_dtype)
+        weight = self._weight = inputs.weight.detach().to(inputs.compute_dtype)
         self._wide = torch.promote_types(inputs.compute_dtype, torch.float32)
-        self._kernel = Kernel(
-            inputs.transform, inputs.bias, wide=self._wide, vocabulary=self._weight.shape[0], rows=plan.largest
-        )
+        own = replace(inputs.transform, vocab_mask=inputs.vocab.own_mask(inputs.transform.vocab_mask, weight.device))
+        self._kernel = Kernel(own, inputs.bias, inputs.vocab, wide=self._wide, rows=plan.largest)
         self._rows = plan.largest
         self._free: list[Tensor] = []
         self._is_single = len(plan.chunks) == 1
@@ -68,22 +67,24 @@ class HeadWork:
         if needs.bias:
             self._bias_grad = self._weight.new_zeros(self._weight.shape[0], dtype=self._wide)
 
-    def score(self, span: slice, *, keep_rows: Tensor | None = None) -> Chunk:
+    def score(self, span: slice, *, keep_rows: Tensor | None = None, known: RowStats | None = None) -> Chunk:
         """Compute probabilities and statistics of a chunk.
 
         Args:
             span: the chunk, as a slice of the scored tokens.
             keep_rows: [k] rows of the chunk to compute; all by default.
+            known: statistics of the whole chunk, where the vocabulary is split and it was scored before.
         """
         positions, targets = self._given.positions[span], self._given.targets[span]
         if keep_rows is not None:
             positions, targets = positions.index_select(0, keep_rows), targets.index_select(0, keep_rows)
+            known = None if known is None else known.select(keep_rows)
         inputs = self._hidden.index_select(0, positions).to(self._weight.dtype)
         buffer = self._free.pop() if self._free else self._new_buffer()
         probs = buffer[: len(targets)]
         logits_into(probs, inputs, self._weight)
         transform = self._given.transform.at(positions)
-        stats = self._kernel.probabilities_(probs, targets, transform, with_entropy=self._with_entropy)
+        stats = self._kernel.probabilities_(probs, targets, transform, with_entropy=self._with_entropy, known=known)
         return Chunk(inputs, positions, targets, transform, buffer, probs, stats)
 
     def release(self, chunk: Chunk) -> None:
@@ -134,8 +135,14 @@ class HeadWork:
         self.set_hidden_gradient(positions, _scaled(rows, factor, self.hidden_grad_dtype))
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of hidden states [T, D], weight and bias, each None if not needed; buffers are freed."""
+        """Return the gradients of hidden states [T, D], weight and bias, each None if not needed; buffers are freed.
+
+        That of the hidden states is summed over the ranks that share the vocabulary; those of weight and bias are of
+        own rows.
+        """
         self._free.clear()
+        if self._hidden_grad is not None:
+            self._given.vocab.sum_rows_(self._hidden_grad, self._given.positions)
         if self._weight_grad is not None and self._is_first:
             self._weight_grad.zero_()
         return self._hidden_grad, self._weight_grad, self._bias_grad

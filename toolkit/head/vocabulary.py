@@ -1,0 +1,274 @@
+"""A head whose vocabulary is split over ranks: whose columns are whose, and what is summed over them.
+
+All ranks of the group have the same hidden states and labels; each has the head rows of its own part of the vocabulary.
+Of every token [n] numbers travel, never logits: the largest logit, then the sum of exponentials, the label's logit and
+the entropy's part. The plain head is the group of one rank, which sends nothing.
+
+Legend: T positions, N scored tokens, n tokens of a chunk, D hidden width, V vocabulary, R ranks that share it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit.errors import DataError
+
+
+@dataclass(frozen=True)
+class VocabGroup:
+    """The part of the vocabulary that this rank holds, and the ranks that hold the others."""
+
+    vocabulary: int
+    """V, of all ranks."""
+    start: int = 0
+    """The first own entry."""
+    rows: int = -1
+    """Own entries; 0 on the last ranks where V is small."""
+    ranks: int = 1
+    """R."""
+    group: Any = field(default=None, repr=False)
+    """Of torch.distributed; None for one rank."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            object.__setattr__(self, "rows", self.vocabulary)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether other ranks hold a part."""
+        return self.group is not None
+
+    @property
+    def most_rows(self) -> int:
+        """Entries of the largest part, by which all ranks cut the same chunks."""
+        return -(-self.vocabulary // self.ranks)
+
+    def own_mask(self, vocab_mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """Return the own part of a mask [V]; a rank without entries has one of padding, which is excluded."""
+        if self.rows == 0 and self.is_split:
+            return torch.zeros(1, dtype=torch.bool, device=device)
+        return vocab_mask if vocab_mask is None or not self.is_split else vocab_mask[self.start :][: self.rows]
+
+    def labels(self, targets: Tensor) -> OwnLabels:
+        """Return where the labels [n] lie among own columns."""
+        rows = torch.arange(len(targets), device=targets.device)
+        if not self.is_split:
+            return OwnLabels((rows, targets), None)
+        columns = targets - self.start
+        is_own = (columns >= 0) & (columns < self.rows)
+        return OwnLabels((rows, columns.clamp(0, max(0, self.rows - 1))), is_own)
+
+    def max_(self, values: Tensor) -> Tensor:
+        """Replace `values` by their largest over the ranks."""
+        return self._reduced_(values, "MAX")
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Replace `values` by their sum over the ranks."""
+        return self._reduced_(values, "SUM")
+
+    def sum_rows_(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Sum the given rows [N] of values [T, D] over the ranks, in place; the others are 0 everywhere."""
+        if not self.is_split or len(rows) == 0:
+            return values
+        if len(rows) == len(values):
+            return self.sum_(values)
+        return values.index_copy_(0, rows, self.sum_(values.index_select(0, rows)))
+
+    def check_same(self, labels: Tensor, *options: int) -> None:
+        """Stop where the ranks were not given the same labels and options; one collective of a few numbers.
+
+        A head that FSDP sharded looks the same as one whose vocabulary is split, but its ranks have other tokens:
+        without this check they would wait for each other for ever, or return nonsense.
+
+        Args:
+            labels: [...], of all positions.
+            options: whatever decides which collectives follow.
+
+        Raises:
+            DataError: on every rank alike.
+        """
+        if not self.is_split:
+            return
+        flat = labels.reshape(-1).long()
+        mixed = (flat * (2 * torch.arange(len(flat), device=flat.device) + 1)).sum()
+        own = torch.stack([flat.new_tensor(len(flat)), mixed, *(flat.new_tensor(option) for option in options)])
+        most, least = self.max_(torch.cat([own, -own])).chunk(2)
+        differs = (most != -least).tolist()
+        if any(differs[:2]):
+            raise DataError(
+                f"head_weight is sharded over {self.ranks} ranks by its vocabulary rows, but their labels differ. If "
+                "FSDP sharded the head, it was not gathered: call the loss inside the wrapped model's forward. If its "
+                "vocabulary is meant to be split, give all ranks of the mesh the same hidden states and labels"
+            )
+        if any(differs):
+            raise DataError(
+                f"the {self.ranks} ranks that share the head's vocabulary call it with different options (chunk_size, "
+                "entropy, scope, retain_bytes, or which of hidden states, weight and bias ask for a gradient); give "
+                "all of them the same"
+            )
+
+    def _reduced_(self, values: Tensor, operation: str) -> Tensor:
+        if self.is_split and values.numel():
+            dist.all_reduce(values, op=getattr(dist.ReduceOp, operation), group=self.group)
+        return values
+
+
+@dataclass(frozen=True)
+class OwnLabels:
+    """Where the labels of n rows lie among own columns; a label of another rank points to any column."""
+
+    at: tuple[Tensor, Tensor]
+    """Rows and columns, [n] each."""
+    is_own: Tensor | None
+    """[n]; None where all are."""
+
+    def take(self, block: Tensor) -> Tensor:
+        """Return the labels' entries of `block`, [n], 0 for those of other ranks."""
+        values = block[self.at]
+        return values if self.is_own is None else values.masked_fill(~self.is_own, 0)
+
+    def put_(self, block: Tensor, values: Tensor) -> Tensor:
+        """Replace the labels' entries of `block`; ``index_put_``, for ``scatter_`` takes 100x the time on a CPU."""
+        return block.index_put_(self.at, values if self.is_own is None else values.where(self.is_own, block[self.at]))
+
+    def add_(self, block: Tensor, values: Tensor) -> Tensor:
+        """Add to the labels' entries of `block`."""
+        own = values if self.is_own is None else values.masked_fill(~self.is_own, 0)
+        return block.index_put_(self.at, own, accumulate=True)
+
+
+def vocab_group(weight: Tensor) -> VocabGroup:
+    """Return how the vocabulary of a head's weight [V, D] is split: not at all, or by ``Shard(0)`` on a 1-D mesh.
+
+    Raises:
+        DataError: the weight is sharded in a way that the head cannot work with.
+    """
+    if not _is_cut(weight):
+        return VocabGroup(weight.shape[0])
+    mesh, placements = _as_any(weight).device_mesh, _as_any(weight).placements
+    if mesh.ndim != 1 or not _is_row_shard(placements[0]):
+        raise DataError(
+            f"head_weight is a DTensor with placements {placements} on a mesh of {list(mesh.shape)}; the head takes a "
+            "plain tensor, Replicate(), or its vocabulary rows by Shard(0) on a one-dimensional mesh. If FSDP sharded "
+            "the head, it was not gathered: call the loss inside the wrapped model's forward"
+        )
+    vocabulary, size = weight.shape[0], -(-weight.shape[0] // mesh.size())
+    start = min(vocabulary, mesh.get_local_rank() * size)
+    rows, found = min(vocabulary, start + size) - start, _local(weight.detach()).shape[0]
+    if rows != found:
+        raise DataError(
+            f"head_weight has {found} of {vocabulary} vocabulary rows on rank {mesh.get_local_rank()} of "
+            f"{mesh.size()}; DTensor's Shard(0) gives it {rows}. Make it with distribute_tensor, or give "
+            "DTensor.from_local the global shape"
+        )
+    if mesh.size() == 1:
+        return VocabGroup(vocabulary)
+    return VocabGroup(vocabulary, start, rows, mesh.size(), mesh.get_group())
+
+
+def own_part(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, VocabGroup]:
+    """Return own rows of weight [V, D] and bias [V] as plain tensors, differentiable, and whose they are.
+
+    The gradient of a DTensor is a DTensor of the same placement: each rank computes that of its own rows and sends
+    nothing. A plain bias, the same on all ranks, gets its full gradient on each of them.
+    """
+    group = vocab_group(weight)
+    weight = _local(weight)
+    if bias is not None:
+        is_own = _is_cut(bias)
+        if is_own and vocab_group(bias) != group:
+            raise DataError("head_bias is sharded otherwise than head_weight; shard both by Shard(0) on the same mesh")
+        bias = _local(bias)
+        if group.is_split and not is_own:
+            bias = _OwnRows.apply(bias, group)
+    if group.is_split and group.rows == 0:  # one row of padding, so that no product is empty
+        weight, bias = F.pad(weight, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
+    return weight, bias, group
+
+
+def replicated(hidden: Tensor) -> Tensor:
+    """Return hidden states as a plain tensor.
+
+    Raises:
+        DataError: they are sharded.
+    """
+    if _is_cut(hidden):
+        raise DataError(
+            f"hidden_states is a DTensor with placements {_as_any(hidden).placements}; the head needs all of it on "
+            "each rank: redistribute it to Replicate() first"
+        )
+    return _local(hidden)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum over ranks; what follows is the same on each of them, so its gradient is each part's."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:  # noqa: D102
+        return group.sum_(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
+        return grads[0], None
+
+
+class UsedByRanks(torch.autograd.Function):
+    """The identity on what all ranks have and each uses for its own part; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:  # noqa: D102
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: D102
+        return ctx.group.sum_(grads[0].clone(memory_format=torch.contiguous_format)), None
+
+
+class _OwnRows(torch.autograd.Function):
+    """Own rows of what all ranks have; each gets the gradient of all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:
+        ctx.group, ctx.shape = group, values.shape
+        return values[group.start :][: group.rows].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        total = grads[0].new_zeros(ctx.shape)
+        total[ctx.group.start :][: ctx.group.rows] = grads[0]
+        return ctx.group.sum_(total), None
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # without which there is none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    """Whether a rank has only a part of `tensor`."""
+    return _is_dtensor(tensor) and not all(placement.is_replicate() for placement in _as_any(tensor).placements)
+
+
+def _as_any(tensor: Tensor) -> Any:
+    return tensor
+
+
+def _is_row_shard(placement: Any) -> bool:
+    from torch.distributed.tensor import Shard
+
+    return type(placement) is Shard and placement.dim == 0  # a subclass cuts the rows in another order
+
+
+def _local(tensor: Tensor) -> Tensor:
+    if not _is_dtensor(tensor):
+        return tensor
+    own: Tensor = _as_any(tensor).to_local(grad_placements=_as_any(tensor).placements)
+    return own

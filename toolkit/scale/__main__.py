@@ -1,0 +1,42 @@
+"""``python -m toolkit.scale``: print what a step communicates and what the head holds, for any number of ranks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from toolkit.errors import ToolkitError
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m toolkit.scale", description=__doc__)
+    parser.add_argument("--ranks", type=int, default=1024, help="processes of the step (default: %(default)s)")
+    parser.add_argument("--model", choices=["8B", "70B", "1T"], default="8B", help="class of the model")
+    parser.add_argument("--micro-batches", type=int, default=8, help="of a rank in one step")
+    parser.add_argument("--tokens", type=int, default=16_384, help="scored in one micro-batch")
+    parser.add_argument("--sequence-parallel", type=int, default=8, help="ranks that share a row")
+    parser.add_argument("--vocab-parallel", type=int, default=8, help="ranks that share the head's vocabulary")
+    given = parser.parse_args()
+    from toolkit.scale import table  # loads torch
+    from toolkit.scale.head import MODELS
+
+    try:
+        setup = table.Setup(
+            given.ranks,
+            next(model for model in MODELS if model.name == given.model),
+            given.micro_batches,
+            given.tokens,
+            given.sequence_parallel,
+            given.vocab_parallel,
+        )
+        print(table.step_table(setup))
+        print()
+        print(table.head_table(given.tokens, max(2, given.vocab_parallel), max(2, min(64, given.ranks))))
+    except ToolkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Small steps of every kind, each beside the formula of what it communicates; `toolkit.scale.measure` runs them.
+
+Legend: B rows, T positions of a row, D hidden width, V vocabulary, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from toolkit.distributed import reduce_metrics
+from toolkit.losses.config import BaseRLLossConfig
+from toolkit.losses.grpo import GRPOLossConfig
+from toolkit.losses.items import RLLossContextInputItem
+from toolkit.metrics import Metric, metrics_in
+from toolkit.scale import step
+from toolkit.scale.collectives import Collective
+
+ROWS, POSITIONS, WIDTH, VOCABULARY, MICRO_BATCHES = 2, 12, 8, 32, 3
+"""B, T, D, V and the micro-batches of a step."""
+CHUNKS = 4
+CHUNK = ROWS * POSITIONS // CHUNKS
+LONG = 4096
+"""Positions of a row where the bytes of pickled tensors are to outweigh their wrapping."""
+WRAPPING = 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step, or a part of one."""
+
+    what: str
+    formula: list[Collective]
+    run: Callable[[], Any]
+    tolerance: float = 0.0
+    """By which the bytes may exceed the formula, relative."""
+
+
+def all_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
+    """Yield every case; all ranks must go through them together.
+
+    Args:
+        ranks: R, of the process group.
+        mesh: all of them.
+    """
+    yield from counting_cases(ranks)
+    yield from sequence_parallel_cases(ranks, mesh)
+    yield from vocabulary_parallel_cases(ranks, mesh)
+    yield from gradient_cases(ranks, mesh)
+
+
+def counting_cases(ranks: int) -> Iterator[Case]:
+    """Yield what data-parallel steps exchange: counts, metrics, and for a loss of the whole batch all its tokens."""
+    cfg, counts = GRPOLossConfig(), step.counting(ranks, numbers=step.numbers_counted())
+    build = cfg.loss_ctx_cls.build_batches_loss_kwargs
+    for number in (1, MICRO_BATCHES):
+        plural = "es" if number > 1 else ""
+        yield Case(f"counts of a step, {number} micro-batch{plural}", counts, partial(build, _items(number), cfg))
+    (kwargs,) = build(_items(1), cfg)
+    hidden, weight = torch.randn(ROWS, POSITIONS, WIDTH), torch.randn(VOCABULARY, WIDTH)
+    measured: dict[str, Metric] = metrics_in(cfg.loss_ctx_cls(cfg, kwargs).forward(hidden, weight)[1])
+    numbers = sum(len(metric.parts) for metric in measured.values())
+    yield Case("metrics", step.metrics(ranks, numbers=numbers), partial(reduce_metrics, measured))
+    wide = GRPOLossConfig(policy_loss_cfg={"loss_type": "kl_cov"})
+    items = _items(2, positions=LONG, with_current=True)
+    (one, _) = build(items, wide)
+    size = sum(value.dtype.itemsize for _, value in one.whole.kwargs.tensors())
+    gathered = step.whole_step(ranks, tokens=2 * ROWS * LONG, bytes_per_token=size)
+    yield Case("a loss of the whole batch", [*counts, *gathered], partial(build, items, wide), WRAPPING)
+
+
+def sequence_parallel_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
+    """Yield a step whose rows are cut over all ranks, before the first forward and in it."""
+    cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": "gspo"})
+    pieces = [item.sp_split(mesh) for item in _items(MICRO_BATCHES)]
+    tokens, number = ROWS * POSITIONS, len(list(pieces[0].tensors()))
+    before = step.small_fields(ranks, positions=tokens, fields=number, micro_batches=MICRO_BATCHES)
+    before += step.counting(ranks, numbers=step.numbers_counted())
+    build = partial(cfg.loss_ctx_cls.build_batches_loss_kwargs, pieces, cfg, sp_mesh=mesh)
+    yield Case("sequence parallelism, before the forward", before, build)
+    yield Case(
+        "sequence parallelism, a loss of whole sequences",
+        step.whole_rows(ranks, tokens=tokens, micro_batches=MICRO_BATCHES),
+        partial(_forwards, cfg, build(), torch.randn(VOCABULARY, WIDTH, requires_grad=True)),
+    )
+
+
+def vocabulary_parallel_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
+    """Yield forward and backward of a head whose vocabulary is cut over all ranks, with and without entropies."""
+    weight = distribute_tensor(torch.randn(VOCABULARY, WIDTH), mesh, [Shard(0)]).requires_grad_()
+    for entropy_coef in (0.0, 0.01):
+        cfg = GRPOLossConfig(mode="chunk", chunk_size=CHUNK, entropy_coef=entropy_coef)
+        formula = step.vocabulary_parallel(
+            ranks,
+            tokens=ROWS * POSITIONS,
+            width=WIDTH,
+            chunks=CHUNKS,
+            micro_batches=MICRO_BATCHES,
+            with_entropy=bool(entropy_coef),
+            itemsize=4,
+        )
+        batches = cfg.loss_ctx_cls.build_batches_loss_kwargs(_items(MICRO_BATCHES), cfg)
+        name = "vocabulary parallelism" + (", with entropies" if entropy_coef else "")
+        yield Case(name, formula, partial(_forwards, cfg, batches, weight))
+
+
+def gradient_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
+    """Yield what is communicated in any case: the gradient of a layer, under DDP and under FSDP2."""
+    parameters, rows = ranks * WIDTH * WIDTH, torch.ones(1, WIDTH)
+
+    def net() -> torch.nn.Module:
+        return torch.nn.Linear(WIDTH, ranks * WIDTH, bias=False)
+
+    ddp, fsdp = DistributedDataParallel(net()), net()
+    fully_shard(fsdp, mesh=mesh, reshard_after_forward=True)
+
+    def ddp_step() -> None:
+        with ddp.no_sync():
+            ddp(rows).sum().backward()
+        ddp(rows).sum().backward()
+
+    def fsdp_step() -> None:
+        for _ in range(MICRO_BATCHES):
+            fsdp(rows).sum().backward()
+
+    sharded = step.sharded_gradient(ranks, parameters=parameters, micro_batches=MICRO_BATCHES, itemsize=4)
+    yield Case("gradient, DDP", step.data_parallel_gradient(ranks, parameters=parameters), ddp_step)
+    yield Case("gradient, FSDP2", sharded, fsdp_step)
+
+
+def _forwards(cfg: BaseRLLossConfig, batches: list[Any], weight: torch.Tensor) -> None:
+    for kwargs in batches:
+        hidden = torch.randn(*kwargs.shifted_labels.shape, WIDTH, requires_grad=True)
+        loss, _ = cfg.loss_ctx_cls(cfg, kwargs).forward(hidden, weight)
+        loss.backward()
+
+
+def _items(number: int, *, positions: int = POSITIONS, with_current: bool = False) -> list[RLLossContextInputItem]:
+    shape = (ROWS, positions)
+    return [
+        RLLossContextInputItem(
+            shifted_labels=torch.randint(0, VOCABULARY, shape),
+            advantages=torch.randn(shape),
+            old_logprobs=-3 + 0.1 * torch.randn(shape),
+            current_logprobs=-3 + 0.1 * torch.randn(shape) if with_current else None,
+            group_ids=torch.zeros(shape, dtype=torch.int64),
+        )
+        for _ in range(number)
+    ]

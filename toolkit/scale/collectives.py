@@ -1,0 +1,97 @@
+"""What a collective costs: bytes that a rank sends, and messages that must follow one another.
+
+A *collective* is a call that all ranks of a group make together. Only its payload can be seen from outside; what then
+travels depends on the algorithm of the back-end. Here: the ring, which sends the fewest bytes, and for the number of
+messages the better of ring and tree.
+
+Legend: R ranks of the group, n bytes of the payload.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+MICROSECOND = 1e-6
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Calls of one kind, and what each rank brings to each of them."""
+
+    what: str
+    """What it is for, in words."""
+    kind: Kind
+    payload: int
+    """Bytes that one rank brings to one call: the whole tensor for all_reduce and reduce_scatter, its own shard for
+    all_gather."""
+    ranks: int
+    """R, that take part in one call."""
+    calls: int = 1
+    """In one optimizer step."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each rank sends in all calls together, by the ring."""
+        sent_by = {"all_reduce": ring_all_reduce, "all_gather": ring_all_gather, "reduce_scatter": ring_reduce_scatter}
+        return self.calls * sent_by[self.kind](self.payload, self.ranks)
+
+    @property
+    def messages(self) -> int:
+        """Messages that wait for one another, in all calls together: that of the better of ring and tree."""
+        return self.calls * latency_steps(self.kind, self.ranks)
+
+    def seconds(self, *, bandwidth: float, latency: float = 10 * MICROSECOND) -> float:
+        """Return the time of all calls: messages times latency, plus bytes over bandwidth; nothing overlaps.
+
+        Args:
+            bandwidth: bytes a second that a rank can send.
+            latency: seconds of a message.
+        """
+        return self.messages * latency + self.sent / bandwidth
+
+
+def ring_all_reduce(payload: float, ranks: int) -> float:
+    """Return the bytes that a rank sends in an all-reduce: 2 (R - 1) / R n, a reduce-scatter and an all-gather.
+
+    Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
+    """
+    return 2 * (ranks - 1) / ranks * payload
+
+
+def ring_reduce_scatter(payload: float, ranks: int) -> float:
+    """Return the bytes that a rank sends to get its share of the sum: (R - 1) / R n, with n of the whole tensor."""
+    return (ranks - 1) / ranks * payload
+
+
+def ring_all_gather(payload: float, ranks: int) -> float:
+    """Return the bytes that a rank sends when shards of n bytes are joined: (R - 1) n."""
+    return (ranks - 1) * payload
+
+
+def latency_steps(kind: Kind, ranks: int) -> int:
+    """Return how many messages follow one another: 2 ceil(log2 R) for an all-reduce, ceil(log2 R) for the others.
+
+    That is a tree (a butterfly for the gather): what back-ends choose for small payloads. A ring takes R - 1 or twice
+    that, and is chosen where bytes outweigh messages.
+    """
+    hops = math.ceil(math.log2(ranks)) if ranks > 1 else 0
+    return 2 * hops if kind == "all_reduce" else hops
+
+
+def total_sent(collectives: Iterable[Collective]) -> float:
+    """Return the bytes that each rank sends in all of them."""
+    return sum(own.sent for own in collectives)
+
+
+def total_payload(collectives: Iterable[Collective]) -> int:
+    """Return the bytes that each rank brings to all calls of all of them: what a counter can see."""
+    return sum(own.calls * own.payload for own in collectives)
+
+
+def total_calls(collectives: Iterable[Collective]) -> int:
+    """Return the calls of all of them; those of a group of one rank are not made."""
+    return sum(own.calls for own in collectives if own.ranks > 1)

@@ -1,0 +1,153 @@
+"""What the head holds in memory on one rank: planned for any size, without allocating any of it.
+
+The engine plans from shapes alone (`toolkit.head.explain`), and a tensor that repeats one number has the shape of a
+large one but the memory of a single element. So a head of 163,840 x 7,168 is planned on a laptop by the very code that
+decides on a GPU.
+
+Legend: N scored tokens of a micro-batch, D hidden width, V vocabulary, P ranks that share the vocabulary, F ranks that
+share the head under FSDP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ConfigError
+from toolkit.head import explain
+from toolkit.head.plan import GPU_CHUNK_BYTES, HeadPlan, Scope, autograd_plan
+
+ADAM_BYTES = 12
+"""Of each parameter under mixed precision: an fp32 copy, and two fp32 moments."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model, as far as its head and its gradient are concerned."""
+
+    name: str
+    vocabulary: int
+    width: int
+    parameters: float
+    """Of the whole model."""
+    source: str
+
+    @property
+    def head_parameters(self) -> int:
+        """V D."""
+        return self.vocabulary * self.width
+
+
+MODELS = (
+    ModelShape("8B", 151_936, 4_096, 8.19e9, "Qwen3-8B, config.json"),
+    ModelShape("70B", 128_256, 8_192, 70.6e9, "Llama-3.1-70B, config.json"),
+    ModelShape("1T", 163_840, 7_168, 1.04e12, "Kimi-K2, config.json"),
+)
+"""One of each class, by the numbers that their authors publish."""
+
+
+@dataclass(frozen=True)
+class HeadMemory:
+    """Bytes of the head on one rank, in a forward and backward of one micro-batch."""
+
+    weight: int
+    """As the loss sees it: gathered under FSDP, own rows under vocabulary parallelism."""
+    gradients: int
+    """Of the weight and of the hidden states, as they are returned."""
+    logits: int
+    """Of the largest chunk."""
+    other: int
+    """What the pass needs besides: fp32 sums, blocks of rows."""
+    kept: int
+    """Between the steps: Adam's states, and under FSDP the rank's own share of the weight."""
+    plan: HeadPlan
+
+    @property
+    def peak(self) -> int:
+        """At the worst moment of the loss, over the hidden states: all of the above."""
+        return self.weight + self.gradients + self.logits + self.other + self.kept
+
+
+def head_memory(
+    vocabulary: int,
+    width: int,
+    tokens: int,
+    *,
+    vocab_parallel: int = 1,
+    fsdp: int = 1,
+    is_whole: bool = False,
+    is_frozen: bool = False,
+    scope: Scope | None = "token",
+    dtype: torch.dtype = torch.bfloat16,
+    chunk_size: int | None = None,
+    chunk_bytes: int = GPU_CHUNK_BYTES,
+    optimizer_bytes: int = ADAM_BYTES,
+) -> HeadMemory:
+    """Plan the head of one rank.
+
+    Args:
+        vocabulary: V.
+        width: D.
+        tokens: N of one micro-batch on this rank; ranks that share the vocabulary score the same tokens.
+        vocab_parallel: P, ranks of which each holds V / P rows of the weight.
+        fsdp: F, ranks over which FSDP2 cuts what is kept between steps; it is gathered for the loss all the same.
+        is_whole: whether the logits of all tokens are held at once (``mode=eager``), for comparison.
+        is_frozen: whether the weight gets no gradient, and so no optimizer state.
+        scope: of the loss; None for log-probabilities that leave the head.
+        dtype: of weight and hidden states.
+        chunk_size: tokens of a chunk; None: as many as `chunk_bytes` hold.
+        chunk_bytes: memory for a chunk's logits; by default what the engine takes on a GPU.
+        optimizer_bytes: of each parameter; 12 for Adam with fp32 states and copy, 0 to leave it out.
+
+    Raises:
+        ConfigError: a number of ranks is not positive, or there are more ranks than rows.
+    """
+    if not 1 <= vocab_parallel <= vocabulary or fsdp < 1:
+        raise ConfigError(
+            f"vocab_parallel={vocab_parallel}, fsdp={fsdp}: give 1 or more ranks, and no more than the {vocabulary:,} "
+            "rows of the vocabulary"
+        )
+    rows = -(-vocabulary // vocab_parallel)
+    plan = _plan(rows, width, tokens, is_whole, is_frozen, scope, dtype, chunk_size, chunk_bytes)
+    weight = rows * width * dtype.itemsize
+    trained = 0 if is_frozen else -(-rows * width // fsdp) * optimizer_bytes
+    logits = plan.largest * rows * dtype.itemsize
+    share = -(-weight // fsdp) if fsdp > 1 else 0
+    return HeadMemory(
+        weight=weight,
+        gradients=plan.gradient_bytes,
+        logits=logits,
+        other=max(0, plan.peak_bytes - plan.gradient_bytes - logits),
+        kept=trained + share,
+        plan=plan,
+    )
+
+
+def _plan(
+    rows: int,
+    width: int,
+    tokens: int,
+    is_whole: bool,
+    is_frozen: bool,
+    scope: Scope | None,
+    dtype: torch.dtype,
+    chunk_size: int | None,
+    chunk_bytes: int,
+) -> HeadPlan:
+    hidden = weightless((tokens, width), dtype).requires_grad_()
+    weight = weightless((rows, width), dtype).requires_grad_(not is_frozen)
+    if is_whole:
+        return autograd_plan("eager", "the logits of all tokens at once", hidden, weight, None, [slice(0, tokens)])
+    size: dict[str, int | str] = (
+        {"chunk_size": "auto", "chunk_bytes": chunk_bytes} if chunk_size is None else {"chunk_size": chunk_size}
+    )
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    ids = torch.zeros_like(labels) if scope == "sequence" else None
+    return explain(hidden, weight, labels, scope=scope, sequence_ids=ids, **size)  # type: ignore[arg-type]
+
+
+def weightless(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of zeros of any size that takes the memory of one element."""
+    return torch.zeros((), dtype=dtype).expand(shape).detach()

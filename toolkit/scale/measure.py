@@ -1,0 +1,186 @@
+"""``python -m toolkit.scale.measure 2 4``: count what real processes communicate, beside what the formulas say.
+
+Starts as many processes (gloo, on the CPU), lets them take small steps of every kind and prints a JSON object for each.
+
+Legend: B rows, T positions of a row, N scored tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from toolkit.losses.grpo import GRPOLossConfig
+from toolkit.losses.items import RLLossContextInputItem
+from toolkit.scale.allocations import AllocationCounter
+from toolkit.scale.cases import all_cases
+from toolkit.scale.collectives import total_calls, total_payload
+from toolkit.scale.counter import CollectiveCounter
+from toolkit.scale.head import head_memory
+
+HEAD = (8_000, 64, 256)
+"""V, D and N of the heads whose memory is measured."""
+HEAD_CHUNK = 64
+MEMORY_TOLERANCE = 0.1
+AUTOGRAD_TOLERANCE = 0.25
+"""The plan of all logits at once is an upper bound: autograd frees some of them earlier in bf16."""
+WARM_UP = 2
+"""Steps that are not counted: DDP arranges its buckets in the first ones."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One kind of step, as the formulas say and as it was counted on rank 0."""
+
+    what: str
+    ranks: int
+    calls: int
+    payload: int
+    """Bytes that a rank brings, by the formulas."""
+    counted_calls: int
+    counted_payload: int
+    tolerance: float = 0.0
+    """By which the bytes may exceed the formula, relative: 0 but for what travels pickled."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether calls and bytes are equal."""
+        most = self.payload * (1 + self.tolerance)
+        return self.calls == self.counted_calls and self.payload <= self.counted_payload <= most
+
+
+@dataclass(frozen=True)
+class Held:
+    """The head's memory on rank 0, over weight and hidden states: as planned for any size, and as measured."""
+
+    what: str
+    ranks: int
+    shared_by: int
+    """Ranks that share the vocabulary."""
+    planned: int
+    measured: int
+    """Bytes of all tensors that live at the worst moment of forward and backward."""
+
+    tolerance: float = MEMORY_TOLERANCE
+    """Allowed difference, relative."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether plan and measurement differ by no more than the tolerance."""
+        return abs(self.planned / self.measured - 1) <= self.tolerance
+
+
+def count_all(ranks: int) -> list[Counted]:
+    """Return every kind of step, counted on this rank; all ranks of the process group must call it together.
+
+    Args:
+        ranks: of the process group, 2 or more.
+    """
+    mesh = init_device_mesh("cpu", (ranks,))
+    found = []
+    torch.manual_seed(0)  # ranks that share a vocabulary have the same tokens
+    for case in all_cases(ranks, mesh):
+        for _ in range(WARM_UP):
+            case.run()
+        with CollectiveCounter() as seen:
+            case.run()
+        calls, payload = total_calls(case.formula), total_payload(case.formula)
+        found.append(Counted(case.what, ranks, calls, payload, seen.num_calls, seen.payload, case.tolerance))
+    return found
+
+
+def hold_all(ranks: int) -> list[Held]:
+    """Return the memory of heads that are whole, and split over all ranks; all must call it together.
+
+    Args:
+        ranks: of the process group.
+    """
+    mesh = init_device_mesh("cpu", (ranks,))
+    torch.manual_seed(0)
+    size = f"head of {HEAD[0]:,} x {HEAD[1]:,}"
+    whole = head_memory(*HEAD, is_whole=True).plan.peak_bytes
+    measured = _measured_peak(torch.bfloat16, None, mode="eager")
+    found = [Held(f"{size}, bfloat16, all logits at once", ranks, 1, whole, measured, AUTOGRAD_TOLERANCE)]
+    for dtype in (torch.bfloat16, torch.float64):  # fp32 takes another product on a CPU, with a buffer of its own
+        for shared_by in (1, ranks):
+            plan = head_memory(*HEAD, vocab_parallel=shared_by, dtype=dtype, chunk_size=HEAD_CHUNK).plan
+            measured = _measured_peak(dtype, mesh if shared_by > 1 else None, mode="chunk")
+            name = f"{size}, {str(dtype).removeprefix('torch.')}"
+            found.append(Held(name, ranks, shared_by, plan.peak_bytes, measured))
+    return found
+
+
+def _measured_peak(dtype: torch.dtype, mesh: DeviceMesh | None, *, mode: Literal["eager", "chunk"]) -> int:
+    vocabulary, width, tokens = HEAD
+    hidden = torch.randn(1, tokens, width).to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, width) / width**0.5).to(dtype)
+    weight = weight if mesh is None else distribute_tensor(weight, mesh, [Shard(0)])
+    weight.requires_grad_()
+    labels = torch.randint(0, vocabulary, (1, tokens))
+    item = RLLossContextInputItem(shifted_labels=labels, advantages=torch.ones(1, tokens))
+    cfg = GRPOLossConfig(mode=mode, chunk_size=HEAD_CHUNK)
+    (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)
+    context = cfg.loss_ctx_cls(cfg, kwargs)
+    for _ in range(WARM_UP):
+        with AllocationCounter(hidden, weight) as seen:
+            loss, _ = context.forward(hidden, weight)
+            torch.autograd.grad(loss, [hidden, weight])
+    return seen.peak
+
+
+def measure(*numbers: int) -> tuple[list[Counted], list[Held]]:
+    """Start processes and return what rank 0 counted and held.
+
+    Args:
+        numbers: of processes that work together; as many as the largest are started, and the others of a smaller
+            number look on.
+    """
+    counted: list[Counted] = []
+    held: list[Held] = []
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_process, args=(numbers, folder), nprocs=max(numbers))
+        for ranks in numbers:
+            rows = json.loads((Path(folder) / f"{ranks}.json").read_text())
+            counted += [Counted(**row) for row in rows[0]]
+            held += [Held(**row) for row in rows[1]]
+    return counted, held
+
+
+def _process(rank: int, numbers: tuple[int, ...], folder: str) -> None:
+    torch.set_num_threads(1)
+    for ranks in numbers:
+        if rank >= ranks:
+            continue
+        store = dist.FileStore(os.path.join(folder, f"{ranks}.store"), ranks)
+        dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
+        try:
+            found = count_all(ranks), hold_all(ranks)
+            if rank == 0:
+                text = json.dumps([[asdict(row) for row in rows] for rows in found])
+                (Path(folder) / f"{ranks}.json").write_text(text)
+        finally:
+            dist.destroy_process_group()
+
+
+def main() -> None:
+    """Run the command line: numbers of processes."""
+    if not sys.argv[1:] or not all(word.isdigit() and int(word) > 1 for word in sys.argv[1:]):
+        raise SystemExit("usage: python -m toolkit.scale.measure N ..., each N a number of processes, 2 or more")
+    for rows in measure(*map(int, sys.argv[1:])):
+        for row in rows:
+            print(json.dumps({**asdict(row), "agrees": row.agrees}))
+
+
+if __name__ == "__main__":
+    main()

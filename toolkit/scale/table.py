@@ -1,0 +1,146 @@
+"""The formulas put together for one step of training, and printed as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from toolkit.errors import ConfigError
+from toolkit.scale import step
+from toolkit.scale.collectives import Collective, total_calls, total_sent
+from toolkit.scale.head import MODELS, HeadMemory, ModelShape, head_memory
+
+GIB = 2**30
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+BANDWIDTH = 50e9
+"""Bytes a second of one rank: a 400 Gbit/s network card, an assumption for the column of times."""
+METRIC_NUMBERS = 60
+"""Of a step of GRPO with everything on; up to 127 fit one packet."""
+FIELDS = 5
+"""Per-token tensors: labels, advantages, old, reference and rollout log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How one optimizer step is spread."""
+
+    ranks: int = 1024
+    model: ModelShape = MODELS[0]
+    micro_batches: int = 8
+    tokens: int = 16_384
+    """Scored in the rows of one micro-batch, before any cut."""
+    sequence_parallel: int = 1
+    vocab_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "micro_batches", "tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name in ("sequence_parallel", "vocab_parallel"):
+            mesh = getattr(self, name)
+            if mesh < 1 or self.ranks % mesh:
+                raise ConfigError(f"{name}={mesh} must divide ranks={self.ranks}: every rank belongs to one mesh")
+
+
+def causes(setup: Setup) -> list[Collective]:
+    """Return what a step of a loss of whole sequences communicates, its gradient (by FSDP2, in bf16) last."""
+    mesh, vocab, model = setup.sequence_parallel, setup.vocab_parallel, setup.model
+    own_tokens = -(-setup.tokens // mesh)
+    found = step.counting(setup.ranks, numbers=step.numbers_counted())
+    found += step.metrics(setup.ranks, numbers=METRIC_NUMBERS)
+    if mesh > 1:
+        found += step.small_fields(mesh, positions=setup.tokens, fields=FIELDS, micro_batches=setup.micro_batches)
+        found += step.whole_rows(mesh, tokens=setup.tokens, micro_batches=setup.micro_batches)
+    if vocab > 1:
+        plan = head_memory(model.vocabulary, model.width, own_tokens, vocab_parallel=vocab).plan
+        found += step.vocabulary_parallel(
+            vocab,
+            tokens=own_tokens,
+            width=model.width,
+            chunks=len(plan.chunks),
+            micro_batches=setup.micro_batches,
+        )
+    return found + step.sharded_gradient(
+        setup.ranks, parameters=model.parameters, micro_batches=setup.micro_batches, reduce_itemsize=2
+    )
+
+
+def step_table(setup: Setup) -> str:
+    """Return calls, bytes and time of every cause, as text."""
+    rows = [("cause", "ranks", "calls", "a rank sends", "time if alone")]
+    rows += [
+        (
+            own.what,
+            f"{own.ranks:,}",
+            f"{total_calls([own]):,}",
+            in_words(own.sent),
+            duration_in_words(own.seconds(bandwidth=BANDWIDTH)),
+        )
+        for own in causes(setup)
+    ]
+    is_gradient = [own.what.endswith("(FSDP2)") for own in causes(setup)]
+    parts = [
+        total_sent(own for own, mark in zip(causes(setup), is_gradient, strict=True) if mark == wanted)
+        for wanted in (False, True)
+    ]
+    title = (
+        f"One step of a {setup.model.name} model on {setup.ranks:,} ranks: {setup.micro_batches} micro-batches of "
+        f"{setup.tokens:,} tokens, sequence parallel {setup.sequence_parallel}, vocabulary parallel "
+        f"{setup.vocab_parallel}"
+    )
+    share = f"because of the loss: {in_words(parts[0])}; weights and gradient: {in_words(parts[1])}"
+    return "\n".join([title, "", aligned(rows), "", share])
+
+
+def head_table(tokens: int = 16_384, vocab_parallel: int = 8, fsdp: int = 64) -> str:
+    """Return the memory of the head of every model in `MODELS`, as text.
+
+    Args:
+        tokens: of a micro-batch.
+        vocab_parallel: ranks that share the vocabulary in the last row of a model.
+        fsdp: ranks that share what is kept between steps in the third.
+    """
+    rows: list[Sequence[str]] = [("head", "layout", "weight", "kept", "gradients", "logits", "other", "peak")]
+    for model in MODELS:
+        for name, memory in layouts_of(model, tokens, vocab_parallel, fsdp).items():
+            parts = (memory.weight, memory.kept, memory.gradients, memory.logits, memory.other, memory.peak)
+            rows.append((f"{model.name} [{model.vocabulary:,} x {model.width:,}]", name, *map(in_words, parts)))
+    title = f"Memory of the head on one rank, bf16 with Adam, {tokens:,} tokens"
+    return "\n".join([title, "", aligned(rows)])
+
+
+def layouts_of(model: ModelShape, tokens: int, vocab_parallel: int, fsdp: int) -> dict[str, HeadMemory]:
+    """Return the memory of a model's head in four layouts, by name."""
+    shape = (model.vocabulary, model.width, tokens)
+    return {
+        "all logits": head_memory(*shape, is_whole=True),
+        "chunks": head_memory(*shape),
+        f"chunks, FSDP2 over {fsdp}": head_memory(*shape, fsdp=fsdp),
+        f"chunks, vocabulary over {vocab_parallel}": head_memory(*shape, vocab_parallel=vocab_parallel),
+    }
+
+
+def in_words(size: float) -> str:
+    """Return bytes in a unit that leaves at most four digits before the point."""
+    unit = 0
+    while abs(size) >= 1024 and unit < len(UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:,.0f} {UNITS[unit]}" if unit == 0 or size >= 100 else f"{size:,.1f} {UNITS[unit]}"
+
+
+def duration_in_words(seconds: float) -> str:
+    """Return a time in milliseconds, or in seconds from one second on."""
+    return f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:,.2f} ms"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as columns: the first two to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = sum(not cell[:1].isdigit() for cell in rows[-1])
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

@@ -17,6 +17,8 @@ from toolkit.functional.registry import policy_loss_names
 
 OPTIONAL_GROUPS = ("experiment", "debug", "aggregation", "kl", "correction")
 """Groups of which nothing may be chosen."""
+NO_GROUPS = ("launch",)
+"""Folders of conf/ whose files are for another program: ``accelerate launch --config_file``."""
 
 
 def groups_in(*folders: str) -> dict[str, list[str]]:
@@ -25,7 +27,8 @@ def groups_in(*folders: str) -> dict[str, list[str]]:
     for folder in folders:
         for path in Path(folder).glob("*/**/*.yaml"):
             group, *choice = path.relative_to(folder).with_suffix("").parts
-            found.setdefault(group, set()).add("/".join(choice))
+            if group not in NO_GROUPS:
+                found.setdefault(group, set()).add("/".join(choice))
     return {group: sorted(choices) for group, choices in sorted(found.items())}
 
 

@@ -18,6 +18,8 @@ class ToolkitError(Exception):
 
     report: tuple[Any, ...] | None = None
     """What `toolkit.schema` made the message of, for the config around to name the whole path."""
+    is_from_elsewhere = False
+    """Whether another process found the mistake, and says more of it."""
 
 
 class ConfigError(ToolkitError, ValueError):

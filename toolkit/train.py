@@ -40,7 +40,8 @@ def _job(cfg: DictConfig) -> float | None:
         # In a multirun the imports are part of the first job only.
         hydra_cfg = HydraConfig.get()
         is_later = hydra_cfg.mode == RunMode.MULTIRUN and hydra_cfg.job.num > 0
-        summary = run(config, cfg, started=time.time() if is_later else STARTED)
+        started = time.time() if is_later else STARTED
+        summary = run(config, cfg, started=started, output_dir=hydra_cfg.runtime.output_dir)
     except ToolkitError as error:
         _stop(error)
     if summary.interrupted:

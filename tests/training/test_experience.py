@@ -9,7 +9,7 @@ from toolkit import ConfigError
 from toolkit.functional.rewards import RewardTerms
 from toolkit.models.config import TinyLlamaConfig
 from toolkit.models.policy import Policy
-from toolkit.rollout.sampler import complete
+from toolkit.rollout.sampler import complete, inverse_cdf, row_uniforms
 from toolkit.tasks.base import Example
 from toolkit.training.config import AdvantageConfig
 from toolkit.training.experience import IGNORED, joined_terms, reward_terms, rows_from_answers, rows_from_completions
@@ -142,3 +142,71 @@ def test_advantage_config_is_checked_and_frozen() -> None:
             change()
     with pytest.raises(ConfigError, match=r"advantage\.epss is not a setting"):
         AdvantageConfig(epss=1)
+
+
+def test_tokens_by_inverse_cdf_by_hand() -> None:
+    # Probabilities .5, 0, .3, .2: edges at .5, .5, .8, 1. An edge belongs to the next token of a probability above 0.
+    logprobs = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64).log().expand(7, -1)
+    uniforms = torch.tensor([0.0, 0.49, 0.5, 0.79, 0.81, 0.99, 1 - 2**-53], dtype=torch.float64)
+    assert inverse_cdf(logprobs, uniforms).squeeze(-1).tolist() == [0, 0, 2, 2, 3, 3, 3]
+    last_is_impossible = torch.tensor([[1.0, 0.0]]).log()
+    assert inverse_cdf(last_is_impossible, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 0
+
+
+def test_tokens_come_as_often_as_their_probability_says() -> None:
+    logprobs = torch.randn(9).log_softmax(-1)
+    number = 40_000
+    found = inverse_cdf(logprobs.expand(number, -1), torch.rand(number, dtype=torch.float64)).flatten()
+    shares = torch.bincount(found, minlength=9) / number
+    # Four standard errors of a share of at most 1/2.
+    torch.testing.assert_close(shares, logprobs.exp(), rtol=0, atol=4 * 0.5 / number**0.5)
+
+
+def test_the_numbers_of_a_row_are_its_own() -> None:
+    assert row_uniforms(["a", "b"], 3)[1].tolist() == row_uniforms(["b"], 5)[0, :3].tolist()
+    assert row_uniforms([], 3).shape == (0, 3)
+    numbers = row_uniforms([str(seed) for seed in range(2000)], 4)
+    assert float(numbers.mean()) == pytest.approx(0.5, abs=4 * 12**-0.5 / 8000**0.5)
+    assert float(numbers.min()) >= 0
+    assert float(numbers.max()) < 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_completion_does_not_depend_on_the_rows_beside_it(temperature: float) -> None:
+    config = TinyLlamaConfig(hidden_size=16, intermediate_size=16, num_heads=2, dtype="float64")
+    policy, tokenizer = config.build("abc=")
+    draws = row_uniforms([str(row) for row in range(12)], 6)
+    sample = {"max_new_tokens": 6, "group_size": 4, "temperature": temperature}
+    whole = complete(policy.lm, tokenizer, PROMPTS, uniforms=draws, **sample)
+    assert len(set(whole.texts)) > 6
+    for prompt in range(3):
+        own = slice(4 * prompt, 4 * prompt + 4)
+        alone = complete(policy.lm, tokenizer, PROMPTS[prompt : prompt + 1], uniforms=draws[own], **sample)
+        assert alone.texts == whole.texts[own]
+        for row in range(4):
+            ours = alone.logprobs[row][alone.is_new[row]]
+            theirs = whole.logprobs[own][row][whole.is_new[own][row]]
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # generate rounds logits to float32
+    # An earlier draw of the global generator changes nothing.
+    torch.rand(3)
+    assert complete(policy.lm, tokenizer, PROMPTS, uniforms=draws, **sample).texts == whole.texts
+
+
+def test_no_rows_at_all(model) -> None:
+    policy, tokenizer = model
+    rows = rows_from_answers([], tokenizer, torch.device("cpu"))
+    assert len(rows) == 0
+    assert [len(piece) for piece in rows.split(4, 2)] == [1, 1]
+    found = complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=4, group_size=2, temperature=1.0).first(0)
+    assert found.texts == []
+    none = rows_from_completions(found, torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    silent = none.silenced()
+    assert (silent.shifted_labels == IGNORED).all()
+    assert silent.group_ids is not None
+    assert (silent.group_ids < 0).all()
+    with torch.no_grad():
+        assert policy(silent.input_ids, silent.attention_mask).isfinite().all()
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    other = RewardTerms(rewards=torch.ones(2), group_ids=torch.zeros(2, dtype=torch.int64), mask=mask)
+    joined = joined_terms([reward_terms(torch.zeros(0, 2), found), other])
+    assert joined.group_ids.tolist() == [0, 0]

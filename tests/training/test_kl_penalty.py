@@ -1,9 +1,8 @@
-"""KL in the reward, a coefficient that adapts, and rows that stay with their group."""
+"""KL in the reward, and a coefficient that adapts."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from toolkit.config import build_config, compose_config
 from toolkit.metrics import to_floats
 from toolkit.training.config import KLControlConfig
 from toolkit.training.kl_penalty import KLPenalty
-from toolkit.training.trainer import Trainer
 
 
 def test_rewards_less_kl_by_hand() -> None:
@@ -64,22 +62,3 @@ def test_the_coefficient_of_the_loss_adapts_too() -> None:
 def test_what_cannot_work_is_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build_config(compose_config(overrides))
-
-
-class Stub:
-    """As much of a trainer as shuffling reads."""
-
-    _needs_groups = Trainer._needs_groups
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-
-@pytest.mark.parametrize("policy_loss", ["vanilla", "real"])
-def test_rows_stay_with_their_group_where_the_loss_needs_it(policy_loss: str) -> None:
-    config = build_config(compose_config([f"policy_loss={policy_loss}", "rollout.group_size=4"]))
-    order = Trainer._shuffled(Stub(config), 12)  # type: ignore[arg-type]
-    assert sorted(order.flatten().tolist()) == list(range(12))
-    whole = all(sorted(int(row) // 4 for row in group) == [int(group[0]) // 4] * len(group) for group in order)
-    assert whole
-    assert order.shape == ((3, 4) if policy_loss == "real" else (12, 1))

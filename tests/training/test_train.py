@@ -170,26 +170,6 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("name", list(LAUNCHERS))
-def test_two_processes(tmp_path: Path, name: str) -> None:
-    launcher, extra = LAUNCHERS[name]
-    run_dir = tmp_path / "run"
-    small = ["warmup.steps=40", "warmup.stop_accuracy=null", "training.steps=3", "task.num_heldout=33"]
-    done = train(run_dir, *small, launcher=(sys.executable, *launcher), **extra)
-    assert done.returncode == 0, done.stderr
-    assert summary(run_dir)["num_processes"] == 2
-    assert done.stdout.count("held-out accuracy before") == 1  # the main process speaks
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # one output directory
-    # The warm-up draws its demonstrations alike whatever the layout: its losses are those of one process.
-    alone = train(tmp_path / "alone", *small)
-    assert alone.returncode == 0, alone.stderr
-    for ours, theirs in zip(lines(run_dir)[:40], lines(tmp_path / "alone")[:40], strict=True):
-        assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-4)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.dist
 def test_a_launcher_that_starts_one_process_for_two_is_caught(tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m")
     done = train(tmp_path / "run", *SMOKE, launcher=launcher)

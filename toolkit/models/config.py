@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,8 @@ class TinyLlamaConfig(ModelConfig):
     """Transformer blocks."""
     num_heads: Positive = 4
     """Attention heads; must divide hidden_size."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of weights and computation; float64 is for comparing runs to the last digits."""
     cpu_threads: Positive | None = 1
     """Two threads take 29 s for the default run instead of 33 s, but beside two busy processes 92 s instead of 52 s."""
 
@@ -66,6 +68,10 @@ class PretrainedConfig(ModelConfig):
     """Directory or hub name of model and tokenizer."""
     dtype: str = "float32"
     """Torch dtype of the weights."""
+    logit_scale: float | None = None
+    """The model multiplies its logits by it; None: what its own config names (Granite, Cohere)."""
+    softcap: Annotated[float, Field(gt=0)] | None = None
+    """Soft cap of its logits; None: what its own config names (Gemma 2)."""
 
     def build(self, alphabet: str) -> tuple[Policy, Any]:
         """Load model and tokenizer; needs the extra [train]."""

@@ -3,27 +3,63 @@
 DDP and FSDP hook the forward of the module they wrap. A loss that called the trunk alone would skip these hooks, and
 the weights of the ranks would drift apart without an error; so the loss runs inside.
 
-Legend: B rows, T tokens of a row, D hidden width.
+Legend: B rows, T tokens of a row, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, DataError
 from toolkit.head import token_logprobs
+from toolkit.head.adapters import Head, find_head, transforms_of
+from toolkit.head.logits import LogitTransform
 from toolkit.losses.base import BaseLossContext
+from toolkit.losses.config import BaseLossConfig
+from toolkit.metrics import Mean
+from toolkit.models import router
+from toolkit.models.fit import difference, fitted_transform
+
+Result = TypeVar("Result")
+AnyLossConfig = TypeVar("AnyLossConfig", bound=BaseLossConfig)
+
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""Rounding of logits in these dtypes, over the largest logit; 1e-4 in wider ones."""
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward returns a loss or log-probabilities, never logits."""
+    """A causal language model whose forward returns a loss or log-probabilities, never logits.
 
-    def __init__(self, lm: Any) -> None:
+    Wrap it (DDP, `fully_shard`; see `toolkit.training.sharding`), not the language model in it. The head may be plain,
+    tied to the embedding, biased or frozen, with PEFT's LoRA on it or trained whole as one of `modules_to_save`.
+    """
+
+    def __init__(self, lm: Any, transform: LogitTransform | None = None) -> None:
+        """Take a causal language model, or PEFT's wrapper of one.
+
+        Args:
+            lm: as `toolkit.head.adapters.find_head` takes it.
+            transform: what the model does to its logits after the head; None: what its config names.
+
+        Raises:
+            ConfigError: `lm` has no trunk and head that a loss can use; says why.
+        """
         super().__init__()
         self.lm = lm
+        head = find_head(lm)
+        self.is_transform_given = transform is not None
+        self.transform = head.transform if transform is None else transform
+
+    @property
+    def head(self) -> Head:
+        """Trunk and head as they are now: adapters come and go."""
+        return find_head(self.lm)
 
     def forward(
         self,
@@ -33,6 +69,7 @@ class Policy(nn.Module):
         *,
         score_chunk: int = 4096,
         temperature: float = 1.0,
+        auxiliary_weight: Tensor | float | None = None,
     ) -> Any:
         """Return ``(loss, metrics)`` of `loss_ctx`, or without one the log-probabilities of the text itself.
 
@@ -42,45 +79,180 @@ class Policy(nn.Module):
             loss_ctx: its kwargs speak of positions 0 .. T - 2, each predicting the next token.
             score_chunk: tokens whose logits are held at once when there is no `loss_ctx`.
             temperature: of the softmax when there is no `loss_ctx`.
+            auxiliary_weight: factor of this micro-batch's router loss (`toolkit.losses.auxiliary.auxiliary_weights`),
+                beside the model's own coefficient; only read if the model's config asks for a router loss.
 
         Returns:
-            What ``loss_ctx.forward`` returns; or [B, T - 1] log-probabilities of tokens 1 .. T - 1 in nats.
+            What ``loss_ctx.forward`` returns, the router loss added to both; or [B, T - 1] log-probabilities of tokens
+            1 .. T - 1 in nats.
+
+        Raises:
+            ConfigError: `loss_ctx` scales or caps logits otherwise than the model does, or the policy is wrapped in
+                DataParallel.
         """
-        hidden = self.hidden_states(input_ids[:, :-1], attention_mask[:, :-1])
-        head = self.lm.get_output_embeddings()
-        bias = getattr(head, "bias", None)
+        if getattr(self, "_is_replica", False):
+            raise ConfigError("torch.nn.DataParallel is not supported; use torchrun --nproc_per_node N and DDP")
+        head, mask = self.head, attention_mask[:, :-1]
         if loss_ctx is not None:
-            return loss_ctx.forward(hidden, head.weight, bias)
-        labels = input_ids[:, 1:]
-        return token_logprobs(hidden, head.weight, labels, bias, chunk_size=score_chunk, temperature=temperature)
+            self._check_transform(loss_ctx)
+        has_router_loss = loss_ctx is not None and self.training and router.wants_router_loss(head.lm)
+        found = self._trunk_output(head, input_ids[:, :-1], mask, with_router=has_router_loss)
+        hidden, weight, bias = head.inputs(found.last_hidden_state)
+        if loss_ctx is None:
+            return token_logprobs(
+                hidden,
+                weight,
+                input_ids[:, 1:],
+                bias,
+                chunk_size=score_chunk,
+                temperature=temperature,
+                logit_scale=self.transform.scale,
+                softcap=self.transform.softcap,
+            )
+        loss, metrics = loss_ctx.forward(hidden, weight, bias)
+        if not has_router_loss:
+            return loss, metrics
+        return _with_router_loss(loss, metrics, head.lm, found.router_logits, mask, auxiliary_weight)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the trunk's last hidden states, [B, T, D]."""
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        trunk = self.lm.base_model
-        return trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).last_hidden_state
+        return self._trunk_output(self.head, input_ids, attention_mask).last_hidden_state
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the logits of all tokens as the loss would see them, transform included, [B, T, V]: for tests."""
+        return self.transform(self._raw_logits(input_ids, attention_mask))
+
+    def inside(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """Return ``function(lm, *args, **kwargs)`` with the weights in place, as in a forward: for generation.
+
+        Under `fully_shard` the embedding and the head are whole only inside of a forward of the policy, so that calling
+        ``policy.lm`` from outside fails with mixed tensors; this method counts as one. All ranks must call it.
+        """
+        return function(self.lm, *args, **kwargs)
+
+    def fitted(self, loss_cfg: AnyLossConfig) -> AnyLossConfig:
+        """Return `loss_cfg` with the logit transform of this model, which its defaults leave open.
+
+        Raises:
+            ConfigError: it has another scale or soft cap than the model.
+        """
+        ours = {"logit_scale": self.transform.scale, "softcap": self.transform.softcap}
+        fields = type(loss_cfg).model_fields
+        for name, value in ours.items():
+            given = getattr(loss_cfg, name)
+            if given not in (fields[name].default, value):
+                raise ConfigError(self._other_transform(name, given, value))
+        left_open = {name: value for name, value in ours.items() if getattr(loss_cfg, name) != value}
+        return loss_cfg.model_copy(update=left_open) if left_open else loss_cfg
+
+    def _check_transform(self, loss_ctx: BaseLossContext[Any]) -> None:
+        cfg = loss_ctx.loss_cfg
+        for name, value in (("logit_scale", self.transform.scale), ("softcap", self.transform.softcap)):
+            if getattr(cfg, name, value) != value:
+                raise ConfigError(self._other_transform(name, getattr(cfg, name), value))
+
+    def _other_transform(self, name: str, given: Any, value: Any) -> str:
+        return (
+            f"loss.{name}={given}, but {type(self.head.lm).__name__} has {name}={value}; leave loss.{name} alone (the "
+            "training command fills it in), or in a loop of your own take loss_cfg = policy.fitted(loss_cfg)"
+        )
+
+    def _raw_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        head = self.head
+        return F.linear(*head.inputs(self._trunk_output(head, input_ids, attention_mask).last_hidden_state))
+
+    def _trunk_output(self, head: Head, input_ids: Tensor, mask: Tensor, *, with_router: bool = False) -> Any:
+        options: dict[str, Any] = {
+            "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0),
+            "use_cache": False,  # nothing is generated: keys and values of all layers would be kept for nothing
+        }
+        if with_router:
+            options["output_router_logits"] = True
+        accepted = inspect.signature(getattr(head.trunk, "forward", head.trunk)).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        options = {name: value for name, value in options.items() if takes_any or name in accepted}
+        return head.trunk(input_ids=input_ids, attention_mask=mask, **options)
+
+
+def _with_router_loss(
+    loss: Tensor, metrics: Any, lm: Any, router_logits: Any, mask: Tensor, weight: Tensor | float | None
+) -> tuple[Tensor, Any]:
+    """Add the model's load-balancing loss, with its own coefficient and the weight of this micro-batch."""
+    if not router.can_compute(lm) or weight is None:
+        router.warn_left_out(lm)
+        return loss, metrics
+    found, tokens = router.router_loss(lm, router_logits, mask), mask.sum()
+    if not bool(tokens):  # a rank without work: the mean over no tokens is 0/0
+        found = sum((part.sum() * 0 for part in router_logits), loss.new_zeros(()))
+    measured = {"router_loss": Mean(found.detach().double() * tokens, tokens.double())}
+    share = torch.as_tensor(weight, dtype=loss.dtype, device=loss.device) * router.router_coef(lm)
+    return loss + share * found.to(loss), {**(metrics or {}), **measured}
 
 
 @torch.no_grad()
 def check_head(policy: Policy, vocab_size: int) -> None:
-    """Compare head(trunk(x)) with the model's own logits on a few tokens.
+    """Compare head(trunk(x)) with the model's own logits on a few tokens, and settle ``policy.transform``.
 
-    Some models scale or cap their logits after the head (Granite, Cohere, Gemma 2); their log-probabilities would be
-    silently wrong here.
+    Some models scale or cap their logits after the head (Granite, Cohere, Gemma 2). What the config names is tried
+    first: multiplied, divided, with and without. A soft cap far above all logits of these tokens changes them by less
+    than rounding does, and then the config's word is taken.
+
+    Args:
+        policy: not yet wrapped or sharded.
+        vocab_size: of the tokenizer; some of its first tokens are used.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: they differ; names the transform that would make them equal, if there is one.
     """
     device = next(policy.parameters()).device
     input_ids = torch.arange(1, 6, device=device).remainder(vocab_size).unsqueeze(0)
     mask = torch.ones_like(input_ids)
-    head = policy.lm.get_output_embeddings()
-    ours = head(policy.hidden_states(input_ids, mask)).float()
-    theirs = policy.lm(input_ids=input_ids, attention_mask=mask).logits.float()
-    error = (ours - theirs).abs().max()
-    if error > 1e-2 * theirs.abs().max():
-        raise ConfigError(
-            f"{type(policy.lm).__name__} changes its logits after the head (largest difference {float(error):.3g}): "
-            "a scale or soft cap that the training command does not apply yet; use a model without one, or the losses "
-            "in a loop of your own with loss.logit_scale and loss.softcap"
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()  # dropout would draw twice
+    try:
+        raw = policy._raw_logits(input_ids, mask)
+        theirs = policy.lm(input_ids=input_ids, attention_mask=mask).logits
+    finally:
+        for module, was_training in modes:  # some may be frozen in evaluation on purpose
+            module.training = was_training
+    tolerance = TOLERANCE.get(raw.dtype, 1e-4)
+    raw, theirs = raw.float(), theirs.float()
+    if raw.shape != theirs.shape or not bool(raw.isfinite().all() & theirs.isfinite().all()):
+        raise DataError(
+            f"{type(policy.lm).__name__} gives logits {list(theirs.shape)}, its head {list(raw.shape)}; they must have "
+            "the same shape and be finite"
         )
+    candidates = [policy.transform]
+    if not policy.is_transform_given:
+        candidates += [*transforms_of(policy.head.lm), LogitTransform()]
+    for candidate in candidates:
+        if difference(candidate(raw), theirs) <= tolerance:
+            policy.transform = candidate
+            return
+    raise ConfigError(_missing_words(policy, raw, theirs, tolerance))
+
+
+def _missing_words(policy: Policy, raw: Tensor, theirs: Tensor, tolerance: float) -> str:
+    name = type(policy.head.lm).__name__
+    found = fitted_transform(raw, theirs, tolerance)
+    if found is None:
+        return (
+            f"{name} changes its logits after the head in a way that is neither a scale nor a soft cap (largest "
+            f"difference {difference(raw, theirs):.2g} of the largest logit); its log-probabilities would be wrong "
+            "here: use another model, or the losses with the hidden states and weight of a loop of your own"
+        )
+    settings, does = [], []
+    if found.scale != 1:
+        is_division = abs(found.scale) < 1 and abs(1 / found.scale - round(1 / found.scale)) < 1e-3
+        does.append(f"divides its logits by {1 / found.scale:.4g}" if is_division else f"scales them by {found.scale}")
+        settings.append(("logit_scale", found.scale))
+    if found.softcap is not None:
+        does.append(f"caps its logits at {found.softcap}")
+        settings.append(("softcap", found.softcap))
+    named = " and ".join(f"model.{key}={value}" for key, value in settings or [("logit_scale", 1.0)])
+    own = " and ".join(f"loss.{key}={value}" for key, value in settings or [("logit_scale", 1.0)])
+    given = f", not as Policy was told ({policy.transform})" if policy.is_transform_given else ""
+    return (
+        f"{name} changes its logits after the head: it {' and '.join(does) or 'leaves them alone'}{given}. Set {named} "
+        f"(Policy(lm, transform=...)); in a loop of your own without Policy, {own}"
+    )

@@ -8,16 +8,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolkit.errors import ConfigError
+from toolkit.head.logits import LogitTransform
 from toolkit.models.config import PretrainedConfig
 from toolkit.models.policy import Policy, check_head
 
 
 def build_pretrained(config: PretrainedConfig) -> tuple[Policy, Any]:
-    """Load a causal language model and its tokenizer, and check that its head is a plain one.
+    """Load a causal language model and its tokenizer, and check that we know what follows its head.
 
     Raises:
         ConfigError: there is nothing to load at this path, the dtype is unknown, or the model changes its logits
-            after the head.
+            after the head in a way that neither its config nor ours names.
     """
     dtype = getattr(torch, config.dtype, None)
     if not isinstance(dtype, torch.dtype):
@@ -29,6 +30,7 @@ def build_pretrained(config: PretrainedConfig) -> tuple[Policy, Any]:
         raise ConfigError(f"model.path={config.path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    policy = Policy(lm)
+    is_given = config.logit_scale is not None or config.softcap is not None
+    policy = Policy(lm, LogitTransform(config.logit_scale or 1.0, config.softcap) if is_given else None)
     check_head(policy, len(tokenizer))
     return policy, tokenizer

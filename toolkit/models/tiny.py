@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -41,4 +42,4 @@ def build_tiny_llama(config: TinyLlamaConfig, alphabet: str) -> tuple[Policy, An
         bos_token_id=None,
         tie_word_embeddings=False,
     )
-    return Policy(LlamaForCausalLM(llama)), tokenizer
+    return Policy(LlamaForCausalLM(llama).to(getattr(torch, config.dtype))), tokenizer

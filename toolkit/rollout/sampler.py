@@ -1,5 +1,8 @@
 """Completions from a policy by transformers' ``generate``, with the log-probabilities they were sampled at.
 
+Tokens are chosen here, by one uniform number for each row and position: a row's text depends on its prompt and its
+numbers, not on the rows beside it, nor on the process that samples it.
+
 Legend: R rows (prompts x group size), P prompt positions, N new positions, V vocabulary.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -31,26 +35,58 @@ class Completions:
     finished: list[bool]
     """Whether each continuation ended by itself."""
 
+    def first(self, number: int) -> Completions:
+        """Return the first rows."""
+        return Completions(**{name: value[:number] for name, value in vars(self).items()})
 
-class _Recorder(LogitsProcessor):
-    """Applies the temperature and keeps the log-probability of each sampled token, one step of logits at a time."""
 
-    def __init__(self, temperature: float) -> None:
+class _Chooser(LogitsProcessor):
+    """Chooses the tokens and keeps their log-probabilities; ``generate`` then takes the only one that is left."""
+
+    def __init__(self, temperature: float, uniforms: Tensor | None) -> None:
         self.temperature = temperature
+        self.uniforms = uniforms
         self.chosen: list[Tensor] = []
-        self._last: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.note(input_ids[:, -1])
-        scaled = scores.float() / self.temperature
-        self._last = scaled.log_softmax(-1)
-        return scaled
+        logprobs = (scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature).log_softmax(-1)
+        if self.uniforms is None:
+            token = logprobs.argmax(-1, keepdim=True)
+        else:
+            token = inverse_cdf(logprobs, self.uniforms[:, len(self.chosen)])
+        self.chosen.append(logprobs.gather(-1, token))
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
-    def note(self, token: Tensor) -> None:
-        """Look up the token that was sampled from the last logits."""
-        if self._last is not None:
-            self.chosen.append(self._last.gather(-1, token.unsqueeze(-1)))
-        self._last = None
+
+def inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the first token at which the cumulated probability exceeds the uniform number, [R, 1].
+
+    The sums are float64: then another layout, whose logits differ in their last bits, chooses the same token unless the
+    number lies within these bits of an edge. A token of probability 0 is never chosen.
+
+    Args:
+        logprobs: [R, V] in nats.
+        uniforms: [R] in [0, 1).
+    """
+    wide = wide_on(logprobs.device)
+    edges = logprobs.to(wide).exp().cumsum(-1)
+    total = edges[:, -1:]
+    # The product of a number just below 1 may round to the total itself, which no edge exceeds.
+    place = torch.minimum(uniforms.to(wide).unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(edges, place, right=True)
+
+
+def wide_on(device: torch.device) -> torch.dtype:
+    """Return float64, or the widest that the device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def row_uniforms(seeds: Sequence[str], number: int) -> Tensor:
+    """Return `number` uniform numbers in [0, 1) for each row, [R, number] float64, from its seed alone."""
+    generators = [Random(seed) for seed in seeds]
+    return torch.tensor([[one.random() for _ in range(number)] for one in generators], dtype=torch.float64).reshape(
+        len(generators), number
+    )
 
 
 @torch.no_grad()
@@ -62,6 +98,8 @@ def complete(
     max_new_tokens: int,
     group_size: int = 1,
     temperature: float | None = None,
+    uniforms: Tensor | None = None,
+    synced_gpus: bool = False,
 ) -> Completions:
     """Continue each prompt `group_size` times.
 
@@ -72,6 +110,8 @@ def complete(
         max_new_tokens: where an unfinished continuation is cut.
         group_size: completions of each prompt.
         temperature: of the sampling; None takes the most probable token (greedy).
+        uniforms: [R, max_new_tokens] numbers in [0, 1) that choose the tokens; None: from torch's global generator.
+        synced_gpus: go on until the last process has finished: for weights that each forward gathers over processes.
 
     Returns:
         `Completions` with R = len(prompts) x group_size rows.
@@ -80,8 +120,13 @@ def complete(
     encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False).to(device)
     input_ids = encoded["input_ids"].repeat_interleave(group_size, 0)
     prompt_mask = encoded["attention_mask"].repeat_interleave(group_size, 0)
-    recorder = _Recorder(1.0 if temperature is None else temperature)
-    choice = {"do_sample": False} if temperature is None else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+    if temperature is None:
+        uniforms = None
+    elif uniforms is None:
+        uniforms = torch.rand(len(input_ids), max_new_tokens, dtype=torch.float64)
+    chooser = _Chooser(
+        1.0 if temperature is None else temperature, None if uniforms is None else uniforms.to(device, wide_on(device))
+    )
     was_training = lm.training
     lm.eval()
     sequences = lm.generate(
@@ -90,16 +135,17 @@ def complete(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        logits_processor=LogitsProcessorList([recorder]),
-        **choice,
+        logits_processor=LogitsProcessorList([chooser]),
+        do_sample=False,  # of the one token that the chooser leaves
+        synced_gpus=synced_gpus,
     )
     lm.train(was_training)
-    recorder.note(sequences[:, -1])
     new = sequences[:, input_ids.shape[1] :]
     is_end = (new == tokenizer.eos_token_id).int()
     written = (is_end.cumsum(-1) - is_end) == 0  # up to and including the first end
     is_new = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), written], -1)
-    logprobs = torch.cat([torch.full_like(prompt_mask, torch.nan, dtype=torch.float32), *recorder.chosen], -1)
+    nothing = torch.full_like(prompt_mask, torch.nan, dtype=chooser.chosen[0].dtype)
+    logprobs = torch.cat([nothing, *chooser.chosen[: new.shape[1]]], -1)
     return Completions(
         input_ids=sequences,
         attention_mask=torch.cat([prompt_mask, written.to(prompt_mask.dtype)], -1),

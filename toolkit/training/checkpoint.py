@@ -14,7 +14,8 @@ from safetensors.torch import load_model, save_model
 
 from toolkit.errors import ConfigError
 from toolkit.training.doors import CHECKPOINT, identity
-from toolkit.training.trainer import Phase, Trainer
+from toolkit.training.phase import Phase
+from toolkit.training.trainer import Trainer
 
 
 def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: dict[str, Any]) -> None:
@@ -37,6 +38,7 @@ def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: di
         torch.save(
             {
                 "optimizer": phase.optimizer.state_dict(),
+                "scaler": trainer.accelerator.scaler.state_dict() if trainer.accelerator.scaler is not None else None,
                 "torch_rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             },
@@ -45,6 +47,7 @@ def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: di
         state = {"phase": phase.name, "next_step": phase.next_step, "num_updates": phase.num_updates}
         state |= {
             "num_skipped": trainer.num_skipped,
+            "num_overflows": trainer.num_overflows,
             "kl_control": trainer.kl_penalty.state(),
             "identity": identity(trainer.config),
             **record,
@@ -90,6 +93,8 @@ def load_phase(folder: Path, state: dict[str, Any], phase: Phase) -> None:
     """Put optimizer, schedule, random state and step of `phase` back."""
     stored = torch.load(folder / "state.pt", weights_only=True)
     phase.optimizer.load_state_dict(stored["optimizer"])
+    if phase.optimizer.scaler is not None and stored.get("scaler") is not None:
+        phase.optimizer.scaler.load_state_dict(stored["scaler"])
     torch.set_rng_state(stored["torch_rng"])
     if stored["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(stored["cuda_rng"][: torch.cuda.device_count()])

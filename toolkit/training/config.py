@@ -152,6 +152,11 @@ class TrainingConfig(Config):
     """Processes that must work together; None: as many as the launcher started."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU if there is one."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Forward under autocast, weights and optimizer in the model's own dtype; fp16 with a loss scale, on a GPU only.
+    None: as the launcher says, otherwise no."""
+    timeout_s: Positive = 600
+    """Seconds that a process waits for the others in a collective before the run ends."""
 
 
 class TrackerConfig(Config):

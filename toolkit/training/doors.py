@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from toolkit.config import RunConfig
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, LaunchError
 
 CHECKPOINT = "checkpoint"
 """Folder of the checkpoint in an output directory."""
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": (
+        "DeepSpeed",
+        "which takes the optimizer step inside the last backward and binds one optimizer to the model, where this "
+        "command decides afterwards whether to step and has one optimizer for each phase",
+    ),
+    "ACCELERATE_USE_FSDP": ("its own FSDP", "which would wrap the policy again, and on a CPU silently stays DDP"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "which brings models and optimizers of its own"),
+}
+"""What a launcher sets for an engine -> its name, and why this command does not work with it."""
 SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")
 """What a resumed run must share with the run that it goes on from: data, weights and objective."""
 
@@ -21,7 +32,15 @@ def check_environment(config: RunConfig) -> None:
 
     Raises:
         ConfigError: the tracker's package is missing, or there is no checkpoint of such a run.
+        LaunchError: the launcher was told to use an engine that this command does not work with.
     """
+    for variable, (engine, why) in ENGINES.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            raise LaunchError(
+                f"accelerate was told to use {engine}, {why}; use the plain launcher and, to share the weights over "
+                "processes, training.sharding=fsdp2: accelerate launch --config_file conf/launch/fsdp2_8_gpus.yaml -m "
+                "toolkit.train training.sharding=fsdp2"
+            )
     log_with = config.tracker.log_with
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ConfigError(f"tracker={log_with} needs the package {log_with!r}: pip install {log_with}")

@@ -20,6 +20,8 @@ from toolkit.rollout.sampler import Completions
 from toolkit.tasks.base import Example
 
 IGNORED = -100
+NO_GROUP = -1
+"""Group of a row without a prompt."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Rows:
     shifted_labels: Tensor
     advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
+    current_logprobs: Tensor | None = None
+    """Of the policy that the next optimizer step updates."""
     ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     group_ids: Tensor | None = None
@@ -45,14 +49,23 @@ class Rows:
         parts: dict[str, Any] = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **parts)
 
-    def split(self, size: int) -> list[Rows]:
-        """Cut into consecutive pieces of at most `size` rows."""
-        return [self.select(slice(start, start + size)) for start in range(0, len(self), size)]
+    def split(self, size: int, number: int | None = None) -> list[Rows]:
+        """Cut into consecutive pieces of at most `size` rows; silent ones follow where there are fewer than `number`.
+
+        Every forward is a collective under DDP, so that all processes need as many.
+        """
+        pieces = [self.select(slice(start, start + size)) for start in range(0, len(self), size)]
+        return pieces + [self.silenced()] * ((number or 0) - len(pieces))
 
     def silenced(self) -> Rows:
-        """Return the first row with nothing to score: a rank without work takes part in the step with it."""
-        first = self.select(slice(0, 1))
-        return replace(first, shifted_labels=torch.full_like(first.shifted_labels, IGNORED))
+        """Return one row of the same fields with nothing to score; there need not be any row to begin with."""
+        parts = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        # Attention to nothing at all would be NaN, which reaches the weights even with a gradient of 0.
+        fill = {"attention_mask": 1, "shifted_labels": IGNORED, "group_ids": NO_GROUP}
+        silent: dict[str, Any] = {
+            name: value.new_full((1, *value.shape[1:]), fill.get(name, 0)) for name, value in parts.items()
+        }
+        return replace(self, **silent)
 
     def item(self, ignore_idx: int) -> LossContextInputItem:
         """Return the input item of a loss: a policy loss's when there are advantages, else cross-entropy's."""
@@ -63,6 +76,7 @@ class Rows:
             shifted_labels=labels,
             advantages=self.advantages,
             old_logprobs=self.old_logprobs,
+            current_logprobs=self.current_logprobs,
             ref_logprobs=self.ref_logprobs,
             rollout_logprobs=self.rollout_logprobs,
             group_ids=self.group_ids,
@@ -107,12 +121,12 @@ def reward_terms(rewards: Tensor, completions: Completions) -> RewardTerms:
 
 
 def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
-    """Return the bundle of several processes: no group is shared by two of them, short rows are padded."""
+    """Return the bundle of several processes in their order: no group is shared by two, short rows are padded."""
     width = max(part.given("mask").shape[1] for part in parts)
     first_group, groups = 0, []
     for part in parts:
         groups.append(part.group_ids + first_group)
-        first_group += int(part.group_ids.max()) + 1
+        first_group += int(part.group_ids.max()) + 1 if len(part.group_ids) else 0
     return RewardTerms(
         rewards=torch.cat([part.rewards for part in parts]),
         group_ids=torch.cat(groups),
@@ -122,13 +136,13 @@ def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
 
 
 def rows_from_answers(examples: Sequence[Example], tokenizer: Any, device: torch.device) -> Rows:
-    """Turn prompts and reference answers into rows that score the answer and the end of the text."""
+    """Turn prompts and reference answers, perhaps none, into rows that score the answer and the end of the text."""
     prompts = [tokenizer(example.prompt, add_special_tokens=False)["input_ids"] for example in examples]
     answers = [
         [*tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         for example in examples
     ]
-    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    width = max([2, *(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))])
     input_ids = torch.full((len(examples), width), tokenizer.pad_token_id)
     labels = torch.full((len(examples), width), IGNORED)
     mask = torch.zeros((len(examples), width), dtype=torch.int64)

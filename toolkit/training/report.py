@@ -32,6 +32,8 @@ class Summary:
     num_processes: int
     skipped_updates: int
     """Optimizer steps without a single scored token."""
+    overflowed_updates: int
+    """Optimizer steps left out because the loss scale of fp16 was too large."""
     interrupted: bool
     output_dir: str
 
@@ -50,6 +52,7 @@ class Summary:
             loss=type(loss).__name__ + (f"/{policy_loss}" if policy_loss else ""),
             num_processes=trainer.accelerator.num_processes,
             skipped_updates=trainer.num_skipped,
+            overflowed_updates=trainer.num_overflows,
             interrupted=after is None,
             output_dir=str(output_dir),
         )
@@ -90,10 +93,7 @@ def write_report(
 
 def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw what happened: reward above all, then what tells why."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, whose back-end is a notebook's own
 
     main = [row for row in rows if row["phase"] == "main"]
     is_rl = any("reward" in row for row in main)
@@ -109,7 +109,7 @@ def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) ->
         ("grad_norm", "gradient norm before clipping"),
     ]
     panels = [panel for panel in panels if any(row.get(panel[0]) is not None for row in main)]
-    figure = plt.figure(figsize=(10, 6.2), layout="constrained")
+    figure = Figure(figsize=(10, 6.2), layout="constrained")
     grid = figure.add_gridspec(2, max(len(panels) - 1, 1), height_ratios=[1.6, 1])
     for place, (name, label) in enumerate(panels):
         axes = figure.add_subplot(grid[0, :] if place == 0 else grid[1, place - 1])
@@ -127,7 +127,6 @@ def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) ->
         title += f": held-out accuracy {summary.accuracy_before:.2f} → {summary.accuracy_after:.2f}"
     figure.suptitle(title, fontsize=13, x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def _draw_line(axes: Any, steps: list[int], values: list[float], *, is_main: bool) -> None:

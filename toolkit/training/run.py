@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
-from hydra.core.hydra_config import HydraConfig
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -21,25 +23,40 @@ from toolkit.distributed import check_world_size, rank, reduce_metrics
 from toolkit.errors import ConfigError, LaunchError, ToolkitError
 from toolkit.functional.declared import fields_declared, has_gradient, place_of, undeclared
 from toolkit.functional.registry import policy_loss
-from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
+from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.metrics import Max
 from toolkit.training import checkpoint
 from toolkit.training.config import TrainingConfig
 from toolkit.training.doors import check_environment, read_state
+from toolkit.training.faults import shared_fate
+from toolkit.training.phase import Phase
+from toolkit.training.probe import check_gradient_scale
 from toolkit.training.progress import PhaseProgress
 from toolkit.training.report import Summary, write_report
 from toolkit.training.tracking import Tracker
-from toolkit.training.trainer import Phase, Trainer
+from toolkit.training.trainer import Trainer
 
 
 class StopFlag:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag that the loop reads between steps; the second one kills."""
+    """Turns the first Ctrl-C (or SIGTERM) into a flag that the loop reads between steps; the second one kills.
+
+    A context: afterwards signals do what they did before. Only the main thread may say what they do.
+    """
 
     def __init__(self) -> None:
         self.is_set = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.is_set:
@@ -60,26 +77,46 @@ class Before:
     completions: list[str]
 
 
-def run(config: RunConfig, cfg: DictConfig, *, started: float) -> Summary:
-    """Train as configured and return the summary; files go to Hydra's output directory.
+def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) -> Summary:
+    """Train as configured and return the summary; all processes call it together.
 
     Args:
         config: the checked configuration.
         cfg: the same as Hydra composed it, to be written beside the results.
         started: when the run began, imports included, as `time.time` gives it.
+        output_dir: for the files; that of the main process counts.
 
     Raises:
-        LaunchError: another number of processes works together than was asked for, or accelerate would change the
-            scale of the loss.
+        LaunchError: another number of processes works together than was asked for, the gradient of the start-up probe
+            comes out changed, or another process failed.
         ConfigError: a checkpoint to resume from, a model or a tracker is not there.
     """
     check_environment(config)
     resumed = read_state(config.training.resume, config) if config.training.resume else None
-    accelerator = make_accelerator(config.training, config.tracker.log_with, HydraConfig.get().runtime.output_dir)
-    check_world_size(accelerator.num_processes, config.training.num_processes)
-    output_dir = _shared_output_dir(accelerator)
+    accelerator = make_accelerator(config.training, config.tracker.log_with, output_dir)
+    with shared_fate(config.training.timeout_s):
+        check_world_size(accelerator.num_processes, config.training.num_processes)
+        probe_accelerator(accelerator, config.loss)
+        folder = _of_main_process(output_dir, accelerator)
+        with StopFlag() as flag:
+            summary = _job(config, cfg, accelerator, flag, resumed, started, folder)
+        accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return summary
+
+
+def _job(
+    config: RunConfig,
+    cfg: DictConfig,
+    accelerator: Accelerator,
+    flag: StopFlag,
+    resumed: tuple[Path, dict[str, Any]] | None,
+    started: float,
+    output_dir: Path,
+) -> Summary:
+    """Set up, train, evaluate and report."""
     console = Console(quiet=not accelerator.is_main_process)
-    flag = StopFlag()
     if config.model.cpu_threads is not None:
         torch.set_num_threads(config.model.cpu_threads)
     set_seed(config.seed)
@@ -111,9 +148,6 @@ def run(config: RunConfig, cfg: DictConfig, *, started: float) -> Summary:
         write_report(
             summary, tracker.rows, examples, before.completions if before else [], after[1] if after else [], console
         )
-    accelerator.wait_for_everyone()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     return summary
 
 
@@ -131,6 +165,7 @@ def _train(
     if folder is not None:
         checkpoint.load_weights(folder, trainer)
         trainer.num_skipped = state["num_skipped"]
+        trainer.num_overflows = state.get("num_overflows", 0)
         trainer.kl_penalty.restore(state["kl_control"])
         tracker.restore(folder.parent, state["phase"], state["next_step"])
         console.print(f"resumed from {folder}: {state['phase']} step {state['next_step']}", soft_wrap=True)
@@ -233,7 +268,21 @@ def _rehearse(loss_cfg: BaseRLLossConfig, fields: set[str]) -> None:
 def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: str) -> Accelerator:
     """Return the accelerator of this process; gradient accumulation is the toolkit's own, so that none is divided."""
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, log_with=log_with, project_dir=project_dir)
+    precision = _mixed_precision(config, on_cpu=on_cpu)
+    waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=precision,
+            log_with=log_with,
+            project_dir=project_dir,
+            kwargs_handlers=[waiting],
+        )
+    except torch.distributed.DistError as error:
+        raise LaunchError(
+            f"the processes did not find each other within training.timeout_s={config.timeout_s} s: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
     if accelerator.gradient_accumulation_steps != 1:  # set by the launcher or its environment variable
         raise LaunchError(
             f"accelerate was told to accumulate gradients over {accelerator.gradient_accumulation_steps} steps and "
@@ -243,9 +292,40 @@ def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: 
     return accelerator
 
 
-def _shared_output_dir(accelerator: Accelerator) -> Path:
+def _mixed_precision(config: TrainingConfig, *, on_cpu: bool) -> str | None:
+    """Return what accelerate is told.
+
+    Raises:
+        LaunchError: the launcher was told otherwise.
+        ConfigError: fp16 without a GPU; accelerate would train in fp32 and not say so.
+    """
+    wanted, launched = config.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if wanted is not None and launched not in (None, wanted):
+        raise LaunchError(
+            f"accelerate was launched with mixed_precision={launched}, but training.mixed_precision={wanted}; leave "
+            "one of them out"
+        )
+    if on_cpu and "fp16" in (wanted, launched):
+        raise ConfigError("training.mixed_precision=fp16 needs a GPU; choose bf16 or no on a CPU")
+    return wanted
+
+
+def probe_accelerator(accelerator: Accelerator, loss_cfg: BaseLossConfig) -> None:
+    """Send a known gradient through the accelerator as the loop does; see `check_gradient_scale`."""
+    check_gradient_scale(
+        accelerator.backward,
+        accelerator.prepare_model,
+        no_sync=accelerator.no_sync,
+        scaler=accelerator.scaler,
+        loss_cfg=CELossConfig(gradient_reduction=loss_cfg.gradient_reduction),
+        device=accelerator.device,
+    )
+    accelerator.free_memory()  # it would keep the probe's module among its models
+
+
+def _of_main_process(output_dir: str, accelerator: Accelerator) -> Path:
     """Return the main process's output directory on every process."""
-    holder = [HydraConfig.get().runtime.output_dir]
+    holder = [output_dir]
     if accelerator.num_processes > 1:
         broadcast_object_list(holder)
     return Path(holder[0])

@@ -1,6 +1,7 @@
 """One optimizer step, and the two phases made of them: supervised warm-up and RL.
 
-Every random choice of a step comes from (seed, phase, step, rank), so that a resumed run goes on as the uninterrupted
+A run is the same on any number of processes: what is drawn at random depends on the seed, the phase, the step and the
+number of the prompt or sample, never on the process (only dropout does). So a resumed run goes on as the uninterrupted
 one would have.
 """
 
@@ -8,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -20,14 +20,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from toolkit.config import RunConfig
-from toolkit.distributed import all_gather_objects, all_reduce_sum, reduce_metrics
-from toolkit.functional.rewards import RewardTerms
+from toolkit.distributed import all_gather_objects, reduce_metrics
 from toolkit.losses.calibration import loss_metric
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
-from toolkit.losses.grpo_kwargs import scope_of
+from toolkit.losses.grpo_items import scope_of
 from toolkit.metrics import Max, Mean, Metric, Sum, merge_metrics, metrics_in, to_floats
 from toolkit.models.policy import Policy
-from toolkit.rollout.sampler import complete
+from toolkit.rollout.sampler import Completions, complete, row_uniforms
 from toolkit.tasks.base import Example, Task
 from toolkit.training.config import SchedulerConfig
 from toolkit.training.experience import (
@@ -39,6 +38,9 @@ from toolkit.training.experience import (
     rows_from_completions,
 )
 from toolkit.training.kl_penalty import KLPenalty
+from toolkit.training.layout import largest_share, minibatches, share_of
+from toolkit.training.phase import Phase, learning_rate_schedule
+from toolkit.training.step import needs_current, on_host, per_update, without_empty
 
 WARMUP_RISE = 10
 """Updates over which the warm-up's learning rate rises."""
@@ -46,20 +48,8 @@ PROBE_EVERY = 2
 """Warm-up steps between two looks at the accuracy."""
 PROBE_SIZE = 256
 """Prompts in such a look; a standard error of 0.03."""
-
-
-@dataclass
-class Phase:
-    """A sequence of steps with its own optimizer and learning-rate schedule."""
-
-    name: str
-    num_steps: int
-    step_fn: Callable[[Phase], dict[str, float]]
-    optimizer: Any
-    learning_rate: Callable[[int], float]
-    """Of the update with this number, from 0."""
-    next_step: int = 0
-    num_updates: int = 0
+NUM_LEARNING = "num_learning"
+"""Name under which the tokens that can be learned from travel with the metrics of a step."""
 
 
 class Trainer:
@@ -74,6 +64,7 @@ class Trainer:
         self.kl_penalty = KLPenalty(config.kl_control, config.loss)
         self.policy = accelerator.prepare_model(policy)
         self.num_skipped = 0
+        self.num_overflows = 0
 
     @property
     def unwrapped(self) -> Policy:
@@ -113,6 +104,9 @@ class Trainer:
 
     def _optimizer(self, lr: float) -> Any:
         cfg = self.config.optimizer
+        # clip_grad_norm_ takes the loss scale out once for each optimizer that accelerate knows; the two phases share
+        # their parameters, so the second phase would lose it twice.
+        self.accelerator._optimizers.clear()
         return self.accelerator.prepare_optimizer(
             torch.optim.AdamW(self.policy.parameters(), lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
         )
@@ -134,78 +128,71 @@ class Trainer:
         phase.next_step += 1
         return metrics
 
+    def _place(self, *place: object) -> str:
+        return "/".join(map(str, (self.config.seed, *place)))
+
     def _rng(self, *place: object) -> Random:
-        return Random(f"{self.config.seed}/{'/'.join(map(str, place))}")
+        return Random(self._place(*place))
 
     # ---------------------------------------------------------------- steps
 
     def _supervised_step(self, phase: Phase, loss_cfg: BaseLossConfig) -> dict[str, float]:
         draw = self._rng(phase.name, phase.next_step, "data")
         examples = self.task.demonstrate(self.config.warmup.batch_size, draw)
-        rows = rows_from_answers(self._own_share(examples), self.tokenizer, self.accelerator.device)
-        return to_floats(self._optimizer_step(phase, rows, loss_cfg))
+        rows = rows_from_answers(examples[self._share(len(examples))], self.tokenizer, self.accelerator.device)
+        return to_floats(self._optimizer_step(phase, rows, loss_cfg, self._largest(len(examples))))
 
     def _rl_step(self, phase: Phase) -> dict[str, float]:
         cfg, step = self.config, phase.next_step
         prompts = self.task.draw(cfg.rollout.prompts_per_step, self._rng("main", step, "data"))
-        rows, measured = self._experience(self._own_share(prompts), self._rng("main", step, "reward", self._rank))
+        rows, rows_of, measured = self._experience(prompts, step)
         needs_old = cfg.training.minibatches > 1 or bool(getattr(cfg.loss, "correction", ()))
         if needs_old and rows.old_logprobs is None:
-            rows = replace(rows, old_logprobs=self._score(self.unwrapped, rows))
+            rows = replace(rows, old_logprobs=self._score(self.unwrapped, rows, max(rows_of)))
         if self.reference is not None and rows.ref_logprobs is None:
-            rows = replace(rows, ref_logprobs=self._score(self.reference, rows))
-        loss_cfg = self.kl_penalty.loss_config(_without_empty(cfg.loss))
-        for index in self._shuffled(len(rows)).tensor_split(cfg.training.minibatches):
-            own = index.flatten().to(rows.input_ids.device)
-            stepped = self._optimizer_step(phase, rows.select(own) if len(own) else rows.silenced(), loss_cfg)
-            measured = merge_metrics([measured, stepped])
+            rows = replace(rows, ref_logprobs=self._score(self.reference, rows, max(rows_of)))
+        loss_cfg = self.kl_penalty.loss_config(without_empty(cfg.loss))
+        unit = cfg.rollout.group_size if self._needs_groups else 1
+        shuffle = self._rng("main", step, "shuffle")
+        for cut in minibatches(rows_of, self._rank, cfg.training.minibatches, shuffle, unit=unit):
+            own = rows.select(cut.own.to(rows.input_ids.device))
+            measured = merge_metrics([measured, self._optimizer_step(phase, own, loss_cfg, cut.largest)])
         metrics = to_floats(measured)
         return metrics | self.kl_penalty.observe(metrics, cfg.rollout.prompts_per_step * cfg.rollout.group_size)
-
-    def _shuffled(self, number: int) -> Tensor:
-        """Return the rows of a rollout in random order: [n, 1], or [P, G] where a loss needs whole groups."""
-        size = self.config.rollout.group_size if self._needs_groups and number > 1 else 1
-        groups = torch.randperm(number // size)
-        return groups.unsqueeze(-1) * size + torch.arange(size)
 
     @property
     def _needs_groups(self) -> bool:
         loss_cfg = self.config.loss
         return isinstance(loss_cfg, BaseRLLossConfig) and scope_of(loss_cfg) == "group"
 
-    def _experience(self, examples: list[Example], rng: Random) -> tuple[Rows, dict[str, Metric]]:
-        """Sample completions of this process's prompts, reward them and compare them within their groups."""
-        cfg = self.config.rollout
-        completions = complete(
-            self.unwrapped.lm,
-            self.tokenizer,
-            [example.prompt for example in examples],
-            max_new_tokens=self.max_new_tokens,
-            group_size=cfg.group_size,
-            temperature=cfg.temperature,
-        )
+    def _experience(self, prompts: list[Example], step: int) -> tuple[Rows, list[int], dict[str, Metric]]:
+        """Sample completions of this process's prompts, reward them and compare them within their groups.
+
+        Returns:
+            The rows of this process, how many each process has, and metrics of all.
+        """
+        cfg, size = self.config.rollout, self.config.rollout.group_size
+        share = self._share(len(prompts))
+        completions = self._sample(prompts, share, step)
         rewards = torch.tensor(
             [
-                self.task.reward(examples[row // cfg.group_size], text, finished=ended)
-                if self.config.task.reward == "verifier"
-                else float(rng.random() < 0.5)
+                self._reward(prompts[share.start + row // size], text, ended, step, share.start * size + row)
                 for row, (text, ended) in enumerate(zip(completions.texts, completions.finished, strict=True))
             ]
-        ).view(-1, cfg.group_size)
-        # Prompts are dealt out in turn, so these numbers are those of the prompts over all processes.
-        prompts = self._rank + self.accelerator.num_processes * torch.arange(len(examples))
-        groups = prompts.repeat_interleave(cfg.group_size)
+        ).view(-1, size)
+        groups = torch.arange(share.start, share.stop).repeat_interleave(size)
         rows = rows_from_completions(completions, torch.zeros(len(groups)), groups, temperature=cfg.temperature)
         measured: dict[str, Metric] = {"reward": Mean.of(rewards)}
         if self.config.kl_control.reward_type is not None:
             assert self.reference is not None
-            old, ref = self._score(self.unwrapped, rows), self._score(self.reference, rows)
+            most = self._largest(len(prompts)) * size
+            old, ref = self._score(self.unwrapped, rows, most), self._score(self.reference, rows, most)
             rows = replace(rows, old_logprobs=old, ref_logprobs=ref)
             rewards, of_kl = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)
             measured |= of_kl
-        advantages = self._advantages(reward_terms(rewards, completions))
-        per_token = (advantages if advantages.dim() == 2 else advantages.unsqueeze(-1)).to(rows.input_ids.device)
-        rows = replace(rows, advantages=per_token.expand(rows.shifted_labels.shape))
+        advantages = self._advantages(rewards, completions)
+        own = advantages[share.start * size : share.stop * size, : rows.shifted_labels.shape[1]]
+        rows = replace(rows, advantages=own.to(rows.input_ids.device).expand(rows.shifted_labels.shape))
         is_uniform = (rewards == rewards[:, :1]).all(-1)
         metrics = reduce_metrics(
             {
@@ -214,29 +201,56 @@ class Trainer:
                 "completion_tokens": Mean.of(completions.is_new.sum(-1).cpu()),
             }
         )
-        if cfg.skip_uniform_groups:
-            teaches = (advantages.view(*rewards.shape, -1) != 0).any(-1).any(-1)
-            kept = teaches.repeat_interleave(cfg.group_size).nonzero().squeeze(-1).to(rows.input_ids.device)
-            rows = rows.select(kept) if len(kept) else rows.silenced()
-        return rows, metrics
+        teaches = (advantages != 0).any(-1).view(-1, size).any(-1) | (not cfg.skip_uniform_groups)
+        kept = teaches[share].repeat_interleave(size).nonzero().squeeze(-1)
+        rows_of = [size * int(teaches[self._share(len(prompts), rank)].sum()) for rank in range(self._world)]
+        return rows.select(kept.to(rows.input_ids.device)), rows_of, metrics
 
-    def _advantages(self, own: RewardTerms) -> Tensor:
-        """Return the advantages of this process's completions, [R] or [R, T - 1]; the batch is that of all of them."""
-        parts = all_gather_objects(own)
-        start = sum(len(part.rewards) for part in parts[: self._rank])
-        found = self.config.advantage.compute(joined_terms(parts))[start : start + len(own.rewards)]
-        return found if found.dim() == 1 else found[:, : own.given("mask").shape[1]]
+    def _sample(self, prompts: list[Example], share: slice, step: int) -> Completions:
+        """Sample the completions of this process's prompts, each token from (seed, step, prompt, sample, position)."""
+        cfg = self.config.rollout
+        own = prompts[share]
+        places = [(prompt, sample) for prompt in range(share.start, share.stop) for sample in range(cfg.group_size)]
+        seeds = [self._place("main", step, "sample", *place) for place in places]
+        completions = complete(
+            self.unwrapped.lm,
+            self.tokenizer,
+            [example.prompt for example in own or prompts[:1]],  # without a prompt of its own it samples for nothing
+            max_new_tokens=self.max_new_tokens,
+            group_size=cfg.group_size,
+            temperature=cfg.temperature,
+            uniforms=row_uniforms(seeds or [""] * cfg.group_size, self.max_new_tokens),
+        )
+        return completions.first(len(places))
+
+    def _reward(self, example: Example, text: str, ended: bool, step: int, number: int) -> float:
+        if self.config.task.reward == "verifier":
+            return self.task.reward(example, text, finished=ended)
+        return float(self._rng("main", step, "reward", number).random() < 0.5)
+
+    def _advantages(self, rewards: Tensor, completions: Completions) -> Tensor:
+        """Return the advantages of the completions of all processes, [R, 1] or [R, T - 1], in the order of prompts."""
+        parts = all_gather_objects(reward_terms(rewards, completions))
+        found = self.config.advantage.compute(joined_terms(parts))
+        return found if found.dim() == 2 else found.unsqueeze(-1)
 
     @torch.no_grad()
-    def _score(self, policy: Policy, rows: Rows) -> Tensor:
-        """Return the log-probabilities of the rows; unwrapped, for ranks may have different numbers of pieces."""
+    def _score(self, policy: Policy, rows: Rows, most: int) -> Tensor:
+        """Return the log-probabilities of the rows, [R, T - 1]; `most`: rows of the process that has most of them."""
         policy.eval()
-        temperature = self.config.loss.temperature
-        pieces = rows.split(self.config.training.micro_batch_size)
-        return torch.cat([policy(p.input_ids, p.attention_mask, temperature=temperature) for p in pieces])
+        temperature, size = self.config.loss.temperature, self.config.training.micro_batch_size
+        pieces = rows.split(size, max(1, -(-most // size)))
+        return torch.cat([policy(p.input_ids, p.attention_mask, temperature=temperature) for p in pieces])[: len(rows)]
 
-    def _optimizer_step(self, phase: Phase, rows: Rows, loss_cfg: BaseLossConfig) -> dict[str, Metric]:
-        """Take one calibrated step on `rows`, however many forwards that takes; return its reduced metrics."""
+    def _optimizer_step(self, phase: Phase, rows: Rows, loss_cfg: BaseLossConfig, most: int) -> dict[str, Metric]:
+        """Take one calibrated step, however many forwards that takes; return its reduced metrics, on the host.
+
+        Args:
+            phase: whose optimizer steps.
+            rows: of this process, perhaps none.
+            loss_cfg: the loss.
+            most: rows of the process that has most of them.
+        """
         accelerator = self.accelerator
         for group in phase.optimizer.param_groups:
             group["lr"] = phase.learning_rate(phase.num_updates)
@@ -244,34 +258,41 @@ class Trainer:
         size = self.config.training.micro_batch_size
         if self._needs_groups:  # RunConfig has made sure that a micro-batch holds a group
             size -= size % self.config.rollout.group_size
-        micro_batches = self._same_number_everywhere(rows.split(size))
-        items = [rows.item(loss_cfg.ignore_idx) for rows in micro_batches]
+        number = max(1, -(-most // size))
+        if needs_current(loss_cfg, number * self._world):
+            rows = replace(rows, current_logprobs=self._score(self.unwrapped, rows, most))
+        micro_batches = rows.split(size, number)
         context = loss_cfg.loss_ctx_cls
-        batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg)
-        parts = []
+        batches_kwargs = context.build_batches_loss_kwargs(
+            [r.item(loss_cfg.ignore_idx) for r in micro_batches], loss_cfg
+        )
+        contexts = [context(loss_cfg, kwargs) for kwargs in batches_kwargs]
+        parts: list[dict[str, Metric]] = []
         self.policy.train()
-        for index, (batch, kwargs) in enumerate(zip(micro_batches, batches_kwargs, strict=True)):
-            is_last = index == len(micro_batches) - 1
+        for index, (batch, loss_ctx) in enumerate(zip(micro_batches, contexts, strict=True)):
+            is_last = index == number - 1
             # DDP exchanges gradients once, in the last backward; until then they add up locally.
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.policy):
-                loss, metrics = self.policy(batch.input_ids, batch.attention_mask, context(loss_cfg, kwargs))
+                loss, metrics = self.policy(batch.input_ids, batch.attention_mask, loss_ctx)
                 accelerator.backward(loss)
-            parts.append({**metrics_in(metrics), "loss": loss_metric(loss, loss_cfg.gradient_reduction)})
-        step_metrics = _per_update(reduce_metrics(merge_metrics(parts)))
-        tokens = sum(context(loss_cfg, kwargs).num_learning() for kwargs in batches_kwargs)
-        if float(all_reduce_sum(torch.as_tensor(tokens, dtype=torch.float64, device=accelerator.device))) == 0:
-            self.num_skipped += 1  # nothing to learn from anywhere: Adam's momentum must not move the weights
-            phase.optimizer.zero_grad()
-            return step_metrics
+            own = {"loss": loss_metric(loss, loss_cfg.gradient_reduction), NUM_LEARNING: Sum(loss_ctx.num_learning())}
+            parts.append({**metrics_in(metrics), **own})
         grad_norm = accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optimizer.max_grad_norm)
-        phase.optimizer.step()
+        of_norm = {"grad_norm": Mean.of(grad_norm), "grad_norm_max": Max.of(grad_norm)}
+        # The only wait for the device: what the host must know to step, and all that is reported, in one transfer.
+        found = on_host(per_update({**reduce_metrics(merge_metrics(parts)), **of_norm}))
+        if found.pop(NUM_LEARNING).value() == 0:
+            self.num_skipped += 1  # nothing to learn from anywhere: Adam's momentum must not move the weights
+            found = {name: metric for name, metric in found.items() if name not in of_norm}
+            if accelerator.scaler is not None:
+                accelerator.scaler.update(accelerator.scaler.get_scale())  # it waits for a step after unscaling
+        else:
+            phase.optimizer.step()
+            if phase.optimizer.step_was_skipped:  # the loss scale was too large: the gradient is not finite
+                self.num_overflows += 1
+                found = {name: metric for name, metric in found.items() if name not in of_norm}
         phase.optimizer.zero_grad()
-        return {**step_metrics, "grad_norm": Mean.of(grad_norm.reshape(1)), "grad_norm_max": Max.of(grad_norm)}
-
-    def _same_number_everywhere(self, micro_batches: list[Rows]) -> list[Rows]:
-        """Add silent micro-batches until every process has as many: each forward is a collective under DDP."""
-        most = reduce_metrics({"count": Max.of(torch.tensor([float(len(micro_batches))]))})["count"].value()
-        return micro_batches + [micro_batches[0].silenced()] * (int(most) - len(micro_batches))
+        return found
 
     # ---------------------------------------------------------------- evaluation
 
@@ -290,16 +311,15 @@ class Trainer:
 
     def accuracy(self, examples: Sequence[Example], batch_size: int = 512) -> float:
         """Return the fraction of `examples` whose greedy completion is right, over all processes."""
-        own = self._own_share(list(examples))
+        own = examples[self._share(len(examples))]
         right = []
-        for start in range(0, len(own), batch_size):
-            examples = own[start : start + batch_size]
-            found = complete(
-                self.unwrapped.lm, self.tokenizer, [e.prompt for e in examples], max_new_tokens=self.max_new_tokens
-            )
+        for start in range(0, self._largest(len(examples)), batch_size):
+            batch = own[start : start + batch_size]
+            prompts = [example.prompt for example in batch or examples[:1]]  # all processes generate as often
+            found = complete(self.unwrapped.lm, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
             right += [
                 self.task.reward(example, text, finished=ended) >= 1.0
-                for example, text, ended in zip(examples, found.texts, found.finished, strict=True)
+                for example, text, ended in zip(batch, found.texts, found.finished, strict=False)
             ]
         return reduce_metrics({"accuracy": Mean.of(torch.tensor(right))})["accuracy"].value()
 
@@ -313,37 +333,12 @@ class Trainer:
     def _rank(self) -> int:
         return self.accelerator.process_index
 
-    def _own_share(self, examples: list[Example]) -> list[Example]:
-        # A process without work still takes part: with fewer examples than processes, some are seen twice.
-        return examples[self._rank :: self.accelerator.num_processes] or examples[:1]
+    @property
+    def _world(self) -> int:
+        return self.accelerator.num_processes
 
+    def _share(self, number: int, rank: int | None = None) -> slice:
+        return share_of(number, self._rank if rank is None else rank, self._world)
 
-def _without_empty(loss_cfg: BaseLossConfig) -> BaseLossConfig:
-    """Do not count empty sequences: every completion has a token, only the rows of a rank without work have none."""
-    if "aggregation" not in type(loss_cfg).model_fields:
-        return loss_cfg
-    aggregation = loss_cfg.aggregation.model_copy(update={"count_empty": False})  # type: ignore[attr-defined]
-    return loss_cfg.model_copy(update={"aggregation": aggregation})
-
-
-def _per_update(metrics: dict[str, Metric]) -> dict[str, Metric]:
-    """Turn the summed losses of one update into means of one, to be averaged over the updates of a step."""
-    return {
-        name: Mean(metric.total, torch.ones_like(metric.total))
-        if isinstance(metric, Sum) and name.endswith("loss")
-        else metric
-        for name, metric in metrics.items()
-    }
-
-
-def learning_rate_schedule(config: SchedulerConfig, peak: float, num_updates: int) -> Callable[[int], float]:
-    """Return the learning rate as a function of the update, from 0 to num_updates - 1."""
-
-    def learning_rate(update: int) -> float:
-        rise = min(1.0, (update + 1) / max(config.warmup_updates, 1))
-        done = min(update / max(num_updates, 1), 1.0)
-        left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.shape]
-        floor = 1.0 if config.shape == "constant" else config.final_ratio
-        return peak * rise * (floor + (1 - floor) * left)
-
-    return learning_rate
+    def _largest(self, number: int) -> int:
+        return largest_share(number, self._world)

@@ -1,0 +1,61 @@
+"""Which scale or soft cap turns one tensor of logits into another: for the words of the start-up check.
+
+Legend: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolkit.head.logits import LogitTransform
+
+_ROUNDS = 6
+"""Each narrows the search for the cap tenfold, from a range of 1 to 100."""
+_POINTS = 41
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference of two [N, V] tensors of logits over the largest of `theirs`."""
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-30))
+
+
+def fitted_transform(raw: Tensor, theirs: Tensor, tolerance: float) -> LogitTransform | None:
+    """Return the scale and soft cap that make `theirs` of `raw`, or None if no such pair does.
+
+    A scale is a least-squares fit. Under a cap c the fit is that of ``c atanh(theirs / c)``, which is linear in `raw`
+    for the right c, so that only c is searched. Rounded to 4 digits: these are settings that a person chose.
+
+    Args:
+        raw: [N, V] what the head's product gives.
+        theirs: [N, V] the model's own logits.
+        tolerance: the largest difference that rounding explains, as `difference` measures it.
+    """
+    raw, theirs = raw.double(), theirs.double()
+    scale = _slope(raw, theirs)
+    if difference(raw * scale, theirs) <= tolerance:
+        return LogitTransform(_rounded(scale))
+    largest = float(theirs.abs().max())
+    low, high = largest * (1 + 1e-7), largest * 100
+    for _ in range(_ROUNDS):
+        caps = [low * (high / low) ** (step / (_POINTS - 1)) for step in range(_POINTS)]
+        errors = [difference(_capped(raw, theirs, cap), theirs) for cap in caps]
+        best = min(range(_POINTS), key=errors.__getitem__)
+        low, high = caps[max(best - 2, 0)], caps[min(best + 2, _POINTS - 1)]
+    if errors[best] > tolerance:
+        return None
+    cap = caps[best]
+    return LogitTransform(_rounded(_slope(raw, cap * (theirs / cap).atanh())), _rounded(cap))
+
+
+def _capped(raw: Tensor, theirs: Tensor, cap: float) -> Tensor:
+    scale = _slope(raw, cap * (theirs / cap).atanh())
+    return cap * torch.tanh(raw * scale / cap)
+
+
+def _slope(x: Tensor, y: Tensor) -> float:
+    return float((x * y).sum() / (x * x).sum().clamp(min=1e-30))
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.4g}")

@@ -1,0 +1,61 @@
+"""The load-balancing loss of a mixture of experts, computed as the model's own forward would.
+
+Legend: B rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.errors import warn_once
+
+
+def wants_router_loss(lm: Any) -> bool:
+    """Whether the model's config asks for a router loss in training (`output_router_logits`)."""
+    config = getattr(lm, "config", None)
+    return bool(getattr(config, "output_router_logits", False)) and router_coef(lm) != 0
+
+
+def router_coef(lm: Any) -> float:
+    """Return the coefficient that the model's own forward gives to its router loss."""
+    found = getattr(lm, "router_aux_loss_coef", None)
+    return float(getattr(lm.config, "router_aux_loss_coef", 0.0) if found is None else found)
+
+
+def router_loss(lm: Any, router_logits: Any, attention_mask: Tensor) -> Tensor:
+    """Return the model's own load-balancing loss of these tokens, not yet multiplied by its coefficient.
+
+    Args:
+        lm: the model, without PEFT's wrapper.
+        router_logits: one [B T, experts] tensor for each layer, from the trunk.
+        attention_mask: [B, T]; padding does not count.
+
+    Source: Fedus et al. 2021, arXiv 2101.03961, eq. 4-6, by transformers' `load_balancing_loss_func`.
+    """
+    homes = [sys.modules[kind.__module__] for kind in type(lm).__mro__ if kind.__module__ in sys.modules]
+    function = next(f for home in homes if (f := getattr(home, "load_balancing_loss_func", None)) is not None)
+    experts = getattr(lm, "num_experts", None) or getattr(lm.config, "num_local_experts", None)
+    return function(
+        tuple(router_logits),
+        experts or lm.config.num_experts,
+        getattr(lm, "num_experts_per_tok", None) or lm.config.num_experts_per_tok,
+        attention_mask,
+    )
+
+
+def can_compute(lm: Any) -> bool:
+    """Whether the model's own module has a load-balancing loss to call."""
+    homes = [sys.modules.get(kind.__module__) for kind in type(lm).__mro__]
+    return any(hasattr(home, "load_balancing_loss_func") for home in homes)
+
+
+def warn_left_out(lm: Any) -> None:
+    """Say once that a router loss which the config asks for is not part of the loss."""
+    warn_once(
+        f"{type(lm).__name__}.config asks for a router loss (output_router_logits, coefficient {router_coef(lm)}), and "
+        "it is left out: give Policy.forward an auxiliary_weight (toolkit.losses.auxiliary.auxiliary_weights), or set "
+        "output_router_logits=False"
+    )

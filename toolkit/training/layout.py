@@ -1,0 +1,58 @@
+"""Who does what: the one place that knows of process numbers, so that a run is the same on any number of processes.
+
+Prompts are dealt out in consecutive shares: process after process, they are in the order of one process. Minibatches
+are cut from the rows of all processes at once; each process takes its own rows of a minibatch, perhaps none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+
+def share_of(number: int, rank: int, num_processes: int) -> slice:
+    """Return which of `number` things in a row are those of process `rank`; sizes differ by 1 at most."""
+    return slice(rank * number // num_processes, (rank + 1) * number // num_processes)
+
+
+def largest_share(number: int, num_processes: int) -> int:
+    """Return the size of the largest share."""
+    return -(-number // num_processes)
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The rows of one optimizer step."""
+
+    own: Tensor
+    """[n] int64, numbers of this process's rows among all it has."""
+    largest: int
+    """Rows of the process that has most of them."""
+
+
+def minibatches(rows_of: Sequence[int], rank: int, number: int, rng: Random, *, unit: int = 1) -> list[Minibatch]:
+    """Cut the rows of all processes into minibatches at random, the same way on every process.
+
+    Args:
+        rows_of: for each process, how many rows it has.
+        rank: this process.
+        number: minibatches; their sizes differ by `unit` at most.
+        rng: equal on all processes.
+        unit: rows that stay together, side by side on one process: the completions of a prompt.
+    """
+    total = sum(rows_of)
+    ends = torch.tensor(rows_of).cumsum(0)
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    firsts = torch.randperm(total // unit, generator=generator).unsqueeze(-1) * unit
+    found = []
+    for part in (firsts + torch.arange(unit)).tensor_split(number):
+        rows = part.flatten()
+        owner = torch.bucketize(rows, ends, right=True)
+        sizes = torch.bincount(owner, minlength=len(rows_of))
+        own = rows[owner == rank] - (int(ends[rank]) - rows_of[rank])
+        found.append(Minibatch(own, int(sizes.max())))
+    return found

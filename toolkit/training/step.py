@@ -1,0 +1,43 @@
+"""What an optimizer step asks of a loss beforehand, and how its metrics reach the host."""
+
+from __future__ import annotations
+
+import torch
+
+from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
+from toolkit.losses.grpo_items import scope_of
+from toolkit.metrics import Mean, Metric, Sum, fetch
+
+
+def needs_current(loss_cfg: BaseLossConfig, num_parts: int) -> bool:
+    """Whether a loss has to know the log-probabilities of all `num_parts` parts of a step before its first forward."""
+    if not isinstance(loss_cfg, BaseRLLossConfig):
+        return False
+    return loss_cfg.needs_current_first or (num_parts > 1 and scope_of(loss_cfg) in ("group", "batch"))
+
+
+def without_empty(loss_cfg: BaseLossConfig) -> BaseLossConfig:
+    """Do not count empty sequences: every completion has a token, only the rows of a rank without work have none."""
+    if "aggregation" not in type(loss_cfg).model_fields:
+        return loss_cfg
+    aggregation = loss_cfg.aggregation.model_copy(update={"count_empty": False})  # type: ignore[attr-defined]
+    return loss_cfg.model_copy(update={"aggregation": aggregation})
+
+
+def per_update(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """Turn the summed losses of one update into means of one, to be averaged over the updates of a step."""
+    return {
+        name: Mean(metric.total, torch.ones_like(metric.total))
+        if isinstance(metric, Sum) and name.endswith("loss")
+        else metric
+        for name, metric in metrics.items()
+    }
+
+
+def on_host(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """Return the metrics with all their parts on the host, in one transfer."""
+    parts = iter(fetch([part for metric in metrics.values() for part in metric.parts]))
+    return {
+        name: metric.of_parts(torch.tensor(next(parts), dtype=torch.float64) for _ in metric.parts)
+        for name, metric in metrics.items()
+    }

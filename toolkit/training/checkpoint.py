@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 
 from toolkit.errors import ConfigError
 from toolkit.training.doors import CHECKPOINT, identity
 from toolkit.training.phase import Phase
+from toolkit.training.sharding import full_optimizer_state, load_full_optimizer_state, save_weights
+from toolkit.training.sharding import load_weights as read_weights
 from toolkit.training.trainer import Trainer
 
 
@@ -27,17 +28,20 @@ def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: di
         phase: the phase under way.
         record: further JSON values to find again at resume.
     """
+    fresh, final = output_dir / f"{CHECKPOINT}.writing", output_dir / CHECKPOINT
     if trainer.accelerator.is_main_process:
-        fresh, final = output_dir / f"{CHECKPOINT}.writing", output_dir / CHECKPOINT
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        save_model(trainer.unwrapped, str(fresh / "model.safetensors"))
-        if trainer.reference is not None:
-            save_model(trainer.reference, str(fresh / "reference.safetensors"))
+    # All processes: sharded weights are gathered for the main one, which writes.
+    save_weights(trainer.policy, str(fresh / "model.safetensors"))
+    if trainer.reference is not None:
+        save_weights(trainer.reference, str(fresh / "reference.safetensors"))
+    optimizer_state = full_optimizer_state(trainer.policy, phase.optimizer)
+    if trainer.accelerator.is_main_process:
         trainer.tokenizer.save_pretrained(fresh / "tokenizer")
         torch.save(
             {
-                "optimizer": phase.optimizer.state_dict(),
+                "optimizer": optimizer_state,
                 "scaler": trainer.accelerator.scaler.state_dict() if trainer.accelerator.scaler is not None else None,
                 "torch_rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -69,7 +73,7 @@ def load_weights(folder: Path, trainer: Trainer) -> None:
         ConfigError: they belong to another model.
     """
     try:
-        load_model(trainer.unwrapped, str(folder / "model.safetensors"))
+        read_weights(trainer.policy, str(folder / "model.safetensors"))
     except RuntimeError as error:
         raise ConfigError(
             f"training.resume: the weights in {folder} are not those of model={type(trainer.config.model).__name__} "
@@ -86,13 +90,13 @@ def load_reference(folder: Path, trainer: Trainer) -> None:
     if trainer.reference is not None:
         if not (folder / "reference.safetensors").is_file():
             raise ConfigError(f"training.resume: {folder} holds no reference policy; resume with the earlier settings")
-        load_model(trainer.reference, str(folder / "reference.safetensors"))
+        read_weights(trainer.reference, str(folder / "reference.safetensors"))
 
 
-def load_phase(folder: Path, state: dict[str, Any], phase: Phase) -> None:
+def load_phase(folder: Path, state: dict[str, Any], phase: Phase, trainer: Trainer) -> None:
     """Put optimizer, schedule, random state and step of `phase` back."""
     stored = torch.load(folder / "state.pt", weights_only=True)
-    phase.optimizer.load_state_dict(stored["optimizer"])
+    load_full_optimizer_state(trainer.policy, phase.optimizer, stored["optimizer"])
     if phase.optimizer.scaler is not None and stored.get("scaler") is not None:
         phase.optimizer.scaler.load_state_dict(stored["scaler"])
     torch.set_rng_state(stored["torch_rng"])

@@ -152,6 +152,8 @@ class TrainingConfig(Config):
     """Processes that must work together; None: as many as the launcher started."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU if there is one."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """none: every process holds all weights (DDP); fsdp2: each holds its share of them (PyTorch's fully_shard)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Forward under autocast, weights and optimizer in the model's own dtype; fp16 with a loss scale, on a GPU only.
     None: as the launcher says, otherwise no."""

@@ -172,7 +172,7 @@ def _train(
     if state["phase"] == "warmup":
         phase = trainer.warmup_phase()
         if folder is not None:
-            checkpoint.load_phase(folder, state, phase)
+            checkpoint.load_phase(folder, state, phase, trainer)
         if not _run_phase(trainer, phase, "warm-up", tracker, console, flag, output_dir, {}):
             return None, False
         before = Before(*trainer.evaluate())
@@ -182,7 +182,7 @@ def _train(
     phase = trainer.main_phase()
     if folder is not None and state["phase"] == "main":
         checkpoint.load_reference(folder, trainer)
-        checkpoint.load_phase(folder, state, phase)
+        checkpoint.load_phase(folder, state, phase, trainer)
     title = type(trainer.config.loss).__name__.removesuffix("LossConfig").lower()
     record = {"accuracy_before": before.accuracy, "completions_before": before.completions}
     return before, _run_phase(trainer, phase, title, tracker, console, flag, output_dir, record)

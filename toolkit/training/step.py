@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from toolkit.losses.auxiliary import auxiliary_weights
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
 from toolkit.losses.grpo_items import scope_of
 from toolkit.metrics import Mean, Metric, Sum, fetch
+from toolkit.models.policy import Policy
+from toolkit.models.router import wants_router_loss
 
 
 def needs_current(loss_cfg: BaseLossConfig, num_parts: int) -> bool:
@@ -14,6 +21,19 @@ def needs_current(loss_cfg: BaseLossConfig, num_parts: int) -> bool:
     if not isinstance(loss_cfg, BaseRLLossConfig):
         return False
     return loss_cfg.needs_current_first or (num_parts > 1 and scope_of(loss_cfg) in ("group", "batch"))
+
+
+def router_weights(policy: Policy, masks: Sequence[Tensor], gradient_reduction: Any) -> Sequence[Tensor | None]:
+    """Return the weight of each micro-batch's router loss; None where the model has none. All ranks must call it.
+
+    Args:
+        policy: not wrapped.
+        masks: [B, T] attention mask of each micro-batch; the trunk sees all but the last token.
+        gradient_reduction: what the back-end does over ranks.
+    """
+    if not wants_router_loss(policy.head.lm):
+        return [None] * len(masks)
+    return auxiliary_weights([mask[:, :-1].sum() for mask in masks], gradient_reduction=gradient_reduction)
 
 
 def without_empty(loss_cfg: BaseLossConfig) -> BaseLossConfig:

@@ -7,8 +7,6 @@ one would have.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +38,15 @@ from toolkit.training.experience import (
 from toolkit.training.kl_penalty import KLPenalty
 from toolkit.training.layout import largest_share, minibatches, share_of
 from toolkit.training.phase import Phase, learning_rate_schedule
-from toolkit.training.step import needs_current, on_host, per_update, without_empty
+from toolkit.training.sharding import (
+    accumulating,
+    clip_grad_norm,
+    frozen_copy,
+    is_sharded,
+    prepare_policy,
+    unwrapped,
+)
+from toolkit.training.step import needs_current, on_host, per_update, router_weights, without_empty
 
 WARMUP_RISE = 10
 """Updates over which the warm-up's learning rate rises."""
@@ -62,14 +68,15 @@ class Trainer:
         self.tokenizer = tokenizer
         self.reference: Policy | None = None
         self.kl_penalty = KLPenalty(config.kl_control, config.loss)
-        self.policy = accelerator.prepare_model(policy)
+        policy.fitted(config.loss)  # a loss that contradicts the model stops here
+        self.policy = prepare_policy(policy, accelerator, config.training.sharding)
         self.num_skipped = 0
         self.num_overflows = 0
 
     @property
     def unwrapped(self) -> Policy:
-        """The policy without DDP around it: for generation and saving, never for a loss."""
-        return self.accelerator.unwrap_model(self.policy)
+        """The policy without DDP around it: for generation and scoring, never for a loss."""
+        return unwrapped(self.policy)
 
     # ---------------------------------------------------------------- phases
 
@@ -98,7 +105,7 @@ class Trainer:
                 schedule,
             )
         if self.kl_penalty.needs_reference and self.reference is None:
-            self.reference = copy.deepcopy(self.unwrapped).eval().requires_grad_(False)
+            self.reference = frozen_copy(self.policy)
         schedule = learning_rate_schedule(self.config.scheduler, lr, cfg.steps * cfg.minibatches)
         return Phase("main", cfg.steps, self._rl_step, self._optimizer(lr), schedule)
 
@@ -212,16 +219,17 @@ class Trainer:
         own = prompts[share]
         places = [(prompt, sample) for prompt in range(share.start, share.stop) for sample in range(cfg.group_size)]
         seeds = [self._place("main", step, "sample", *place) for place in places]
-        completions = complete(
-            self.unwrapped.lm,
-            self.tokenizer,
+        completions = self._complete(
             [example.prompt for example in own or prompts[:1]],  # without a prompt of its own it samples for nothing
-            max_new_tokens=self.max_new_tokens,
             group_size=cfg.group_size,
             temperature=cfg.temperature,
             uniforms=row_uniforms(seeds or [""] * cfg.group_size, self.max_new_tokens),
         )
         return completions.first(len(places))
+
+    def _complete(self, prompts: list[str], **options: Any) -> Completions:
+        options |= {"max_new_tokens": self.max_new_tokens, "synced_gpus": is_sharded(self.policy)}
+        return self.unwrapped.inside(complete, self.tokenizer, prompts, **options)
 
     def _reward(self, example: Example, text: str, ended: bool, step: int, number: int) -> float:
         if self.config.task.reward == "verifier":
@@ -251,7 +259,7 @@ class Trainer:
             loss_cfg: the loss.
             most: rows of the process that has most of them.
         """
-        accelerator = self.accelerator
+        accelerator, loss_cfg = self.accelerator, self.unwrapped.fitted(loss_cfg)
         for group in phase.optimizer.param_groups:
             group["lr"] = phase.learning_rate(phase.num_updates)
         phase.num_updates += 1
@@ -262,25 +270,23 @@ class Trainer:
         if needs_current(loss_cfg, number * self._world):
             rows = replace(rows, current_logprobs=self._score(self.unwrapped, rows, most))
         micro_batches = rows.split(size, number)
-        context = loss_cfg.loss_ctx_cls
-        batches_kwargs = context.build_batches_loss_kwargs(
-            [r.item(loss_cfg.ignore_idx) for r in micro_batches], loss_cfg
-        )
+        context, items = loss_cfg.loss_ctx_cls, [r.item(loss_cfg.ignore_idx) for r in micro_batches]
+        batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg)
         contexts = [context(loss_cfg, kwargs) for kwargs in batches_kwargs]
+        routers = router_weights(self.unwrapped, [r.attention_mask for r in micro_batches], loss_cfg.gradient_reduction)
         parts: list[dict[str, Metric]] = []
         self.policy.train()
-        for index, (batch, loss_ctx) in enumerate(zip(micro_batches, contexts, strict=True)):
-            is_last = index == number - 1
-            # DDP exchanges gradients once, in the last backward; until then they add up locally.
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.policy):
-                loss, metrics = self.policy(batch.input_ids, batch.attention_mask, loss_ctx)
+        for index, (batch, loss_ctx, router) in enumerate(zip(micro_batches, contexts, routers, strict=True)):
+            # Gradients are exchanged once, in the last backward; until then they add up locally.
+            with accumulating(self.policy, is_last=index == number - 1):
+                loss, metrics = self.policy(batch.input_ids, batch.attention_mask, loss_ctx, auxiliary_weight=router)
                 accelerator.backward(loss)
             own = {"loss": loss_metric(loss, loss_cfg.gradient_reduction), NUM_LEARNING: Sum(loss_ctx.num_learning())}
             parts.append({**metrics_in(metrics), **own})
-        grad_norm = accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optimizer.max_grad_norm)
+        grad_norm = clip_grad_norm(self.policy, self.config.optimizer.max_grad_norm, accelerator)
         of_norm = {"grad_norm": Mean.of(grad_norm), "grad_norm_max": Max.of(grad_norm)}
         # The only wait for the device: what the host must know to step, and all that is reported, in one transfer.
-        found = on_host(per_update({**reduce_metrics(merge_metrics(parts)), **of_norm}))
+        found = on_host(per_update(reduce_metrics({**merge_metrics(parts), **of_norm})))
         if found.pop(NUM_LEARNING).value() == 0:
             self.num_skipped += 1  # nothing to learn from anywhere: Adam's momentum must not move the weights
             found = {name: metric for name, metric in found.items() if name not in of_norm}
@@ -316,7 +322,7 @@ class Trainer:
         for start in range(0, self._largest(len(examples)), batch_size):
             batch = own[start : start + batch_size]
             prompts = [example.prompt for example in batch or examples[:1]]  # all processes generate as often
-            found = complete(self.unwrapped.lm, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
+            found = self._complete(prompts)
             right += [
                 self.task.reward(example, text, finished=ended) >= 1.0
                 for example, text, ended in zip(batch, found.texts, found.finished, strict=False)
@@ -326,7 +332,7 @@ class Trainer:
     def evaluate(self) -> tuple[float, list[str]]:
         """Return the accuracy on the held-out examples, and the greedy completions of the first three."""
         prompts = [example.prompt for example in self.task.heldout[:3]]
-        shown = complete(self.unwrapped.lm, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
+        shown = self._complete(prompts)
         return self.accuracy(self.task.heldout), shown.texts
 
     @property

@@ -13,7 +13,7 @@ import torch
 
 from toolkit import GRPOLossConfig
 from toolkit.check import main
-from toolkit.conformance_suite import Outcome, Subject, load_subject, report, run_suite
+from toolkit.conformance_suite import Outcome, Subject, load_subject, report, run_suite, spread
 from toolkit.errors import ConfigError
 from toolkit.functional import conformance, registry
 from toolkit.functional.declared import undeclared
@@ -426,3 +426,72 @@ def test_a_subject_is_called_on_copies() -> None:
     before = terms.advantages.clone()
     Subject(policy_loss("mine"), {})(terms)
     assert torch.equal(terms.advantages, before)
+
+
+# -------------------------------------------------------------------- over processes
+
+
+@pytest.mark.dist
+@pytest.mark.usefixtures("_plugin")
+def test_the_command_over_processes() -> None:
+    done = check("--distributed", "2", "my_file.py:my_ppo", "eps=0.3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "my_ppo (scope token; eps=0.3), 2 processes"
+    assert [re.sub(r" +\d+\.\d\d s$", "", line) for line in lines[1:-1]] == [
+        "ok    processes and micro-batches do not matter",
+        "ok    packed rows over processes",
+        "ok    sequence parallelism does not matter",
+    ]
+    assert re.fullmatch(r"3 checks passed; \d+\.\d s", lines[-1])
+
+
+def test_outcomes_over_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the processes do, here in one: a loss that looks beyond its scope, one that needs more, and all scopes."""
+    monkeypatch.setattr(spread, "run_processes", lambda number, function, *given: function(*given))
+    outcomes = spread.run_spread(2)
+    assert [outcome.name for outcome in outcomes] == [
+        "cross-entropy",
+        "oreal",
+        *(f"policy loss {name}" for name in spread.REPRESENTATIVE),
+    ]
+    assert {outcome.status for outcome in outcomes} == {"ok"}
+    assert {policy_loss(name).scope for name in spread.REPRESENTATIVE} == {"token", "sequence", "group", "batch"}
+
+    register_policy_loss("mine")(averaged)
+    monkeypatch.setattr(sys, "argv", ["toolkit-check", "--distributed", "2", "mine"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr().out
+    assert "FAIL  2 processes" in said
+    assert "it must return one loss for each of the" in said
+
+    register_policy_loss("mine", overwrite=True)(of_the_batch)
+    monkeypatch.setattr("toolkit.losses.grpo_items.check_scope", lambda *_: None)  # it would be told there
+    outcome, *_ = spread.run_spread(2, "mine")
+    assert outcome.status == "failed"
+    assert "likely cause: " in outcome.words
+    assert "gradient of the head: " in outcome.words
+
+
+@pytest.mark.parametrize("number", ["0", "1", "17", "two", "my_file.py:my_ppo"])
+def test_numbers_of_processes_that_cannot_be(
+    number: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["toolkit-check", "--distributed", number])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err == (
+        f"error: --distributed {number}: give the number of processes, 2 to 16, before the loss: toolkit-check "
+        "--distributed 2 my_file.py:my_loss\n"
+    )
+
+
+def test_help_and_wrong_numbers_need_no_torch() -> None:
+    for arguments in (["--help"], ["--distributed", "x"], ["--distributed"]):
+        code = (
+            f"import sys; sys.argv = ['toolkit-check', *{arguments!r}]\nfrom toolkit.check import main\n"
+            "try:\n    main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

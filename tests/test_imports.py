@@ -16,8 +16,8 @@ LAYERS = [
     ["models", "tasks", "rollout"],
     ["plugins", "diagnosis", "run_config", "overrides"],
     ["config"],
-    ["training", "notebook"],
-    ["runner", "benchmark", "catalogue", "conformance_suite"],
+    ["training", "notebook", "testing"],
+    ["runner", "benchmark", "catalogue", "conformance_suite", "scale"],
     ["train", "bench", "check", "explain"],
 ]
 """From the bottom to the top; a room imports from rooms below it, and its own."""
@@ -87,3 +87,14 @@ def test_public_names_are_frozen() -> None:
     ]  # fmt: skip
     for name in toolkit.__all__:
         assert getattr(toolkit, name).__doc__
+
+
+def test_public_names_of_the_testing_package_are_frozen() -> None:
+    from toolkit import testing
+
+    assert testing.__all__ == [
+        "Batch", "Finding", "Layout", "LayoutError", "Part", "assert_layout_invariant", "differences", "random_batch",
+        "toolkit_loop",
+    ]  # fmt: skip
+    for name in testing.__all__:
+        assert getattr(testing, name).__doc__

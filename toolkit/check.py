@@ -1,6 +1,7 @@
 """``python -m toolkit.check my_file.py:my_loss``: does a policy loss keep what every policy loss must keep?
 
-Also ``my_module:my_loss``, or the name of a registered loss; ``eps=0.3`` after it sets an option.
+Also ``my_module:my_loss``, or the name of a registered loss; ``eps=0.3`` after it sets an option. ``--distributed 2``
+checks instead that two processes give the gradient of one.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ import argparse
 import os
 import sys
 import time
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from toolkit.errors import ConfigError, ToolkitError, say_warnings_plainly
+
+if TYPE_CHECKING:
+    from toolkit.conformance_suite import Outcome
+
+MOST_PROCESSES = 16
+"""Each takes about 300 MB; more show nothing that these do not."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,26 +38,55 @@ def main() -> None:
     parser = _Parser(
         prog="toolkit-check",
         description="Check a policy loss: shape, scope, gradients, options, precision, masks, micro-batches, chunks.",
-        epilog="example: toolkit-check my_file.py:my_ppo eps=0.3",
+        epilog="examples: toolkit-check my_file.py:my_ppo eps=0.3; toolkit-check --distributed 2 my_file.py:my_ppo",
     )
     parser.add_argument(
         "loss", nargs="?", help="my_file.py:my_loss, my_module:my_loss, or the name of a registered loss"
     )
     parser.add_argument("options", nargs="*", metavar="option=value", help="options of the loss; defaults for the rest")
+    parser.add_argument(
+        "--distributed",
+        metavar="N",
+        help="start N processes (gloo) and check that they give the loss, gradients and metrics of one, whatever the "
+        "micro-batches, packed rows and sequence-parallel shards; without a loss: cross-entropy, OREAL and one policy "
+        "loss of each scope",
+    )
     arguments = parser.parse_args()
-    if arguments.loss is None:
+    if arguments.loss is None and arguments.distributed is None:
         _stop("name a policy loss: toolkit-check my_file.py:my_loss (then option=value for each option to change)")
     try:
         options = _options(arguments.options)
-        from toolkit.conformance_suite import load_subject, report, run_suite  # loads torch
+        if arguments.distributed is not None:
+            title, outcomes = _distributed(_processes(arguments.distributed), arguments.loss, options)
+        else:
+            from toolkit.conformance_suite import load_subject, run_suite, title_of  # loads torch
 
-        subject = load_subject(arguments.loss, options)
+            subject = load_subject(arguments.loss, options)
+            title, outcomes = title_of(subject), run_suite(subject)
     except ToolkitError as error:
         _stop(str(error))
-    outcomes = run_suite(subject)
-    _say(report(subject, outcomes, time.perf_counter() - started))
+    from toolkit.conformance_suite import report_of
+
+    _say(report_of(title, outcomes, time.perf_counter() - started))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise SystemExit(1)
+
+
+def _processes(given: str) -> int:
+    if not given.isdecimal() or not 2 <= int(given) <= MOST_PROCESSES:
+        raise ConfigError(
+            f"--distributed {given}: give the number of processes, 2 to {MOST_PROCESSES}, before the loss: "
+            "toolkit-check --distributed 2 my_file.py:my_loss"
+        )
+    return int(given)
+
+
+def _distributed(processes: int, what: str | None, options: dict[str, object]) -> tuple[str, list[Outcome]]:
+    from toolkit.conformance_suite import load_subject, title_of
+    from toolkit.conformance_suite.spread import run_spread
+
+    title = "losses of every scope" if what is None else title_of(load_subject(what, options))
+    return f"{title}, {processes} processes", run_spread(processes, what, options)
 
 
 def _say(text: str) -> None:

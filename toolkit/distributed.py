@@ -5,8 +5,10 @@ R ranks. Everything here also works in one process without a process group.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -32,14 +34,45 @@ PACKET = 128
 """Numbers of a rank that the first collective of `reduce_metrics` carries; a step with more takes a second one."""
 
 
+_counted: Any = None
+"""The process group of `counting_over`; None: all ranks."""
+
+
+@contextlib.contextmanager
+def counting_over(group: Any) -> Iterator[None]:
+    """Count steps and reduce metrics over the ranks of `group` instead of all, from kwargs to metrics.
+
+    For ranks that work on the same tokens, such as those that share a vocabulary: each would count them again. Give the
+    ranks with different tokens, those that share a sequence included::
+
+        mesh = init_device_mesh("cuda", (dp, tp), mesh_dim_names=("dp", "tp"))
+        with counting_over(mesh["dp"].get_group()):
+            ...  # build_batches_loss_kwargs, forward, LossRunner.step, reduce_metrics
+
+    Args:
+        group: of torch.distributed, this rank among its members; the back-end must average gradients over it.
+    """
+    global _counted
+    kept, _counted = _counted, group
+    try:
+        yield
+    finally:
+        _counted = kept
+
+
 def world_size() -> int:
-    """Return the number of ranks, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return the number of ranks (of `counting_over`), 1 without a process group."""
+    return dist.get_world_size(_counted) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the number of this process, 0 outside of torch.distributed."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """Return the number of this process among them, 0 outside of torch.distributed."""
+    return dist.get_rank(_counted) if dist.is_available() and dist.is_initialized() else 0
+
+
+def rank_of(global_rank: int) -> int:
+    """Return the number among the counted ranks of a process whose number among all is `global_rank`."""
+    return global_rank if _counted is None else dist.get_group_rank(_counted, global_rank)
 
 
 def all_gather_objects(own: T) -> list[T]:
@@ -47,7 +80,7 @@ def all_gather_objects(own: T) -> list[T]:
     if world_size() == 1:
         return [own]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, own)
+    dist.all_gather_object(found, own, group=_counted)
     return found
 
 
@@ -56,7 +89,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if world_size() == 1:
         return values.detach().clone()
     total = values.detach().to(collective_device(), copy=True)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=_counted)
     return total.to(values.device)
 
 
@@ -96,7 +129,7 @@ def reduce_metrics(metrics: Metrics) -> dict[str, Metric]:
 def _gathered(vector: Tensor) -> Tensor:
     """Return the vectors [n] of all ranks on the host, [R, n]."""
     found = vector.new_empty(world_size() * len(vector))
-    dist.all_gather_into_tensor(found, vector.contiguous())
+    dist.all_gather_into_tensor(found, vector.contiguous(), group=_counted)
     return found.view(world_size(), -1).cpu()
 
 

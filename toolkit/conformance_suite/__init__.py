@@ -1,6 +1,7 @@
 """What every policy loss must keep, checked on made-up tokens on the CPU, and said in words.
 
-`alone.py` calls the function by itself, `placed.py` puts it under a small LM head with items, micro-batches and chunks.
+`alone.py` calls the function by itself, `placed.py` puts it under a small LM head with items, micro-batches and chunks,
+`spread.py` over several processes.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from toolkit.conformance_suite import alone, placed
+from toolkit.conformance_suite.outcome import Outcome, report_of
 from toolkit.conformance_suite.subject import Failed, NotApplicable, Subject, load_subject, place_of
 from toolkit.errors import ToolkitError
 
-__all__ = ["Outcome", "Subject", "load_subject", "report", "run_suite"]
+__all__ = ["Outcome", "Subject", "load_subject", "report", "report_of", "run_suite", "title_of"]
 
 Check = Callable[[Subject], None]
 FIRST: tuple[tuple[str, Check], ...] = (
@@ -38,21 +39,6 @@ OTHERS: tuple[tuple[str, Check], ...] = (
     ("nothing to score gives 0", placed.nothing_to_score),
     ("low-precision inputs", placed.low_precision),
 )
-MARKS = {"ok": "ok  ", "failed": "FAIL", "not applicable": "n/a ", "not run": "-   "}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one check."""
-
-    name: str
-    status: Literal["ok", "failed", "not applicable", "not run"]
-    words: str = ""
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        line = f"{MARKS[self.status]}  {self.name:<42} {self.seconds:5.2f} s"
-        return f"{line}\n      {self.words}" if self.words else line
 
 
 def run_suite(subject: Subject) -> list[Outcome]:
@@ -70,22 +56,13 @@ def run_suite(subject: Subject) -> list[Outcome]:
 
 def report(subject: Subject, outcomes: Iterable[Outcome], seconds: float) -> str:
     """Return one line for each check, what failed in words (the same words once), and a summary."""
-    outcomes = list(outcomes)
-    told: dict[str, str] = {}
-    shown = []
-    for outcome in outcomes:
-        first = told.setdefault(outcome.words, outcome.name)
-        is_again = outcome.status == "failed" and first != outcome.name
-        shown.append(str(replace(outcome, words=f"the same as: {first}") if is_again else outcome))
-    waiting = sum(outcome.status == "not run" for outcome in outcomes)
-    if waiting:
-        shown[-waiting:] = [f"{MARKS['not run']}  {waiting} more checks, when that is repaired"]
+    return report_of(title_of(subject), outcomes, seconds)
+
+
+def title_of(subject: Subject) -> str:
+    """Return the loss with its scope and options, in a line."""
     options = ", ".join(f"{name}={value}" for name, value in subject.options.items()) or "no options"
-    failed = [outcome.name for outcome in outcomes if outcome.status == "failed"]
-    passed = sum(outcome.status == "ok" for outcome in outcomes)
-    summary = f"{passed} checks passed" if not failed else f"{len(failed)} failed: {', '.join(failed)}"
-    lines = [f"{subject.loss.name} (scope {subject.loss.scope}; {options})", *shown]
-    return "\n".join([*lines, f"{summary}; {seconds:.1f} s"])
+    return f"{subject.loss.name} (scope {subject.loss.scope}; {options})"
 
 
 def _outcome(name: str, check: Check, subject: Subject) -> Outcome:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.distributed import all_gather_objects, rank
+from toolkit.distributed import all_gather_objects, rank, rank_of
 from toolkit.errors import DataError
 from toolkit.head import TokenScores
 from toolkit.losses.calibration import counts_here
@@ -162,7 +162,7 @@ def _step(parts: Sequence[GRPOLossKwargs], sp_mesh: DeviceMesh | None) -> tuple[
     """
     mine = [{name: value.cpu() for name, value in own.tensors()} for own in parts]
     everyone = all_gather_objects(mine if counts_here(sp_mesh) else [])
-    source = rank() if sp_mesh is None else dist.get_global_rank(sp_mesh.get_group(), 0)
+    source = rank() if sp_mesh is None else rank_of(dist.get_global_rank(sp_mesh.get_group(), 0))
     batches = [own for batches in everyone for own in batches]
     first = sum(len(batches) for batches in everyone[:source])
     if not parts:

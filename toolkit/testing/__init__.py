@@ -1,0 +1,195 @@
+"""For tests of one's own loss and one's own loop: does any layout of the batch change the gradient?
+
+`assert_layout_invariant` spreads one step over micro-batches, processes, sequence-parallel shards and packed rows, and
+compares loss, gradients and metrics with those of one process and one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from toolkit.distributed import all_gather_objects, rank, world_size
+from toolkit.errors import ConfigError
+from toolkit.losses.config import BaseLossConfig
+from toolkit.testing.batch import Batch, random_batch
+from toolkit.testing.evaluate import Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop
+from toolkit.testing.layout import Layout, Part, check_numbers, layouts_of
+from toolkit.testing.processes import run_processes
+from toolkit.testing.verdict import Finding, LayoutError, compare, verdict
+
+__all__ = [
+    "Batch",
+    "Finding",
+    "Layout",
+    "LayoutError",
+    "Part",
+    "assert_layout_invariant",
+    "differences",
+    "random_batch",
+    "toolkit_loop",
+]
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
+"""Relative to the largest element."""
+
+
+def assert_layout_invariant(
+    loss_cfg: BaseLossConfig,
+    batch: Batch | None = None,
+    *,
+    loop: Loop | None = None,
+    processes: int | None = None,
+    micro_batches: Iterable[int] = (1, 2, 4),
+    sequence_parallel: Iterable[int] = (1, 2),
+    packed: Iterable[bool] = (False, True),
+    modes: Iterable[str] | None = None,
+    dtype: torch.dtype = torch.float64,
+    rtol: float | None = None,
+    timeout_s: float = 120.0,
+) -> None:
+    """Assert that loss, gradients and metrics of a step are the same however it is laid out.
+
+    The reference is one process with one padded batch in eager mode, through the context of the loss. Every combination
+    of the layouts below is then run through `loop` and compared: the loss, the gradients of hidden states, head and
+    bias, and every metric that both report.
+
+    Args:
+        loss_cfg: any loss's config, also of a class of your own.
+        batch: the step; None: `random_batch` with empty rows, sequences of one token and holes.
+        loop: your own loop, ``loop(part) -> (loss, metrics)``, see `Part`; None: `toolkit_loop`, the one that the
+            documentation shows, which tests the loss alone.
+        processes: how many share the step. None: as many as work together now. More than one are started for this call
+            and joined by gloo (which takes some seconds), unless the caller is in a process group already; one process
+            is tried before.
+        micro_batches: of each process; some are left without a sequence.
+        sequence_parallel: processes that share a sequence; those that do not divide `processes` are left out.
+        packed: padded rows, packed rows or both.
+        modes: of the loss; None: eager, and chunk where the loss can be computed so.
+        dtype: of hidden states, head and fields: float64, or float32.
+        rtol: allowed difference relative to the largest element; None: 1e-12 in float64, 1e-6 in float32.
+        timeout_s: seconds after which processes that wait for each other give up.
+
+    Raises:
+        LayoutError: (an AssertionError) something differs; says which layout, what, by which factor and the likely
+            cause.
+        ConfigError: the settings make no sense together, or something cannot be sent to other processes.
+    """
+    together = world_size()
+    number = together if processes is None else check_numbers("processes", (processes,))[0]
+    if together > 1 and number != together:
+        raise ConfigError(f"processes={number}, but {together} work together here; leave it out")
+    if rtol is None and dtype not in TOLERANCES:
+        raise ConfigError(f"dtype={dtype} has no tolerance of its own; take float64 or float32, or give rtol")
+    allowed = TOLERANCES[dtype] if rtol is None else rtol
+    batch = (random_batch(loss_cfg) if batch is None else batch).with_dtype(dtype)
+    numbers = check_numbers("micro_batches", micro_batches), check_numbers("sequence_parallel", sequence_parallel)
+    kinds = tuple(packed), tuple(_modes(loss_cfg) if modes is None else modes)
+    _check_is_something(batch, loss_cfg)
+    tried: list[Layout] = []
+    findings: list[Finding] = []
+    # One process first: what differs there has a simpler cause, and no process need be started to find it.
+    for own in (1, number) if number > together else (number,):
+        layouts = layouts_of(own, *numbers, *kinds)
+        layouts = [layout for layout in layouts if _is_countable(loss_cfg, batch, layout)]
+        given = (loss_cfg, batch, layouts, loop, allowed)
+        if own > together:
+            findings = run_processes(own, differences, *given, timeout_s=timeout_s)
+        else:
+            try:
+                findings = differences(*given)
+            except ValueError as error:
+                if own == number or "process group" not in str(error):
+                    raise
+                continue  # a loop that cannot do without a process group
+        tried += layouts
+        if findings:
+            raise LayoutError(verdict(_in_words(loss_cfg), findings, tried), findings)
+    if not tried:
+        raise ConfigError(
+            f"no layout is left to compare: processes={number} is divisible by none of {numbers[1]} "
+            "(sequence_parallel), or each has more micro-batches than there are sequences"
+        )
+
+
+def differences(
+    loss_cfg: BaseLossConfig,
+    batch: Batch,
+    layouts: Sequence[Layout],
+    loop: Loop | None = None,
+    rtol: float = TOLERANCES[torch.float64],
+    *,
+    meshes: Meshes | None = None,
+) -> list[Finding]:
+    """Return everything in which a layout differs from the reference, as all processes saw it; all must call it.
+
+    Args:
+        loss_cfg: of the loss.
+        batch: the step.
+        layouts: each for as many processes as work together now.
+        loop: of one's own, see `assert_layout_invariant`.
+        rtol: relative tolerance.
+        meshes: those of an earlier call, for they are not taken down again.
+    """
+    batch = _with_current(batch, loss_cfg)
+    meshes = Meshes() if meshes is None else meshes
+    known = reference(batch, loss_cfg)
+    findings: list[Finding] = []
+    first: Result | None = None
+    for layout in layouts:
+        try:
+            found = evaluate(batch, loss_cfg, layout, loop or toolkit_loop, meshes)
+        except Exception as error:
+            error.add_note(f"in the layout: {layout}")
+            raise
+        first = found if first is None else first
+        # What only the loop of the caller reports is compared with its own first layout.
+        own_metrics = {**first.metrics, **known.metrics}
+        findings += compare(found, Result(known.loss, known.gradients, own_metrics), layout, rtol, rank())
+    return [finding for own in all_gather_objects(findings) for finding in own]
+
+
+def _check_is_something(batch: Batch, cfg: BaseLossConfig) -> None:
+    gradients = reference(_with_current(batch, cfg), cfg).gradients.values()
+    if not any(bool((own != 0).any()) for own in gradients):
+        raise ConfigError("all gradients of this batch are 0: there is nothing to compare; give another batch")
+
+
+def _with_current(batch: Batch, cfg: BaseLossConfig) -> Batch:
+    is_missing = hasattr(batch.item, "current_logprobs") and batch.item.current_logprobs is None
+    return batch.with_current_logprobs(cfg) if is_missing and _takes_two_passes(cfg) else batch
+
+
+def _takes_two_passes(cfg: BaseLossConfig) -> bool:
+    """Whether the loss must know the current policy's log-probabilities of the whole step before the first forward."""
+    from toolkit.functional.registry import policy_loss
+
+    chosen = getattr(cfg, "policy_loss_cfg", None)
+    is_wide = chosen is not None and policy_loss(chosen["loss_type"]).scope in ("group", "batch")
+    of_step = (
+        own.normalize or own.denominator == "survivors" for own in getattr(cfg, "correction", ()) if own.needs_current
+    )
+    return is_wide or any(of_step)
+
+
+def _is_countable(cfg: BaseLossConfig, batch: Batch, layout: Layout) -> bool:
+    """Whether no micro-batch stays empty where empty sequences count: there it is a sequence more."""
+    counts_empty = getattr(getattr(cfg, "aggregation", None), "count_empty", False)
+    return not counts_empty or layout.slots <= len(batch.row_lengths)
+
+
+def _modes(cfg: BaseLossConfig) -> list[str]:
+    try:
+        in_mode(cfg, "chunk")
+    except ConfigError:
+        return ["eager"]
+    return ["eager", "chunk"]
+
+
+def _in_words(cfg: BaseLossConfig) -> str:
+    chosen = getattr(cfg, "policy_loss_cfg", None)
+    words = [f"policy loss {chosen['loss_type']!r}"] if chosen is not None else []
+    aggregation = getattr(cfg, "aggregation", None)
+    words += [f"aggregation {aggregation.name}"] if aggregation is not None else []
+    return f"{type(cfg).__name__}({', '.join(words)})" if words else type(cfg).__name__

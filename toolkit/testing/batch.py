@@ -1,0 +1,198 @@
+"""A whole optimizer step as one padded batch under a small LM head, from which every layout is cut.
+
+Legend: B rows (a sequence each), T positions of a row, K candidates, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ConfigError, DataError
+from toolkit.head import token_logprobs
+from toolkit.losses.config import BaseLossConfig, CELossConfig
+from toolkit.losses.fields import PerToken
+from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+
+GARBAGE = 3.0
+"""What stands at positions that are not scored unless the caller wants something else, such as NaN."""
+HOLES = 0.25
+"""Share of the positions inside a sequence that are not scored, such as a tool's answer."""
+SPREADS = {"old_logprobs": 0.4, "rollout_logprobs": 0.4, "ref_logprobs": 0.2, "teacher_logprobs": 0.3}
+"""In nats, around the policy's own log-probabilities: wide enough for clips, masks and vetoes to bind."""
+NEAR = 1e-4
+"""Of these spreads in the first sequence."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All sequences of one optimizer step, a row each, with what the trunk computed and the head."""
+
+    item: LossContextInputItem
+    """Of any class; fields [B, T]. It is cut by its declared fields."""
+    hidden_states: Tensor
+    """[B, T, D]"""
+    head_weight: Tensor
+    """[V, D]"""
+    head_bias: Tensor | None = None
+    """[V]"""
+    lengths: tuple[int, ...] | None = None
+    """Positions of each row before padding; None: all T. Packing leaves the others out."""
+    garbage: float = GARBAGE
+    """What fills padding, and every position of an idle micro-batch."""
+
+    def __post_init__(self) -> None:
+        shape = self.item.shifted_labels.shape
+        if len(shape) != 2 or self.hidden_states.shape[:-1] != shape:
+            raise DataError(
+                f"the batch has labels {list(shape)} and hidden states {list(self.hidden_states.shape)}; give a padded "
+                "batch, one sequence in each row: labels [B, T] and hidden states [B, T, D]"
+            )
+        if self.lengths is not None and (len(self.lengths) != shape[0] or max(self.lengths, default=0) > shape[1]):
+            raise DataError(
+                f"lengths={self.lengths} must name the positions of each of {shape[0]} rows, at most {shape[1]}"
+            )
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Positions of each row before padding."""
+        rows, width = self.item.shifted_labels.shape
+        return (width,) * rows if self.lengths is None else self.lengths
+
+    def with_dtype(self, dtype: torch.dtype) -> Batch:
+        """Return a copy whose floating-point tensors are of `dtype`."""
+
+        def as_dtype(value: Tensor) -> Tensor:
+            return value.to(dtype) if value.is_floating_point() else value
+
+        item = self.item.replace(**{name: as_dtype(value) for name, value in self.item.tensors()})
+        bias = None if self.head_bias is None else as_dtype(self.head_bias)
+        return Batch(item, as_dtype(self.hidden_states), as_dtype(self.head_weight), bias, self.lengths, self.garbage)
+
+    def with_current_logprobs(self, cfg: BaseLossConfig) -> Batch:
+        """Return a copy whose items say what the policy gives its tokens before the step (a forward of its own)."""
+        found = token_logprobs(
+            self.hidden_states.detach(),
+            self.head_weight.detach(),
+            self.item.shifted_labels,
+            None if self.head_bias is None else self.head_bias.detach(),
+            ignore_idx=cfg.ignore_idx,
+            temperature=cfg.temperature,
+            softcap=cfg.softcap,
+            logit_scale=cfg.logit_scale,
+        )
+        own = found.masked_fill(self.item.shifted_labels == cfg.ignore_idx, self.garbage)
+        item = self.item.replace(current_logprobs=own.detach())
+        return Batch(item, self.hidden_states, self.head_weight, self.head_bias, self.lengths, self.garbage)
+
+
+def random_batch(
+    loss_cfg: BaseLossConfig | None = None,
+    *,
+    seed: int = 0,
+    num_sequences: int = 6,
+    longest: int = 5,
+    width: int = 3,
+    vocabulary: int = 7,
+    num_candidates: int = 3,
+    dtype: torch.dtype = torch.float64,
+    garbage: float = GARBAGE,
+) -> Batch:
+    """Make a ragged batch with everything that breaks a layout-dependent loss.
+
+    The first sequence is the longest, the second has one token, the last none that is scored; others are drawn, with
+    unscored positions inside. Two sequences in a row answer the same prompt, one has advantage 0 throughout, and every
+    field that some loss reads is there.
+
+    Args:
+        loss_cfg: of the loss that it is for: items of cross-entropy, or else of a policy loss with what an exact KL of
+            this config compares. None: a policy loss.
+        seed: another one gives other lengths and numbers.
+        num_sequences: B, at least 3.
+        longest: T, positions of the longest sequence, at least 3.
+        width: D.
+        vocabulary: V.
+        num_candidates: K, of teacher and reference; some are missing.
+        dtype: of hidden states, head and fields.
+        garbage: what stands wherever nothing is scored; NaN and inf are allowed for losses of this package.
+
+    Raises:
+        ConfigError: a size is too small for such a batch.
+    """
+    if num_sequences < 3 or longest < 3 or vocabulary < 3 or not 1 <= num_candidates <= vocabulary:
+        raise ConfigError(
+            f"random_batch with num_sequences={num_sequences}, longest={longest}, vocabulary={vocabulary} and "
+            f"num_candidates={num_candidates}: give at least 3 of each, and 1 to vocabulary candidates"
+        )
+    draw = torch.Generator().manual_seed(seed)
+    lengths = (longest, 1, *torch.randint(1, longest + 1, (num_sequences - 2,), generator=draw).tolist())
+    labels = _labels(lengths, longest, vocabulary, draw, -100 if loss_cfg is None else loss_cfg.ignore_idx)
+    is_scored = labels != (-100 if loss_cfg is None else loss_cfg.ignore_idx)
+    hidden = torch.randn(num_sequences, longest, width, generator=draw, dtype=torch.float64)
+    weight = 0.7 * torch.randn(vocabulary, width, generator=draw, dtype=torch.float64)
+    bias = 0.3 * torch.randn(vocabulary, generator=draw, dtype=torch.float64)
+    item: LossContextInputItem
+    if isinstance(loss_cfg, CELossConfig):
+        item = CELossContextInputItem(shifted_labels=labels)
+    else:
+        item = _rl_item(labels, is_scored, (hidden, weight, bias), num_candidates, draw, garbage, loss_cfg)
+    hidden = hidden.masked_fill(~is_scored.unsqueeze(-1), garbage)
+    return Batch(item, hidden, weight, bias, lengths, garbage).with_dtype(dtype)
+
+
+def _labels(lengths: tuple[int, ...], longest: int, vocabulary: int, draw: torch.Generator, ignore_idx: int) -> Tensor:
+    shape = (len(lengths), longest)
+    labels = torch.randint(0, vocabulary, shape, generator=draw)
+    is_hole = torch.rand(shape, generator=draw) < HOLES
+    is_hole[0] = torch.arange(longest) == 1  # two turns
+    is_hole[:, 0] = False
+    is_hole[-1] = True
+    is_padding = torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)
+    return labels.masked_fill(is_hole | is_padding, ignore_idx)
+
+
+def _rl_item(
+    labels: Tensor,
+    is_scored: Tensor,
+    head: tuple[Tensor, Tensor, Tensor],
+    num_candidates: int,
+    draw: torch.Generator,
+    garbage: float,
+    cfg: BaseLossConfig | None,
+) -> RLLossContextInputItem:
+    hidden, weight, bias = head
+    scored = (hidden @ weight.T + bias).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+    def noise() -> Tensor:
+        return torch.randn(labels.shape, generator=draw, dtype=torch.float64)
+
+    spreads = torch.ones(len(labels), 1, dtype=torch.float64)
+    spreads[0] = NEAR  # inside every clip range
+    values: dict[str, Any] = {
+        name: (scored + spread * spreads * noise()).clamp(max=-1e-3) for name, spread in SPREADS.items()
+    }
+    values["advantages"] = noise()
+    values["advantages"][2] = 0.0
+    values = {name: own.masked_fill(~is_scored, garbage) for name, own in values.items()}
+    wants_all = getattr(cfg, "kl_loss_type", None) == "full"
+    for who in ("teacher", "ref"):
+        own_logprobs = torch.randn(*labels.shape, weight.shape[0], generator=draw, dtype=torch.float64).log_softmax(-1)
+        if who == "ref" and wants_all:
+            values["ref_topk_logprobs"] = own_logprobs
+            continue
+        ids = torch.rand(own_logprobs.shape, generator=draw).argsort(-1)[..., :num_candidates]
+        values[f"{who}_topk_logprobs"] = own_logprobs.gather(-1, ids)
+        if num_candidates > 1:
+            ids[1::2, :, -1] = -1
+        values[f"{who}_topk_ids"] = ids
+    groups = (torch.arange(len(labels)) // 2).unsqueeze(-1)
+    return RLLossContextInputItem(shifted_labels=labels, group_ids=groups, **values)
+
+
+def token_axis(item: LossContextInputItem, name: str) -> int | None:
+    """Return the axis of the tokens of a field, counted from the end; None: the field belongs to all tokens alike."""
+    mark = item.layout(name)
+    return mark.dim if isinstance(mark, PerToken) else None

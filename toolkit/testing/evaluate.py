@@ -1,0 +1,147 @@
+"""Run one layout of a step and collect what every layout must agree on.
+
+Legend: B rows, T positions of a row, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from toolkit.distributed import all_reduce_sum, rank, reduce_metrics, world_size
+from toolkit.errors import ConfigError
+from toolkit.losses.config import BaseLossConfig
+from toolkit.metrics import KINDS, Metric, merge_metrics, metrics_in, to_floats
+from toolkit.testing.batch import Batch
+from toolkit.testing.layout import NOWHERE, Layout, Part, part_of
+
+Loop = Callable[[Part], tuple[Any, Mapping[str, Any] | None]]
+"""``loop(part) -> (loss, metrics)``: the loss of the whole step as the loop would log it (None: it logs none), and its
+metrics, mergeable ones or numbers, of the whole step too. Gradients stay on the leaves of the part."""
+HIDDEN, HEAD, BIAS = "gradient of the hidden states", "gradient of the head", "gradient of the head's bias"
+REFERENCE = Layout()
+"""What all others are compared with: one process, one batch, padded, eager."""
+CHUNK = 3
+"""Tokens of a chunk in mode "chunk": less than a sequence, and it divides nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a layout gave."""
+
+    loss: Tensor | None
+    """0-dim float64."""
+    gradients: dict[str, Tensor]
+    """Of the whole step: hidden states [B, T, D], head [V, D], bias [V]."""
+    metrics: dict[str, float]
+
+
+def toolkit_loop(part: Part) -> tuple[Tensor, dict[str, Metric]]:
+    """Run the loop of the documentation: one count for the step, a backward for each micro-batch, one reduction.
+
+    Example of a loop of one's own: this one, with the lines that differ changed.
+    """
+    cfg, context = part.loss_cfg, part.loss_cfg.loss_ctx_cls
+    batches = context.build_batches_loss_kwargs(part.items, cfg, part.cu_seq_lens_list, part.sp_mesh)
+    total, parts = torch.zeros((), dtype=torch.float64, device=part.head_weight.device), []
+    for kwargs, hidden in zip(batches, part.hidden_states, strict=True):
+        loss, extra = context(cfg, kwargs).forward(hidden, part.head_weight, part.head_bias)
+        loss.backward()
+        total = total + loss.detach()
+        parts.append(metrics_in(extra))
+    part.reduce_gradients()
+    factor = world_size() if cfg.gradient_reduction == "mean" else 1
+    return all_reduce_sum(total) / factor, reduce_metrics(merge_metrics(parts))
+
+
+class Meshes:
+    """The sequence-parallel meshes of a process group, each made once, by all processes together."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, DeviceMesh] = {}
+
+    def of(self, shards: int) -> DeviceMesh | None:
+        """Return the mesh of the processes that share a sequence with this one; None: nobody does."""
+        if shards == 1:
+            return None
+        if shards not in self._known:
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            shape = (world_size() // shards, shards)
+            self._known[shards] = init_device_mesh(device, shape, mesh_dim_names=("data", "sequence"))["sequence"]
+        return self._known[shards]
+
+
+def in_mode(cfg: BaseLossConfig, mode: str) -> BaseLossConfig:
+    """Return the config in a mode; chunks are small enough to cut every sequence.
+
+    Raises:
+        ConfigError: the loss cannot be computed in this mode.
+    """
+    given = {name: getattr(cfg, name) for name in type(cfg).model_fields if name in cfg.model_fields_set}
+    size = min(cfg.chunk_size, CHUNK) if isinstance(cfg.chunk_size, int) else CHUNK
+    return type(cfg)(**{**given, "mode": mode, "chunk_size": size})
+
+
+def evaluate(batch: Batch, cfg: BaseLossConfig, layout: Layout, loop: Loop, meshes: Meshes) -> Result:
+    """Return what `loop` makes of the step in this layout; all its processes must call it together.
+
+    Raises:
+        ConfigError: the loop returned something else than a loss and metrics.
+    """
+    own_cfg = in_mode(cfg, layout.mode)
+    part = part_of(batch, own_cfg, layout, rank() // layout.sequence_parallel, meshes.of(layout.sequence_parallel))
+    returned = loop(part)
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ConfigError(f"the loop returned {type(returned).__name__}; return (loss, metrics), either may be None")
+    loss, metrics = returned
+    gradients = {HIDDEN: _hidden_gradient(batch, part), HEAD: _of(part.head_weight)}
+    if part.head_bias is not None:
+        gradients[BIAS] = _of(part.head_bias)
+    own_loss = None if loss is None else torch.as_tensor(loss, dtype=torch.float64).detach().reshape(())
+    return Result(own_loss, gradients, _numbers(metrics or {}))
+
+
+def reference(batch: Batch, cfg: BaseLossConfig) -> Result:
+    """Return what the whole step gives in one process, in one batch, as if there were no process group."""
+    with alone():
+        return evaluate(batch, cfg, REFERENCE, toolkit_loop, Meshes())
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """As if there were no process group: whoever asks torch.distributed is told so."""
+    kept = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        dist.is_initialized = kept
+
+
+def _of(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach()
+
+
+def _hidden_gradient(batch: Batch, part: Part) -> Tensor:
+    """Return the gradient of every position of the step; over processes it adds up as a trunk's own would."""
+    width = batch.hidden_states.shape[-1]
+    whole = torch.zeros(batch.hidden_states.shape, dtype=torch.float64, device=batch.hidden_states.device)
+    flat = whole.reshape(-1, width)
+    for leaf, place in zip(part.hidden_states, part.places, strict=True):
+        is_real = (place != NOWHERE).reshape(-1)
+        flat.index_add_(0, place.reshape(-1)[is_real], _of(leaf).double().reshape(-1, width)[is_real])
+    total = all_reduce_sum(whole)
+    return total / world_size() if part.loss_cfg.gradient_reduction == "mean" else total
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    mergeable = {name: value for name, value in metrics.items() if isinstance(value, KINDS)}
+    plain = {name: float(value) for name, value in metrics.items() if name not in mergeable}
+    return {**to_floats(mergeable), **plain}

@@ -1,0 +1,236 @@
+"""How a step is spread: over processes, micro-batches, sequence-parallel shards, padded or packed rows.
+
+Legend: B rows (a sequence each), T positions of a row, S sequences of a packed row, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from toolkit.distributed import sp_split, world_size
+from toolkit.errors import ConfigError
+from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.items import LossContextInputItem
+from toolkit.testing.batch import Batch, token_axis
+
+NOWHERE = -1
+"""Index of a position that is padding."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a step."""
+
+    processes: int = 1
+    micro_batches: int = 1
+    """Of each process."""
+    sequence_parallel: int = 1
+    """Processes that share a sequence; divides `processes`."""
+    is_packed: bool = False
+    """Sequences side by side in one row with ``cu_seq_lens``, instead of padded rows."""
+    mode: str = "eager"
+    """Of the loss."""
+
+    @property
+    def data_parallel(self) -> int:
+        """Processes (or teams of processes that share sequences) with data of their own."""
+        return self.processes // self.sequence_parallel
+
+    @property
+    def slots(self) -> int:
+        """Micro-batches of all processes together."""
+        return self.data_parallel * self.micro_batches
+
+    def __str__(self) -> str:
+        words = [_count(self.processes, "process", "es"), _count(self.micro_batches, "micro-batch", "es")]
+        if self.processes > 1 and self.micro_batches > 1:
+            words[1] += " each"
+        if self.sequence_parallel > 1:
+            words.append(f"{self.sequence_parallel} of them share each sequence")
+        return ", ".join([*words, "packed" if self.is_packed else "padded", self.mode])
+
+
+def _count(number: int, what: str, plural: str) -> str:
+    return f"{number} {what}{plural if number > 1 else ''}"
+
+
+def layouts_of(
+    processes: int,
+    micro_batches: Iterable[int],
+    sequence_parallel: Iterable[int],
+    packed: Iterable[bool],
+    modes: Iterable[str],
+) -> list[Layout]:
+    """Return every combination, simple ones first; shards that do not divide the processes are left out."""
+    found = [
+        Layout(processes, number, shards, is_packed, mode)
+        for shards, number, is_packed, mode in product(sequence_parallel, micro_batches, packed, modes)
+        if processes % shards == 0
+    ]
+    return sorted(found, key=lambda own: (own.sequence_parallel, own.micro_batches, own.is_packed, own.mode != "eager"))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process holds of a step: the argument of a loop.
+
+    A loop computes the loss of every micro-batch, calls backward, and leaves the gradients as its back-end would:
+    ``head_weight.grad`` (and ``head_bias.grad``) reduced over the processes, ``hidden_states[i].grad`` as it is.
+    """
+
+    loss_cfg: Any
+    items: list[Any]
+    """One for each micro-batch; the shards of this process under sequence parallelism."""
+    hidden_states: list[Tensor]
+    """[B, T, D] (packed [1, T, D]) of each micro-batch; leaves that ask for a gradient."""
+    head_weight: Tensor
+    """[V, D], a leaf."""
+    head_bias: Tensor | None
+    """[V], a leaf."""
+    cu_seq_lens_list: list[Tensor | None] | None
+    """[S + 1] boundaries of each packed row, over all shards of it; None: every row is a sequence."""
+    sp_mesh: DeviceMesh | None
+    """The processes that share a sequence with this one."""
+    places: list[Tensor] = field(default_factory=list, repr=False)
+    """For each micro-batch the place of every position in the whole batch, flattened; `NOWHERE` for padding."""
+
+    def reduce_gradients(self) -> None:
+        """Do what a back-end does after the last backward: average the head's gradients over processes, or add them.
+
+        As ``loss_cfg.gradient_reduction`` says; DDP and FSDP average. Leave it out in a loop whose own wrapper does it.
+        """
+        for leaf in (self.head_weight, self.head_bias):
+            if leaf is None:
+                continue
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+            if world_size() > 1:
+                dist.all_reduce(leaf.grad)
+                if self.loss_cfg.gradient_reduction == "mean":
+                    leaf.grad /= world_size()
+
+
+def part_of(batch: Batch, cfg: BaseLossConfig, layout: Layout, team: int, sp_mesh: DeviceMesh | None) -> Part:
+    """Return what a process holds.
+
+    Args:
+        batch: the whole step.
+        cfg: of the loss, in the mode of the layout.
+        layout: how the step is spread.
+        team: which of ``layout.data_parallel`` shares is this process's.
+        sp_mesh: the processes that share it.
+    """
+    rows_of_slots = _slots(batch, cfg, layout)
+    own = rows_of_slots[team * layout.micro_batches : (team + 1) * layout.micro_batches]
+    items, states, bounds, places = [], [], [], []
+    for rows in own:
+        item, hidden, place, edges = _micro_batch(batch, cfg, rows, is_packed=layout.is_packed)
+        if sp_mesh is not None:
+            item = item.sp_split(sp_mesh, ignore_idx=cfg.ignore_idx)
+            hidden = sp_split(hidden, sp_mesh, dim=-2, pad=batch.garbage)
+            place = sp_split(place, sp_mesh, pad=NOWHERE)
+        items.append(item)
+        states.append(hidden.clone().requires_grad_())
+        bounds.append(edges)
+        places.append(place)
+    bias = None if batch.head_bias is None else batch.head_bias.detach().clone().requires_grad_()
+    weight = batch.head_weight.detach().clone().requires_grad_()
+    return Part(cfg, items, states, weight, bias, bounds if layout.is_packed else None, sp_mesh, places)
+
+
+def needs_whole_groups(cfg: BaseLossConfig, item: LossContextInputItem) -> bool:
+    """Whether the sequences of a prompt must lie in one micro-batch: the loss compares them and has no second pass."""
+    from toolkit.functional.registry import policy_loss
+
+    chosen = getattr(cfg, "policy_loss_cfg", None)
+    is_wide = chosen is not None and policy_loss(chosen["loss_type"]).scope == "group"
+    return is_wide and getattr(item, "current_logprobs", None) is None
+
+
+def _slots(batch: Batch, cfg: BaseLossConfig, layout: Layout) -> list[list[int]]:
+    """Spread the rows unevenly over all micro-batches, the same way whenever it is asked for; some may stay empty."""
+    groups = getattr(batch.item, "group_ids", None)
+    rows = list(range(len(batch.row_lengths)))
+    if groups is not None and needs_whole_groups(cfg, batch.item):
+        units = [[row for row in rows if int(groups[row, 0]) == own] for own in groups[:, 0].unique().tolist()]
+    else:
+        units = [[row] for row in rows]
+    draw = torch.Generator().manual_seed(1000 * layout.processes + 10 * layout.micro_batches + layout.is_packed)
+    if getattr(getattr(cfg, "aggregation", None), "count_empty", False):
+        chosen = [number % layout.slots for number in range(len(units))]  # an idle micro-batch would be counted
+    else:
+        chosen = torch.randint(0, layout.slots, (len(units),), generator=draw).tolist()
+        chosen[0], chosen[-1] = layout.slots - 1, 0  # never all in one, and not in order
+    return [
+        [row for unit, own in zip(units, chosen, strict=True) if own == slot for row in unit]
+        for slot in range(layout.slots)
+    ]
+
+
+def _micro_batch(
+    batch: Batch, cfg: BaseLossConfig, rows: Sequence[int], *, is_packed: bool
+) -> tuple[LossContextInputItem, Tensor, Tensor, Tensor | None]:
+    """Return item, hidden states, places and boundaries of some rows; without any: of two positions of nothing."""
+    item, width = batch.item, batch.item.shifted_labels.shape[1]
+    everywhere = torch.arange(item.shifted_labels.numel()).reshape(item.shifted_labels.shape)
+    everywhere = everywhere.to(item.shifted_labels.device)
+    if not rows:
+        return _idle(batch, cfg, everywhere, is_packed=is_packed)
+    own = torch.tensor(list(rows), device=everywhere.device)
+    if not is_packed:
+        width = max(1, *(batch.row_lengths[row] for row in rows))
+
+        def taken(value: Tensor, axis: int) -> Tensor:
+            return value.index_select(0, own).narrow(axis, 0, width)
+
+        edges = None
+    else:
+        lengths = [batch.row_lengths[row] for row in rows]
+        edges = torch.tensor([0, *lengths], device=everywhere.device).cumsum(0)
+
+        def taken(value: Tensor, axis: int) -> Tensor:
+            pieces = [value[row : row + 1].narrow(axis, 0, n) for row, n in zip(rows, lengths, strict=True)]
+            return torch.cat(pieces, dim=axis)
+
+    changes = {
+        name: taken(value, axis) for name, value in item.tensors() if (axis := token_axis(item, name)) is not None
+    }
+    return item.replace(**changes), taken(batch.hidden_states.detach(), -2), taken(everywhere, -1), edges
+
+
+def _idle(
+    batch: Batch, cfg: BaseLossConfig, everywhere: Tensor, *, is_packed: bool
+) -> tuple[LossContextInputItem, Tensor, Tensor, Tensor | None]:
+    """Return a micro-batch in which nothing is scored, as a process without work of its own has."""
+    changes: dict[str, Tensor] = {}
+    for name, value in batch.item.tensors():
+        axis = token_axis(batch.item, name)
+        if axis is not None:
+            own = value[:1].narrow(axis, 0, 2)
+            filling = {"shifted_labels": cfg.ignore_idx}.get(name, batch.garbage)
+            changes[name] = (
+                torch.full_like(own, filling) if own.is_floating_point() or name == "shifted_labels" else own
+            )
+    hidden = torch.full_like(batch.hidden_states[:1, :2].detach(), batch.garbage)
+    edges = torch.tensor([0, 2], device=everywhere.device) if is_packed else None
+    return batch.item.replace(**changes), hidden, torch.full_like(everywhere[:1, :2], NOWHERE), edges
+
+
+def check_numbers(name: str, numbers: Iterable[int]) -> tuple[int, ...]:
+    """Return counts of processes, micro-batches or shards as they are.
+
+    Raises:
+        ConfigError: one is not a whole number above 0.
+    """
+    found = tuple(numbers)
+    if not found or any(not isinstance(own, int) or isinstance(own, bool) or own < 1 for own in found):
+        raise ConfigError(f"{name}={found} must hold whole numbers of at least 1, such as (1, 2)")
+    return found

@@ -1,0 +1,145 @@
+"""Processes of one's own, joined by gloo, for as long as one call lasts."""
+
+from __future__ import annotations
+
+import datetime
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from toolkit import errors
+from toolkit.errors import ConfigError, LaunchError, ToolkitError
+from toolkit.functional.registry import policy_loss, register_policy_loss
+from toolkit.losses.config import BaseLossConfig
+from toolkit.plugins import load_plugins
+
+BUILT_IN = "toolkit."
+PLUGIN = "toolkit_plugin_"
+"""Beginning of the names of modules that `toolkit.plugins` made of files."""
+
+
+def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> Any:
+    """Call ``function(*args)`` in `world` new processes joined by gloo, and return what the first of them returned.
+
+    The processes start afresh: `function`, and everything in `args`, must be importable there.
+
+    Args:
+        world: processes.
+        function: of the top level of a module.
+        args: for it; they are pickled.
+        timeout_s: seconds that a process waits for the others before it gives up.
+
+    Raises:
+        ConfigError: something cannot be sent to another process.
+        ToolkitError: a process raised one; of the same class.
+        LaunchError: a process raised another error or died; the message has its words.
+    """
+    sources = sorted({source for value in args for source in _plugin_files(value)})
+    registered = [found for value in args for found in _registered(value)]
+    call = _pickled((function, args, registered))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.spawn(_work, args=(world, folder, sources, call, timeout_s), nprocs=world)
+        except Exception as error:  # whatever a process raised, torch tells it in words of its own
+            raise _told(Path(folder), error) from None
+        return pickle.loads((Path(folder) / "result").read_bytes())
+
+
+def _work(rank: int, world: int, folder: str, sources: list[str], call: bytes, timeout_s: float) -> None:
+    torch.set_num_threads(1)
+    home = Path(folder)
+    try:
+        load_plugins(sources)
+        function, args = _unpickled(call)
+        store = dist.FileStore(str(home / "store"), world)
+        wait = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=wait)
+        result = function(*args)
+        if rank == 0:
+            (home / "result").write_bytes(pickle.dumps(result))
+    except Exception as error:
+        words = (type(error).__name__, str(error), traceback.format_exc(), isinstance(error, ToolkitError))
+        (home / f"error-{rank}").write_bytes(pickle.dumps(words))
+        sys.stderr = None  # the words are in the file; torch would print them again
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _told(home: Path, error: Exception) -> Exception:
+    """Return the first error that a process left behind, in words."""
+    left = sorted(home.glob("error-*"), key=lambda own: own.stat().st_mtime_ns)
+    if not left:
+        return LaunchError(f"a process of the check ended without a word: {str(error).strip().splitlines()[0]}")
+    kind, message, trace, is_ours = pickle.loads(left[0].read_bytes())
+    number = left[0].name.removeprefix("error-")
+    if is_ours:
+        own: Exception = getattr(errors, kind, LaunchError)(f"process {number}: {message}")
+        return own
+    hint = ""
+    if "imed out" in message or "onnection closed" in message:
+        hint = "; processes that wait for each other must call the same collectives in the same order"
+    return LaunchError(f"process {number} raised {kind}: {message}{hint}\n{trace}")
+
+
+# -------------------------------------------------------------------- what travels
+
+
+def _pickled(value: Any) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception as error:  # pickle raises what it likes
+        raise ConfigError(
+            f"this cannot be sent to another process: {error}. Define loops and losses at the top level of a module "
+            "(no lambda, no function inside a function), or call this inside a process group of your own (torchrun)"
+        ) from None
+
+
+def _unpickled(call: bytes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    try:
+        function, args, registered = pickle.loads(call)
+    except (AttributeError, ImportError) as error:
+        raise ConfigError(
+            f"a new process cannot import what it is to run: {error}. Put loops and losses into a file of their own "
+            "(not a notebook cell), or call this inside a process group of your own (torchrun)"
+        ) from None
+    for name, loss_function, options in registered:
+        try:
+            known = policy_loss(name)
+        except ConfigError:
+            known = None
+        if known is None or known.function is not loss_function:
+            register_policy_loss(name, **options, overwrite=True)(loss_function)
+    return function, args
+
+
+def _own_loss(value: Any) -> Any:
+    """Return the policy loss of a config, unless it comes with this package."""
+    chosen = getattr(value, "policy_loss_cfg", None) if isinstance(value, BaseLossConfig) else None
+    loss = policy_loss(chosen["loss_type"]) if chosen is not None else None
+    return None if loss is None or loss.function.__module__.startswith(BUILT_IN) else loss
+
+
+def _registered(value: Any) -> list[tuple[str, Callable[..., Any], dict[str, Any]]]:
+    loss = _own_loss(value)
+    if loss is None:
+        return []
+    options = {"scope": loss.scope, "needs": loss.needs, "aggregation": loss.aggregation, "formula": loss.formula}
+    return [(loss.name, loss.function, options)]
+
+
+def _plugin_files(value: Any) -> list[str]:
+    """Return the files that a new process must load under our name before it can find what is in them."""
+    loss = _own_loss(value)
+    owners = [getattr(value, "__module__", ""), loss.function.__module__ if loss is not None else ""]
+    modules = [sys.modules[own] for own in owners if isinstance(own, str) and own.startswith(PLUGIN)]
+    return [str(own.__file__) for own in modules]

@@ -66,6 +66,7 @@ def problem() -> Problem:
     spreads = (0.5, 0.5, 0.1, 0.1)
     values = {name: scored + spread * noise(ROWS, POSITIONS) for name, spread in zip(FIELDS[1:], spreads, strict=True)}
     values["advantages"] = noise(ROWS, POSITIONS)
+    values["current_logprobs"] = scored
     return Problem(hidden, weight, labels, values, torch.tensor(GROUPS).unsqueeze(1))
 
 
@@ -85,6 +86,7 @@ def loss_and_grads(
     *,
     batches: Sequence[Sequence[int]] = (tuple(range(ROWS)),),
     is_packed: bool = False,
+    with_current: bool = False,
 ) -> list[Tensor]:
     """Return the loss of a whole step and its gradients of hidden states and head.
 
@@ -94,10 +96,13 @@ def loss_and_grads(
         cfg: of `config`.
         batches: which rows are in each micro-batch.
         is_packed: whether the rows of a micro-batch lie one after the other in a single one.
+        with_current: whether the items have `current_logprobs`, with which a loss sees the whole step.
     """
     hidden, weight = given.hidden.clone().requires_grad_(), given.weight.clone().requires_grad_()
     items, bounds, states = [], [], []
     wanted = {"advantages", "old_logprobs", *fields_declared(s.loss, s.options)}
+    if with_current:
+        wanted.add("current_logprobs")
     for rows in batches:
         index = torch.tensor(rows)
         own: dict[str, Any] = {name: value[index] for name, value in given.values.items() if name in wanted}
@@ -151,10 +156,10 @@ def masked_positions(s: Subject) -> None:
 
 def partition(s: Subject) -> None:
     """Micro-batches of a step add up to the whole, padded and packed."""
-    if s.loss.scope == "batch":
-        raise NotApplicable("scope='batch': its statistics are those of one micro-batch, so that the cut does matter")
-    given, cfg = problem(), config(s)
-    whole = loss_and_grads(s, given, cfg)
+    if s.loss.scope == "batch" and "entropies" in s.loss.needs:
+        raise NotApplicable("scope='batch' with entropies: a step may not be cut, which is refused")
+    given, cfg, is_wide = problem(), config(s), s.loss.scope in ("group", "batch")
+    whole = loss_and_grads(s, given, cfg, with_current=is_wide)
     remedy = (
         "a token's loss must not depend on how many tokens or sequences there are (no mean, sum or N over the batch); "
         "leave averaging to the aggregation"
@@ -163,12 +168,13 @@ def partition(s: Subject) -> None:
         "three micro-batches": ((0, 1), (2, 3), (4, 5)),
         "two micro-batches": ((4, 5), (0, 1, 2, 3)),
     }
-    if s.loss.scope != "group":
-        layouts["one sequence in each micro-batch"] = tuple((row,) for row in range(ROWS))
+    layouts["one sequence in each micro-batch"] = tuple((row,) for row in range(ROWS))
     for name, batches in layouts.items():
-        _agree(loss_and_grads(s, given, cfg, batches=batches), whole, f"{name} instead of one", remedy)
+        found = loss_and_grads(s, given, cfg, batches=batches, with_current=is_wide)
+        _agree(found, whole, f"{name} instead of one", remedy)
     remedy = "use t.segment_mean(x) and its kin for sequences, t.positions for distances inside them"
-    _agree(loss_and_grads(s, given, cfg, is_packed=True), whole, "one packed row instead of padded ones", remedy)
+    found = loss_and_grads(s, given, cfg, is_packed=True, with_current=is_wide)
+    _agree(found, whole, "one packed row instead of padded ones", remedy)
 
 
 def eager_equals_chunk(s: Subject) -> None:

@@ -161,8 +161,9 @@ def test_one_process_takes_no_collective() -> None:
 
 def on_two_ranks(rank: int, world: int) -> None:
     calls: list[str] = []
-    gather, objects = dist.all_gather_into_tensor, dist.all_gather_object
-    dist.all_gather_into_tensor = lambda *args, **kwargs: (calls.append("numbers"), gather(*args, **kwargs))  # type: ignore[assignment]
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather, objects = getattr(dist, name), dist.all_gather_object
+    setattr(dist, name, lambda *args, **kwargs: (calls.append("numbers"), gather(*args, **kwargs)))
     dist.all_gather_object = lambda *args, **kwargs: (calls.append("objects"), objects(*args, **kwargs))  # type: ignore[assignment]
 
     def check(metrics: dict[str, Metric], expected: dict[str, float], collectives: list[str]) -> None:

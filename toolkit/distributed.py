@@ -70,6 +70,13 @@ def rank() -> int:
     return dist.get_rank(_counted) if dist.is_available() and dist.is_initialized() else 0
 
 
+def counted_with(group: Any) -> int:
+    """Return how many ranks of `group` are among those that are counted over, this one included."""
+    members = dist.get_process_group_ranks(group)
+    counted = range(dist.get_world_size()) if _counted is None else dist.get_process_group_ranks(_counted)
+    return len(set(members) & set(counted))
+
+
 def rank_of(global_rank: int) -> int:
     """Return the number among the counted ranks of a process whose number among all is `global_rank`."""
     return global_rank if _counted is None else dist.get_group_rank(_counted, global_rank)
@@ -129,7 +136,8 @@ def reduce_metrics(metrics: Metrics) -> dict[str, Metric]:
 def _gathered(vector: Tensor) -> Tensor:
     """Return the vectors [n] of all ranks on the host, [R, n]."""
     found = vector.new_empty(world_size() * len(vector))
-    dist.all_gather_into_tensor(found, vector.contiguous(), group=_counted)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+    gather(found, vector.contiguous(), group=_counted)
     return found.view(world_size(), -1).cpu()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tests.conftest import random_head, random_item, run_processes
 from tests.head.cases import Case, Draw, Outcome, draw, evaluate, relative
 from toolkit import CELossConfig, DataError, GRPOLossConfig, OPDLossConfig, RLLossContextInputItem
+from toolkit.distributed import counting_over
 from toolkit.head import explain, fused_loss, token_logprobs
 from toolkit.head.logits import LogitTransform
 from toolkit.head.scores import eager_scores
@@ -145,7 +147,22 @@ def contexts(mode: str) -> dict[str, tuple[Any, RLLossContextInputItem]]:
     }
 
 
+def counting_alone(mesh: DeviceMesh) -> AbstractContextManager[None]:
+    """All ranks share the vocabulary, so that each is the only one with its tokens."""
+    return counting_over(init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("dp", "tp"))["dp"].get_group())
+
+
 def check_contexts(mesh: DeviceMesh) -> None:
+    cfg, item = contexts("chunk")["grpo"]
+    (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)
+    hidden, weight, _ = random_head((3, 8))
+    with pytest.raises(DataError, match="each counts the same tokens"):
+        cfg.loss_ctx_cls(cfg, kwargs).forward(hidden, sharded(weight, mesh))
+    with counting_alone(mesh):
+        check_contexts_counted_once(mesh)
+
+
+def check_contexts_counted_once(mesh: DeviceMesh) -> None:
     for mode in ("chunk", "eager"):
         for name, (cfg, item) in contexts(mode).items():
             torch.manual_seed(1)
@@ -169,12 +186,13 @@ def check_parameter(mesh: DeviceMesh) -> None:
     hidden, weight, bias = random_head((3, 8))
     cfg = CELossConfig(mode="chunk", chunk_size=4)
     item = CELossContextInputItem(shifted_labels=grpo_item().shifted_labels)
-    (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)
-    context = cfg.loss_ctx_cls(cfg, kwargs)
-    loss, _ = context.forward(hidden, weight, bias)
-    loss.backward()
     own = torch.nn.Parameter(sharded(weight.detach(), mesh))
-    context.forward(copy(hidden), own, bias.detach())[0].backward()
+    with counting_alone(mesh):
+        (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)
+        context = cfg.loss_ctx_cls(cfg, kwargs)
+        loss, _ = context.forward(hidden, weight, bias)
+        loss.backward()
+        context.forward(copy(hidden), own, bias.detach())[0].backward()
     assert relative(whole(own.grad), weight.grad) <= 1e-12
 
 

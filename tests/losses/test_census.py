@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tests.conftest import random_head, random_item, run_processes
 from toolkit import DataError, GRPOLossConfig, GRPOLossContext
 from toolkit.losses.census import Counts, census
-from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.items import CELossContextInputItem, RLLossContextInputItem
 
 MASK_BY_CURRENT = {
     "action": "mask",
@@ -86,6 +86,15 @@ def a_rank_with_bad_items(rank: int, world: int) -> None:
     GRPOLossContext.build_batches_loss_kwargs(batches(rank, world), GRPOLossConfig())  # and all go on together
 
 
+def a_rank_with_another_kind_of_item(rank: int, world: int) -> None:
+    own: list[Any] = batches(rank, world)
+    if rank == 0:
+        own[0] = CELossContextInputItem(shifted_labels=own[0].shifted_labels)
+    words = "is a CELossContextInputItem" if rank == 0 else "rank 0 refused the items"
+    with pytest.raises(DataError, match=words):
+        GRPOLossContext.build_batches_loss_kwargs(own, GRPOLossConfig())
+
+
 def pieces_that_differ(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     own = random_item((2, 4))
@@ -97,6 +106,7 @@ def pieces_that_differ(rank: int, world: int) -> None:
 def all_of_it(rank: int, world: int) -> None:
     one_exchange(rank, world)
     a_rank_with_bad_items(rank, world)
+    a_rank_with_another_kind_of_item(rank, world)
     pieces_that_differ(rank, world)
 
 
@@ -170,3 +180,83 @@ def test_a_step_that_cannot_be_seen_whole(options: dict, words: str) -> None:
     GRPOLossContext.build_batches_loss_kwargs(given, cfg)
     with pytest.raises(DataError, match="1 of 2 micro-batches have current_logprobs"):
         GRPOLossContext.build_batches_loss_kwargs([given[0], items[1]], cfg)
+
+
+# -------------------------------------------------------------------- what a review found
+
+
+def step_wide(items: list[RLLossContextInputItem], hidden: list, weight: torch.Tensor, cfg: GRPOLossConfig) -> float:
+    batches = GRPOLossContext.build_batches_loss_kwargs(items, cfg)
+    return sum(
+        float(GRPOLossContext(cfg, own).forward(states, weight)[0].detach())
+        for own, states in zip(batches, hidden, strict=True)
+    )
+
+
+def test_equal_tokens_in_other_contexts_are_told_apart() -> None:
+    """Six completions of the same two tokens: which of them clip_cov draws must not depend on the cut."""
+    torch.manual_seed(2)
+    hidden, weight = torch.randn(6, 2, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    labels, advantages = torch.tensor([[4, 1]]).expand(6, 2), torch.tensor([1.0, 1, -1, 1, 2, 1])[:, None].expand(6, 2)
+    current = (hidden @ weight.T).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    cfg = GRPOLossConfig(
+        policy_loss_cfg={"loss_type": "clip_cov", "clip_cov_ratio": 0.3, "cov_low": -5.0, "cov_high": 50.0}
+    )
+    found = []
+    for cut in ([[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[3, 4, 5], [0, 1, 2]], [[5, 0], [1, 2, 3, 4]]):
+        items = [
+            RLLossContextInputItem(
+                shifted_labels=labels[rows], advantages=advantages[rows].double(), current_logprobs=current[rows]
+            )
+            for rows in cut
+        ]
+        found.append(step_wide(items, [hidden[rows] for rows in cut], weight, cfg))
+    assert found == pytest.approx([found[0]] * 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["clip_cov", "kl_cov", "real"])
+@pytest.mark.parametrize("without", [0, 1])
+def test_micro_batches_with_other_fields(loss: str, without: int) -> None:
+    """Without old_logprobs a micro-batch is on-policy, also beside one that is not."""
+    torch.manual_seed(3)
+    item, (hidden, weight, _) = random_item((4, 6)), random_head((4, 6))
+    current = (hidden @ weight.T).log_softmax(-1).gather(-1, item.shifted_labels.clamp(min=0).unsqueeze(-1))
+    current = current.squeeze(-1).detach()
+    own = slice(2 * without, 2 * without + 2)
+    old = item.old_logprobs.clone()
+    old[own] = current[own]
+    whole = item.replace(old_logprobs=old, current_logprobs=current, rollout_logprobs=None)
+    parts = [
+        RLLossContextInputItem(**{name: value[2 * i : 2 * i + 2] for name, value in whole.tensors()}) for i in (0, 1)
+    ]
+    parts[without] = parts[without].replace(old_logprobs=None)
+    cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": loss})
+    expected = step_wide([whole], [hidden], weight, cfg)
+    found = step_wide(parts, [hidden[:2], hidden[2:]], weight, cfg)
+    assert found == pytest.approx(expected, rel=1e-12)
+    parts[without] = parts[without].replace(teacher_logprobs=None)
+    with pytest.raises(DataError, match="some micro-batches of this step have teacher_logprobs"):
+        step_wide(parts, [hidden[:2], hidden[2:]], weight, cfg)
+
+
+def test_negative_numbers_of_prompts() -> None:
+    item, (hidden, weight, _) = random_item((4, 6)), random_head((4, 6))
+    cfg = GRPOLossConfig(aggregation="prompt_mean")
+    losses = [
+        step_wide([item.replace(group_ids=torch.tensor(ids)[:, None].expand(4, 6))], [hidden], weight, cfg)
+        for ids in ([0, 0, 1, 1], [-5, -5, 1, 1], [-5, -5, -6, -6])
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-12)
+
+
+def test_pieces_of_kwargs_are_refused_where_sequences_count() -> None:
+    item, (hidden, weight, _) = random_item((2, 6)), random_head((2, 6))
+    for loss, is_refused in (("vanilla", False), ("gspo", True)):
+        cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": loss})
+        (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)
+        piece = GRPOLossContext(cfg, kwargs.chunk(3)[0])
+        if is_refused:
+            with pytest.raises(DataError, match="looks at whole sequences"):
+                piece.forward(hidden[:, :3], weight)
+        else:
+            piece.forward(hidden[:, :3], weight)

@@ -70,7 +70,7 @@ def test_chunks_cover_every_position_once() -> None:
 
 def test_every_per_token_field_declares_its_padding() -> None:
     for record in (RLLossContextInputItem, GRPOLossKwargs):
-        for name in set(record.model_fields) - {"rollout_spec", "step_metrics", "has_current", "whole"}:
+        for name in set(record.model_fields) - {"rollout_spec", "step_metrics", "has_current", "num_scored", "whole"}:
             assert isinstance(record.layout(name), PerToken), name
     assert RLLossContextInputItem.layout("shifted_labels") == PerToken(pad=-100)
 

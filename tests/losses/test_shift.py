@@ -36,3 +36,11 @@ def test_mask_of_another_shape() -> None:
         shift_labels(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3))
     with pytest.raises(DataError, match="attention_mask has shape"):
         shift_labels(torch.zeros(1, 4, dtype=torch.int64), attention_mask=torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([-100, 2, 3]), torch.tensor([0.5, 1.0, 0.0])])
+def test_labels_are_not_taken_for_a_mask(mask: torch.Tensor) -> None:
+    with pytest.raises(DataError, match="loss_mask holds other values than 0 and 1"):
+        shift_labels(torch.tensor([1, 2, 3]), mask)
+    with pytest.raises(DataError, match="attention_mask holds"):
+        shift_labels(torch.tensor([1, 2, 3]), attention_mask=mask)

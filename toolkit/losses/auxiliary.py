@@ -60,6 +60,8 @@ def auxiliary_weights(
         if count.numel() != 1 or (not isinstance(given, Tensor) and given < 0):
             raise DataError(f"num_tokens[{index}]={given!r} must be one number of tokens, 0 or more")
         counts.append(widened(count).reshape(()))
+    device = next((count.device for count in counts if count.device.type != "cpu"), torch.device("cpu"))
+    counts = [count.to(device) for count in counts]
     own = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.float64)
     total = all_reduce_sum(own if counts_here(sp_mesh) else torch.zeros_like(own)).clamp(min=1)
     factor = world_size() if gradient_reduction == "mean" else 1

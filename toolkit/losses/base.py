@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from toolkit.distributed import counted_with
 from toolkit.errors import DataError
 from toolkit.head.chunked import chunked_loss
 from toolkit.head.inputs import check_head
 from toolkit.head.plan import HeadPlan, Scope, auto_chunk, autograd_plan, equal_chunks
+from toolkit.head.vocabulary import vocab_group
 from toolkit.losses.config import BaseLossConfig
 from toolkit.losses.fields import PerToken, TensorRecord
 from toolkit.metrics import merge_metrics, metrics_in
@@ -198,6 +200,7 @@ class BaseLossContext(ABC, Generic[ItemT]):
             )
         labels, ignore_idx = self.loss_kwargs.shifted_labels, self.loss_cfg.ignore_idx
         check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, labels_name="shifted_labels")
+        check_counted_once(vocab_group(head_weight).group)
         for name, value in self.loss_kwargs.tensors():
             mark = self.loss_kwargs.layout(name) if self.loss_kwargs.is_per_token(name) else None
             if isinstance(mark, PerToken) and mark.positions(value) != labels.shape:
@@ -205,6 +208,22 @@ class BaseLossContext(ABC, Generic[ItemT]):
                     f"{type(self.loss_kwargs).__name__}.{name} has shape {list(value.shape)}, but shifted_labels has "
                     f"{list(labels.shape)}; a per-token field has one value for each position"
                 )
+
+
+def check_counted_once(group: Any) -> None:
+    """Refuse ranks that share a vocabulary (`group`, None: nobody does) and count each other's tokens.
+
+    Raises:
+        DataError: says how to count over the others alone.
+    """
+    shared = counted_with(group) if group is not None else 0
+    if shared > 1:
+        raise DataError(
+            f"{shared} ranks share the head's vocabulary, and each counts the same tokens: build the kwargs, run the "
+            "loss and reduce metrics inside `with toolkit.distributed.counting_over(group)`, group being the ranks "
+            'with other tokens, such as mesh["dp"].get_group() of a mesh of ("dp", "tp"). If it was FSDP that sharded '
+            "the head, it was not gathered: call the loss inside the wrapped model's forward"
+        )
 
 
 def check_finite(name: str, values: Tensor | None, labels: Tensor, ignore_idx: int) -> None:

@@ -46,6 +46,12 @@ def checked_items(data_batches: Any, item_type: type[ItemT], loss_cfg: Any, cfg_
     return list(data_batches)
 
 
+def device_of(data_batches: Any) -> torch.device:
+    """Return where the first item of a step lies; the CPU where that cannot be said."""
+    first = data_batches[0] if isinstance(data_batches, (list, tuple)) and data_batches else None
+    return getattr(getattr(first, "shifted_labels", None), "device", torch.device("cpu"))
+
+
 def sequence_ids_of_batches(
     labels: Sequence[Tensor], cu_seq_lens_list: Sequence[Tensor | None] | None, *, ignore_idx: int = -100
 ) -> list[Tensor]:

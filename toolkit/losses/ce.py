@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -18,6 +17,7 @@ from toolkit.losses.calibration import (
     checked_items,
     counts_here,
     counts_of,
+    device_of,
     loss_metric,
     sequence_ids_of_batches,
 )
@@ -51,12 +51,12 @@ class CELossContext(ScoredLossContext[CELossContextInputItem]):
         sp_mesh: DeviceMesh | None = None,
     ) -> list[CELossKwargs]:
         """Fix the weight of every token of the step; see the base class for the arguments."""
-        items = checked_items(data_batches, CELossContextInputItem, loss_cfg, CELossConfig)
-        device = items[0].shifted_labels.device if items else torch.device("cpu")
+        device = device_of(data_batches)
         shares: list[Share] = []
         whole: list[CELossContextInputItem] = []
 
         def count() -> Counts:
+            items = checked_items(data_batches, CELossContextInputItem, loss_cfg, CELossConfig)
             whole.extend(items if sp_mesh is None else whole_items(items, sp_mesh))
             labels = [item.shifted_labels for item in whole]
             ids = sequence_ids_of_batches(labels, cu_seq_lens_list, ignore_idx=loss_cfg.ignore_idx)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import all_gather_objects, all_reduce_sum, rank, world_size
-from toolkit.errors import DataError, ToolkitError
+from toolkit.errors import DataError
 
 Table = dict[int, float]
 """A number for each key: the tokens of each prompt, say."""
@@ -48,7 +48,7 @@ def census(count: Callable[[], Counts], *, num_numbers: int, has_tables: bool, d
     """
     try:
         own, error = count(), None
-    except ToolkitError as caught:
+    except Exception as caught:  # whatever it is, the others must hear of it before it travels on
         own, error = Counts(torch.zeros(num_numbers, dtype=torch.float64, device=device)), caught
     if world_size() == 1:
         if error is not None:

@@ -1,7 +1,7 @@
 """Prompts and groups over micro-batches and ranks: who has how many tokens, and whether a step holds what a loss needs.
 
 Legend: B rows, T positions of a row. Group ids are the same number everywhere for completions of the same prompt;
-negative ones stand for padding.
+negative ones without a scored token stand for padding.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def prompts_of(group_ids: Sequence[Tensor], tokens: Table, count_empty: bool) ->
         groups, place = own.reshape(-1).unique(return_inverse=True)
         sizes = torch.tensor([tokens[group] for group in groups.tolist()], dtype=torch.float64, device=place.device)
         found.append(sizes[place].reshape(own.shape))
-    return found, sum(group >= 0 and (count_empty or size > 0) for group, size in tokens.items())
+    # A negative number without a scored token is the padding of a row; with one it is a prompt like any other.
+    return found, sum(size > 0 or (count_empty and group >= 0) for group, size in tokens.items())
 
 
 def check_step(

@@ -21,7 +21,7 @@ from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
 from toolkit.head.plan import Entropy, Scope
 from toolkit.losses.base import as_loss_dtype
-from toolkit.losses.calibration import checked_items, loss_metric
+from toolkit.losses.calibration import checked_items, device_of, loss_metric
 from toolkit.losses.candidates import check_vocabulary
 from toolkit.losses.config import BaseRLLossConfig, GRPOLossConfig
 from toolkit.losses.grpo_correction import late_correction
@@ -60,8 +60,17 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
                 a scored position of it holds NaN or inf.
             ConfigError: the policy loss looks at more tokens than it declares.
         """
-        items = checked_items(data_batches, RLLossContextInputItem, loss_cfg, cls.cfg_type)
-        return build_grpo_kwargs(items, loss_cfg, cu_seq_lens_list, sp_mesh)
+
+        def checked() -> list[RLLossContextInputItem]:
+            items = checked_items(data_batches, RLLossContextInputItem, loss_cfg, cls.cfg_type)
+            return [cls.completed(item, loss_cfg) for item in items]
+
+        return build_grpo_kwargs(checked, device_of(data_batches), loss_cfg, cu_seq_lens_list, sp_mesh)
+
+    @classmethod
+    def completed(cls, item: RLLossContextInputItem, loss_cfg: Any) -> RLLossContextInputItem:
+        """Return an item with what this loss does not ask for filled in; as it is by default."""
+        return item
 
     @property
     def scope(self) -> Scope:
@@ -160,6 +169,13 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     def _check(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
         super()._check(hidden_states, head_weight, head_bias)
         own = self.loss_kwargs
+        found = None if own.num_scored is None else int((own.shifted_labels != self.loss_cfg.ignore_idx).sum())
+        if found != own.num_scored:
+            raise DataError(
+                f"these kwargs hold {found} of the {own.num_scored} scored tokens of their micro-batch, but the loss "
+                f"{self.loss_cfg.policy_loss_cfg['loss_type']!r} (or a correction) looks at whole sequences; give "
+                "forward the kwargs as they were built (mode='chunk' keeps memory small)"
+            )
         check_vocabulary(
             own.candidate_ids,
             own.candidate_logprobs,

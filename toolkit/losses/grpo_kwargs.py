@@ -8,7 +8,7 @@ Legend: B rows, T positions of a row, N scored tokens of a micro-batch, C correc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
@@ -67,6 +67,8 @@ class GRPOLossKwargs(BaseLossKwargs):
     """Metrics that are known before the forward; reported once, by the micro-batch as a whole."""
     has_current: bool = False
     """Whether all corrections were applied before the forward, for the items had `current_logprobs`."""
+    num_scored: int | None = None
+    """Tokens that a loss of more than one token must be given together; None: it may be given pieces."""
     place: Annotated[Tensor | None, PerToken(pad=NO_SEQUENCE)] = None
     """int64, where each scored token stands among those of `whole`."""
     whole: Any = None
@@ -82,17 +84,15 @@ class GRPOLossKwargs(BaseLossKwargs):
 class _Step:
     """The micro-batches of a step on this rank: what is counted here, and the kwargs once all ranks have counted."""
 
-    given: list[RLLossContextInputItem]
+    checked: Callable[[], list[RLLossContextInputItem]]
     cfg: BaseRLLossConfig
     bounds: Sequence[Tensor | None] | None
     sp_mesh: DeviceMesh | None
+    device: torch.device
+    given: list[RLLossContextInputItem] = field(default_factory=list)
     items: list[RLLossContextInputItem] = field(default_factory=list)
     """Whole rows, also where this rank was given pieces."""
     candidates: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
-
-    @property
-    def device(self) -> torch.device:
-        return self.given[0].shifted_labels.device if self.given else torch.device("cpu")
 
     @property
     def num_terms(self) -> int:
@@ -106,6 +106,7 @@ class _Step:
     def count(self) -> Counts:
         """Check the items and count what their weights will be divided by."""
         cfg = self.cfg
+        self.given = self.checked()
         self.items = self.given if self.sp_mesh is None else whole_items(self.given, self.sp_mesh)
         for index, item in enumerate(self.items):
             check_item(item, cfg, f"data_batches[{index}]")
@@ -148,7 +149,7 @@ class _Step:
         options: dict[str, Any] = {"count_empty": chosen.count_empty, "length": chosen.length, **prompts}
         if self.bounds is not None:  # empty sequences leave no trace in the ids
             options["num_sequences"] = [
-                len(own_ids) if bounds is None else len(bounds) - 1
+                len(bounds) - 1 if bounds is not None else len(own_ids) if own_ids.dim() > 1 else 1
                 for own_ids, bounds in zip(self.ids, self.bounds, strict=True)
             ]
         if chosen.name == "per_component":
@@ -194,9 +195,13 @@ class _Step:
         if self.sp_mesh is not None:
             found = [own.sp_split(self.sp_mesh, ignore_idx=cfg.ignore_idx) for own in found]
         return [
-            own.replace(candidate_ids=ids, candidate_logprobs=logprobs)
+            own.replace(candidate_ids=ids, candidate_logprobs=logprobs, num_scored=self._num_scored(own))
             for own, (ids, logprobs) in zip(found, self.candidates, strict=True)
         ]
+
+    def _num_scored(self, own: GRPOLossKwargs) -> int | None:
+        may_be_cut = scope_of(self.cfg) == "token" or (own.whole is not None and own.whole.sp_mesh is None)
+        return None if may_be_cut else int((own.shifted_labels != self.cfg.ignore_idx).sum())
 
     def _kwargs_of(
         self,
@@ -232,14 +237,23 @@ class _Step:
 
 
 def build_grpo_kwargs(
-    items: list[RLLossContextInputItem],
+    checked: Callable[[], list[RLLossContextInputItem]],
+    device: torch.device,
     cfg: BaseRLLossConfig,
     cu_seq_lens_list: Sequence[Tensor | None] | None,
     sp_mesh: DeviceMesh | None,
 ) -> list[GRPOLossKwargs]:
-    """Check the items, apply the corrections and fix the weight of every token; see `BaseLossContext` for the rest."""
+    """Check the items, apply the corrections and fix the weight of every token; see `BaseLossContext` for the rest.
+
+    Args:
+        checked: gives the items; what it raises reaches the other ranks, too.
+        device: of the items.
+        cfg: of the loss.
+        cu_seq_lens_list: boundaries of packed rows.
+        sp_mesh: ranks that share a sequence.
+    """
     check_policy_loss_of(cfg)
-    step = _Step(items, cfg, cu_seq_lens_list, sp_mesh)
+    step = _Step(checked, cfg, cu_seq_lens_list, sp_mesh, device)
     total = census(
         step.count,
         num_numbers=3 + 2 * step.num_terms + 2 * len(cfg.correction),
@@ -259,7 +273,7 @@ def _step_metrics(
     items: Sequence[RLLossContextInputItem], labels: Sequence[Tensor], ids: Sequence[Tensor], ignore_idx: int
 ) -> dict[str, Metric]:
     """Return the tokens without an advantage, and the sequences that have none at all and teach nothing."""
-    idle_tokens, idle_sequences = [torch.zeros(0)], [torch.zeros(0)]
+    idle_tokens, idle_sequences = [], []
     for item, own, own_ids in zip(items, labels, ids, strict=True):
         is_scored = own != ignore_idx
         is_idle = _given(item.advantages)[is_scored] == 0
@@ -267,8 +281,8 @@ def _step_metrics(
         idle_tokens.append(is_idle)
         idle_sequences.append(segment_sum((~is_idle).double(), sequences, len(names)) == 0)
     return {
-        "zero_advantage_tokens": Mean.of(torch.cat(idle_tokens)),
-        "zero_advantage_sequences": Mean.of(torch.cat(idle_sequences)),
+        "zero_advantage_tokens": Mean.of(torch.cat(idle_tokens or [torch.zeros(0)])),
+        "zero_advantage_sequences": Mean.of(torch.cat(idle_sequences or [torch.zeros(0)])),
     }
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.functional.kl_exact import top_k_kl
 from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
-from toolkit.losses.calibration import checked_items
 from toolkit.losses.config import BaseRLLossConfig
 from toolkit.losses.config_opd import OPDLossConfig
 from toolkit.losses.grpo import GRPOLossContext
@@ -37,21 +34,14 @@ class OPDLossContext(GRPOLossContext):
     loss_cfg: OPDLossConfig
 
     @classmethod
-    def build_batches_loss_kwargs(
-        cls,
-        data_batches: list[RLLossContextInputItem],
-        loss_cfg: OPDLossConfig,  # type: ignore[override]
-        cu_seq_lens_list: Sequence[Tensor | None] | None = None,
-        sp_mesh: DeviceMesh | None = None,
-    ) -> list[GRPOLossKwargs]:
-        """Fill in what distillation does not read, then as `GRPOLossContext`.
-
-        Raises:
-            DataError: the teacher's log-probabilities are missing, or a scored position of them holds NaN or inf.
-        """
-        items = checked_items(data_batches, RLLossContextInputItem, loss_cfg, cls.cfg_type)
-        items = [_filled(item, loss_cfg) for item in items]
-        return super().build_batches_loss_kwargs(items, loss_cfg, cu_seq_lens_list, sp_mesh)
+    def completed(cls, item: RLLossContextInputItem, loss_cfg: OPDLossConfig) -> RLLossContextInputItem:
+        """Return an item with advantages of 0 where it has none, and the teacher that the config names."""
+        changes: dict[str, Tensor] = {}
+        if item.advantages is None:
+            changes["advantages"] = torch.zeros(item.shifted_labels.shape, device=item.shifted_labels.device)
+        if loss_cfg.teacher == "reference" and item.ref_logprobs is not None:
+            changes["teacher_logprobs"] = item.ref_logprobs
+        return item.replace(**changes) if changes else item
 
     def policy_losses(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
         """Return the divergence of each token from the teacher, [N]."""
@@ -63,12 +53,3 @@ class OPDLossContext(GRPOLossContext):
         divergence = top_k_kl(ours, theirs, direction=cfg.direction, tail=tail)
         terms.report("teacher_kl", divergence)
         return divergence
-
-
-def _filled(item: RLLossContextInputItem, cfg: OPDLossConfig) -> RLLossContextInputItem:
-    changes: dict[str, Tensor] = {}
-    if item.advantages is None:
-        changes["advantages"] = torch.zeros(item.shifted_labels.shape, device=item.shifted_labels.device)
-    if cfg.teacher == "reference" and item.ref_logprobs is not None:
-        changes["teacher_logprobs"] = item.ref_logprobs
-    return item.replace(**changes) if changes else item

@@ -36,12 +36,17 @@ def shift_labels(
         int64 of the shape of `input_ids`; the last position of every sequence holds `ignore_idx`.
 
     Raises:
-        DataError: a mask has another shape, or the boundaries do not fit.
+        DataError: a mask has another shape or other values than 0 and 1, or the boundaries do not fit.
     """
     for name, mask in (("loss_mask", loss_mask), ("attention_mask", attention_mask)):
         if mask is not None and mask.shape != input_ids.shape:
             raise DataError(
                 f"{name} has shape {list(mask.shape)}; it must be that of input_ids, {list(input_ids.shape)}"
+            )
+        if mask is not None and mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+            raise DataError(
+                f"{name} holds other values than 0 and 1; it says which tokens count. (Labels with -100 where nothing "
+                "is scored are shifted_labels: give them to the constructor, already shifted)"
             )
     is_scored = has_next(input_ids.shape, cu_seq_lens, attention_mask, input_ids.device)
     if loss_mask is not None:

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import all_gather_objects, rank, rank_of
 from toolkit.errors import DataError
+from toolkit.functional.segments import NO_SEQUENCE
 from toolkit.head import TokenScores
 from toolkit.losses.calibration import counts_here
 from toolkit.losses.config import BaseRLLossConfig
@@ -165,9 +166,11 @@ def _step(parts: Sequence[GRPOLossKwargs], sp_mesh: DeviceMesh | None) -> tuple[
     source = rank() if sp_mesh is None else rank_of(dist.get_global_rank(sp_mesh.get_group(), 0))
     batches = [own for batches in everyone for own in batches]
     first = sum(len(batches) for batches in everyone[:source])
+    everything = list({name: None for own in batches for name in own})
     if not parts:
         return None, []  # nothing will look at it
-    joined = {name: torch.cat([own[name] for own in _numbered_on(batches)]) for name in batches[0]}
+    numbered = [_filled(own, everything) for own in _numbered_on(batches)]
+    joined = {name: torch.cat([own[name] for own in numbered]) for name in everything}
     order = _by_content(joined)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order))
@@ -194,16 +197,48 @@ def _numbered_on(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]
     return found
 
 
+def _filled(own: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return a micro-batch with the fields that only others have: on-policy, unreported, unweighted.
+
+    Raises:
+        DataError: a field cannot be made up; on every rank alike, for all have all micro-batches here.
+    """
+    current = own["current_logprobs"]
+    made_up = {
+        "old_logprobs": current,
+        "rollout_logprobs": torch.full_like(current, torch.nan),
+        "policy_weight": torch.ones(len(current), dtype=torch.float64),
+        "group_ids": torch.full((len(current),), NO_SEQUENCE),
+    }
+    for name in names:
+        if name not in own and name not in made_up:
+            raise DataError(f"some micro-batches of this step have {name}, others lack it; give it to all or to none")
+    return {name: own[name] if name in own else made_up[name] for name in names}
+
+
 def _by_content(fields: dict[str, Tensor]) -> Tensor:
-    """Return an order of the tokens, [N]: sequences by a number made of their tokens, tokens inside as they stand."""
+    """Return an order of the tokens, [N]: sequences by a number made of their tokens, tokens inside as they stand.
+
+    Sequences of equal tokens and advantages stand in the order of their probability; no bits of it enter the number,
+    for these differ by rounding between layouts.
+    """
     ids = fields["sequence_ids"]
     num = int(ids.max()) + 1 if len(ids) else 0
     starts = torch.full((num,), len(ids)).scatter_reduce(0, ids, torch.arange(len(ids)), "amin")
     within = torch.arange(len(ids)) - starts[ids]
     groups = fields["group_ids"] if "group_ids" in fields else torch.zeros_like(ids)
-    key = _mixed(_mixed(_mixed(fields["shifted_labels"]) + within) + groups)
+    key = _mixed(_mixed(_mixed(_mixed(fields["shifted_labels"]) + within) + groups) + _bits(fields["advantages"]))
     of_sequence = torch.zeros(num, dtype=torch.int64).index_add(0, ids, key)  # wraps around, in any order alike
-    return torch.argsort(of_sequence[ids], stable=True)
+    likelihood = torch.zeros(num, dtype=torch.float64).index_add(0, ids, fields["current_logprobs"].double())
+    order = likelihood.argsort(stable=True)
+    order = order[of_sequence[order].argsort(stable=True)]
+    number = torch.empty_like(order)
+    number[order] = torch.arange(num)
+    return torch.argsort(number[ids], stable=True)
+
+
+def _bits(values: Tensor) -> Tensor:
+    return (values.double() + 0.0).view(torch.int64)  # -0.0 becomes 0.0
 
 
 def _mixed(values: Tensor) -> Tensor:

@@ -184,8 +184,9 @@ def _with_router_loss(
     found, tokens = router.router_loss(lm, router_logits, mask), mask.sum()
     if not bool(tokens):  # a rank without work: the mean over no tokens is 0/0
         found = sum((part.sum() * 0 for part in router_logits), loss.new_zeros(()))
-    measured = {"router_loss": Mean(found.detach().double() * tokens, tokens.double())}
     share = torch.as_tensor(weight, dtype=loss.dtype, device=loss.device) * router.router_coef(lm)
+    tokens = tokens * (share != 0)  # a silent micro-batch has a row of attention for the trunk's sake alone
+    measured = {"router_loss": Mean(found.detach().double() * tokens, tokens.double())}
     return loss + share * found.to(loss), {**(metrics or {}), **measured}
 
 

@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from toolkit.distributed import reduce_metrics
+from toolkit.distributed import counting_over, reduce_metrics
 from toolkit.losses.config import BaseRLLossConfig
 from toolkit.losses.grpo import GRPOLossConfig
 from toolkit.losses.items import RLLossContextInputItem
@@ -95,7 +95,9 @@ def sequence_parallel_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
 
 def vocabulary_parallel_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
     """Yield forward and backward of a head whose vocabulary is cut over all ranks, with and without entropies."""
-    weight = distribute_tensor(torch.randn(VOCABULARY, WIDTH), mesh, [Shard(0)]).requires_grad_()
+    pair = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "tp"))
+    weight = distribute_tensor(torch.randn(VOCABULARY, WIDTH), pair["tp"], [Shard(0)]).requires_grad_()
+    alone = pair["dp"].get_group()  # nobody else has tokens of its own
     for entropy_coef in (0.0, 0.01):
         cfg = GRPOLossConfig(mode="chunk", chunk_size=CHUNK, entropy_coef=entropy_coef)
         formula = step.vocabulary_parallel(
@@ -107,9 +109,15 @@ def vocabulary_parallel_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
             with_entropy=bool(entropy_coef),
             itemsize=4,
         )
-        batches = cfg.loss_ctx_cls.build_batches_loss_kwargs(_items(MICRO_BATCHES), cfg)
+        with counting_over(alone):
+            batches = cfg.loss_ctx_cls.build_batches_loss_kwargs(_items(MICRO_BATCHES), cfg)
         name = "vocabulary parallelism" + (", with entropies" if entropy_coef else "")
-        yield Case(name, formula, partial(_forwards, cfg, batches, weight))
+        yield Case(name, formula, partial(_counted_alone, alone, partial(_forwards, cfg, batches, weight)))
+
+
+def _counted_alone(group: Any, run: Callable[[], None]) -> None:
+    with counting_over(group):
+        run()
 
 
 def gradient_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:

@@ -34,6 +34,7 @@ from toolkit.training.phase import Phase
 from toolkit.training.probe import check_gradient_scale
 from toolkit.training.progress import PhaseProgress
 from toolkit.training.report import Summary, write_report
+from toolkit.training.step import needs_current
 from toolkit.training.tracking import Tracker
 from toolkit.training.trainer import Trainer
 
@@ -243,6 +244,8 @@ def rehearse(loss_cfg: BaseLossConfig) -> None:
 def _rehearse(loss_cfg: BaseRLLossConfig, fields: set[str]) -> None:
     """Run forward and backward with no more than is declared: what is read beyond it may be missing later."""
     wanted = {"old_logprobs", *fields}
+    if needs_current(loss_cfg, num_parts=2):  # the trainer gives them, too
+        wanted.add("current_logprobs")
     if loss_cfg.needs_reference:
         wanted.add("ref_logprobs")
     if loss_cfg.correction or loss_cfg.kl_anchor == "rollout":
@@ -251,7 +254,7 @@ def _rehearse(loss_cfg: BaseRLLossConfig, fields: set[str]) -> None:
         wanted.add("group_ids")
     materials: dict[str, Any] = {
         name: torch.tensor([[-1.0, -1.0]])
-        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "teacher_logprobs")
+        for name in ("old_logprobs", "current_logprobs", "ref_logprobs", "rollout_logprobs", "teacher_logprobs")
     }
     materials["group_ids"] = torch.tensor([[rank()]])  # they are numbered over all processes
     item = RLLossContextInputItem(

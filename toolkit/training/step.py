@@ -14,6 +14,7 @@ from toolkit.losses.grpo_items import scope_of
 from toolkit.metrics import Mean, Metric, Sum, fetch
 from toolkit.models.policy import Policy
 from toolkit.models.router import wants_router_loss
+from toolkit.training.experience import IGNORED, Rows
 
 
 def needs_current(loss_cfg: BaseLossConfig, num_parts: int) -> bool:
@@ -23,17 +24,18 @@ def needs_current(loss_cfg: BaseLossConfig, num_parts: int) -> bool:
     return loss_cfg.needs_current_first or (num_parts > 1 and scope_of(loss_cfg) in ("group", "batch"))
 
 
-def router_weights(policy: Policy, masks: Sequence[Tensor], gradient_reduction: Any) -> Sequence[Tensor | None]:
+def router_weights(policy: Policy, micro_batches: Sequence[Rows], gradient_reduction: Any) -> Sequence[Tensor | None]:
     """Return the weight of each micro-batch's router loss; None where the model has none. All ranks must call it.
 
     Args:
         policy: not wrapped.
-        masks: [B, T] attention mask of each micro-batch; the trunk sees all but the last token.
+        micro_batches: of this process; the trunk sees all but the last token, and silent ones count nothing.
         gradient_reduction: what the back-end does over ranks.
     """
     if not wants_router_loss(policy.head.lm):
-        return [None] * len(masks)
-    return auxiliary_weights([mask[:, :-1].sum() for mask in masks], gradient_reduction=gradient_reduction)
+        return [None] * len(micro_batches)
+    counts = [rows.attention_mask[:, :-1].sum() * (rows.shifted_labels != IGNORED).any() for rows in micro_batches]
+    return auxiliary_weights(counts, gradient_reduction=gradient_reduction)
 
 
 def without_empty(loss_cfg: BaseLossConfig) -> BaseLossConfig:

@@ -273,7 +273,7 @@ class Trainer:
         context, items = loss_cfg.loss_ctx_cls, [r.item(loss_cfg.ignore_idx) for r in micro_batches]
         batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg)
         contexts = [context(loss_cfg, kwargs) for kwargs in batches_kwargs]
-        routers = router_weights(self.unwrapped, [r.attention_mask for r in micro_batches], loss_cfg.gradient_reduction)
+        routers = router_weights(self.unwrapped, micro_batches, loss_cfg.gradient_reduction)
         parts: list[dict[str, Metric]] = []
         self.policy.train()
         for index, (batch, loss_ctx, router) in enumerate(zip(micro_batches, contexts, routers, strict=True)):

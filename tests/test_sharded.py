@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tests.conftest import run_processes
 from tests.models.heads import KINDS, VOCABULARY, head_variant
@@ -26,15 +27,18 @@ from toolkit.training.sharding import (
     clip_grad_norm,
     copy_weights,
     frozen_copy,
+    own_parameters,
+    prepare_policy,
+    unwrapped,
+)
+from toolkit.training.whole_state import (
+    check_optimizer,
     full_optimizer_state,
     full_state_dict,
-    is_sharded,
     load_full_optimizer_state,
     load_full_state_dict,
     load_weights,
-    prepare_policy,
     save_weights,
-    unwrapped,
 )
 
 ROWS, LENGTH, STEPS, MAX_NORM = 4, 9, 3, 0.5
@@ -109,8 +113,6 @@ def train(policy: Any, rank: int, world: int, number: int, **options: Any) -> di
     ids, mask, _ = batch(9)
     with torch.no_grad():
         scored = policy(ids, mask)
-    if is_sharded(policy):
-        policy.reshard()
     weights = {name: whole(p).detach().clone() for name, p in unwrapped(policy).named_parameters()}
     return {"grads": first, "norms": torch.stack(norms), "weights": weights, "scored": scored}
 
@@ -216,12 +218,40 @@ def check_inside(rank: int, accelerator: Any) -> None:
         assert find_head(lm).inputs(torch.zeros(1, 12))[1].shape == (VOCABULARY, 12)
         return done
 
+    assert policy.inside(generate).shape[1] <= 5 + 5 * rank
+    assert are_shards(policy)
     with torch.no_grad():
-        assert policy.inside(generate).shape[1] <= 5 + 5 * rank
-        assert policy.hidden_states(prompts, prompts > 0).shape == (1, 3, 12)
-    policy.reshard()
+        for method in (policy, policy.hidden_states, policy.logits):
+            method(prompts, prompts > 0)
+            assert are_shards(policy)
+    check_gradients_of_inside(policy, prompts)
+    policy(prompts, prompts > 0)  # a backward may follow
+    assert not are_shards(policy)
+    foreign = torch.optim.AdamW(policy.parameters())
+    for use in (check_optimizer, full_optimizer_state):
+        with pytest.raises(ConfigError, match=r"3 tensors of the optimizer are no parameters .* \[\d+, 12\]"):
+            use(policy, foreign)
+    policy(prompts, prompts > 0)
+    check_optimizer(policy, torch.optim.AdamW(own_parameters(policy)))
+    assert are_shards(policy)
     with pytest.raises(DataError, match="not gathered"):
         policy.head.inputs(torch.zeros(1, 12))
+
+
+def are_shards(policy: Any) -> bool:
+    return all(isinstance(parameter, DTensor) for parameter in policy.parameters())
+
+
+def check_gradients_of_inside(policy: Any, prompts: Tensor) -> None:
+    """Weights that were freed are gathered again for a backward."""
+    policy.inside(lambda lm: lm(input_ids=prompts).logits).square().sum().backward()
+    found = gradients(policy)
+    policy.zero_grad()
+    policy.train()
+    policy.logits(prompts, prompts > 0).square().sum().backward()
+    for name, exact in gradients(policy).items():
+        torch.testing.assert_close(found[name], exact, rtol=1e-9, atol=1e-12)
+    policy.zero_grad()
 
 
 def check_files(rank: int, world: int, accelerator: Any, expected: dict[str, Any], folder: str) -> None:

@@ -20,6 +20,8 @@ class ToolkitError(Exception):
     """What `toolkit.schema` made the message of, for the config around to name the whole path."""
     is_from_elsewhere = False
     """Whether another process found the mistake, and says more of it."""
+    is_told = False
+    """Whether the other processes have been told."""
 
 
 class ConfigError(ToolkitError, ValueError):

@@ -12,6 +12,7 @@ STARTED = time.time()
 whose last command this is."""
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -29,6 +30,8 @@ from toolkit.training.doors import check_environment, make_output_dir
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect."""
+PATIENCE = 8.0
+"""Seconds in which the main process is expected to find the same mistake, so that it is said once."""
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
@@ -106,6 +109,14 @@ def _say_notes(configs: list[RunConfig]) -> None:
 
 
 def _stop(error: ToolkitError) -> None:
+    """Say what is wrong and end; a process that is not the main one leaves it to that one, if it is wrong there too.
+
+    The main process ends at once, and then the launcher ends the others, silently. Those that are still here after a
+    while have found a mistake of their own machine; the first of a machine ends its neighbours.
+    """
+    if int(os.environ.get("RANK", "0")) > 0 and not error.is_told:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(PATIENCE + int(os.environ.get("LOCAL_RANK", "0")))
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(1) from None
 

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import run_processes
-from toolkit import CELossConfig, GRPOLossConfig, LaunchError
+from toolkit import CELossConfig, ConfigError, GRPOLossConfig, LaunchError
 from toolkit.distributed import check_world_size
 from toolkit.losses.ce import CELossContext
-from toolkit.training.probe import FIRST, MEAN_TOKENS, _lengths, check_gradient_scale
+from toolkit.training.probe import FIRST, MEAN_TOKENS, _lengths, _probe_cfg, check_gradient_scale
 
 
 class MeanOfMeansContext(CELossContext):
@@ -122,6 +122,21 @@ def test_means_of_means() -> None:
     words = refused(loss_cfg=MeanOfMeans())
     assert "every micro-batch weighs the same, a mean of means" in words
     assert "between 0.4444 and 5.333 times" in words  # 16 / (3 * 12) and 16 / (3 * 1)
+
+
+def test_any_config_of_a_loss_says_how_gradients_are_reduced() -> None:
+    assert check_gradient_scale(loss_cfg=GRPOLossConfig()) == 1.0
+    assert _probe_cfg(GRPOLossConfig(gradient_reduction="sum")) == CELossConfig(gradient_reduction="sum")
+    own = CELossConfig(gradient_reduction="sum", softcap=3.0)
+    assert _probe_cfg(own) is own
+    with pytest.raises(ConfigError, match=r"got an object of type dict; give the config of your loss"):
+        check_gradient_scale(loss_cfg={"gradient_reduction": "sum"})  # type: ignore[arg-type]
+
+
+def test_a_spread_without_a_known_cause_is_listed() -> None:
+    factors = iter((1.0, 3.0, 0.5))
+    words = refused(backward=lambda loss: (next(factors) * loss).backward())
+    assert "micro-batch 0, even ranks: 1, micro-batch 1, even ranks: 3, micro-batch 2, even ranks: 0.5; look" in words
 
 
 def test_a_zero_grad_too_many() -> None:

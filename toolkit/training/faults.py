@@ -13,10 +13,12 @@ import itertools
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -70,6 +72,9 @@ def shared_fate(timeout_s: float = DEFAULT_TIMEOUT) -> Iterator[None]:
         return
     watch = _Watch(timeout_s)
     watch.thread.start()
+    is_main = threading.current_thread() is threading.main_thread()  # no other may say what signals do
+    if is_main:
+        watch.before = signal.signal(signal.SIGTERM, watch.on_terminate) or signal.SIG_DFL
     try:
         yield
         watch.wait_for_all()
@@ -78,6 +83,8 @@ def shared_fate(timeout_s: float = DEFAULT_TIMEOUT) -> Iterator[None]:
         raise
     finally:
         watch.stopped.set()
+        if is_main:
+            signal.signal(signal.SIGTERM, watch.before)
 
 
 class _Watch:
@@ -93,7 +100,8 @@ class _Watch:
         self._neighbours = {
             other: pid for other, (machine, pid) in enumerate(found) if machine == _machine() and other != self.rank
         }
-        self._lock, self._is_claimed = threading.Lock(), False
+        self._lock, self._is_claimed = threading.RLock(), False  # a signal may come while the main thread has it
+        self.before: Any = signal.SIG_DFL
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="toolkit-faults", daemon=True)
 
@@ -105,9 +113,12 @@ class _Watch:
             # At the end of a run the others may be gone a moment before this thread is told to stop.
             if failure is None or self.stopped.wait(0 if self._is_told(failure) else POLL) or not self._claim():
                 continue
-            _say(failure.message if failure.code == INTERRUPTED else f"error: {failure.message}")
-            self._linger()
-            os._exit(failure.code)  # the main thread may be inside a collective that never returns
+            self._end(failure)
+
+    def _end(self, failure: Failure) -> None:
+        _say(failure.message if failure.code == INTERRUPTED else f"error: {failure.message}")
+        self._linger()
+        os._exit(failure.code)  # the main thread may be inside a collective that never returns
 
     def _look(self, store: dist.Store) -> Failure | None:
         """Return why the run must end, after telling the others if they cannot know."""
@@ -156,6 +167,16 @@ class _Watch:
 
     # ---------------------------------------------------------------- the main thread
 
+    def on_terminate(self, number: int, frame: types.FrameType | None) -> None:
+        """Say why, where a launcher ends this process because another one has ended."""
+        if self._is_claimed:  # about to end, with its own words
+            return
+        failure = self._look(self._store)
+        if failure is not None and self._claim():
+            self._end(failure)
+        signal.signal(number, self.before)
+        signal.raise_signal(number)
+
     def wait_for_all(self) -> None:
         """Return when every process has come to the end; the store stays until all know."""
         try:
@@ -187,7 +208,11 @@ class _Watch:
         failure = failure or own
         self._linger()
         if is_broken or (is_consequence and failure is not own):
-            raise LaunchError(failure.message) from None
+            error = LaunchError(failure.message)
+            error.is_told = True
+            raise error from None
+        if isinstance(error, ToolkitError):
+            error.is_told = True
         if isinstance(error, ToolkitError) and failure.rank != self.rank and _is_same(failure, own):
             raise SystemExit(failure.code) from None
 

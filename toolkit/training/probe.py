@@ -24,8 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from toolkit.distributed import all_gather_objects, rank, reduce_metrics, sp_split, world_size
-from toolkit.errors import LaunchError
-from toolkit.losses.config import CELossConfig
+from toolkit.errors import ConfigError, LaunchError
+from toolkit.losses.config import BaseLossConfig, CELossConfig
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.metrics import Max
 
@@ -71,7 +71,7 @@ def check_gradient_scale(
     no_sync: Callable[[Any], AbstractContextManager[Any]] | None = None,
     scaler: Any | None = None,
     gradient: Callable[[nn.Parameter], Tensor] | None = None,
-    loss_cfg: CELossConfig | None = None,
+    loss_cfg: BaseLossConfig | None = None,
     sp_mesh: DeviceMesh | None = None,
     device: torch.device | str = "cpu",
 ) -> float:
@@ -88,7 +88,8 @@ def check_gradient_scale(
         no_sync: context manager around every micro-batch but the last; None: the wrapped module's own, if it has one.
         scaler: the `torch.amp.GradScaler` that `backward` scales with, to be taken out as before a clipping.
         gradient: reads the gradient of a parameter where it is not in ``.grad`` (DeepSpeed: ``safe_get_full_grad``).
-        loss_cfg: settings of the loss; only ``gradient_reduction`` matters, and must be that of your loss.
+        loss_cfg: of your loss, any one: its ``gradient_reduction`` is taken, for the probe's own cross-entropy. A
+            CELossConfig is used as it is.
         sp_mesh: ranks that share a sequence.
         device: where the policy is.
 
@@ -97,8 +98,9 @@ def check_gradient_scale(
 
     Raises:
         LaunchError: the factor is not 1; says which it is, and its likely cause.
+        ConfigError: `loss_cfg` is no config of a loss.
     """
-    loss_cfg = loss_cfg or CELossConfig()
+    loss_cfg = _probe_cfg(loss_cfg)
     batch = _batch(loss_cfg, sp_mesh, torch.device(device))
     module = ProbeModule(len(batch.counts)).to(device)
     wrapped = module if wrap is None else wrap(module)
@@ -115,6 +117,18 @@ def check_gradient_scale(
         _unscale(scaler, parameter)
     found = _whole(parameter) if gradient is None else gradient(parameter)
     return _judged(found, batch.counts, loss_cfg, sp_mesh, scaler)
+
+
+def _probe_cfg(loss_cfg: Any) -> CELossConfig:
+    """Return the config of the probe's cross-entropy, whose gradients are reduced as those of `loss_cfg`."""
+    if loss_cfg is None or isinstance(loss_cfg, CELossConfig):
+        return loss_cfg or CELossConfig()
+    if not isinstance(loss_cfg, BaseLossConfig):
+        raise ConfigError(
+            f"check_gradient_scale(loss_cfg=) got an object of type {type(loss_cfg).__name__}; give the config of your "
+            "loss, whose gradient_reduction is read, or leave it out for gradient_reduction='mean'"
+        )
+    return CELossConfig(gradient_reduction=loss_cfg.gradient_reduction)
 
 
 def _batch(loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None, device: torch.device) -> Batch:
@@ -274,8 +288,10 @@ def _cause_of_spread(factors: Tensor, places: list[int], counts: list[int]) -> s
         return "every process weighs the same, a mean of means; do not divide by the tokens of one process"
     if _is_level(factors[last]) and bool((factors[~last] > factors[last].max()).all()):
         return "earlier micro-batches are exchanged again with later ones; hold them back (no_sync) until the last"
-    listed = ", ".join(f"{factor:.4g} in {m} of {'even' if s == 0 else 'odd'} ranks" for factor, m, s in zip(
-        factors.tolist(), micro.tolist(), side.tolist(), strict=True))  # fmt: skip
+    listed = ", ".join(
+        f"micro-batch {own}, {'odd' if is_odd else 'even'} ranks: {factor:.4g}"
+        for factor, own, is_odd in zip(factors.tolist(), micro.tolist(), side.tolist(), strict=True)
+    )
     return f"{listed}; look at backward, wrap and no_sync"
 
 

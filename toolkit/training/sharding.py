@@ -5,7 +5,9 @@ used: on CPU it silently stays DDP, and it shards the language model where the p
 
 Under ``fully_shard`` each transformer block is a group of its own; embedding, final norm and head stay with the root.
 They are gathered when the policy's forward begins and freed after the last backward of the step, so that a loss in
-the forward sees the whole head, and the head travels once each way a step, however many micro-batches it has.
+the forward sees the whole head, and the head travels once each way a step, however many micro-batches it has. After a
+forward that no backward follows (scoring, generation) they are freed at once: an optimizer made from
+``policy.parameters()`` would take the whole weights for the parameters, and train what the next forward throws away.
 
 Legend: R ranks.
 """
@@ -21,21 +23,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from toolkit.distributed import rank, world_size
+from toolkit.distributed import world_size
 from toolkit.errors import ConfigError, LaunchError, listed
 from toolkit.head.adapters import refuse_wrappers
 from toolkit.models.policy import Policy
@@ -47,7 +40,7 @@ Exchange = Literal["step", "micro_batch"]
 def prepare_policy(policy: Policy, accelerator: Any, sharding: Sharding = "none") -> Any:
     """Return the policy ready for several processes: call this for the loss, `unwrapped` for everything else.
 
-    Make the optimizer afterwards, from the parameters of what is returned.
+    Make the optimizer afterwards, from the parameters of what is returned, and between steps (`own_parameters`).
 
     Args:
         policy: not wrapped; all ranks take over rank 0's weights.
@@ -113,6 +106,27 @@ def _shard(policy: Policy, device: torch.device) -> None:
     fully_shard(policy, mesh=mesh)
     for name in ("inside", "hidden_states", "logits"):
         register_fsdp_forward_method(policy, name)
+        setattr(policy, name, _freeing(policy, getattr(policy, name), always=name == "inside"))
+    policy.register_forward_hook(_free_root)
+
+
+def _free_root(policy: Any, *_: Any) -> None:
+    """Free the root's whole weights, unless a backward is to come; one that comes all the same gathers them again."""
+    if not (policy.training and torch.is_grad_enabled()):
+        policy.reshard()
+
+
+def _freeing(policy: Any, method: Any, *, always: bool) -> Any:
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        if always:  # generation switches gradients off further inside
+            policy.reshard()
+        else:
+            _free_root(policy)
+        return result
+
+    return wrapped
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -159,6 +173,13 @@ def accumulating(policy: Any, is_last: bool, *, exchange: Exchange = "step") -> 
         yield
 
 
+def own_parameters(policy: Any) -> list[nn.Parameter]:
+    """Return the parameters for an optimizer: under FSDP 2 this rank's shards, whatever was computed before."""
+    if is_sharded(policy):
+        policy.reshard()
+    return list(policy.parameters())
+
+
 def clip_grad_norm(policy: Any, max_norm: float, accelerator: Any = None) -> Tensor:
     """Scale all gradients so that their norm is at most `max_norm`; return the norm before, the same on all ranks.
 
@@ -200,103 +221,6 @@ def copy_weights(source: Any, target: Any) -> None:
     ours, theirs = unwrapped(target).parameters(), unwrapped(source).parameters()
     for mine, other in zip(ours, theirs, strict=True):
         mine.copy_(other)
-
-
-def full_state_dict(policy: Any) -> dict[str, Any]:
-    """Return the whole weights on the CPU, under the names that an unsharded policy has; all ranks must call it.
-
-    Under FSDP 2 they are on rank 0 alone; the others get an empty dict.
-    """
-    if not is_sharded(policy):
-        return unwrapped(policy).state_dict()
-    policy.reshard()
-    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def load_full_state_dict(policy: Any, state: dict[str, Any]) -> None:
-    """Load whole weights, as `full_state_dict` gives them; under FSDP 2 only rank 0's `state` is read.
-
-    Raises:
-        RuntimeError: names or shapes are not those of the policy.
-    """
-    if not is_sharded(policy):
-        unwrapped(policy).load_state_dict(state)
-        return
-    policy.reshard()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(policy, state if rank() == 0 else {}, options=options)
-
-
-def full_optimizer_state(policy: Any, optimizer: Any) -> dict[str, Any]:
-    """Return the whole state as ``optimizer.state_dict()`` has it unsharded; all ranks must call it.
-
-    Under FSDP 2 it is on rank 0 alone; the others get an empty dict.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    if not is_sharded(policy):
-        return inner.state_dict()
-    policy.reshard()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_optimizer_state_dict(policy, inner, options=options)
-    return _keyed(state, {name: index for index, name in enumerate(_names(policy, inner))}) if rank() == 0 else {}
-
-
-def load_full_optimizer_state(policy: Any, optimizer: Any, state: dict[str, Any]) -> None:
-    """Load what `full_optimizer_state` gave, sharded or not; under FSDP 2 only rank 0's `state` is read."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not is_sharded(policy):
-        inner.load_state_dict(state)
-        return
-    policy.reshard()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    named = _keyed(state, dict(enumerate(_names(policy, inner)))) if rank() == 0 else {}
-    set_optimizer_state_dict(policy, inner, optim_state_dict=named, options=options)
-
-
-def _names(policy: Any, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return the names of the optimizer's parameters, in its own order."""
-    name_of = {id(parameter): name for name, parameter in policy.named_parameters()}
-    return [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _keyed(state: dict[str, Any], key_of: dict[Any, Any]) -> dict[str, Any]:
-    groups = [{**group, "params": [key_of[key] for key in group["params"]]} for group in state["param_groups"]]
-    return {"state": {key_of[key]: value for key, value in state["state"].items()}, "param_groups": groups}
-
-
-def save_weights(policy: Any, path: str) -> None:
-    """Write the whole weights as safetensors, from rank 0; all ranks must call it.
-
-    The file is that of an unsharded policy (``safetensors.torch.save_model``): either can load what the other wrote.
-    """
-    state = full_state_dict(policy)
-    if rank() != 0:
-        return
-    first_of: dict[int, str] = {}
-    aliases = {}
-    for name, parameter in unwrapped(policy).named_parameters(remove_duplicate=False):
-        if first_of.setdefault(id(parameter), name) != name:  # tied: the file names the one that holds it
-            aliases[name] = first_of[id(parameter)]
-    kept = {name: tensor.contiguous() for name, tensor in state.items() if name not in aliases}
-    save_file(kept, path, metadata={"format": "pt", **aliases})
-
-
-def load_weights(policy: Any, path: str) -> None:
-    """Load the whole weights from a file of `save_weights`; all ranks must call it, rank 0 reads.
-
-    Raises:
-        RuntimeError: names or shapes are not those of the policy.
-    """
-    if not is_sharded(policy):
-        load_model(unwrapped(policy), path)
-        return
-    state: dict[str, Any] = {}
-    if rank() == 0:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            aliases = {name: kept for name, kept in (file.metadata() or {}).items() if kept in state}
-        state |= {name: state[kept] for name, kept in aliases.items()}
-    load_full_state_dict(policy, state)
 
 
 def _skeleton(policy: Policy) -> Policy:

@@ -43,6 +43,7 @@ from toolkit.training.sharding import (
     clip_grad_norm,
     frozen_copy,
     is_sharded,
+    own_parameters,
     prepare_policy,
     unwrapped,
 )
@@ -111,11 +112,10 @@ class Trainer:
 
     def _optimizer(self, lr: float) -> Any:
         cfg = self.config.optimizer
-        # clip_grad_norm_ takes the loss scale out once for each optimizer that accelerate knows; the two phases share
-        # their parameters, so the second phase would lose it twice.
+        # The phases share parameters, and clip_grad_norm_ takes the loss scale out for each optimizer that it knows.
         self.accelerator._optimizers.clear()
         return self.accelerator.prepare_optimizer(
-            torch.optim.AdamW(self.policy.parameters(), lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+            torch.optim.AdamW(own_parameters(self.policy), lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
         )
 
     def run_step(self, phase: Phase) -> dict[str, float]:

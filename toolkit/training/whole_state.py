@@ -1,0 +1,141 @@
+"""Weights and optimizer state as a whole, whatever layout holds them: for checkpoints that every layout can read.
+
+Under ``fully_shard`` they are gathered for rank 0, and spread from there; otherwise every rank has them anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from toolkit.distributed import rank
+from toolkit.errors import ConfigError
+from toolkit.training.sharding import is_sharded, own_parameters, unwrapped
+
+
+def full_state_dict(policy: Any) -> dict[str, Any]:
+    """Return the whole weights on the CPU, under the names that an unsharded policy has; all ranks must call it.
+
+    Under FSDP 2 they are on rank 0 alone; the others get an empty dict.
+    """
+    if not is_sharded(policy):
+        return unwrapped(policy).state_dict()
+    policy.reshard()
+    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_full_state_dict(policy: Any, state: dict[str, Any]) -> None:
+    """Load whole weights, as `full_state_dict` gives them; under FSDP 2 only rank 0's `state` is read.
+
+    Raises:
+        RuntimeError: names or shapes are not those of the policy.
+    """
+    if not is_sharded(policy):
+        unwrapped(policy).load_state_dict(state)
+        return
+    policy.reshard()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(policy, state if rank() == 0 else {}, options=options)
+
+
+def full_optimizer_state(policy: Any, optimizer: Any) -> dict[str, Any]:
+    """Return the whole state as ``optimizer.state_dict()`` has it unsharded; all ranks must call it.
+
+    Under FSDP 2 it is on rank 0 alone; the others get an empty dict.
+
+    Raises:
+        ConfigError: under FSDP 2, see `check_optimizer`.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if not is_sharded(policy):
+        return inner.state_dict()
+    names = _names(policy, inner)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_optimizer_state_dict(policy, inner, options=options)
+    return _keyed(state, {name: index for index, name in enumerate(names)}) if rank() == 0 else {}
+
+
+def load_full_optimizer_state(policy: Any, optimizer: Any, state: dict[str, Any]) -> None:
+    """Load what `full_optimizer_state` gave, sharded or not; under FSDP 2 only rank 0's `state` is read."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not is_sharded(policy):
+        inner.load_state_dict(state)
+        return
+    names = _names(policy, inner)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    named = _keyed(state, dict(enumerate(names))) if rank() == 0 else {}
+    set_optimizer_state_dict(policy, inner, optim_state_dict=named, options=options)
+
+
+def _names(policy: Any, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the names of the optimizer's parameters, in its own order; all must be the policy's."""
+    check_optimizer(policy, optimizer)
+    name_of = {id(parameter): name for name, parameter in policy.named_parameters()}
+    return [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _keyed(state: dict[str, Any], key_of: dict[Any, Any]) -> dict[str, Any]:
+    groups = [{**group, "params": [key_of[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {key_of[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+
+
+def save_weights(policy: Any, path: str) -> None:
+    """Write the whole weights as safetensors, from rank 0; all ranks must call it.
+
+    The file is that of an unsharded policy (``safetensors.torch.save_model``): either can load what the other wrote.
+    """
+    state = full_state_dict(policy)
+    if rank() != 0:
+        return
+    first_of: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in unwrapped(policy).named_parameters(remove_duplicate=False):
+        if first_of.setdefault(id(parameter), name) != name:  # tied: the file names the one that holds it
+            aliases[name] = first_of[id(parameter)]
+    kept = {name: tensor.contiguous() for name, tensor in state.items() if name not in aliases}
+    save_file(kept, path, metadata={"format": "pt", **aliases})
+
+
+def load_weights(policy: Any, path: str) -> None:
+    """Load the whole weights from a file of `save_weights`; all ranks must call it, rank 0 reads.
+
+    Raises:
+        RuntimeError: names or shapes are not those of the policy.
+    """
+    if not is_sharded(policy):
+        load_model(unwrapped(policy), path)
+        return
+    state: dict[str, Any] = {}
+    if rank() == 0:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            aliases = {name: kept for name, kept in (file.metadata() or {}).items() if kept in state}
+        state |= {name: state[kept] for name, kept in aliases.items()}
+    load_full_state_dict(policy, state)
+
+
+def check_optimizer(policy: Any, optimizer: Any) -> None:
+    """Stop if the optimizer would move other tensors than the policy's parameters; between steps, not inside of one.
+
+    Raises:
+        ConfigError: it was made before `prepare_policy`, or from weights that a forward had gathered.
+    """
+    own = {id(parameter) for parameter in own_parameters(policy)}
+    groups = getattr(optimizer, "optimizer", optimizer).param_groups  # accelerate's wrapper
+    foreign = [parameter for group in groups for parameter in group["params"] if id(parameter) not in own]
+    if foreign:
+        raise ConfigError(
+            f"{len(foreign)} tensors of the optimizer are no parameters of the policy (the first: "
+            f"{list(foreign[0].shape)}), so that what it does to them is lost; make it after prepare_policy and "
+            "outside of a step, from toolkit.training.sharding.own_parameters(policy)"
+        )

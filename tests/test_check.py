@@ -495,3 +495,28 @@ def test_help_and_wrong_numbers_need_no_torch() -> None:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--distributed", "2"]])
+def test_a_file_that_cannot_be_read_is_found_before_torch(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("def mine(t:\n")
+    monkeypatch.setattr("toolkit.conformance_suite.load_subject", None)
+    for source, words in (
+        (tmp_path / "nowhere.py", f"error: there is no file '{tmp_path / 'nowhere.py'}' (looked for"),
+        (broken, f"error: '{broken}' is no Python: '(' was never closed ({broken}:1)"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["toolkit-check", *flags, f"{source}:mine"])
+        with pytest.raises(SystemExit, match="1"):
+            main()
+        assert capsys.readouterr().err.startswith(words)
+
+
+def test_a_loss_that_raises_needs_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread, "run_processes", None)
+    register_policy_loss("mine")(typo)
+    (outcome,) = spread.run_spread(2, "mine")
+    assert outcome.status == "failed"
+    assert re.fullmatch(r"it raised AttributeError: .*'advantage'.* \(.*test_check\.py:\d+\)", outcome.words)

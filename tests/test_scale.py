@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from toolkit.scale.allocations import AllocationCounter
 from toolkit.scale.collectives import Collective, latency_steps, total_calls, total_payload, total_sent
 from toolkit.scale.head import MODELS, head_memory, weightless
 from toolkit.scale.measure import measure
+from toolkit.training.sharding import accumulating
 
 
 class TestCollectives:
@@ -154,8 +157,31 @@ class TestTable:
     def test_a_mesh_divides_the_ranks(self) -> None:
         with pytest.raises(ConfigError, match="sequence_parallel=8 must divide ranks=10"):
             table.Setup(ranks=10, sequence_parallel=8)
+        with pytest.raises(ConfigError, match=r"vocab_parallel=3 must .*; change --vocab-parallel"):
+            table.Setup(ranks=10, vocab_parallel=3)
         with pytest.raises(ConfigError, match="ranks=0 must be 1 or more"):
             table.Setup(ranks=0)
+
+    @pytest.mark.parametrize(("ranks", "mesh"), [(1, 1), (2, 2), (7, 7), (10, 5), (12, 6), (1024, 8), (11, 1)])
+    def test_nobody_is_told_of_flags_that_were_not_given(
+        self, ranks: int, mesh: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert table.usual_mesh(ranks) == mesh
+        monkeypatch.setattr("sys.argv", ["toolkit.scale", "--ranks", str(ranks)])
+        main()
+        said = capsys.readouterr().out
+        assert f"sequence parallel {mesh}, vocabulary parallel {mesh}" in said
+        assert "The gradient travels once a step, as in the training command" in said
+
+    def test_the_gradient_travels_as_in_the_training_command(self) -> None:
+        exchange = inspect.signature(accumulating).parameters["exchange"].default
+        assert exchange == inspect.signature(step.sharded_gradient).parameters["exchange"].default == "step"
+        once, often = (
+            step.sharded_gradient(8, parameters=800, micro_batches=5, exchange=own)  # type: ignore[arg-type]
+            for own in ("step", "micro_batch")
+        )
+        assert [own.calls for own in once] == [10, 1]
+        assert [own.calls for own in often] == [10, 5]
 
     @pytest.mark.parametrize(
         ("size", "words"),
@@ -172,7 +198,7 @@ class TestTable:
         assert "chunks, vocabulary over 4" in said
 
     def test_a_mistake_is_one_line(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        monkeypatch.setattr("sys.argv", ["toolkit.scale", "--ranks", "10"])
+        monkeypatch.setattr("sys.argv", ["toolkit.scale", "--ranks", "10", "--sequence-parallel", "8"])
         with pytest.raises(SystemExit):
             main()
         said = capsys.readouterr()
@@ -186,8 +212,8 @@ def test_formulas_are_what_two_and_four_processes_count() -> None:
     counted, held = measure(2, 4)
     wrong = [own for own in (*counted, *held) if not own.agrees]
     assert not wrong
-    assert len(counted) == 2 * 10
+    assert len(counted) == 2 * 11
     assert {(own.ranks, own.shared_by) for own in held} == {(2, 1), (2, 2), (4, 1), (4, 4)}
     exact = [own for own in counted if own.tolerance == 0]
-    assert len(exact) == 2 * 9
+    assert len(exact) == 2 * 10
     assert all(own.counted_payload == own.payload > 0 for own in exact)

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import OmegaConf
@@ -56,6 +57,7 @@ def main() -> None:
         _stop("name a policy loss: toolkit-check my_file.py:my_loss (then option=value for each option to change)")
     try:
         options = _options(arguments.options)
+        _check_source(arguments.loss)
         if arguments.distributed is not None:
             title, outcomes = _distributed(_processes(arguments.distributed), arguments.loss, options)
         else:
@@ -70,6 +72,21 @@ def main() -> None:
     _say(report_of(title, outcomes, time.perf_counter() - started))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise SystemExit(1)
+
+
+def _check_source(what: str | None) -> None:
+    """Raise if a file is named that is not there or is no Python, before torch is loaded."""
+    source = (what or "").rpartition(":")[0]
+    if not source.endswith(".py"):
+        return
+    path = Path(source).resolve()
+    if not path.is_file():
+        raise ConfigError(f"there is no file {source!r} (looked for {path})")
+    try:
+        compile(path.read_bytes(), str(path), "exec")
+    except (SyntaxError, ValueError) as error:
+        where = f"{path}:{getattr(error, 'lineno', None) or 1}"
+        raise ConfigError(f"{source!r} is no Python: {getattr(error, 'msg', error)} ({where})") from None
 
 
 def _processes(given: str) -> int:

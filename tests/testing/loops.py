@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +94,24 @@ def own_metric(part: Part) -> Any:
     return None, {"tokens": float((part.items[-1].shifted_labels != part.loss_cfg.ignore_idx).sum())}
 
 
+def no_gradient(part: Part) -> Any:
+    return None, None
+
+
+def loses_gradients(part: Part) -> Any:
+    """A step that is right, after which the leaves are cleared."""
+    right(part)
+    for leaf in (part.head_weight, part.head_bias, *part.hidden_states):
+        leaf.grad = None
+    return None, None
+
+
+def detached_head(part: Part) -> Any:
+    right(part)
+    part.head_weight.grad = torch.zeros_like(part.head_weight)
+    return None, None
+
+
 def says_nothing(part: Part) -> Any:
     right(part)
 
@@ -143,6 +163,12 @@ def metrics_of_one_process(part: Part) -> Any:
 def never_reduces(part: Part) -> Any:
     forward_backward(part, built(part))
     return None, None
+
+
+def dies_on_one(part: Part) -> Any:
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(part)
 
 
 def raises_on_one(part: Part) -> Any:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import subprocess
+import sys
 import time
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from tests.conftest import run_processes as run_in_group
 from tests.testing import loops
@@ -15,8 +21,9 @@ from toolkit import BaseLossConfig, CELossConfig, GRPOLossConfig, RLLossContextI
 from toolkit.errors import ConfigError, DataError, LaunchError
 from toolkit.functional import registry
 from toolkit.testing import Batch, Finding, Layout, LayoutError, assert_layout_invariant, differences, random_batch
-from toolkit.testing.evaluate import HEAD, Meshes
+from toolkit.testing.evaluate import BIAS, HEAD, HIDDEN, Meshes
 from toolkit.testing.layout import layouts_of
+from toolkit.testing.processes import NESTED, _told, check_can_start
 from toolkit.testing.verdict import likely_cause, verdict
 
 GRPO = GRPOLossConfig(use_entropy_metric=True)
@@ -49,6 +56,10 @@ def test_random_batch_has_everything_that_breaks_a_layout() -> None:
         is_scored = labels != -100
         assert is_scored.sum(1)[[1, 5]].tolist() == [1, 0]
         assert is_scored[0].tolist() == [True, False, True, True, True]
+        assert torch.equal(labels[1], labels[3])
+        assert lengths[3] == 1
+        for own in (batch.hidden_states[:, 0], batch.item.advantages[:, 0]):  # type: ignore[attr-defined]
+            assert (own[1] != own[3]).all()
         for row, length in enumerate(lengths):
             assert not is_scored[row, length:].any()
         item = batch.item
@@ -177,11 +188,33 @@ def test_positions_that_are_not_scored_are_read(monkeypatch: pytest.MonkeyPatch)
         ({"sequence_parallel": (2,)}, "no layout is left to compare"),
         ({"dtype": torch.bfloat16}, "dtype=torch.bfloat16 has no tolerance of its own"),
         ({"modes": ("chnk",)}, "mode='chnk' is not one of the choices"),
+        ({"modes": 3}, r"modes=\(3,\) must be 'eager', 'chunk' or both"),
+        ({"modes": ()}, r"modes=\(\) must be 'eager'"),
+        ({"packed": ()}, r"packed=\(\) must be True, False or both"),
+        ({"packed": 1}, r"packed=\(1,\) must be True, False"),
+        ({"micro_batches": True}, r"micro_batches=\(True,\) must hold whole numbers"),
+        ({"micro_batches": "2"}, r"micro_batches=\('2',\) must hold whole numbers"),
+        ({"batch": 3}, r"batch=3 is no toolkit\.testing\.Batch; make one with random_batch"),
+        ({"loop": 3}, r"loop=3 cannot be called; give a function, loop\(part\) -> \(loss, metrics\)"),
+        ({"loop": lambda part: (None, {"x": torch.ones(3)})}, r"the metric 'x' that .* of type Tensor of shape \[3\]"),
+        ({"loop": lambda part: (None, {"x": "much"})}, r"the metric 'x' that the loop returned is of type str; give"),
+        ({"loop": lambda part: (torch.ones(2), None)}, r"the loss that the loop returned is .* of shape \[2\]"),
+        ({"loop": lambda part: (None, 3)}, r"metrics of type int; give a dict by name, or None"),
+        ({"loss_cfg": "grpo"}, r"loss_cfg='grpo' is no config of a loss; give an object such as GRPOLossConfig"),
+        ({"loss_cfg": None}, "loss_cfg=None is no config"),
+        ({"loss_cfg": {"loss_type": "gspo"}}, "is no config of a loss"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        assert_layout_invariant(GRPO, **settings)
+        assert_layout_invariant(**{"loss_cfg": GRPO, **settings})
+
+
+def test_one_value_is_as_good_as_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Layout] = []
+    monkeypatch.setattr("toolkit.testing.differences", lambda cfg, batch, layouts, *rest: seen.extend(layouts) or [])
+    assert_layout_invariant(GRPO, micro_batches=2, sequence_parallel=1, packed=True, modes="chunk")
+    assert seen == [Layout(micro_batches=2, is_packed=True, mode="chunk")]
 
 
 # -------------------------------------------------------------------- what a pattern says
@@ -209,6 +242,9 @@ def found(factors: dict[Layout, float | None], quantity: str = HEAD) -> str:
         (lambda own: None if own.sequence_parallel > 1 else 1, "only sequence parallelism differs"),
         (lambda own: None if own.micro_batches > 1 else 1, "only several micro-batches differ"),
         (lambda own: None if own.slots > 1 else 1, "only a batch that is cut differs"),
+        (lambda own: 0.0, "no gradient arrives at the head: backward was not called, or the leaf was replaced"),
+        (lambda own: 0.0 if own.is_packed else 1, "no gradient arrives at the head in 20 of 40 layouts"),
+        (lambda own: None if own.processes > 1 else 1, "gradients are not exchanged over processes"),
         (lambda own: None, "even the plainest layout differs"),
     ],
 )
@@ -223,7 +259,32 @@ def test_two_causes_that_cannot_be_told_apart_are_both_named() -> None:
     cause = found({Layout(processes=2): 2.0})
     assert cause.startswith("2.000 is the number of processes")
     assert "; or gradients are 2.000 times" in cause
-    assert found({Layout(processes=2): None}).startswith("every layout with several processes differs")
+
+
+def test_gradients_that_are_not_exchanged() -> None:
+    """The head's differ, on each process by something else; the hidden states' are right, and one process alone is."""
+    layouts = [own for number in (1, 2) for own in layouts_of(number, (1, 2), (1,), (False,), ("eager",))]
+    several = [own for own in layouts if own.processes > 1]
+    of_head = [Finding(own, HEAD, 1.0, factor, "wrong", rank) for own in several for rank, factor in enumerate((2, 0))]
+    words = "gradients are not exchanged over processes"
+    assert likely_cause(of_head, layouts).startswith(words)
+    assert likely_cause(of_head, several).startswith(words)  # as inside torchrun
+    assert "use the wrapper (DDP, FSDP), or part.reduce_gradients()" in likely_cause(of_head, layouts)
+    of_bias = [Finding(own, BIAS, 1.0, None, "wrong", rank) for own in several for rank in (0, 1)]
+    assert likely_cause(of_bias, layouts).startswith(words)
+    of_hidden = [Finding(own, HIDDEN, 1.0, None, "wrong") for own in several]
+    for wrong in (of_hidden, [*of_hidden, *of_head]):
+        assert likely_cause(wrong, layouts).startswith("only several processes differ: something is counted by each")
+        assert "is counted by each process for itself" in likely_cause(wrong, several)
+    # Both processes see twice the gradient: that is a count.
+    twice = [Finding(own, HEAD, 1.0, 2.0, "wrong", rank) for own in several for rank in (0, 1)]
+    assert likely_cause(twice, layouts).startswith("the factor is the number of processes")
+
+
+def test_no_gradient_arrives() -> None:
+    for loop in (loops.no_gradient, loops.loses_gradients):
+        assert "likely cause: no gradient arrives: backward was not called, or the leaf was repl" in str(refused(loop))
+    assert "likely cause: no gradient arrives at the head: backward" in str(refused(loops.detached_head))
 
 
 # -------------------------------------------------------------------- several processes
@@ -241,7 +302,8 @@ def in_group(rank: int, world: int) -> None:
         loops.counts_alone: "counted by each process for itself",
         loops.mean_of_micro_batches: "only several micro-batches differ",
         loops.metrics_of_one_process: "that of one process, or a mean of means",
-        loops.never_reduces: "counted by each process for itself",
+        loops.never_reduces: "gradients are not exchanged over processes",
+        loops.no_gradient: "no gradient arrives: backward was not called",
     }
     meshes = Meshes()
     layouts = layouts_of(world, (1, 2), (1, 2), (False, True), ("eager",))
@@ -280,6 +342,62 @@ def test_what_differs_in_one_process_needs_no_others() -> None:
     assert time.perf_counter() - started < 5
     with pytest.raises(ConfigError, match="cannot be sent to another process"):
         assert_layout_invariant(GRPO, loop=lambda part: loops.right(part), processes=2)
+
+
+SCRIPT = """
+import torch
+from toolkit import GRPOLossConfig
+from toolkit.testing import assert_layout_invariant
+torch.set_num_threads(1)
+assert_layout_invariant(GRPOLossConfig(), processes=2, micro_batches=1, packed=False, modes="eager")
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_script_without_a_main(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True)
+    assert "ConfigError: new processes import the script again: put the call under `if __name__ ==" in done.stderr
+    assert done.stderr.count("Traceback") == 1
+
+
+def test_who_may_start_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    check_can_start()
+    main.__file__ = "<stdin>"
+    with pytest.raises(ConfigError, match=r"put the call under `if __name__ .* this one is <stdin>"):
+        check_can_start()
+    main.__file__ = __file__
+    check_can_start()
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        assert_layout_invariant(GRPO, processes=2)
+    assert caught.value.code == NESTED
+
+
+def test_how_processes_ended_in_words(tmp_path: Path) -> None:
+    def told(first: int, *codes: int) -> str:
+        return str(_told(tmp_path, ProcessExitedException("", first, 0, codes[first]), list(codes)))
+
+    assert told(1, -15, -9) == "process 1 was killed by signal 9 (SIGKILL, often because memory ran out)"
+    assert told(1, -15, -15) == "process 1 was killed by signal 15 (SIGTERM)"
+    assert told(0, 1, -11) == "process 1 was killed by signal 11 (SIGSEGV)"  # process 0 lost its peer, and was faster
+    assert told(0, NESTED, -15).startswith("new processes import the script again")
+    assert told(0, 3, -15).startswith("process 0 ended with code 3 before its work; new processes import")
+    (tmp_path / "started-0").touch()
+    assert told(0, 3, -15) == "process 0 ended with code 3 and without a word"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_process_that_is_killed(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(LaunchError) as caught:
+        assert_layout_invariant(GRPO, loop=loops.dies_on_one, processes=2)
+    assert str(caught.value) == "process 1 was killed by signal 9 (SIGKILL, often because memory ran out)"
+    assert "Terminating" not in capfd.readouterr().err
 
 
 @pytest.mark.dist

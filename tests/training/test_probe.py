@@ -134,9 +134,9 @@ def test_any_config_of_a_loss_says_how_gradients_are_reduced() -> None:
 
 
 def test_a_spread_without_a_known_cause_is_listed() -> None:
-    factors = iter((1.0, 3.0, 0.5))
+    factors = iter((1.0, 0.5, 3.0))
     words = refused(backward=lambda loss: (next(factors) * loss).backward())
-    assert "micro-batch 0, even ranks: 1, micro-batch 1, even ranks: 3, micro-batch 2, even ranks: 0.5; look" in words
+    assert "micro-batch 0, even ranks: 1, micro-batch 1, even ranks: 0.5, micro-batch 2, even ranks: 3; look" in words
 
 
 def test_a_zero_grad_too_many() -> None:

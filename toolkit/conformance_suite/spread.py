@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -35,12 +36,32 @@ def run_spread(processes: int, what: str | None = None, options: Mapping[str, An
         options: of that loss.
     """
     started = time.perf_counter()
+    name = f"{processes} processes"
+    broken = _breaks_alone(what, dict(options or {}))
+    if broken is not None:
+        return [Outcome(name, "failed", broken, time.perf_counter() - started)]
     try:
         found: list[Outcome] = run_processes(processes, _checked, what, dict(options or {}))
     except ToolkitError as error:
-        name = f"{processes} processes"
         return [Outcome(name, "failed", str(error), time.perf_counter() - started)]
     return found
+
+
+def _breaks_alone(what: str | None, options: dict[str, Any]) -> str | None:
+    """Return why a loss cannot be computed in one process, which needs no others to be found; None: it can."""
+    if what is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            cfg = config(load_subject(what, options))
+            differences(cfg, random_batch(cfg), [Layout()], rtol=RTOL)
+        except ToolkitError as error:
+            return str(error)
+        except Exception as error:  # the user's function may raise anything
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            return f"it raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+    return None
 
 
 def _checked(what: str | None, options: dict[str, Any]) -> list[Outcome]:

@@ -27,6 +27,12 @@ from toolkit.metrics import Sum
 ItemT = TypeVar("ItemT")
 
 
+def check_config(loss_cfg: Any, cfg_type: type) -> None:
+    """Raise `ConfigError` if the config is that of another loss."""
+    if not isinstance(loss_cfg, cfg_type):
+        raise ConfigError(f"this loss takes a {cfg_type.__name__}, not a {type(loss_cfg).__name__}")
+
+
 def checked_items(data_batches: Any, item_type: type[ItemT], loss_cfg: Any, cfg_type: type) -> list[ItemT]:
     """Return the items of a step as a list, after a look at their type and at that of the config.
 
@@ -34,8 +40,7 @@ def checked_items(data_batches: Any, item_type: type[ItemT], loss_cfg: Any, cfg_
         DataError: it is no list or tuple, or an item is of another kind.
         ConfigError: the config is that of another loss.
     """
-    if not isinstance(loss_cfg, cfg_type):
-        raise ConfigError(f"this loss takes a {cfg_type.__name__}, not a {type(loss_cfg).__name__}")
+    check_config(loss_cfg, cfg_type)
     if not isinstance(data_batches, (list, tuple)):
         raise DataError(
             f"data_batches is a {type(data_batches).__name__}; give a list with one item for each micro-batch"

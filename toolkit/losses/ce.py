@@ -14,6 +14,7 @@ from toolkit.losses.base import BaseLossKwargs, as_loss_dtype
 from toolkit.losses.calibration import (
     aggregated,
     calibrated,
+    check_config,
     checked_items,
     counts_here,
     counts_of,
@@ -51,6 +52,7 @@ class CELossContext(ScoredLossContext[CELossContextInputItem]):
         sp_mesh: DeviceMesh | None = None,
     ) -> list[CELossKwargs]:
         """Fix the weight of every token of the step; see the base class for the arguments."""
+        check_config(loss_cfg, CELossConfig)
         device = device_of(data_batches)
         shares: list[Share] = []
         whole: list[CELossContextInputItem] = []

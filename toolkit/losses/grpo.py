@@ -21,7 +21,7 @@ from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
 from toolkit.head.plan import Entropy, Scope
 from toolkit.losses.base import as_loss_dtype
-from toolkit.losses.calibration import checked_items, device_of, loss_metric
+from toolkit.losses.calibration import check_config, checked_items, device_of, loss_metric
 from toolkit.losses.candidates import check_vocabulary
 from toolkit.losses.config import BaseRLLossConfig, GRPOLossConfig
 from toolkit.losses.grpo_correction import late_correction
@@ -60,6 +60,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
                 a scored position of it holds NaN or inf.
             ConfigError: the policy loss looks at more tokens than it declares.
         """
+        check_config(loss_cfg, cls.cfg_type)
 
         def checked() -> list[RLLossContextInputItem]:
             items = checked_items(data_batches, RLLossContextInputItem, loss_cfg, cls.cfg_type)

@@ -15,24 +15,28 @@ def main() -> None:
     parser.add_argument("--model", choices=["8B", "70B", "1T"], default="8B", help="class of the model")
     parser.add_argument("--micro-batches", type=int, default=8, help="of a rank in one step")
     parser.add_argument("--tokens", type=int, default=16_384, help="scored in one micro-batch")
-    parser.add_argument("--sequence-parallel", type=int, default=8, help="ranks that share a row")
-    parser.add_argument("--vocab-parallel", type=int, default=8, help="ranks that share the head's vocabulary")
+    parser.add_argument("--sequence-parallel", type=int, help="ranks that share a row (default: 8, or what divides)")
+    parser.add_argument(
+        "--vocab-parallel", type=int, help="ranks that share the head's vocabulary (default: 8, or what divides)"
+    )
     given = parser.parse_args()
     from toolkit.scale import table  # loads torch
     from toolkit.scale.head import MODELS
 
+    usual = table.usual_mesh(given.ranks)
+    sequence, vocab = (usual if own is None else own for own in (given.sequence_parallel, given.vocab_parallel))
     try:
         setup = table.Setup(
             given.ranks,
             next(model for model in MODELS if model.name == given.model),
             given.micro_batches,
             given.tokens,
-            given.sequence_parallel,
-            given.vocab_parallel,
+            sequence,
+            vocab,
         )
         print(table.step_table(setup))
         print()
-        print(table.head_table(given.tokens, max(2, given.vocab_parallel), max(2, min(64, given.ranks))))
+        print(table.head_table(given.tokens, max(2, vocab), max(2, min(64, given.ranks))))
     except ToolkitError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

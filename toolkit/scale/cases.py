@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -127,7 +127,8 @@ def gradient_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
     def net() -> torch.nn.Module:
         return torch.nn.Linear(WIDTH, ranks * WIDTH, bias=False)
 
-    ddp, fsdp = DistributedDataParallel(net()), net()
+    ddp = DistributedDataParallel(net())
+    fsdp: Any = net()
     fully_shard(fsdp, mesh=mesh, reshard_after_forward=True)
 
     def ddp_step() -> None:
@@ -135,13 +136,19 @@ def gradient_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
             ddp(rows).sum().backward()
         ddp(rows).sum().backward()
 
-    def fsdp_step() -> None:
-        for _ in range(MICRO_BATCHES):
+    def fsdp_step(exchange: str) -> None:
+        for index in range(MICRO_BATCHES):
+            fsdp.set_requires_gradient_sync(exchange == "micro_batch" or index == MICRO_BATCHES - 1)
             fsdp(rows).sum().backward()
 
-    sharded = step.sharded_gradient(ranks, parameters=parameters, micro_batches=MICRO_BATCHES, itemsize=4)
     yield Case("gradient, DDP", step.data_parallel_gradient(ranks, parameters=parameters), ddp_step)
-    yield Case("gradient, FSDP2", sharded, fsdp_step)
+    exchanges: tuple[Literal["step", "micro_batch"], ...] = ("step", "micro_batch")
+    for exchange in exchanges:
+        sharded = step.sharded_gradient(
+            ranks, parameters=parameters, micro_batches=MICRO_BATCHES, itemsize=4, exchange=exchange
+        )
+        name = "gradient, FSDP2" + (", every micro-batch" if exchange == "micro_batch" else "")
+        yield Case(name, sharded, partial(fsdp_step, exchange))
 
 
 def _forwards(cfg: BaseRLLossConfig, batches: list[Any], weight: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ Legend: B rows, T positions of a row, N scored tokens, D hidden width, V vocabul
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from toolkit.distributed import counting_over
 from toolkit.losses.grpo import GRPOLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.scale.allocations import AllocationCounter
@@ -106,7 +108,7 @@ def hold_all(ranks: int) -> list[Held]:
     Args:
         ranks: of the process group.
     """
-    mesh = init_device_mesh("cpu", (ranks,))
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "tp"))
     torch.manual_seed(0)
     size = f"head of {HEAD[0]:,} x {HEAD[1]:,}"
     whole = head_memory(*HEAD, is_whole=True).plan.peak_bytes
@@ -125,17 +127,18 @@ def _measured_peak(dtype: torch.dtype, mesh: DeviceMesh | None, *, mode: Literal
     vocabulary, width, tokens = HEAD
     hidden = torch.randn(1, tokens, width).to(dtype).requires_grad_()
     weight = (torch.randn(vocabulary, width) / width**0.5).to(dtype)
-    weight = weight if mesh is None else distribute_tensor(weight, mesh, [Shard(0)])
+    weight = weight if mesh is None else distribute_tensor(weight, mesh["tp"], [Shard(0)])
     weight.requires_grad_()
     labels = torch.randint(0, vocabulary, (1, tokens))
     item = RLLossContextInputItem(shifted_labels=labels, advantages=torch.ones(1, tokens))
     cfg = GRPOLossConfig(mode=mode, chunk_size=HEAD_CHUNK)
-    (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)
-    context = cfg.loss_ctx_cls(cfg, kwargs)
-    for _ in range(WARM_UP):
-        with AllocationCounter(hidden, weight) as seen:
-            loss, _ = context.forward(hidden, weight)
-            torch.autograd.grad(loss, [hidden, weight])
+    with contextlib.nullcontext() if mesh is None else counting_over(mesh["dp"].get_group()):
+        (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)
+        context = cfg.loss_ctx_cls(cfg, kwargs)
+        for _ in range(WARM_UP):
+            with AllocationCounter(hidden, weight) as seen:
+                loss, _ = context.forward(hidden, weight)
+                torch.autograd.grad(loss, [hidden, weight])
     return seen.peak
 
 

@@ -9,6 +9,8 @@ together, before any cut), N scored tokens of a micro-batch, D hidden width.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from toolkit.distributed import PACKET
 from toolkit.scale.collectives import Collective
 
@@ -162,9 +164,18 @@ def data_parallel_gradient(ranks: int, *, parameters: float, itemsize: int = FLO
 
 
 def sharded_gradient(
-    ranks: int, *, parameters: float, micro_batches: int = 1, itemsize: int = 2, reduce_itemsize: int = FLOAT32
+    ranks: int,
+    *,
+    parameters: float,
+    micro_batches: int = 1,
+    itemsize: int = 2,
+    reduce_itemsize: int = FLOAT32,
+    exchange: Literal["step", "micro_batch"] = "step",
 ) -> list[Collective]:
-    """Return what FSDP2 moves: every micro-batch gathers the weights in forward and in backward, and cuts the gradient.
+    """Return what FSDP2 moves: every micro-batch gathers the weights in forward and in backward.
+
+    The gradient is added up and cut once, in the last backward, as the training command does it; a rank holds the whole
+    gradient until then.
 
     Args:
         ranks: F, among which the model is cut.
@@ -172,9 +183,11 @@ def sharded_gradient(
         micro_batches: M.
         itemsize: bytes of a gathered weight.
         reduce_itemsize: bytes of an element of the gradient.
+        exchange: when the gradient travels: once a "step", or in every "micro_batch", as FSDP2 does by itself.
     """
     own = -(-round(parameters) // ranks)
+    times = micro_batches if exchange == "micro_batch" else 1
     return [
         Collective("weights (FSDP2)", "all_gather", own * itemsize, ranks, calls=2 * micro_batches),
-        Collective("gradient (FSDP2)", "reduce_scatter", own * ranks * reduce_itemsize, ranks, calls=micro_batches),
+        Collective("gradient (FSDP2)", "reduce_scatter", own * ranks * reduce_itemsize, ranks, calls=times),
     ]

@@ -14,6 +14,8 @@ GIB = 2**30
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 BANDWIDTH = 50e9
 """Bytes a second of one rank: a 400 Gbit/s network card, an assumption for the column of times."""
+USUAL_MESH = 8
+"""Ranks of one machine."""
 METRIC_NUMBERS = 60
 """Of a step of GRPO with everything on; up to 127 fit one packet."""
 FIELDS = 5
@@ -39,11 +41,19 @@ class Setup:
         for name in ("sequence_parallel", "vocab_parallel"):
             mesh = getattr(self, name)
             if mesh < 1 or self.ranks % mesh:
-                raise ConfigError(f"{name}={mesh} must divide ranks={self.ranks}: every rank belongs to one mesh")
+                raise ConfigError(
+                    f"{name}={mesh} must divide ranks={self.ranks}: every rank belongs to one mesh; change "
+                    f"--{name.replace('_', '-')}"
+                )
+
+
+def usual_mesh(ranks: int) -> int:
+    """Return how many ranks share a row, or the vocabulary, unless something else is asked for: 8, or what divides."""
+    return max(own for own in range(1, USUAL_MESH + 1) if ranks % own == 0)
 
 
 def causes(setup: Setup) -> list[Collective]:
-    """Return what a step of a loss of whole sequences communicates, its gradient (by FSDP2, in bf16) last."""
+    """Return what a step of a loss of whole sequences communicates, its gradient last: FSDP2, bf16, once a step."""
     mesh, vocab, model = setup.sequence_parallel, setup.vocab_parallel, setup.model
     own_tokens = -(-setup.tokens // mesh)
     found = step.counting(setup.ranks, numbers=step.numbers_counted())
@@ -89,6 +99,7 @@ def step_table(setup: Setup) -> str:
         f"{setup.vocab_parallel}"
     )
     share = f"because of the loss: {in_words(parts[0])}; weights and gradient: {in_words(parts[1])}"
+    share += "\nThe gradient travels once a step, as in the training command; FSDP2 by itself: in every micro-batch."
     return "\n".join([title, "", aligned(rows), "", share])
 
 

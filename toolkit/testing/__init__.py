@@ -13,10 +13,11 @@ import torch
 from toolkit.distributed import all_gather_objects, rank, world_size
 from toolkit.errors import ConfigError
 from toolkit.losses.config import BaseLossConfig
+from toolkit.testing.arguments import check_objects, flags_of, modes_of, numbers_of
 from toolkit.testing.batch import Batch, random_batch
 from toolkit.testing.evaluate import Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop
-from toolkit.testing.layout import Layout, Part, check_numbers, layouts_of
-from toolkit.testing.processes import run_processes
+from toolkit.testing.layout import Layout, Part, layouts_of
+from toolkit.testing.processes import check_can_start, run_processes
 from toolkit.testing.verdict import Finding, LayoutError, compare, verdict
 
 __all__ = [
@@ -41,10 +42,10 @@ def assert_layout_invariant(
     *,
     loop: Loop | None = None,
     processes: int | None = None,
-    micro_batches: Iterable[int] = (1, 2, 4),
-    sequence_parallel: Iterable[int] = (1, 2),
-    packed: Iterable[bool] = (False, True),
-    modes: Iterable[str] | None = None,
+    micro_batches: int | Iterable[int] = (1, 2, 4),
+    sequence_parallel: int | Iterable[int] = (1, 2),
+    packed: bool | Iterable[bool] = (False, True),
+    modes: str | Iterable[str] | None = None,
     dtype: torch.dtype = torch.float64,
     rtol: float | None = None,
     timeout_s: float = 120.0,
@@ -63,7 +64,7 @@ def assert_layout_invariant(
         processes: how many share the step. None: as many as work together now. More than one are started for this call
             and joined by gloo (which takes some seconds), unless the caller is in a process group already; one process
             is tried before.
-        micro_batches: of each process; some are left without a sequence.
+        micro_batches: of each process, one number or several; some are left without a sequence.
         sequence_parallel: processes that share a sequence; those that do not divide `processes` are left out.
         packed: padded rows, packed rows or both.
         modes: of the loss; None: eager, and chunk where the loss can be computed so.
@@ -76,16 +77,19 @@ def assert_layout_invariant(
             cause.
         ConfigError: the settings make no sense together, or something cannot be sent to other processes.
     """
+    check_objects(loss_cfg, batch, loop)
     together = world_size()
-    number = together if processes is None else check_numbers("processes", (processes,))[0]
+    number = together if processes is None else numbers_of("processes", (processes,))[0]
     if together > 1 and number != together:
         raise ConfigError(f"processes={number}, but {together} work together here; leave it out")
     if rtol is None and dtype not in TOLERANCES:
         raise ConfigError(f"dtype={dtype} has no tolerance of its own; take float64 or float32, or give rtol")
     allowed = TOLERANCES[dtype] if rtol is None else rtol
     batch = (random_batch(loss_cfg) if batch is None else batch).with_dtype(dtype)
-    numbers = check_numbers("micro_batches", micro_batches), check_numbers("sequence_parallel", sequence_parallel)
-    kinds = tuple(packed), tuple(_modes(loss_cfg) if modes is None else modes)
+    numbers = numbers_of("micro_batches", micro_batches), numbers_of("sequence_parallel", sequence_parallel)
+    kinds = flags_of("packed", packed), modes_of(_modes(loss_cfg) if modes is None else modes, loss_cfg)
+    if number > together:
+        check_can_start()
     _check_is_something(batch, loss_cfg)
     tried: list[Layout] = []
     findings: list[Finding] = []

@@ -25,6 +25,9 @@ SPREADS = {"old_logprobs": 0.4, "rollout_logprobs": 0.4, "ref_logprobs": 0.2, "t
 """In nats, around the policy's own log-probabilities: wide enough for clips, masks and vetoes to bind."""
 NEAR = 1e-4
 """Of these spreads in the first sequence."""
+ONE, TWIN = 1, 3
+"""Rows of the sequence of one token, and of another one with the same label and everything else its own: who sorts
+sequences by their tokens alone meets a tie."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,9 @@ def random_batch(
     """Make a ragged batch with everything that breaks a layout-dependent loss.
 
     The first sequence is the longest, the second has one token, the last none that is scored; others are drawn, with
-    unscored positions inside. Two sequences in a row answer the same prompt, one has advantage 0 throughout, and every
-    field that some loss reads is there.
+    unscored positions inside. From five sequences on, two have the same tokens, for different prompts and with other
+    hidden states and advantages. Two sequences in a row answer the same prompt, one has advantage 0 throughout, and
+    every field that some loss reads is there.
 
     Args:
         loss_cfg: of the loss that it is for: items of cross-entropy, or else of a policy loss with what an exact KL of
@@ -128,7 +132,10 @@ def random_batch(
             f"num_candidates={num_candidates}: give at least 3 of each, and 1 to vocabulary candidates"
         )
     draw = torch.Generator().manual_seed(seed)
-    lengths = (longest, 1, *torch.randint(1, longest + 1, (num_sequences - 2,), generator=draw).tolist())
+    drawn = torch.randint(1, longest + 1, (num_sequences - 2,), generator=draw).tolist()
+    if num_sequences > TWIN + 1:
+        drawn[TWIN - 2] = 1
+    lengths = (longest, 1, *drawn)
     labels = _labels(lengths, longest, vocabulary, draw, -100 if loss_cfg is None else loss_cfg.ignore_idx)
     is_scored = labels != (-100 if loss_cfg is None else loss_cfg.ignore_idx)
     hidden = torch.randn(num_sequences, longest, width, generator=draw, dtype=torch.float64)
@@ -146,6 +153,8 @@ def random_batch(
 def _labels(lengths: tuple[int, ...], longest: int, vocabulary: int, draw: torch.Generator, ignore_idx: int) -> Tensor:
     shape = (len(lengths), longest)
     labels = torch.randint(0, vocabulary, shape, generator=draw)
+    if len(lengths) > TWIN + 1:
+        labels[TWIN] = labels[ONE]
     is_hole = torch.rand(shape, generator=draw) < HOLES
     is_hole[0] = torch.arange(longest) == 1  # two turns
     is_hole[:, 0] = False

@@ -101,10 +101,12 @@ def evaluate(batch: Batch, cfg: BaseLossConfig, layout: Layout, loop: Loop, mesh
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise ConfigError(f"the loop returned {type(returned).__name__}; return (loss, metrics), either may be None")
     loss, metrics = returned
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise ConfigError(f"the loop returned metrics of type {type(metrics).__name__}; give a dict by name, or None")
     gradients = {HIDDEN: _hidden_gradient(batch, part), HEAD: _of(part.head_weight)}
     if part.head_bias is not None:
         gradients[BIAS] = _of(part.head_bias)
-    own_loss = None if loss is None else torch.as_tensor(loss, dtype=torch.float64).detach().reshape(())
+    own_loss = None if loss is None else torch.tensor(_number("loss", loss), dtype=torch.float64)
     return Result(own_loss, gradients, _numbers(metrics or {}))
 
 
@@ -143,5 +145,16 @@ def _hidden_gradient(batch: Batch, part: Part) -> Tensor:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     mergeable = {name: value for name, value in metrics.items() if isinstance(value, KINDS)}
-    plain = {name: float(value) for name, value in metrics.items() if name not in mergeable}
+    plain = {name: _number(f"metric {name!r}", value) for name, value in metrics.items() if name not in mergeable}
     return {**to_floats(mergeable), **plain}
+
+
+def _number(what: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
+        raise ConfigError(
+            f"the {what} that the loop returned is of type {type(value).__name__}{shape}; give one number of the whole "
+            "step, or one of toolkit.metrics (Mean, Sum, Max, Min)"
+        ) from None

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import sp_split, world_size
-from toolkit.errors import ConfigError
 from toolkit.losses.config import BaseLossConfig
 from toolkit.losses.items import LossContextInputItem
 from toolkit.testing.batch import Batch, token_axis
@@ -222,15 +221,3 @@ def _idle(
     hidden = torch.full_like(batch.hidden_states[:1, :2].detach(), batch.garbage)
     edges = torch.tensor([0, 2], device=everywhere.device) if is_packed else None
     return batch.item.replace(**changes), hidden, torch.full_like(everywhere[:1, :2], NOWHERE), edges
-
-
-def check_numbers(name: str, numbers: Iterable[int]) -> tuple[int, ...]:
-    """Return counts of processes, micro-batches or shards as they are.
-
-    Raises:
-        ConfigError: one is not a whole number above 0.
-    """
-    found = tuple(numbers)
-    if not found or any(not isinstance(own, int) or isinstance(own, bool) or own < 1 for own in found):
-        raise ConfigError(f"{name}={found} must hold whole numbers of at least 1, such as (1, 2)")
-    return found

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import logging
+import multiprocessing
 import pickle
+import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,12 @@ from toolkit.plugins import load_plugins
 BUILT_IN = "toolkit."
 PLUGIN = "toolkit_plugin_"
 """Beginning of the names of modules that `toolkit.plugins` made of files."""
+NESTED = 97
+"""Exit code of a new process that came to start processes itself, while it imported the script."""
+PUT_UNDER_MAIN = (
+    'new processes import the script again: put the call under `if __name__ == "__main__":`, in a file (a loop or loss '
+    "of your own at its top level)"
+)
 
 
 def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> Any:
@@ -42,20 +52,53 @@ def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout_
         ToolkitError: a process raised one; of the same class.
         LaunchError: a process raised another error or died; the message has its words.
     """
+    check_can_start()
     sources = sorted({source for value in args for source in _plugin_files(value)})
     registered = [found for value in args for found in _registered(value)]
     call = _pickled((function, args, registered))
     with tempfile.TemporaryDirectory() as folder:
+        started = mp.spawn(_work, args=(world, folder, sources, call, timeout_s), nprocs=world, join=False)
         try:
-            mp.spawn(_work, args=(world, folder, sources, call, timeout_s), nprocs=world)
+            with _quiet():
+                while not started.join():
+                    pass
         except Exception as error:  # whatever a process raised, torch tells it in words of its own
-            raise _told(Path(folder), error) from None
+            codes = [own.exitcode for own in started.processes]
+            raise _told(Path(folder), error, codes) from None
         return pickle.loads((Path(folder) / "result").read_bytes())
+
+
+def check_can_start() -> None:
+    """Raise unless new processes would come to their work.
+
+    Raises:
+        ConfigError: they could not import the script that runs.
+        SystemExit: this is such a process, which imports it: it ends without a word, and the first one tells why.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(NESTED)
+    main = sys.modules["__main__"]
+    source = getattr(main, "__file__", None)
+    if source is not None and getattr(main, "__spec__", None) is None and not Path(source).exists():
+        raise ConfigError(f"{PUT_UNDER_MAIN}; this one is {source}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's lines on processes that it ends because another one failed."""
+    log = logging.getLogger("torch.multiprocessing.spawn")
+    kept = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(kept)
 
 
 def _work(rank: int, world: int, folder: str, sources: list[str], call: bytes, timeout_s: float) -> None:
     torch.set_num_threads(1)
     home = Path(folder)
+    (home / f"started-{rank}").touch()
     try:
         load_plugins(sources)
         function, args = _unpickled(call)
@@ -75,11 +118,23 @@ def _work(rank: int, world: int, folder: str, sources: list[str], call: bytes, t
             dist.destroy_process_group()
 
 
-def _told(home: Path, error: Exception) -> Exception:
-    """Return the first error that a process left behind, in words."""
+def _told(home: Path, error: Exception, codes: list[int | None]) -> Exception:
+    """Return why the processes ended: a signal, a start that failed, or the first error that one left behind."""
+    if NESTED in codes:
+        return ConfigError(PUT_UNDER_MAIN)
+    first = getattr(error, "error_index", 0)
+    # SIGTERM is how torch ends those that outlive the first one.
+    killed = [own for own, code in enumerate(codes) if code is not None and code < 0 and code != -signal.SIGTERM]
+    for number in [first, *killed]:
+        sent = -(codes[number] or 0)
+        if sent > 0:
+            return LaunchError(f"process {number} was killed by signal {sent}{_name_of(sent)}")
     left = sorted(home.glob("error-*"), key=lambda own: own.stat().st_mtime_ns)
     if not left:
-        return LaunchError(f"a process of the check ended without a word: {str(error).strip().splitlines()[0]}")
+        what = f"process {first} ended with code {codes[first]}"
+        if not (home / f"started-{first}").exists():
+            return ConfigError(f"{what} before its work; {PUT_UNDER_MAIN}")
+        return LaunchError(f"{what} and without a word")
     kind, message, trace, is_ours = pickle.loads(left[0].read_bytes())
     number = left[0].name.removeprefix("error-")
     if is_ours:
@@ -89,6 +144,13 @@ def _told(home: Path, error: Exception) -> Exception:
     if "imed out" in message or "onnection closed" in message:
         hint = "; processes that wait for each other must call the same collectives in the same order"
     return LaunchError(f"process {number} raised {kind}: {message}{hint}\n{trace}")
+
+
+def _name_of(sent: int) -> str:
+    if sent == signal.SIGKILL:
+        return " (SIGKILL, often because memory ran out)"
+    known = {int(own): own.name for own in signal.Signals}
+    return f" ({known[sent]})" if sent in known else ""
 
 
 # -------------------------------------------------------------------- what travels

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.testing.evaluate import HEAD, Result
+from toolkit.testing.evaluate import HEAD, HIDDEN, Result
 from toolkit.testing.layout import Layout
 
 SMALLEST = 0.1
@@ -188,6 +188,10 @@ COUNTS: tuple[tuple[str, Callable[[Layout], float], str], ...] = (
     ),
 )
 """What a factor may be, and what then went wrong."""
+NOT_EXCHANGED = (
+    "gradients are not exchanged over processes (those of the hidden states, which each process has for itself, are "
+    "right): use the wrapper (DDP, FSDP), or part.reduce_gradients()"
+)
 ONLY: tuple[tuple[Callable[[Layout], bool], str], ...] = (
     (
         lambda own: own.mode == "chunk",
@@ -209,6 +213,11 @@ ONLY: tuple[tuple[Callable[[Layout], bool], str], ...] = (
         "the whole step, with one build_batches_loss_kwargs for all of them",
     ),
     (
+        lambda own: own.processes > 1,
+        "only several processes differ: something is counted by each process for itself; count over all of them before "
+        "the first forward (build_batches_loss_kwargs does it, called once for the step)",
+    ),
+    (
         lambda own: own.slots > 1,
         "only a batch that is cut differs: something is normalised by what one micro-batch or one process holds; count "
         "over the whole step and all processes",
@@ -226,12 +235,16 @@ def likely_cause(findings: Sequence[Finding], layouts: Sequence[Layout]) -> str:
     gradients = [finding for finding in findings if "gradient" in finding.quantity]
     if not gradients:  # NaN is then the mean of a micro-batch or process without tokens
         return _cause_of_numbers(findings, layouts)
-    of_head = {finding.layout: finding.factor for finding in gradients if finding.quantity == HEAD}
-    factors = {layout: of_head.get(layout, 1.0) for layout in layouts}
-    causes = _causes_of(factors)
+    if all(finding.factor is not None and abs(finding.factor) < PROPORTIONAL for finding in gradients):
+        return _cause_of_nothing(gradients, layouts)
+    causes = _causes_of({layout: _factor_of_head(gradients, layout) for layout in layouts})
     if causes:
         return "; or ".join(causes)
-    cause = _only_where({finding.layout for finding in gradients}, layouts)
+    failing = {finding.layout for finding in gradients}
+    several = {own for own in layouts if own.processes > 1}
+    if failing == several and HIDDEN not in {finding.quantity for finding in gradients}:
+        return NOT_EXCHANGED
+    cause = _only_where(failing, layouts)
     if cause is not None:
         return cause
     if all(own.processes > 1 for own in layouts):
@@ -242,10 +255,30 @@ def likely_cause(findings: Sequence[Finding], layouts: Sequence[Layout]) -> str:
     return "even the plainest layout differs: the loop computes something else than the loss's context does"
 
 
+def _factor_of_head(gradients: Sequence[Finding], layout: Layout) -> float | None:
+    """Return what the head's gradient is multiplied with in a layout; None: no number, or another on each process."""
+    known = [own.factor for own in gradients if own.quantity == HEAD and own.layout == layout]
+    first = known[0] if known else 1.0
+    if first is None or any(own is None or abs(own - first) > PROPORTIONAL for own in known):
+        return None
+    return first
+
+
+def _cause_of_nothing(gradients: Sequence[Finding], layouts: Sequence[Layout]) -> str:
+    where = sorted({finding.quantity.removeprefix("gradient of ") for finding in gradients})
+    is_all = {HIDDEN, HEAD} <= {finding.quantity for finding in gradients}
+    failing = {finding.layout for finding in gradients}
+    words = "" if is_all else f" at {' and '.join(where)}"
+    words += f" in {len(failing)} of {len(layouts)} layouts" if len(failing) < len(layouts) else ""
+    return f"no gradient arrives{words}: backward was not called, or the leaf was replaced"
+
+
 def _causes_of(factors: dict[Layout, float | None]) -> list[str]:
     known = [factor for factor in factors.values() if factor is not None]
     if len(known) < len(factors) or all(abs(factor - 1) < PROPORTIONAL for factor in known):
         return []
+    if any(abs(factor) < PROPORTIONAL for factor in known):
+        return []  # nothing arrived, somewhere
     causes = [
         f"{known[0]:.3f} is {name}: {why}" if len(set(map(expected, factors))) == 1 else f"the factor is {name}: {why}"
         for name, expected, why in COUNTS

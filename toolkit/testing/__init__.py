@@ -15,7 +15,7 @@ from toolkit.errors import ConfigError
 from toolkit.losses.config import BaseLossConfig
 from toolkit.testing.arguments import check_objects, flags_of, modes_of, numbers_of
 from toolkit.testing.batch import Batch, random_batch
-from toolkit.testing.evaluate import Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop
+from toolkit.testing.evaluate import REFERENCE, Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop
 from toolkit.testing.layout import Layout, Part, layouts_of
 from toolkit.testing.processes import check_can_start, run_processes
 from toolkit.testing.verdict import Finding, LayoutError, compare, verdict
@@ -125,6 +125,7 @@ def differences(
     rtol: float = TOLERANCES[torch.float64],
     *,
     meshes: Meshes | None = None,
+    compared_with: Layout = REFERENCE,
 ) -> list[Finding]:
     """Return everything in which a layout differs from the reference, as all processes saw it; all must call it.
 
@@ -135,10 +136,11 @@ def differences(
         loop: of one's own, see `assert_layout_invariant`.
         rtol: relative tolerance.
         meshes: those of an earlier call, for they are not taken down again.
+        compared_with: layout of the reference, for one process.
     """
     batch = _with_current(batch, loss_cfg)
     meshes = Meshes() if meshes is None else meshes
-    known = reference(batch, loss_cfg)
+    known = reference(batch, loss_cfg, compared_with)
     findings: list[Finding] = []
     first: Result | None = None
     for layout in layouts:

@@ -110,10 +110,10 @@ def evaluate(batch: Batch, cfg: BaseLossConfig, layout: Layout, loop: Loop, mesh
     return Result(own_loss, gradients, _numbers(metrics or {}))
 
 
-def reference(batch: Batch, cfg: BaseLossConfig) -> Result:
+def reference(batch: Batch, cfg: BaseLossConfig, layout: Layout = REFERENCE) -> Result:
     """Return what the whole step gives in one process, in one batch, as if there were no process group."""
     with alone():
-        return evaluate(batch, cfg, REFERENCE, toolkit_loop, Meshes())
+        return evaluate(batch, cfg, layout, toolkit_loop, Meshes())
 
 
 @contextlib.contextmanager

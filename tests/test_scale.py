@@ -212,8 +212,8 @@ def test_formulas_are_what_two_and_four_processes_count() -> None:
     counted, held = measure(2, 4)
     wrong = [own for own in (*counted, *held) if not own.agrees]
     assert not wrong
-    assert len(counted) == 2 * 11
+    assert len(counted) == 2 * 13
     assert {(own.ranks, own.shared_by) for own in held} == {(2, 1), (2, 2), (4, 1), (4, 4)}
     exact = [own for own in counted if own.tolerance == 0]
-    assert len(exact) == 2 * 10
+    assert len(exact) == 2 * 12
     assert all(own.counted_payload == own.payload > 0 for own in exact)

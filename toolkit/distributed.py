@@ -133,6 +133,27 @@ def reduce_metrics(metrics: Metrics) -> dict[str, Metric]:
     return {name: whole[name] for name in metrics}
 
 
+def all_gather_ragged(own: Tensor, *, room: int) -> list[Tensor]:
+    """Return the vectors of all ranks, on the host, in the order of the ranks; all must call it together.
+
+    One collective, and a second one only where a vector is longer than `room`.
+
+    Args:
+        own: [n] int64, of any length.
+        room: elements that the first collective carries, the same on every rank.
+    """
+    if world_size() == 1:
+        return [own.cpu()]
+    own = own.to(collective_device())
+    length = own.new_full((1,), len(own))
+    everyone = _gathered(F.pad(torch.cat([length, own[:room]]), [0, max(0, room - len(own))]))
+    most = int(everyone[:, 0].max())
+    if most > room:
+        more = F.pad(own[room:], [0, most - room - len(own[room:])])
+        everyone = torch.cat([everyone, _gathered(more)], 1)
+    return [row[1 : 1 + int(row[0])] for row in everyone]
+
+
 def _gathered(vector: Tensor) -> Tensor:
     """Return the vectors [n] of all ranks on the host, [R, n]."""
     found = vector.new_empty(world_size() * len(vector))

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tests.conftest import random_head, random_item, run_processes
 from toolkit import DataError, GRPOLossConfig, GRPOLossContext
-from toolkit.losses.census import Counts, census
+from toolkit.losses.census import ROOM, Counts, census
 from toolkit.losses.items import CELossContextInputItem, RLLossContextInputItem
 
 MASK_BY_CURRENT = {
@@ -20,7 +20,8 @@ MASK_BY_CURRENT = {
     "between": "current_old",
     "denominator": "survivors",
 }
-CALLS = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "reduce_scatter", "all_to_all_single")
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+CALLS = ("all_reduce", "all_gather", "all_gather_object", GATHER, "broadcast", "reduce_scatter", "all_to_all_single")
 
 
 def counted_calls(call: Callable[[], Any]) -> tuple[Any, list[tuple[str, int]]]:
@@ -65,11 +66,12 @@ def one_exchange(rank: int, world: int) -> None:
             ),
             [("all_reduce", 2 + 3 + 3 * 2 + 2)],
         ),
-        (GRPOLossConfig(aggregation="prompt_mean"), [("all_gather_object", 0)]),
+        (GRPOLossConfig(aggregation="prompt_mean"), [(GATHER, 1 + ROOM)]),
+        (GRPOLossConfig(policy_loss_cfg={"loss_type": "real"}, aggregation="prompt_mean"), [(GATHER, 1 + ROOM)]),
     ):
-        own = batches(rank, world)
+        own = [item.replace(group_ids=item.group_ids * 0 + 2 * i + rank) for i, item in enumerate(batches(rank, world))]
         _, seen = counted_calls(lambda cfg=cfg, own=own: GRPOLossContext.build_batches_loss_kwargs(own, cfg))
-        assert [call for call in seen if call[0] != "all_gather"] == expected, seen  # of which objects are made
+        assert seen == expected
 
 
 def a_rank_with_bad_items(rank: int, world: int) -> None:
@@ -95,6 +97,22 @@ def a_rank_with_another_kind_of_item(rank: int, world: int) -> None:
         GRPOLossContext.build_batches_loss_kwargs(own, GRPOLossConfig())
 
 
+def more_prompts_than_fit(rank: int, world: int) -> None:
+    """Rank r has r + 1 tokens of each of 300 prompts, with numbers below 0 and beyond what float64 holds."""
+    prompts = torch.arange(300) - 7
+    prompts[-1] = 2**60 + 1
+    labels = torch.zeros(300, 3, dtype=torch.int64)
+    labels[:, rank + 1 :] = -100
+    item = RLLossContextInputItem(
+        shifted_labels=labels, advantages=torch.ones(300, 1), group_ids=prompts.flip(0).unsqueeze(-1)
+    )
+    cfg = GRPOLossConfig(aggregation="prompt_mean")
+    (kwargs,), seen = counted_calls(lambda: GRPOLossContext.build_batches_loss_kwargs([item], cfg))
+    assert seen == [(GATHER, 1 + ROOM), (GATHER, 2 + 5 + 1 + 2 * 300 - ROOM)]
+    own = kwargs.loss_weight[labels != -100]
+    torch.testing.assert_close(own, torch.full_like(own, world / (300 * 3)), rtol=1e-15, atol=0)
+
+
 def pieces_that_differ(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     own = random_item((2, 4))
@@ -105,6 +123,7 @@ def pieces_that_differ(rank: int, world: int) -> None:
 
 def all_of_it(rank: int, world: int) -> None:
     one_exchange(rank, world)
+    more_prompts_than_fit(rank, world)
     a_rank_with_bad_items(rank, world)
     a_rank_with_another_kind_of_item(rank, world)
     pieces_that_differ(rank, world)

@@ -2,8 +2,8 @@
 
 Plain numbers (tokens, sequences, sums of weights ...) take one all-reduce of K float64 numbers, whatever the number of
 tokens, micro-batches or ranks. Only a loss that compares prompts needs more: each rank's small table of its prompts is
-gathered, and the numbers ride along. A rank whose items were refused takes part, too, so that the others hear of it
-instead of waiting.
+gathered in their place, and the numbers ride along. A rank whose items were refused takes part, too, so that the others
+hear of it instead of waiting.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from toolkit.distributed import all_gather_objects, all_reduce_sum, rank, world_size
+from toolkit.distributed import all_gather_ragged, all_reduce_sum, rank, world_size
 from toolkit.errors import DataError
+
+ROOM = 256
+"""Numbers of a rank that one exchange carries where there are tables; more prompts than some 120 take a second one."""
 
 Table = dict[int, float]
 """A number for each key: the tokens of each prompt, say."""
@@ -56,12 +59,12 @@ def census(count: Callable[[], Counts], *, num_numbers: int, has_tables: bool, d
         return own
     flags = own.numbers.new_tensor([1.0, float(rank())] if error is not None else [0.0, 0.0])
     packed = torch.cat([flags, own.numbers])
+    everyone: list[Tensor] = []
     if has_tables:
-        everyone = all_gather_objects((packed.tolist(), own.tables))
-        packed = packed.new_tensor([numbers for numbers, _ in everyone]).sum(0)
-        tables = _added(tables for _, tables in everyone)
+        everyone = all_gather_ragged(torch.cat([_bits(packed), _as_vector(own.tables)]), room=ROOM)
+        packed = torch.stack([_from_bits(vector[: len(packed)]) for vector in everyone]).sum(0).to(packed.device)
     else:
-        packed, tables = all_reduce_sum(packed), {}
+        packed = all_reduce_sum(packed)
     failed, failed_rank = packed[:2].tolist()
     if error is not None:
         raise error
@@ -70,7 +73,34 @@ def census(count: Callable[[], Counts], *, num_numbers: int, has_tables: bool, d
         told = DataError(f"{who} refused the items of this step, so that no rank can go on; see the message there")
         told.is_from_elsewhere = True
         raise told
-    return Counts(packed[2:], tables)
+    return Counts(packed[2:], _added(_as_tables(vector[len(packed) :], own.tables) for vector in everyone))
+
+
+def _as_vector(tables: dict[str, Table]) -> Tensor:
+    """Return tables as int64, in the order of their names: length, keys and the bits of the numbers of each."""
+    parts = [torch.zeros(0, dtype=torch.int64)]
+    for name in sorted(tables):
+        numbers = torch.tensor([*tables[name].values()], dtype=torch.float64)
+        parts += [torch.tensor([len(numbers), *tables[name]]), _bits(numbers)]
+    return torch.cat(parts)
+
+
+def _as_tables(vector: Tensor, names: Iterable[str]) -> dict[str, Table]:
+    """Return the tables of another rank, which has the same names."""
+    found: dict[str, Table] = {}
+    for name in sorted(names):
+        size = int(vector[0])
+        keys, numbers, vector = vector[1:].split([size, size, len(vector) - 1 - 2 * size])
+        found[name] = dict(zip(keys.tolist(), _from_bits(numbers).tolist(), strict=True))
+    return found
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    return numbers.cpu().contiguous().view(torch.int64)
+
+
+def _from_bits(bits: Tensor) -> Tensor:
+    return bits.contiguous().view(torch.float64)
 
 
 def _added(parts: Iterable[dict[str, Table]]) -> dict[str, Table]:

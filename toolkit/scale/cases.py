@@ -28,6 +28,8 @@ ROWS, POSITIONS, WIDTH, VOCABULARY, MICRO_BATCHES = 2, 12, 8, 32, 3
 """B, T, D, V and the micro-batches of a step."""
 CHUNKS = 4
 CHUNK = ROWS * POSITIONS // CHUNKS
+MANY_PROMPTS = 300
+"""More than fit one exchange."""
 LONG = 4096
 """Positions of a row where the bytes of pickled tensors are to outweigh their wrapping."""
 WRAPPING = 0.05
@@ -64,6 +66,11 @@ def counting_cases(ranks: int) -> Iterator[Case]:
     for number in (1, MICRO_BATCHES):
         plural = "es" if number > 1 else ""
         yield Case(f"counts of a step, {number} micro-batch{plural}", counts, partial(build, _items(number), cfg))
+    for prompts in (ROWS, MANY_PROMPTS):
+        of_prompts = GRPOLossConfig(aggregation="prompt_mean")
+        formula = step.counting_prompts(ranks, numbers=step.numbers_counted(), prompts=prompts)
+        run = partial(build, _items(prompts // ROWS), of_prompts)
+        yield Case(f"counts of a step with {prompts} prompts", formula, run)
     (kwargs,) = build(_items(1), cfg)
     hidden, weight = torch.randn(ROWS, POSITIONS, WIDTH), torch.randn(VOCABULARY, WIDTH)
     measured: dict[str, Metric] = metrics_in(cfg.loss_ctx_cls(cfg, kwargs).forward(hidden, weight)[1])
@@ -166,7 +173,7 @@ def _items(number: int, *, positions: int = POSITIONS, with_current: bool = Fals
             advantages=torch.randn(shape),
             old_logprobs=-3 + 0.1 * torch.randn(shape),
             current_logprobs=-3 + 0.1 * torch.randn(shape) if with_current else None,
-            group_ids=torch.zeros(shape, dtype=torch.int64),
+            group_ids=ROWS * index + torch.arange(ROWS).unsqueeze(-1),
         )
-        for _ in range(number)
+        for index in range(number)
     ]

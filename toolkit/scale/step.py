@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 from toolkit.distributed import PACKET
+from toolkit.losses.census import ROOM
 from toolkit.scale.collectives import Collective
 
 FLOAT64, FLOAT32 = 8, 4
@@ -36,6 +37,21 @@ def counting(ranks: int, *, numbers: int) -> list[Collective]:
         numbers: K, that the loss counts; see `numbers_counted`.
     """
     return [Collective("counts of the step", "all_reduce", (CENSUS_FLAGS + numbers) * FLOAT64, ranks)]
+
+
+def counting_prompts(ranks: int, *, numbers: int, prompts: int, tables: int = 1) -> list[Collective]:
+    """Return the exchange of counts where prompts are compared: every rank gets the table of every other.
+
+    Args:
+        ranks: R.
+        numbers: K, that the loss counts; see `numbers_counted`.
+        prompts: of the rank that has most of them.
+        tables: 1 for the aggregation ``prompt_mean``, 1 for a loss of groups.
+    """
+    own = CENSUS_FLAGS + numbers + tables * (1 + 2 * prompts)
+    found = [Collective("counts of the step", "all_gather", (1 + ROOM) * FLOAT64, ranks)]
+    more = max(0, own - ROOM)
+    return [*found, Collective("counts of more prompts", "all_gather", more * FLOAT64, ranks)] if more else found
 
 
 def numbers_counted(*, terms: int = 1, normalized: int = 0) -> int:

@@ -31,7 +31,7 @@ WORLDS = (1, 2, 4)
 MICRO_BATCHES, SHARDS, PACKED, MODES = (1, 2, 4), (1, 2), (False, True), ("eager", "chunk")
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}
 FULL = "TOOLKIT_FULL_MATRIX"
-"""Environment variable; 1: the slow tests run every layout of every pair, which takes some ten minutes."""
+"""Environment variable; 1: the slow tests run every layout of every pair in both dtypes, which takes an hour."""
 PART = {1: 4, 2: 4, 4: 1}
 """Layouts of a pair, by number of processes, unless all are asked for."""
 SECONDS = 40
@@ -177,8 +177,8 @@ def fits(cfg: BaseLossConfig, layout: Layout) -> bool:
 def full_cases(world: int) -> list[Case]:
     """Every loss under every aggregation in some layouts in float64, in fewer of them in float32, and so the others.
 
-    Under its aggregations together a loss meets every layout of one and of two processes. With `FULL` every pair meets
-    all of these, and a loss every layout of four processes, which are slow on a machine of two cores.
+    Under its aggregations together a loss meets every layout of one and of two processes; all losses together meet
+    those of four, which are slow on a machine of two cores. With `FULL` every pair meets every layout in both dtypes.
     """
     is_full = os.environ.get(FULL) == "1"
     draw = random.Random(world)
@@ -188,13 +188,10 @@ def full_cases(world: int) -> list[Case]:
     for number, (name, cfg) in enumerate({**configs, **rest}.items()):
         own = fitting(cfg, world)
         seed = 1000 * world + number
-        most = (len(own) if name in configs else 6) if world < 4 else (6 if name in configs else 2)
-        most = min(most if is_full else PART[world], len(own))
+        most = min(PART[world] if not is_full else 6 if name in rest else len(own), len(own))
         wide = tuple(own[(number * most + step) % len(own)] for step in range(most))
-        found += [
-            Case(name, cfg, wide, seed),
-            Case(name, cfg, tuple(draw.sample(own, 2 if world < 4 else 1)), seed, torch.float32),
-        ]
+        narrow = wide if is_full else tuple(draw.sample(own, 2 if world < 4 else 1))
+        found += [Case(name, cfg, wide, seed), Case(name, cfg, narrow, seed, torch.float32)]
     return found
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.distributed import counting_over, reduce_metrics
+from toolkit.losses.aggregation import AggregationConfig
 from toolkit.losses.config import BaseRLLossConfig
 from toolkit.losses.grpo import GRPOLossConfig
 from toolkit.losses.items import RLLossContextInputItem
@@ -67,7 +68,7 @@ def counting_cases(ranks: int) -> Iterator[Case]:
         plural = "es" if number > 1 else ""
         yield Case(f"counts of a step, {number} micro-batch{plural}", counts, partial(build, _items(number), cfg))
     for prompts in (ROWS, MANY_PROMPTS):
-        of_prompts = GRPOLossConfig(aggregation="prompt_mean")
+        of_prompts = GRPOLossConfig(aggregation=AggregationConfig(name="prompt_mean"))
         formula = step.counting_prompts(ranks, numbers=step.numbers_counted(), prompts=prompts)
         run = partial(build, _items(prompts // ROWS), of_prompts)
         yield Case(f"counts of a step with {prompts} prompts", formula, run)

@@ -104,7 +104,7 @@ def check_gradient_scale(
     batch = _batch(loss_cfg, sp_mesh, torch.device(device))
     module = ProbeModule(len(batch.counts)).to(device)
     wrapped = module if wrap is None else wrap(module)
-    sync_later = no_sync or (lambda one: one.no_sync() if hasattr(one, "no_sync") else contextlib.nullcontext())
+    sync_later = no_sync or _own_no_sync
     context = loss_cfg.loss_ctx_cls
     batches_kwargs = context.build_batches_loss_kwargs(batch.items, loss_cfg, sp_mesh=sp_mesh)
     last = len(batches_kwargs) - 1
@@ -117,6 +117,12 @@ def check_gradient_scale(
         _unscale(scaler, parameter)
     found = _whole(parameter) if gradient is None else gradient(parameter)
     return _judged(found, batch.counts, loss_cfg, sp_mesh, scaler)
+
+
+def _own_no_sync(wrapped: Any) -> AbstractContextManager[Any]:
+    # DeepSpeed's engine has one, too, but refuses it under ZeRO-2: there `backward` says which micro-batch is the last.
+    is_deepspeed = hasattr(wrapped, "set_gradient_accumulation_boundary")
+    return wrapped.no_sync() if hasattr(wrapped, "no_sync") and not is_deepspeed else contextlib.nullcontext()
 
 
 def _probe_cfg(loss_cfg: Any) -> CELossConfig:

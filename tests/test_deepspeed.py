@@ -1,0 +1,138 @@
+"""DeepSpeed's ZeRO-1 and ZeRO-2 around a policy, in a loop of one's own. Skipped unless DeepSpeed is installed.
+
+It is no dependency: it has no wheels, and is built beside the torch that it is to serve (CONTRIBUTING says how).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+
+from tests.conftest import run_processes
+from tests.models.heads import head_variant
+from tests.test_sharded import CFG, MAX_NORM, STEPS, batch, micro_batches, optimizer_of, train
+from toolkit.errors import ConfigError, LaunchError
+from toolkit.models.policy import Policy
+from toolkit.testing.evaluate import alone
+from toolkit.training.probe import check_gradient_scale
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+TOLERANCE = 1e-5
+"""DeepSpeed computes norms, updates and optimizer states in fp32, whatever the weights are."""
+
+
+def initialized(module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, stage: int, **settings: Any) -> Any:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        **settings,
+    }
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+def full_gradient(parameter: Any) -> Tensor:
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
+
+
+def three_steps(rank: int, world: int, stage: int, number: int, kind: str) -> None:
+    """The loop of conf/launch/deepspeed_zero2.yaml, beside one process without DeepSpeed."""
+    with alone():
+        exact = train(Policy(head_variant(kind)), 0, 1, 1)
+    policy = Policy(head_variant(kind))
+    named = {name: own for name, own in policy.named_parameters() if own.requires_grad}
+    engine = initialized(policy, optimizer_of(policy), rank, stage, gradient_clipping=MAX_NORM)
+    norms: list[Tensor] = []
+    for step in range(STEPS):
+        engine.train()
+        parts = micro_batches(step, rank, world, number)
+        batches_kwargs = CFG.loss_ctx_cls.build_batches_loss_kwargs([item for _, _, item in parts], CFG)
+        for index, ((ids, mask, _), kwargs) in enumerate(zip(parts, batches_kwargs, strict=True)):
+            engine.set_gradient_accumulation_boundary(index == number - 1)
+            loss, _ = engine(ids, mask, CFG.loss_ctx_cls(CFG, kwargs))
+            engine.backward(loss, scale_wrt_gas=False)
+            if step == 0 and index == number - 1:
+                for name, own in named.items():
+                    close(full_gradient(own), exact["grads"][name], name)
+            engine.step()
+        norms.append(torch.as_tensor(engine.get_global_grad_norm()))
+    close(torch.stack(norms), exact["norms"], "norms")
+    for name, own in named.items():
+        close(own.detach(), exact["weights"][name], name)
+        first = own.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, own), f"{name} drifted apart"
+    engine.eval()
+    with torch.no_grad():
+        close(engine(*batch(9)[:2]), exact["scored"], "log-probabilities")
+
+
+def close(found: Tensor, exact: Tensor, name: str) -> None:
+    off = float((found.double() - exact.double()).abs().max() / exact.double().abs().max())
+    assert off <= TOLERANCE, f"{name}: {off:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "kind"),
+    [(2, 1, "plain"), (2, 2, "plain"), (1, 2, "plain"), (2, 2, "tied"), (2, 2, "lora"), (2, 1, "frozen")],
+)
+def test_three_steps_are_those_of_one_process(stage: int, number: int, kind: str) -> None:
+    run_processes(2, three_steps, stage, number, kind)
+
+
+def probe(rank: int, world: int, stage: int, steps: int, scale_wrt_gas: bool) -> float:
+    engine: Any = None
+    micro_batch = 0
+
+    def wrap(module: nn.Module) -> Any:
+        nonlocal engine
+        settings = {"gradient_accumulation_steps": steps}
+        engine = initialized(module, torch.optim.SGD(module.parameters(), lr=1.0), rank, stage, **settings)
+        return engine
+
+    def backward(loss: Tensor) -> None:
+        nonlocal micro_batch
+        micro_batch += 1
+        engine.set_gradient_accumulation_boundary(micro_batch == 3)  # of the probe's three
+        engine.backward(loss, scale_wrt_gas=scale_wrt_gas)
+
+    return check_gradient_scale(backward, wrap, gradient=lambda _: full_gradient(engine.module.weight))
+
+
+def probes(rank: int, world: int) -> None:
+    for stage in (1, 2):
+        assert probe(rank, world, stage, 1, True) == pytest.approx(1, abs=1e-6)
+        assert probe(rank, world, stage, 3, False) == pytest.approx(1, abs=1e-6)
+        with pytest.raises(LaunchError, match=r"0.333333 times .* divided by 3, as by gradient accum.*scale_wrt_gas"):
+            probe(rank, world, stage, 3, True)
+
+
+def test_probe_finds_the_division_by_accumulation_steps() -> None:
+    run_processes(2, probes)
+
+
+def zero_3(rank: int, world: int) -> None:
+    policy = Policy(head_variant("plain"))
+    engine = initialized(policy, optimizer_of(policy), rank, 3)
+    ((ids, mask, item),) = micro_batches(0, rank, world, 1)
+    (kwargs,) = CFG.loss_ctx_cls.build_batches_loss_kwargs([item], CFG)
+    with pytest.raises(ConfigError, match="ZeRO-3 has partitioned the weights"):
+        engine(ids, mask, CFG.loss_ctx_cls(CFG, kwargs))
+
+
+def test_zero_3_is_refused() -> None:
+    run_processes(2, zero_3)

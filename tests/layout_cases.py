@@ -23,7 +23,7 @@ from toolkit.functional.names import Aggregation
 from toolkit.functional.registry import policy_loss_names
 from toolkit.losses.auxiliary import auxiliary_weights
 from toolkit.testing import Layout, Part, differences, random_batch
-from toolkit.testing.evaluate import REFERENCE, Meshes, alone, evaluate
+from toolkit.testing.evaluation import REFERENCE, Meshes, alone, evaluate
 from toolkit.testing.layout import layouts_of
 from toolkit.testing.verdict import compare
 
@@ -31,7 +31,7 @@ WORLDS = (1, 2, 4)
 MICRO_BATCHES, SHARDS, PACKED, MODES = (1, 2, 4), (1, 2), (False, True), ("eager", "chunk")
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}
 FULL = "TOOLKIT_FULL_MATRIX"
-"""Environment variable; 1: the slow tests run every layout of every pair in both dtypes, which takes an hour."""
+"""Environment variable; 1: the slow tests run every layout of every pair in both dtypes, which takes half an hour."""
 PART = {1: 4, 2: 4, 4: 1}
 """Layouts of a pair, by number of processes, unless all are asked for."""
 SECONDS = 40

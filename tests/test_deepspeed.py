@@ -22,7 +22,7 @@ from tests.models.heads import head_variant
 from tests.test_sharded import CFG, MAX_NORM, STEPS, batch, micro_batches, optimizer_of, train
 from toolkit.errors import ConfigError, LaunchError
 from toolkit.models.policy import Policy
-from toolkit.testing.evaluate import alone
+from toolkit.testing.evaluation import alone
 from toolkit.training.probe import check_gradient_scale
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

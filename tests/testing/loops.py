@@ -14,7 +14,7 @@ from torch import Tensor
 from toolkit.distributed import all_reduce_sum, rank, reduce_metrics, world_size
 from toolkit.metrics import Mean, merge_metrics, metrics_in, to_floats
 from toolkit.testing import Part
-from toolkit.testing.evaluate import alone
+from toolkit.testing.evaluation import alone
 
 
 def built(part: Part) -> list[Any]:

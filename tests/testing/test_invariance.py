@@ -21,7 +21,7 @@ from toolkit import BaseLossConfig, CELossConfig, GRPOLossConfig, RLLossContextI
 from toolkit.errors import ConfigError, DataError, LaunchError
 from toolkit.functional import registry
 from toolkit.testing import Batch, Finding, Layout, LayoutError, assert_layout_invariant, differences, random_batch
-from toolkit.testing.evaluate import BIAS, HEAD, HIDDEN, Meshes
+from toolkit.testing.evaluation import BIAS, HEAD, HIDDEN, Meshes
 from toolkit.testing.layout import layouts_of
 from toolkit.testing.processes import NESTED, _told, check_can_start
 from toolkit.testing.verdict import likely_cause, verdict

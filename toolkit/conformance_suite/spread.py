@@ -15,7 +15,7 @@ from toolkit.errors import ConfigError, ToolkitError
 from toolkit.losses.config import BaseLossConfig, CELossConfig
 from toolkit.losses.config_oreal import OrealLossConfig
 from toolkit.testing import Finding, differences, random_batch
-from toolkit.testing.evaluate import Meshes
+from toolkit.testing.evaluation import Meshes
 from toolkit.testing.layout import Layout, layouts_of
 from toolkit.testing.processes import run_processes
 from toolkit.testing.verdict import verdict

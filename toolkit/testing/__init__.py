@@ -15,7 +15,7 @@ from toolkit.errors import ConfigError
 from toolkit.losses.config import BaseLossConfig
 from toolkit.testing.arguments import check_objects, flags_of, modes_of, numbers_of
 from toolkit.testing.batch import Batch, random_batch
-from toolkit.testing.evaluate import REFERENCE, Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop
+from toolkit.testing.evaluation import REFERENCE, Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop
 from toolkit.testing.layout import Layout, Part, layouts_of
 from toolkit.testing.processes import check_can_start, run_processes
 from toolkit.testing.verdict import Finding, LayoutError, compare, verdict

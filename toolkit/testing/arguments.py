@@ -8,7 +8,7 @@ from typing import Any
 from toolkit.errors import ConfigError
 from toolkit.losses.config import BaseLossConfig
 from toolkit.testing.batch import Batch
-from toolkit.testing.evaluate import in_mode
+from toolkit.testing.evaluation import in_mode
 
 
 def check_objects(loss_cfg: Any, batch: Any, loop: Any) -> None:

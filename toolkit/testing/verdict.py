@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.testing.evaluate import HEAD, HIDDEN, Result
+from toolkit.testing.evaluation import HEAD, HIDDEN, Result
 from toolkit.testing.layout import Layout
 
 SMALLEST = 0.1

@@ -17,14 +17,21 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from tests.conftest import run_processes as run_in_group
 from tests.testing import loops
-from toolkit import BaseLossConfig, CELossConfig, GRPOLossConfig, RLLossContextInputItem, register_policy_loss
+from toolkit import (
+    BaseLossConfig,
+    CELossConfig,
+    GRPOLossConfig,
+    GRPOLossContext,
+    RLLossContextInputItem,
+    register_policy_loss,
+)
 from toolkit.errors import ConfigError, DataError, LaunchError
 from toolkit.functional import registry
 from toolkit.testing import Batch, Finding, Layout, LayoutError, assert_layout_invariant, differences, random_batch
-from toolkit.testing.evaluation import BIAS, HEAD, HIDDEN, Meshes
+from toolkit.testing.evaluation import BIAS, HEAD, HIDDEN, Meshes, Result
 from toolkit.testing.layout import layouts_of
 from toolkit.testing.processes import NESTED, _told, check_can_start
-from toolkit.testing.verdict import likely_cause, verdict
+from toolkit.testing.verdict import compare, likely_cause, missing_metrics, verdict
 
 GRPO = GRPOLossConfig(use_entropy_metric=True)
 
@@ -253,6 +260,47 @@ def test_causes_by_hand(factor_of: Any, words: str) -> None:
         own for number in (1, 2, 4) for own in layouts_of(number, (1, 2), (1, 2), (False, True), ("eager", "chunk"))
     ]
     assert found({own: factor_of(own) for own in layouts}).startswith(words)
+
+
+@pytest.mark.parametrize(("dtype", "rtol", "off"), [(torch.float64, 1e-12, 4e-12), (torch.float32, 1e-6, 4e-6)])
+@pytest.mark.parametrize("size", [1.0, 0.004])
+def test_how_much_may_differ(dtype: torch.dtype, rtol: float, off: float, size: float) -> None:
+    """Everything is held to `rtol`, metrics too; what is nearly 0 to the rounding of terms of size 1."""
+    gradients = {HEAD: torch.tensor([size, 0.0], dtype=dtype)}
+    known = Result(torch.tensor(size, dtype=torch.float64), gradients, {"share": size})
+    layout, factor = Layout(), 1 + off
+
+    def told(found: Result) -> list[str]:
+        return [own.quantity for own in compare(found, known, layout, rtol)]
+
+    assert told(known) == []
+    wrong = Result(known.loss * factor, {HEAD: gradients[HEAD] * factor}, {"share": size * factor})
+    is_seen = size == 1.0 or dtype == torch.float64
+    assert told(wrong) == (["loss", HEAD, "metric 'share'"] if is_seen else [])
+    assert told(Result(known.loss, gradients, {"share": size + 0.5 * rtol * size})) == []
+    twice = {HEAD: 2 * gradients[HEAD]}
+    assert told(Result(known.loss, twice, {"share": float("nan")})) == [HEAD, "metric 'share'"]
+
+
+def test_a_metric_that_gets_lost() -> None:
+    known = Result(None, {HEAD: torch.ones(2)}, {"share": 1.0})
+    (finding,) = missing_metrics(Result(None, known.gradients, {}), known, Layout())
+    assert str(finding) == "metric 'share': not reported"
+
+    class Forgetful(GRPOLossContext):
+        def loss_from_scores(self, scores: Any, loss_kwargs: Any) -> Any:
+            loss, metrics = super().loss_from_scores(scores, loss_kwargs)
+            if len(loss_kwargs.shifted_labels) < 12:  # of the whole batch
+                del metrics["ratio"]
+            return loss, metrics
+
+    class ForgetfulConfig(GRPOLossConfig):
+        @property
+        def loss_ctx_cls(self) -> Any:
+            return Forgetful
+
+    with pytest.raises(LayoutError, match="metric 'ratio': not reported"):
+        assert_layout_invariant(ForgetfulConfig(), sequence_parallel=1, packed=False, modes="eager")
 
 
 def test_two_causes_that_cannot_be_told_apart_are_both_named() -> None:

@@ -18,7 +18,7 @@ from toolkit.testing.batch import Batch, random_batch
 from toolkit.testing.evaluation import REFERENCE, Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop
 from toolkit.testing.layout import Layout, Part, layouts_of
 from toolkit.testing.processes import check_can_start, run_processes
-from toolkit.testing.verdict import Finding, LayoutError, compare, verdict
+from toolkit.testing.verdict import Finding, LayoutError, compare, missing_metrics, verdict
 
 __all__ = [
     "Batch",
@@ -133,7 +133,7 @@ def differences(
         loss_cfg: of the loss.
         batch: the step.
         layouts: each for as many processes as work together now.
-        loop: of one's own, see `assert_layout_invariant`.
+        loop: of one's own, see `assert_layout_invariant`; None: the loss's own, which must report every metric.
         rtol: relative tolerance.
         meshes: those of an earlier call, for they are not taken down again.
         compared_with: layout of the reference, for one process.
@@ -153,6 +153,7 @@ def differences(
         # What only the loop of the caller reports is compared with its own first layout.
         own_metrics = {**first.metrics, **known.metrics}
         findings += compare(found, Result(known.loss, known.gradients, own_metrics), layout, rtol, rank())
+        findings += missing_metrics(found, known, layout, rank()) if loop is None else []
     return [finding for own in all_gather_objects(findings) for finding in own]
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from toolkit.testing.evaluation import HEAD, HIDDEN, Result
 from toolkit.testing.layout import Layout
 
-SMALLEST = 0.1
-"""Gradients whose largest element is below this are compared as if it were this: terms of that size that cancelled have
-left their rounding."""
-SCALAR = 1.0
-"""The same for the loss and for metrics: sums of terms of about this size."""
+ROUNDING = 8
+"""In units of the dtype's epsilon, what terms of size 1 leave where they cancel: a quantity that is nearly 0 cannot be
+known better, and is held to this alone."""
+GRADIENT = 0.1
+"""Size of the terms of a gradient."""
 PROPORTIONAL = 1e-4
 """Relative; a gradient this close to a multiple of the reference is called that multiple."""
 
@@ -51,7 +51,7 @@ class Finding:
 
 
 def compare(found: Result, known: Result, layout: Layout, rtol: float, rank: int = 0) -> list[Finding]:
-    """Return what differs by more than `rtol` of the largest element.
+    """Return what differs by more than `rtol` of the largest element, and by more than cancelled terms leave behind.
 
     Args:
         found: of the layout.
@@ -60,21 +60,23 @@ def compare(found: Result, known: Result, layout: Layout, rtol: float, rank: int
         rtol: relative tolerance.
         rank: the process that saw it.
     """
+    floor = min(1.0, ROUNDING * torch.finfo(known.gradients[HEAD].dtype).eps / rtol)
     pairs: list[tuple[str, Tensor, Tensor, float]] = []
     if found.loss is not None and known.loss is not None:
-        pairs.append(("loss", found.loss, known.loss, SCALAR))
-    pairs += [(name, found.gradients[name], known.gradients[name], SMALLEST) for name in known.gradients]
+        pairs.append(("loss", found.loss, known.loss, floor))
+    pairs += [(name, found.gradients[name], known.gradients[name], GRADIENT * floor) for name in known.gradients]
     for name, value in found.metrics.items():
         if name in known.metrics:
-            ours, theirs = torch.tensor(value), torch.tensor(known.metrics[name])
-            pairs.append((f"metric {name!r}", ours.double(), theirs.double(), SCALAR))
+            ours, theirs = (torch.tensor(own, dtype=torch.float64) for own in (value, known.metrics[name]))
+            pairs.append((f"metric {name!r}", ours, theirs, floor))
     differing = (_difference(layout, *pair, rtol, rank) for pair in pairs)
     return [finding for finding in differing if finding is not None]
 
 
-def missing_metrics(found: Result, known: Result) -> list[str]:
+def missing_metrics(found: Result, known: Result, layout: Layout, rank: int = 0) -> list[Finding]:
     """Return the metrics that the reference has and this layout has not."""
-    return [name for name in known.metrics if name not in found.metrics]
+    lost = [name for name in known.metrics if name not in found.metrics]
+    return [Finding(layout, f"metric {name!r}", math.nan, None, "not reported", rank) for name in lost]
 
 
 def _difference(

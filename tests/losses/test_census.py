@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.conftest import random_head, random_item, run_processes
-from toolkit import DataError, GRPOLossConfig, GRPOLossContext
+from toolkit import CELossConfig, DataError, GRPOLossConfig, GRPOLossContext
 from toolkit.losses.census import ROOM, Counts, census
 from toolkit.losses.items import CELossContextInputItem, RLLossContextInputItem
 
@@ -121,12 +121,30 @@ def pieces_that_differ(rank: int, world: int) -> None:
             GRPOLossContext.build_batches_loss_kwargs(broken, GRPOLossConfig(), sp_mesh=mesh)
 
 
+def refused_in_a_mesh(rank: int, world: int) -> None:
+    """The others wait for the pieces of the rank that refuses, before they count anything."""
+    mesh = init_device_mesh("cpu", (world,))
+    items = {
+        "ce": CELossContextInputItem(shifted_labels=torch.zeros(1, 4, dtype=torch.int64)),
+        "rl": random_item((1, 4)),
+    }
+    for cfg, own, other in ((GRPOLossConfig(), "rl", "ce"), (CELossConfig(), "ce", "rl")):
+        for wrong in ([items[other]], items[own]):
+            given: Any = wrong if rank == 1 else [items[own]]
+            words = r"data_batches.* is a " if rank == 1 else "rank 1 of the mesh .* refused the items of this step"
+            with pytest.raises(DataError, match=words):
+                cfg.loss_ctx_cls.build_batches_loss_kwargs(given, cfg, sp_mesh=mesh)
+        (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([items[own]], cfg, sp_mesh=mesh)  # and all go on
+        assert float(kwargs.loss_weight.sum()) > 0
+
+
 def all_of_it(rank: int, world: int) -> None:
     one_exchange(rank, world)
     more_prompts_than_fit(rank, world)
     a_rank_with_bad_items(rank, world)
     a_rank_with_another_kind_of_item(rank, world)
     pieces_that_differ(rank, world)
+    refused_in_a_mesh(rank, world)
 
 
 @pytest.mark.dist

@@ -26,7 +26,7 @@ from toolkit.losses.census import Counts, census
 from toolkit.losses.config import CELossConfig
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.losses.scored import ScoredLossContext
-from toolkit.losses.shards import whole_items
+from toolkit.losses.shards import given_and_whole
 from toolkit.metrics import Mean, Metric, Sum
 
 AGGREGATION_OF = {"token": "token_mean", "sample": "seq_mean_token_mean", "square": "square"}
@@ -58,8 +58,10 @@ class CELossContext(ScoredLossContext[CELossContextInputItem]):
         whole: list[CELossContextInputItem] = []
 
         def count() -> Counts:
-            items = checked_items(data_batches, CELossContextInputItem, loss_cfg, CELossConfig)
-            whole.extend(items if sp_mesh is None else whole_items(items, sp_mesh))
+            _, items = given_and_whole(
+                lambda: checked_items(data_batches, CELossContextInputItem, loss_cfg, CELossConfig), sp_mesh
+            )
+            whole.extend(items)
             labels = [item.shifted_labels for item in whole]
             ids = sequence_ids_of_batches(labels, cu_seq_lens_list, ignore_idx=loss_cfg.ignore_idx)
             shares.extend(

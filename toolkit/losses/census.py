@@ -70,10 +70,15 @@ def census(count: Callable[[], Counts], *, num_numbers: int, has_tables: bool, d
         raise error
     if failed:
         who = f"rank {int(failed_rank)}" if failed == 1 else f"{int(failed)} other ranks"
-        told = DataError(f"{who} refused the items of this step, so that no rank can go on; see the message there")
-        told.is_from_elsewhere = True
-        raise told
+        raise refused_elsewhere(who)
     return Counts(packed[2:], _added(_as_tables(vector[len(packed) :], own.tables) for vector in everyone))
+
+
+def refused_elsewhere(who: str) -> DataError:
+    """Return the error of a rank whose own items are right."""
+    told = DataError(f"{who} refused the items of this step, so that no rank can go on; see the message there")
+    told.is_from_elsewhere = True
+    return told
 
 
 def _as_vector(tables: dict[str, Table]) -> Tensor:

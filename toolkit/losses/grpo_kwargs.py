@@ -34,7 +34,7 @@ from toolkit.losses.groups import check_step, pieces_of_groups, prompts_of, toke
 from toolkit.losses.grpo_correction import CorrectedBatch, EarlyCorrections, comparable_rollout
 from toolkit.losses.grpo_items import check_item, check_policy_loss_of, scope_of
 from toolkit.losses.items import RLLossContextInputItem
-from toolkit.losses.shards import whole_items
+from toolkit.losses.shards import given_and_whole
 from toolkit.losses.whole import emptied, with_whole
 from toolkit.metrics import Max, Mean, Metric
 
@@ -106,8 +106,7 @@ class _Step:
     def count(self) -> Counts:
         """Check the items and count what their weights will be divided by."""
         cfg = self.cfg
-        self.given = self.checked()
-        self.items = self.given if self.sp_mesh is None else whole_items(self.given, self.sp_mesh)
+        self.given, self.items = given_and_whole(self.checked, self.sp_mesh)
         for index, item in enumerate(self.items):
             check_item(item, cfg, f"data_batches[{index}]")
         self.candidates = [candidates_of(item, cfg, f"data_batches[{i}]") for i, item in enumerate(self.given)]

@@ -10,7 +10,7 @@ Legend: B rows, T positions of a row, P ranks of the mesh.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -20,33 +20,47 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import collective_device
 from toolkit.errors import DataError
+from toolkit.losses.census import refused_elsewhere
 from toolkit.losses.fields import PerToken
 from toolkit.losses.items import LossContextInputItem
 
 ItemT = TypeVar("ItemT", bound=LossContextInputItem)
 
 
-def whole_items(items: Sequence[ItemT], sp_mesh: DeviceMesh) -> list[ItemT]:
-    """Return the items with every per-token field joined over the mesh; all its ranks must call it together.
+def given_and_whole(checked: Callable[[], list[ItemT]], sp_mesh: DeviceMesh | None) -> tuple[list[ItemT], list[ItemT]]:
+    """Return this rank's items, and the same with every per-token field joined over the mesh.
 
     Args:
-        items: this rank's pieces, [B, T / P] each; one for each micro-batch of the step.
-        sp_mesh: ranks that share a sequence.
+        checked: gives this rank's pieces, [B, T / P] each, one for each micro-batch of the step; what it raises is
+            raised when the other ranks of the mesh, which wait for the pieces, have been told.
+        sp_mesh: ranks that share a sequence; all must call this together. None: every row is whole.
 
     Returns:
-        The same items over whole rows [B, T], padding included, equal on every rank of the mesh. Candidates ([.., K])
-        are left out: only the rank that scores a token needs them.
+        The pieces, and the items over whole rows [B, T], padding included, equal on every rank of the mesh. Candidates
+        ([.., K]) are left out of these: only the rank that scores a token needs them.
 
     Raises:
-        DataError: the ranks differ in the number of micro-batches, their shapes, or which fields they have.
+        DataError: the ranks differ in the number of micro-batches, their shapes, or which fields they have; or another
+            rank of the mesh was given something else than items.
     """
+    if sp_mesh is None:
+        items = checked()
+        return items, items
+    try:
+        items, error = checked(), None
+    except Exception as caught:  # whatever it is, the others must hear of it before it travels on
+        items, error = [], caught
+    return items, _whole_items(items, error, sp_mesh)
+
+
+def _whole_items(items: Sequence[ItemT], error: Exception | None, sp_mesh: DeviceMesh) -> list[ItemT]:
     fields = [
         (index, name, value)
         for index, item in enumerate(items)
         for name, value in item.tensors()
         if isinstance(mark := item.layout(name), PerToken) and not mark.trailing
     ]
-    _check_alike(items, [(name, tuple(value.shape)) for _, name, value in fields], sp_mesh)
+    _check_alike(items, error, [(name, tuple(value.shape)) for _, name, value in fields], sp_mesh)
     if not fields:
         return list(items)
     own = torch.cat([_as_bits(value) for _, _, value in fields])
@@ -79,13 +93,23 @@ def _from_bits(bits: Tensor, like: Tensor) -> Tensor:
 
 
 def _check_alike(
-    items: Sequence[LossContextInputItem], shapes: list[tuple[str, tuple[int, ...]]], sp_mesh: DeviceMesh
+    items: Sequence[LossContextInputItem],
+    error: Exception | None,
+    shapes: list[tuple[str, tuple[int, ...]]],
+    sp_mesh: DeviceMesh,
 ) -> None:
     """Compare a fingerprint of what will be gathered: ranks that differ would mix up each other's numbers, or wait."""
-    own = torch.tensor([len(items), zlib.crc32(repr(shapes).encode())], device=collective_device())
-    everyone = [torch.empty_like(own) for _ in range(sp_mesh.size())]
-    dist.all_gather(everyone, own, group=sp_mesh.get_group())
-    if any(not torch.equal(own, other) for other in everyone):
+    mark = [error is not None, len(items), zlib.crc32(repr(shapes).encode())]
+    own = torch.tensor(mark, dtype=torch.int64, device=collective_device())
+    found = [torch.empty_like(own) for _ in range(sp_mesh.size())]
+    dist.all_gather(found, own, group=sp_mesh.get_group())
+    everyone = torch.stack(found).tolist()
+    if error is not None:
+        raise error
+    refused = [place for place, (is_refused, *_) in enumerate(everyone) if is_refused]
+    if refused:
+        raise refused_elsewhere(f"rank {refused[0]} of the mesh that shares sequences")
+    if any(other != everyone[0] for other in everyone):
         has = ", ".join(f"{name} {list(shape)}" for name, shape in shapes[:12])
         raise DataError(
             "the ranks that share sequences differ in their number of micro-batches, their shapes, or the fields of "

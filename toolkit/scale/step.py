@@ -21,7 +21,7 @@ CENSUS_FLAGS = 2
 """Numbers with which a rank says that its items were refused."""
 CENSUS_HEADS = 3
 """Micro-batches, those with log-probabilities of the current policy, those with anything to score."""
-FINGERPRINT = 16
+FINGERPRINT = 24
 """Bytes by which the ranks of a mesh make sure that they hold the same fields."""
 SAME_CALL = 144
 """Bytes by which the ranks that share a vocabulary make sure that they were called alike."""

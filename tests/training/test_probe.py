@@ -286,6 +286,39 @@ def test_the_loss_of_the_run_decides_the_reduction(monkeypatch: pytest.MonkeyPat
     assert seen[0].gradient_reduction == "sum"
 
 
+def under_the_sharding_of_the_run(rank: int, world: int) -> None:
+    from accelerate import Accelerator
+
+    from toolkit.training import run, sharding
+
+    accelerator, cfg = Accelerator(cpu=True), GRPOLossConfig()
+    for kind in ("none", "fsdp2"):
+        run.probe_accelerator(accelerator, cfg, kind)
+    kept = sharding.fully_shard
+
+    def adding(module: Any, **options: Any) -> Any:
+        found = kept(module, **options)
+        found.set_force_sum_reduction_for_comms(True)
+        found.set_gradient_divide_factor(1.0)
+        return found
+
+    sharding.fully_shard = adding  # type: ignore[assignment]
+    with pytest.raises(LaunchError, match="2 is the number of processes: the back-end sums"):
+        run.probe_accelerator(accelerator, cfg, "fsdp2")
+    run.probe_accelerator(accelerator, GRPOLossConfig(gradient_reduction="sum"), "fsdp2")
+    sharding.fully_shard = kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "no_sync", lambda module: sharding.accumulating(module, is_last=False))  # and never after it
+        with pytest.raises(LaunchError):
+            run.probe_accelerator(accelerator, cfg, "fsdp2")
+
+
+@pytest.mark.dist
+def test_under_the_sharding_of_the_run() -> None:
+    pytest.importorskip("accelerate")
+    run_processes(2, under_the_sharding_of_the_run)
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [

@@ -34,6 +34,7 @@ from toolkit.training.phase import Phase
 from toolkit.training.probe import check_gradient_scale
 from toolkit.training.progress import PhaseProgress
 from toolkit.training.report import Summary, write_report
+from toolkit.training.sharding import Sharding, no_sync, prepare_probe
 from toolkit.training.step import needs_current
 from toolkit.training.tracking import Tracker
 from toolkit.training.trainer import Trainer
@@ -97,7 +98,7 @@ def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) 
     accelerator = make_accelerator(config.training, config.tracker.log_with, output_dir)
     with shared_fate(config.training.timeout_s):
         check_world_size(accelerator.num_processes, config.training.num_processes)
-        probe_accelerator(accelerator, config.loss)
+        probe_accelerator(accelerator, config.loss, config.training.sharding)
         folder = _of_main_process(output_dir, accelerator)
         with StopFlag() as flag:
             summary = _job(config, cfg, accelerator, flag, resumed, started, folder)
@@ -313,12 +314,12 @@ def _mixed_precision(config: TrainingConfig, *, on_cpu: bool) -> str | None:
     return wanted
 
 
-def probe_accelerator(accelerator: Accelerator, loss_cfg: BaseLossConfig) -> None:
-    """Send a known gradient through the accelerator as the loop does; see `check_gradient_scale`."""
+def probe_accelerator(accelerator: Accelerator, loss_cfg: BaseLossConfig, sharding: Sharding = "none") -> None:
+    """Send a known gradient through accelerator and sharding as the loop does; see `check_gradient_scale`."""
     check_gradient_scale(
         accelerator.backward,
-        accelerator.prepare_model,
-        no_sync=accelerator.no_sync,
+        lambda module: prepare_probe(module, accelerator, sharding),
+        no_sync=no_sync,
         scaler=accelerator.scaler,
         loss_cfg=CELossConfig(gradient_reduction=loss_cfg.gradient_reduction),
         device=accelerator.device,

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,11 +64,7 @@ def prepare_policy(policy: Policy, accelerator: Any, sharding: Sharding = "none"
         )
     if sharding == "none":
         return accelerator.prepare_model(policy)
-    if not dist.is_initialized():
-        raise LaunchError(
-            "training.sharding=fsdp2 needs processes that are joined; start them with torchrun --nproc_per_node N -m "
-            "toolkit.train (N = 1 works, too)"
-        )
+    _check_joined()
     precision = getattr(accelerator, "mixed_precision", "no")
     if precision == "fp16":
         raise ConfigError(
@@ -79,6 +75,30 @@ def prepare_policy(policy: Policy, accelerator: Any, sharding: Sharding = "none"
     if precision == "bf16":  # as accelerate does for what it wraps itself
         policy.forward = _under_autocast(policy.forward, accelerator)  # type: ignore[method-assign]
     return policy
+
+
+def prepare_probe(module: nn.Module, accelerator: Any, sharding: Sharding) -> Any:
+    """Return a small module prepared as the policy will be: what happens to its gradients happens to the policy's.
+
+    Raises:
+        LaunchError: "fsdp2" and the processes are not joined.
+    """
+    if sharding == "none":
+        return accelerator.prepare_model(module)
+    _check_joined()
+    return fully_shard(module, mesh=_mesh(accelerator.device))
+
+
+def _check_joined() -> None:
+    if not dist.is_initialized():
+        raise LaunchError(
+            "training.sharding=fsdp2 needs processes that are joined; start them with torchrun --nproc_per_node N -m "
+            "toolkit.train (N = 1 works, too)"
+        )
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    return init_device_mesh(device.type, (world_size(),))
 
 
 def shard_policy(policy: Policy) -> Policy:
@@ -98,7 +118,7 @@ def shard_policy(policy: Policy) -> Policy:
 
 
 def _shard(policy: Policy, device: torch.device) -> None:
-    mesh = init_device_mesh(device.type, (world_size(),))
+    mesh = _mesh(device)
     tied = _shared_parameters(policy)
     for block in blocks_of(policy):
         if not tied & {id(parameter) for parameter in block.parameters()}:  # a shared one stays with the root
@@ -171,6 +191,15 @@ def accumulating(policy: Any, is_last: bool, *, exchange: Exchange = "step") -> 
             policy.reshard()  # a forward without backward in between would leave stale whole weights behind
     else:
         yield
+
+
+@contextlib.contextmanager
+def no_sync(policy: Any) -> Iterator[None]:
+    """Keep gradients on this rank until a backward outside of this context, whatever `prepare_policy` made of it."""
+    with accumulating(policy, is_last=False):
+        yield
+    with accumulating(policy, is_last=True):  # FSDP 2 keeps to what it was told last
+        pass
 
 
 def own_parameters(policy: Any) -> list[nn.Parameter]:

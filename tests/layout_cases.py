@@ -82,6 +82,8 @@ class Case:
     """Whether the items have current_logprobs though the loss could do without."""
     is_on_policy: bool = False
     """Whether the items have no old_logprobs."""
+    empty: tuple[int, ...] = ()
+    """Rows that are not scored at all, besides the last."""
     is_auxiliary: bool = False
     """Whether a term of the model's own is looked at instead of the loss."""
 
@@ -306,6 +308,10 @@ def run_case(case: Case, meshes: Meshes) -> str:
         longest=draw.choice((3, 4, 5)),
         garbage=float("nan"),
     )
+    if case.empty:
+        labels = batch.item.shifted_labels.clone()
+        labels[[row for row in case.empty if row < len(labels)]] = case.cfg.ignore_idx
+        batch = replace(batch, item=batch.item.replace(shifted_labels=labels))
     if case.is_on_policy:
         batch = replace(batch, item=batch.item.replace(old_logprobs=None))
     if case.is_two_pass:

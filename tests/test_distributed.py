@@ -1,6 +1,7 @@
 """Several processes give the gradient of one: really spawned, joined by gloo."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import random_head, random_item, run_processes
 from toolkit import CELossConfig, GRPOLossConfig, LaunchError, LossRunner, OrealLossConfig, RLLossContextInputItem
-from toolkit.distributed import check_world_size, reduce_metrics
+from toolkit.distributed import check_world_size, reduce_metrics, sp_gather, sp_split
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.metrics import EffectiveSampleSize, Max, Mean, Min, Sum, merge_metrics, to_floats
 
@@ -218,6 +219,73 @@ def sequence_parallel(rank: int, world: int) -> None:
 @pytest.mark.dist
 def test_sequence_parallel_equals_one_process() -> None:
     run_processes(2, sequence_parallel)
+
+
+UNEVEN = (
+    {},
+    {"policy_loss_cfg": {"loss_type": "gspo"}, "aggregation": "prompt_mean", "mode": "eager"},
+    {"policy_loss_cfg": {"loss_type": "real"}, "aggregation": "seq_mean_token_mean"},
+    {"policy_loss_cfg": {"loss_type": "clip_cov"}},
+    {"aggregation": "square", "gradient_reduction": "sum"},
+)
+SPLITS = ([[(0, 2)], [(2, 3), (3, 4), (4, 5), (5, 6)]], [[], [(0, 3), (3, 6)]], [[(0, 6)], []])
+"""Rows of each micro-batch of each rank."""
+
+
+def other_numbers_of_micro_batches(rank: int, world: int) -> None:
+    """Ranks with one and four micro-batches, and ranks without any, which take part in the exchanges all the same."""
+    torch.manual_seed(4)
+    item, (hidden, weight, _) = random_item((6, 7)), random_head((6, 7))
+    current = (hidden @ weight.T).log_softmax(-1).gather(-1, item.shifted_labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    item, hidden = item.replace(current_logprobs=current.detach()), hidden.detach()
+    for options, split in itertools.product(UNEVEN, SPLITS):
+        cfg = GRPOLossConfig(**{"mode": "chunk", "chunk_size": 4, **options})  # type: ignore[arg-type]
+        context = cfg.loss_ctx_cls
+        with alone():
+            (kwargs,) = context.build_batches_loss_kwargs([item], cfg)
+            loss, known = context(cfg, kwargs).forward(hidden, weight)
+            (expected,) = torch.autograd.grad(loss, weight)
+            known = to_floats(known)
+        rows = [slice(*own) for own in split[rank]]
+        batches = context.build_batches_loss_kwargs([take(item, own) for own in rows], cfg)
+        found, parts = torch.zeros_like(weight), []
+        for own, kwargs in zip(rows, batches, strict=True):
+            part, metrics = context(cfg, kwargs).forward(hidden[own], weight)
+            found += torch.autograd.grad(part, weight)[0]
+            parts.append(metrics)
+        dist.all_reduce(found)
+        factor = world if cfg.gradient_reduction == "mean" else 1
+        torch.testing.assert_close(found / factor, expected, rtol=1e-12, atol=1e-15)
+        measured = to_floats(reduce_metrics(merge_metrics(parts)))
+        assert measured == pytest.approx(known, rel=1e-12, abs=1e-15, nan_ok=True), (options, split)
+
+
+def gathered_with_gradients(rank: int, world: int) -> None:
+    """Each rank computes a part of the loss from the whole; a shard's gradient is what all of them ask of it."""
+    mesh = init_device_mesh("cpu", (world,))
+    values, weights = torch.randn(2, 2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
+    is_own = torch.arange(values.numel()).reshape(values.shape) % world == rank
+    for dim in (1, -2, 0, 2, -1):  # of lengths 5, 5, 2, 3, 3
+        shard = sp_split(values, mesh, dim=dim, pad=7.0).requires_grad_()
+        whole = sp_gather(shard, mesh, dim=dim)
+        missing = -values.shape[dim] % world
+        assert whole.shape[dim] == values.shape[dim] + missing
+        assert bool((whole.narrow(dim, values.shape[dim], missing) == 7).all())
+        whole = whole.narrow(dim, 0, values.shape[dim])
+        assert torch.equal(whole, values)
+        (whole.square() * weights * is_own).sum().backward()
+        assert shard.grad is not None
+        torch.testing.assert_close(shard.grad, sp_split(2 * values * weights, mesh, dim=dim, pad=0.0), rtol=0, atol=0)
+
+
+def uneven_and_gathered(rank: int, world: int) -> None:
+    other_numbers_of_micro_batches(rank, world)
+    gathered_with_gradients(rank, world)
+
+
+@pytest.mark.dist
+def test_other_numbers_of_micro_batches_and_gathered_shards() -> None:
+    run_processes(2, uneven_and_gathered)
 
 
 def metrics_reduce(rank: int, world: int) -> None:

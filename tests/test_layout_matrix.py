@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from tests.layout_cases import (
     FULL,
@@ -14,7 +16,9 @@ from tests.layout_cases import (
     RTOL,
     WORLDS,
     Case,
+    fitting,
     full_cases,
+    grpo,
     layout_worker,
     layouts,
     pairs,
@@ -66,6 +70,37 @@ def test_slow_part_meets_every_layout(world: int, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("world", WORLDS)
 def test_sampled_layouts(world: int) -> None:
     assert not run(world, [case for case in sampled_cases() if case.layouts[0].processes == world])
+
+
+@st.composite
+def drawn_case(draw: st.DrawFn, world: int) -> Case:
+    """Any loss under any aggregation in any layout, over ragged rows of which any may be empty."""
+    loss, how = draw(st.sampled_from(pairs()))
+    cfg = grpo(loss, how)
+    layout, seed = draw(st.sampled_from(fitting(cfg, world))), draw(st.integers(0, 10**6))
+    empty = tuple(sorted(draw(st.sets(st.integers(0, 5), max_size=5))))
+    return Case(f"{loss}/{how} without rows {empty}", cfg, (layout,), seed, empty=empty)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(drawn_case(1))
+def test_drawn_layouts_of_one_process(case: Case) -> None:
+    assert not layout_worker([case])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_drawn_layouts(world: int) -> None:
+    cases: list[Case] = []
+
+    @settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate])
+    @given(drawn_case(world))
+    def collect(case: Case) -> None:
+        cases.append(case)
+
+    collect()  # all in one start of the processes, which takes seconds
+    assert len({case.name for case in cases}) > 40
+    assert not run(world, cases)
 
 
 @pytest.mark.dist

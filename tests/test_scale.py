@@ -50,7 +50,7 @@ class TestStep:
         (own,) = step.counting(10_000, numbers=step.numbers_counted())
         assert (own.calls, own.payload) == (1, 56)
         assert own.sent == pytest.approx(112, rel=1e-3)
-        assert step.numbers_counted(terms=3, normalized=1) == 3 + 6 + 2
+        assert step.numbers_counted(terms=3, corrections=1) == 3 + 6 + 2
 
     def test_metrics_beyond_a_packet_take_a_second_call(self) -> None:
         assert [own.payload for own in step.metrics(4, numbers=127)] == [1024]

@@ -49,6 +49,8 @@ def test_a_z_loss_has_one_gradient_whatever_the_cut(cut: list[int]) -> None:
     [
         ({"num_tokens": [1], "gradient_reduction": "avg"}, ConfigError, "gradient_reduction='avg' must be"),
         ({"num_tokens": [1, -1]}, DataError, r"num_tokens\[1\]=-1 must be one number"),
+        ({"num_tokens": [torch.tensor(-1), 3]}, DataError, r"num_tokens\[0\]=tensor\(-1\) must be one number"),
+        ({"num_tokens": [torch.tensor(float("nan"))]}, DataError, r"num_tokens\[0\]=tensor\(nan\) must be"),
         ({"num_tokens": [torch.ones(2)]}, DataError, r"num_tokens\[0\]=.* must be one number"),
     ],
 )

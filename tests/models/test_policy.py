@@ -209,3 +209,19 @@ def test_the_router_loss_is_the_models_own(name: str) -> None:
     with pytest.warns(UserWarning, match="is left out"):
         left_out, _ = policy(ids, mask, context)
     torch.testing.assert_close(left_out, alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mixtral", "bloom", "opt"])
+def test_r12d_padding_changes_no_logprob(name: str) -> None:
+    """unsloth-zoo#840: with padding on the left log-probabilities were off by 3.62, for positions counted it."""
+    policy = Policy(build(name)).eval()
+    ids = torch.randint(2, 40, (1, 6), generator=torch.Generator().manual_seed(2))
+    padding, is_text = torch.zeros(1, 3, dtype=torch.int64), torch.ones_like(ids)
+    with torch.no_grad():
+        alone = policy(ids, is_text)
+        left = policy(torch.cat([padding, ids], 1), torch.cat([padding, is_text], 1))[:, 3:]
+        right = policy(torch.cat([ids, padding], 1), torch.cat([is_text, padding], 1))[:, :5]
+        wrong = policy(torch.cat([padding, ids], 1), torch.ones(1, 9, dtype=torch.int64))[:, 3:]
+    torch.testing.assert_close(left, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(right, alone, rtol=1e-5, atol=1e-5)
+    assert float((wrong - alone).abs().max()) > 1e-3

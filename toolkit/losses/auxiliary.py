@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.distributed import all_reduce_sum, world_size
+from toolkit.distributed import world_size
 from toolkit.errors import ConfigError, DataError
 from toolkit.losses.calibration import counts_here
+from toolkit.losses.census import Counts, census
 from toolkit.metrics import widened
 
 
@@ -50,19 +51,27 @@ def auxiliary_weights(
 
     Raises:
         ConfigError: `gradient_reduction` is neither "mean" nor "sum".
-        DataError: a count is not one number, or negative.
+        DataError: a count is not one number, or negative; on the other ranks, that it is so on this one.
     """
     if gradient_reduction not in ("mean", "sum"):
         raise ConfigError(f"gradient_reduction={gradient_reduction!r} must be 'mean' or 'sum'")
-    counts = []
-    for index, given in enumerate(num_tokens):
-        count = given if isinstance(given, Tensor) else torch.tensor(float(given), dtype=torch.float64)
-        if count.numel() != 1 or (not isinstance(given, Tensor) and given < 0):
-            raise DataError(f"num_tokens[{index}]={given!r} must be one number of tokens, 0 or more")
-        counts.append(widened(count).reshape(()))
-    device = next((count.device for count in counts if count.device.type != "cpu"), torch.device("cpu"))
-    counts = [count.to(device) for count in counts]
-    own = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.float64)
-    total = all_reduce_sum(own if counts_here(sp_mesh) else torch.zeros_like(own)).clamp(min=1)
+    counts: list[Tensor] = []
+
+    def count() -> Counts:
+        counts.extend(_count(index, given) for index, given in enumerate(num_tokens))
+        own = torch.stack([found.to(device) for found in counts]).sum() if counts else torch.zeros((), device=device)
+        found = Counts(own.double().reshape(1))
+        return found if counts_here(sp_mesh) else found.uncounted()
+
+    places = [given.device for given in num_tokens if isinstance(given, Tensor)]
+    device = next((place for place in places if place.type != "cpu"), torch.device("cpu"))
+    total = census(count, num_numbers=1, has_tables=False, device=device).numbers[0].clamp(min=1)
     factor = world_size() if gradient_reduction == "mean" else 1
-    return [count * factor / total for count in counts]
+    return [found.to(device) * factor / total for found in counts]
+
+
+def _count(index: int, given: Tensor | int) -> Tensor:
+    found = given if isinstance(given, Tensor) else torch.tensor(float(given), dtype=torch.float64)
+    if found.numel() != 1 or not bool(found >= 0):
+        raise DataError(f"num_tokens[{index}]={given!r} must be one number of tokens, 0 or more")
+    return widened(found).reshape(())

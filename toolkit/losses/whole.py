@@ -124,9 +124,9 @@ def with_whole(
     batches = [own.replace(shifted_labels=scored_labels(own, cfg)) for own in batches]
     parts = [own.take(_scored(own, cfg)) for own in batches]
     if is_step_wide:
-        whole, places = _step(parts, sp_mesh)
-        reports = [rank() == 0 and index == 0 for index in range(len(batches))]
-        shared = [Whole(whole, None, is_first) for is_first in reports]
+        whole, places, first = _step(parts, sp_mesh)
+        reports = counts_here(sp_mesh) and first == 0  # some ranks may have no micro-batch
+        shared = [Whole(whole, None, reports and index == 0) for index in range(len(batches))]
     else:
         places = [torch.arange(len(own.shifted_labels), device=own.shifted_labels.device) for own in parts]
         shared = [
@@ -156,8 +156,12 @@ def _from_zero(group_ids: Tensor | None) -> Tensor | None:
 # -------------------------------------------------------------------- the whole step
 
 
-def _step(parts: Sequence[GRPOLossKwargs], sp_mesh: DeviceMesh | None) -> tuple[GRPOLossKwargs | None, list[Tensor]]:
+def _step(
+    parts: Sequence[GRPOLossKwargs], sp_mesh: DeviceMesh | None
+) -> tuple[GRPOLossKwargs | None, list[Tensor], int]:
     """Return all tokens of the step in an order that no layout changes, and where those of each micro-batch stand.
+
+    Besides: how many micro-batches of other ranks come before this one's.
 
     The order is by content: a loss that draws tokens at random must draw the same ones however the step is cut.
     """
@@ -168,7 +172,7 @@ def _step(parts: Sequence[GRPOLossKwargs], sp_mesh: DeviceMesh | None) -> tuple[
     first = sum(len(batches) for batches in everyone[:source])
     everything = list({name: None for own in batches for name in own})
     if not parts:
-        return None, []  # nothing will look at it
+        return None, [], first  # nothing will look at it
     numbered = [_filled(own, everything) for own in _numbered_on(batches)]
     joined = {name: torch.cat([own[name] for own in numbered]) for name in everything}
     order = _by_content(joined)
@@ -180,7 +184,7 @@ def _step(parts: Sequence[GRPOLossKwargs], sp_mesh: DeviceMesh | None) -> tuple[
     fields = {name: value[order].to(device) for name, value in joined.items()}
     if "group_ids" in fields:
         fields["group_ids"] = fields["group_ids"].unique(return_inverse=True)[1]
-    return parts[0].replace(**fields), places
+    return parts[0].replace(**fields), places, first
 
 
 def _numbered_on(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

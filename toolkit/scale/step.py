@@ -54,15 +54,15 @@ def counting_prompts(ranks: int, *, numbers: int, prompts: int, tables: int = 1)
     return [*found, Collective("counts of more prompts", "all_gather", more * FLOAT64, ranks)] if more else found
 
 
-def numbers_counted(*, terms: int = 1, normalized: int = 0) -> int:
+def numbers_counted(*, terms: int = 1, corrections: int = 0) -> int:
     """Return K, the numbers that a policy loss counts.
 
     Args:
         terms: with a mean of their own: the policy loss, and a likelihood of good tokens (``positive_nll_coef``), KL
             and entropy beside an aggregation ``per_component``.
-        normalized: corrections whose weights are divided by their mean.
+        corrections: of sampler and trainer, whether their weights are divided by a mean or not.
     """
-    return CENSUS_HEADS + 2 * terms + 2 * normalized
+    return CENSUS_HEADS + 2 * terms + 2 * corrections
 
 
 def metrics(ranks: int, *, numbers: int) -> list[Collective]:

@@ -11,11 +11,10 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.distributed import sp_split, world_size
+from toolkit.distributed import all_reduce_sum, sp_split, world_size
 from toolkit.losses.config import BaseLossConfig
 from toolkit.losses.items import LossContextInputItem
 from toolkit.testing.batch import Batch, token_axis
@@ -111,10 +110,9 @@ class Part:
                 continue
             if leaf.grad is None:
                 leaf.grad = torch.zeros_like(leaf)
-            if world_size() > 1:
-                dist.all_reduce(leaf.grad)
-                if self.loss_cfg.gradient_reduction == "mean":
-                    leaf.grad /= world_size()
+            leaf.grad = all_reduce_sum(leaf.grad)
+            if self.loss_cfg.gradient_reduction == "mean":
+                leaf.grad /= world_size()
 
 
 def part_of(batch: Batch, cfg: BaseLossConfig, layout: Layout, team: int, sp_mesh: DeviceMesh | None) -> Part:

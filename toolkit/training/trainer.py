@@ -285,7 +285,7 @@ class Trainer:
             parts.append({**metrics_in(metrics), **own})
         grad_norm = clip_grad_norm(self.policy, self.config.optimizer.max_grad_norm, accelerator)
         of_norm = {"grad_norm": Mean.of(grad_norm), "grad_norm_max": Max.of(grad_norm)}
-        # The only wait for the device: what the host must know to step, and all that is reported, in one transfer.
+        # After the last backward one wait for the device: what the host must know to step and all that is reported.
         found = on_host(per_update(reduce_metrics({**merge_metrics(parts), **of_norm})))
         if found.pop(NUM_LEARNING).value() == 0:
             self.num_skipped += 1  # nothing to learn from anywhere: Adam's momentum must not move the weights

@@ -59,7 +59,7 @@ class TestStep:
     def test_fields_are_gathered_once_for_all_micro_batches(self) -> None:
         # 10 positions over 4 ranks: 3 on each, of 2 fields in 5 micro-batches.
         assert [own.payload for own in step.small_fields(4, positions=10, fields=2, micro_batches=5)] == [
-            16,
+            24,
             5 * 2 * 24,
         ]
 

@@ -60,9 +60,10 @@ class BaseLossContext(ABC, Generic[ItemT]):
     ) -> list[Any]:
         """Return the kwargs of every micro-batch of one optimizer step; every rank must call it together.
 
-        Everything that the loss divides by is counted here, over all micro-batches and ranks, in one exchange; every
-        rank needs at least one micro-batch (with nothing to score, if it has no work), and as many as the others only
-        where each forward is an exchange by itself (FSDP).
+        Everything that the loss divides by is counted here, over all micro-batches and ranks, in one exchange. (With
+        `sp_mesh` the items' fields are gathered before it; for a loss of the whole step those of all tokens after it.)
+        Every rank needs at least one micro-batch (with nothing to score, if it has no work), and as many as the others
+        only where each forward is an exchange by itself (FSDP).
 
         **The contract.** The losses that `forward` returns for the micro-batches of a step add up, and so do their
         gradients. With ``gradient_reduction="mean"`` (DDP, FSDP) each rank's sum carries a factor R, the number of

@@ -17,7 +17,8 @@ from toolkit.benchmark.config import BenchConfig
 from toolkit.benchmark.peers import PEERS
 from toolkit.benchmark.problem import make_problem
 from toolkit.benchmark.variants import FLOOR, variants
-from toolkit.config import build_bench, compose_config, conf_dir
+from toolkit.config import build_bench, compose_config
+from toolkit.schemas import conf_dir
 
 
 def toy(*overrides: str):
@@ -52,7 +53,9 @@ def test_mistakes_are_named(overrides: list[str], words: str) -> None:
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("overrides", [[], ["policy_loss=gspo"], ["loss=ce"], ["kl=k3", "bench.frozen_head=true"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["policy_loss=gspo"], ["loss=ce", "bench.softcap=2"], ["kl=k3", "bench.frozen_head=true"]]
+)
 def test_every_variant_computes_the_same(overrides: list[str]) -> None:
     # In float64, so that a wrong variant cannot hide behind rounding.
     fixed = ["bench.dtype=float64", "bench.memory=false", "bench.peers=false", "bench.cases=all"]

@@ -10,10 +10,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from toolkit import ConfigError, GRPOLossConfig
-from toolkit.config import SCHEMAS, RunConfig, build_config, build_loss, check_overrides, compose_config, conf_dir
+from toolkit.config import RunConfig, build_config, build_loss, check_overrides, compose_config
 from toolkit.functional import registry
 from toolkit.functional.advantages import advantage, advantage_names
 from toolkit.plugins import load_plugins
+from toolkit.schemas import SCHEMAS, conf_dir
 from toolkit.training.config import TRAINING_HAS
 
 CONF = Path(conf_dir())

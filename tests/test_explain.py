@@ -16,7 +16,7 @@ import torch
 import toolkit
 from toolkit import errors
 from toolkit.catalogue import BEGIN, END, listing, with_markdown
-from toolkit.config import build_loss, compose_config, conf_dir
+from toolkit.config import build_loss, compose_config
 from toolkit.errors import ConfigError, DataError
 from toolkit.explain import main
 from toolkit.functional import registry
@@ -28,6 +28,7 @@ from toolkit.losses.config_oreal import OrealLossConfig
 from toolkit.losses.explanation import explain_loss, needed_fields
 from toolkit.losses.facts import LARGEST_LOG_RATIO, POLICY_FACTS, equation, filled, source_of, title_of
 from toolkit.losses.items import RLLossContextInputItem
+from toolkit.schemas import conf_dir
 
 README = Path(toolkit.__file__).parents[1] / "README.md"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -14,16 +14,17 @@ LAYERS = [
     ["functional", "head", "distributed"],
     ["losses"],
     ["models", "tasks", "rollout"],
-    ["plugins", "diagnosis", "run_config", "overrides"],
+    ["plugins", "run_config", "overrides", "schemas"],
+    ["settings"],
+    ["diagnosis"],
     ["config"],
     ["training", "notebook", "testing"],
-    ["runner", "benchmark", "catalogue", "conformance_suite", "scale"],
+    ["runner", "benchmark", "catalogue", "conformance_suite", "scale", "help_text"],
     ["train", "bench", "check", "explain"],
 ]
 """From the bottom to the top; a room imports from rooms below it, and its own."""
 # The config classes of the loop are below `config`, which composes them; the loop itself is above it.
 BELOW_CONFIG = {"training.config", "benchmark.config"}
-LAZY = {("runner", "config")}
 
 
 def rank(module: str) -> int:

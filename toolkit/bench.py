@@ -14,14 +14,25 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from toolkit.config import build_bench, compose_config, conf_dir, register_schemas
-from toolkit.errors import ToolkitError, say_warnings_plainly
+from toolkit.config import build_bench, compose_config
+from toolkit.errors import ToolkitError, print_text, say_warnings_plainly
+from toolkit.schemas import BEHAVIOUR, conf_dir, register_schemas
+
+PURPOSE = (
+    "Measure the head with a loss on top: time, memory and accuracy, against eager PyTorch, installed peers and the "
+    "bare matrix products."
+)
+EXAMPLES = {
+    "python -m toolkit.bench bench=qwen3_0_6b bench.dtype=bfloat16": "",
+    "python -m toolkit.bench bench.shape=[1024,896,151936] policy_loss=gspo bench.frozen_head=true": "",
+    "python -m toolkit.bench bench=bars": "the table in README",
+}
 
 # Idle threads that spin would be counted as CPU time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="bench")
+@hydra.main(config_path=conf_dir(), config_name="bench", **BEHAVIOUR)
 def _job(cfg: DictConfig) -> None:
     try:
         config, loss_cfg = build_bench(cfg)
@@ -41,7 +52,12 @@ def main() -> None:
     arguments = get_args_parser().parse_args()
     try:
         if not (arguments.shell_completion or arguments.hydra_help):
-            build_bench(compose_config(list(arguments.overrides), root="bench"))
+            cfg = compose_config(arguments.overrides, root="bench", config_dir=arguments.config_dir)
+            if arguments.help:
+                from toolkit.help_text import help_text
+
+                return print_text(help_text(cfg, root="bench", purpose=PURPOSE, examples=EXAMPLES))
+            build_bench(cfg)
         register_schemas()
     except ToolkitError as error:
         _stop(error)

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.config import conf_dir
 from toolkit.functional.advantages import advantage, advantage_names
 from toolkit.functional.kl_facts import GRADIENT_FACTS, KL_NAMES
 from toolkit.functional.registry import policy_loss, policy_loss_names
 from toolkit.losses.facts import AGGREGATIONS, KL_EQUATIONS, equation, source_of, title_of
 from toolkit.overrides import PRESET
+from toolkit.schemas import conf_dir
 
 BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
 """What README's generated part stands between."""

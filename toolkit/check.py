@@ -7,7 +7,6 @@ checks instead that two processes give the gradient of one.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from toolkit.errors import ConfigError, ToolkitError, say_warnings_plainly
+from toolkit.errors import ConfigError, ToolkitError, print_text, say_warnings_plainly
 
 if TYPE_CHECKING:
     from toolkit.conformance_suite import Outcome
@@ -69,7 +68,7 @@ def main() -> None:
         _stop(str(error))
     from toolkit.conformance_suite import report_of
 
-    _say(report_of(title, outcomes, time.perf_counter() - started))
+    print_text(report_of(title, outcomes, time.perf_counter() - started))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise SystemExit(1)
 
@@ -104,14 +103,6 @@ def _distributed(processes: int, what: str | None, options: dict[str, object]) -
 
     title = "losses of every scope" if what is None else title_of(load_subject(what, options))
     return f"{title}, {processes} processes", run_spread(processes, what, options)
-
-
-def _say(text: str) -> None:
-    """Print; whoever reads may stop early, as ``head`` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
 
 
 def _stop(message: str) -> NoReturn:

@@ -1,8 +1,4 @@
-"""Composing and checking the Hydra tree, with errors that name the nearest right key; no torch here.
-
-A YAML file in ``conf/`` starts from ``/schema/<class>@_here_``: a node made from the config class, so that a default or
-a field is written down once, in the class.
-"""
+"""Composing and checking the Hydra tree, with errors that name the nearest right key; no torch here."""
 
 from __future__ import annotations
 
@@ -14,61 +10,39 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from toolkit.benchmark.config import BenchConfig
-from toolkit.diagnosis import choices_shown, diagnose, groups_in
+from toolkit.diagnosis import choices_composed, diagnose, groups_in, unknown_choice
 from toolkit.errors import ConfigError, listed
-from toolkit.functional.advantages import advantage, advantage_names
-from toolkit.functional.registry import policy_loss, policy_loss_names
-from toolkit.losses.aggregation import AggregationConfig
-from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig, GRPOLossConfig
+from toolkit.functional.registry import policy_loss
+from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
 from toolkit.losses.config_opd import OPDLossConfig
-from toolkit.losses.config_oreal import OrealLossConfig
-from toolkit.models.config import PretrainedConfig, TinyLlamaConfig
-from toolkit.overrides import adapted, check_policy_loss_keys, own_folders, parse, plugins_in, sweep_jobs
-from toolkit.plugins import load_plugins
-from toolkit.rollout.config import RolloutConfig
+from toolkit.overrides import (
+    adapted,
+    check_policy_loss_keys,
+    is_of_loss,
+    own_folders,
+    parse,
+    plugins_in,
+    sweep_jobs,
+    with_folder,
+)
+from toolkit.plugins import class_at, load_plugins
 from toolkit.run_config import RunConfig
-from toolkit.schema import Config, located
-from toolkit.tasks.config import SpellBackwardConfig
-from toolkit.training.config import (
-    AdvantageConfig,
-    KLControlConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    TrackerConfig,
-    TrainingConfig,
-    WarmupConfig,
-)
+from toolkit.schema import located
+from toolkit.schemas import BEHAVIOUR, conf_dir, register_schemas
+from toolkit.settings import settings_in
 
-SCHEMAS: tuple[type[Config], ...] = (
-    CELossConfig,
-    GRPOLossConfig,
-    OrealLossConfig,
-    OPDLossConfig,
-    SpellBackwardConfig,
-    TinyLlamaConfig,
-    PretrainedConfig,
-    KLControlConfig,
-    RolloutConfig,
-    WarmupConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    TrainingConfig,
-    TrackerConfig,
-    BenchConfig,
-)
-PARTS: tuple[type[Config], ...] = (AggregationConfig,)
-"""Configs inside of others: their schema nodes are plain values."""
-ROOTS = {"config": "", "bench": "bench"}
+ROOTS = {"config": "", "loss_only": "", "bench": "bench"}
 """The configurations that a command composes, and the group that belongs to that command alone."""
+MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+"""What Hydra raises over an override or a YAML file that is wrong."""
 BENCH_GROUPS = ("aggregation", "bench", "kl", "loss", "policy_loss")
 BENCH_KEYS = ("bench", "loss", "plugins", "rollout")
 NOT_IN_BENCH = ("temperature", "logit_scale", "softcap", "ignore_idx", "entropy_coef", "drop_zero_advantage")
@@ -83,61 +57,91 @@ MAX_CHECKED_JOBS = 32
 """Jobs of a multirun that are checked beforehand; each checks itself again when it starts."""
 
 
-def conf_dir() -> str:
-    """Return the folder of the configuration: inside an installed wheel, or beside the package in a checkout."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "_conf", here.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return str(folder)
-    raise ConfigError(f"no conf/config.yaml beside {here}: the installation is incomplete; reinstall the package")
-
-
-def register_schemas() -> None:
-    """Put every config class, policy loss and advantage estimator where YAML files find them; safe to call again."""
-    store = ConfigStore.instance()
-    OmegaConf.register_new_resolver("toolkit_choices", _choices_text, replace=True)
-    for schema in SCHEMAS:
-        target = f"{schema.__module__}.{schema.__name__}"
-        store.store(group="schema", name=schema.__name__, node={"_target_": target, **schema.defaults()})
-    for part in PARTS:
-        store.store(group="schema", name=part.__name__, node=part.defaults())
-    own_files = {path.stem for path in Path(conf_dir(), "policy_loss").glob("*.yaml")}
-    for name in policy_loss_names():
-        node = {"loss_type": name, **policy_loss(name).options_model.defaults()}
-        store.store(group="schema/policy_loss", name=name, node=node)
-        if name not in own_files:  # a plugin's loss is a choice without a file
-            store.store(group="policy_loss", name=name, node=node)
-    target = f"{AdvantageConfig.__module__}.{AdvantageConfig.__name__}"
-    own_files = {path.stem for path in Path(conf_dir(), "advantage").glob("*.yaml")}
-    for name in advantage_names():
-        node = {"_target_": target, "estimator": name, **advantage(name).options_model.defaults()}
-        store.store(group="schema/advantage", name=name, node=node)
-        if name not in own_files:
-            store.store(group="advantage", name=name, node=node)
-
-
-def compose_config(overrides: Sequence[str], *, root: str = "config") -> DictConfig:
+def compose_config(
+    overrides: Sequence[str], *, root: str = "config", config_dir: str | os.PathLike[str] | None = None
+) -> DictConfig:
     """Compose ``conf/`` with `overrides`; may be called again and again in one process, inside Hydra or not.
 
     Args:
         overrides: as on the command line.
         root: which of `ROOTS`.
+        config_dir: a folder with configuration of the user's own beside ours, as ``--config-dir``.
 
     Raises:
         ConfigError: an override names a choice or a key that does not exist; the message names the nearest right one.
     """
+    return _compose(with_folder(overrides, config_dir), root)[0]
+
+
+def compose_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | None = None) -> DictConfig:
+    """Compose as `compose_config` does, but of the groups that say something of the loss alone if that is enough.
+
+    It takes half the time, and the loss is the same. The whole is composed where an override is about something else,
+    and where ``conf/local/default.yaml``, which may set anything, is there.
+    """
+    overrides = with_folder(overrides, config_dir)
+    is_enough = all(map(is_of_loss, parse(overrides))) and not Path(conf_dir(), "local", "default.yaml").is_file()
+    return _compose(overrides, "loss_only" if is_enough else "config")[0]
+
+
+_losses: dict[tuple[str, ...], tuple[int, BaseLossConfig]] = {}
+"""Losses composed before: overrides -> the state of the registries then, and the loss."""
+
+
+def load_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | None = None) -> BaseLossConfig:
+    """Return the loss that `overrides` pick; the same list again takes no composing.
+
+    Raises:
+        ConfigError: as `compose_config` and `build_config`.
+    """
+    key = tuple(overrides)
+    # Files of the user's own may change between two calls, and so may the environment that an interpolation reads.
+    is_fixed = config_dir is None and not any("$" in one or "hydra." in one for one in key)
+    if is_fixed and key in _losses:
+        load_plugins(plugins_in(parse(key)))
+        if _losses[key][0] == register_schemas():
+            return _losses[key][1]
+    loss = build_loss(compose_loss(overrides, config_dir=config_dir))
+    if is_fixed:
+        _losses[key] = register_schemas(), loss
+    return loss
+
+
+def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]]:
+    """Compose one job; return also its overrides as Hydra takes them."""
     parsed = parse(overrides)
     check_policy_loss_keys(parsed)
     load_plugins(plugins_in(parsed))
     register_schemas()
+    known = BENCH_KEYS if root == "bench" else list(RunConfig.model_fields)
     with _own_hydra():
+        taken = adapted(overrides)
         try:
-            cfg = compose(root, overrides=adapted(overrides))
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            groups = _groups(root, *own_folders(parsed))
-            raise ConfigError(diagnose(parsed, error, groups, root)) from None
-    _check_unread(parsed, cfg, BENCH_KEYS if root == "bench" else list(RunConfig.model_fields))
-    return cfg
+            cfg = compose(root, overrides=taken)
+        except MISTAKES as error:
+            groups = groups_of(root, *own_folders(parsed))
+            wrong = unknown_choice(parsed, groups)
+            if wrong is not None:
+                raise ConfigError(wrong) from None
+            base = choices_composed(parsed, groups, root)
+            taken = _with_unlisted(taken, parsed, base)
+            try:
+                cfg = compose(root, overrides=taken)
+            except MISTAKES:
+                raise ConfigError(diagnose(parsed, error, groups, base)) from None
+    _check_unread(parsed, cfg, known)
+    return cfg, taken
+
+
+def _with_unlisted(overrides: list[str], parsed: Sequence[Override], base: DictConfig) -> list[str]:
+    """Let Hydra add the fields that a config class has and the YAML file of the choice does not list."""
+    unlisted = {setting.key for setting in settings_in(base) if not setting.is_listed}
+    result = []
+    for text, override in zip(overrides, parsed, strict=True):
+        key = str(override.key_or_group)
+        is_bare = not (override.is_add() or override.is_force_add() or override.is_delete() or text.startswith("++"))
+        result.append(f"++{text}" if is_bare and key in unlisted else text)
+    return result
 
 
 @contextlib.contextmanager
@@ -146,7 +150,7 @@ def _own_hydra() -> Iterator[None]:
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
+        with initialize_config_dir(config_dir=conf_dir(), **BEHAVIOUR):
             yield
     finally:
         GlobalHydra.instance().hydra = outer  # fetched anew: Hydra may have put another instance in place
@@ -198,7 +202,7 @@ def _target_class(name: str, values: Any) -> type:
     if target is None:
         raise ConfigError(f"{name} is empty or has no _target_; choose {listed(_choices(name))}")
     try:
-        return get_class(target)
+        return class_at(str(target))
     except Exception as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"{name}._target_={target!r} is not a class that can be imported: {first}") from None
@@ -214,6 +218,15 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
     Raises:
         ConfigError: the first thing found wrong.
     """
+    return check_command_line(overrides, multirun=multirun)[0]
+
+
+def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> tuple[list[RunConfig], list[str]]:
+    """Check as `check_overrides` does; return also the overrides as Hydra takes them.
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
     jobs: Iterable[Sequence[str]] = [overrides]
     sweeps = [override.input_line for override in parse(overrides) if override.is_sweep_override()]
     if sweeps and not multirun:
@@ -224,7 +237,13 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
         )
     if multirun:
         jobs = islice(sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
-    return [build_config(compose_config(job)) for job in jobs]
+    configs, added = [], set()
+    for job in jobs:
+        cfg, taken = _compose(job, "config")
+        configs.append(build_config(cfg))
+        added |= {text.removeprefix("++").partition("=")[0] for text in taken if text.startswith("++")}
+    as_added = [f"++{text}" if text.partition("=")[0] in added else text for text in overrides]
+    return configs, as_added
 
 
 def build_bench(cfg: DictConfig) -> tuple[BenchConfig, BaseLossConfig]:
@@ -279,14 +298,14 @@ def _choices(group: str) -> list[str]:
     return groups_in(conf_dir()).get(group, [])
 
 
-def _groups(root: str, *folders: str) -> dict[str, list[str]]:
-    """Return the groups of a command with their choices: of the benchmark those that it composes, else all others."""
+def groups_of(root: str, *folders: str) -> dict[str, list[str]]:
+    """Return the groups of a command with their choices: of the benchmark those that it composes, else all others.
+
+    Args:
+        root: which of `ROOTS`.
+        folders: configuration folders of the user's own.
+    """
     found = groups_in(conf_dir(), *folders)
     if root == "bench":
         return {group: found[group] for group in BENCH_GROUPS}
     return {group: choices for group, choices in found.items() if group not in ROOTS.values()}
-
-
-def _choices_text(root: str = "config") -> str:
-    """Return the choices for --help; Hydra's own list would show the schema nodes, too."""
-    return "\n".join(f"{group}: {', '.join(choices_shown(found))}" for group, found in _groups(root).items())

@@ -8,12 +8,14 @@ from typing import Any
 from hydra import compose
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from toolkit.errors import did_you_mean, listed, nearest
+from toolkit.errors import ConfigError, did_you_mean, listed, nearest
 from toolkit.functional.advantages import advantage_names
 from toolkit.functional.registry import policy_loss_names
+from toolkit.settings import settings_in
 
 OPTIONAL_GROUPS = ("experiment", "debug", "aggregation", "kl", "correction")
 """Groups of which nothing may be chosen."""
@@ -48,40 +50,66 @@ def choices_shown(choices: list[str], given: str = "") -> list[str]:
     )
 
 
-def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]], root: str) -> str:
-    """Say which override is wrong and which one would work; Hydra's own words when that is not clear.
-
-    Must be called where ``compose(root)`` works.
-    """
-    plain = [o for o in parsed if not str(o.key_or_group).startswith("hydra") and not o.is_delete()]
-    for override in plain:
+def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str | None:
+    """Say which override names a choice that its group does not have; None where none does."""
+    for override in parsed:
         key, value = str(override.key_or_group), override.value()
+        if key not in groups or override.is_delete():
+            continue
         if key in OPTIONAL_GROUPS and value is None:
             return f"{override.input_line}: leave it out; {key} chooses nothing unless you name a preset"
         wanted = [str(one) for one in value] if isinstance(value, list) else [str(value)]
-        unknown = [one for one in wanted if key in groups and one not in groups[key]]
+        unknown = [one for one in wanted if one not in groups[key]]
         if unknown:
             best = nearest(unknown[0], groups[key])
             hint = f"; try: {key}={best}" if best else ""
             likely = choices_shown(groups[key], unknown[0])
             return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}"
+    return None
+
+
+def choices_composed(parsed: list[Override], groups: dict[str, list[str]], root: str) -> DictConfig:
+    """Compose the configuration with the choices of these overrides made and no value changed.
+
+    Must be called where ``compose(root)`` works.
+
+    Raises:
+        ConfigError: a YAML file of the user's own is wrong.
+    """
     choosing = [o for o in parsed if str(o.key_or_group) in groups or o.key_or_group == "hydra.searchpath"]
-    known = _known_keys(choosing, root)
-    for override in plain:
+    try:
+        return compose(root, overrides=[str(o.input_line) for o in choosing])
+    except YAMLError as error:
+        raise ConfigError(_in_one_line(error)) from None
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return compose(root)
+
+
+def _in_one_line(error: YAMLError) -> str:
+    """Say where a YAML file is wrong and how."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"{mark.name}, line {mark.line + 1}: " if mark is not None else ""
+    return f"{where}{problem or ' '.join(str(error).split())}"
+
+
+def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]], base: DictConfig) -> str:
+    """Say which key is wrong and which one would work; Hydra's own words when that is not clear.
+
+    Args:
+        parsed: all overrides.
+        error: what Hydra raised over them.
+        groups: as `groups_in` has them.
+        base: as `choices_composed` has it.
+    """
+    listed_keys = _dotted(OmegaConf.to_container(base, resolve=False))
+    known = [*listed_keys, *(s.key for s in settings_in(base) if s.key not in listed_keys)]
+    for override in parsed:
         key = str(override.key_or_group)
-        if key in groups or key in known or override.is_add() or override.is_force_add():
+        is_added = override.is_add() or override.is_force_add() or override.is_delete()
+        if key in groups or key in known or key.startswith("hydra") or is_added:
             continue
         return unknown_key(key, override.get_value_element_as_str(), known, groups)
     return " ".join(str(error).splitlines()[:2])
-
-
-def _known_keys(group_overrides: list[Override], root: str) -> list[str]:
-    """Return every dotted key of the configuration with these choices made."""
-    try:
-        cfg = compose(root, overrides=[str(o.input_line) for o in group_overrides])
-    except (HydraException, OmegaConfBaseException, ValueError):
-        cfg = compose(root)
-    return _dotted(OmegaConf.to_container(cfg, resolve=False))
 
 
 def _dotted(node: Any, prefix: str = "") -> list[str]:

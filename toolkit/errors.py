@@ -7,6 +7,7 @@ builtin error it refines, so that ``except ValueError`` keeps working.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -82,6 +83,14 @@ def say_warnings_plainly() -> None:
         return f"note: {message}\n" if str(message) in _warned else usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = formatted
+
+
+def print_text(text: str) -> None:
+    """Print; whoever reads may stop early, as ``head`` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
 
 
 def has_warned(message: str) -> bool:

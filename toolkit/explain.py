@@ -14,13 +14,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from toolkit.config import build_loss, compose_config
-from toolkit.errors import ConfigError, ToolkitError
+from toolkit.config import build_loss, compose_loss
+from toolkit.errors import ConfigError, ToolkitError, print_text
 from toolkit.functional.advantages import advantage
 from toolkit.functional.kl_facts import KL_NAMES
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
 from toolkit.losses.explanation import explain_loss, needed_fields
 from toolkit.losses.facts import KL_EQUATIONS, shown, title_of
+from toolkit.rollout.config import RolloutConfig
 from toolkit.training.config import AdvantageConfig, KLControlConfig
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     """Run the command line."""
     arguments = _parser().parse_args()
     try:
-        print(_answer(arguments))
+        print_text(_answer(arguments))
     except ToolkitError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: toolkit-explain loss=grpo policy_loss=gspo kl=k3 aggregation=seq_mean_token_mean",
     )
     parser.add_argument("overrides", nargs="*", help="as for toolkit-train; `list` is the same as --list")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="a folder with YAML files of your own")
     parser.add_argument("--list", action="store_true", help="list everything that can be chosen")
     parser.add_argument(
         "--markdown",
@@ -61,7 +63,7 @@ def _answer(arguments: argparse.Namespace) -> str:
         return _markdown(arguments.markdown)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cfg = compose_config(arguments.overrides)
+        cfg = compose_loss(arguments.overrides, config_dir=arguments.config_dir)
         loss = build_loss(cfg)
         about = list(_around(cfg, loss))
     text = explain_loss(loss, about, **_context(cfg))
@@ -84,13 +86,19 @@ def _markdown(path: str) -> str:
 
 def _context(cfg: DictConfig) -> dict[str, object]:
     """Return what the run around the loss tells the warnings."""
-    options = OmegaConf.to_container(cfg.advantage, resolve=True)
-    assert isinstance(options, dict)
+    options = _part(cfg, "advantage") or AdvantageConfig.defaults()
     return {
         "advantage": options.pop("estimator", None),
-        "advantage_options": options,
-        "longest": OmegaConf.select(cfg, "rollout.max_new_tokens"),
+        "advantage_options": options.pop("options", {}) | options,
+        "longest": _part(cfg, "rollout").get("max_new_tokens"),
     }
+
+
+def _part(cfg: DictConfig, name: str) -> dict[str, Any]:
+    """Return the settings of a part of the run; none where the loss alone was composed, which leaves the defaults."""
+    values = OmegaConf.to_container(cfg[name], resolve=True) if name in cfg else {}
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items() if name != "_target_"}
 
 
 def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
@@ -101,7 +109,7 @@ def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[s
     """
     if not isinstance(loss, BaseRLLossConfig):
         return
-    control = KLControlConfig(**_plain(cfg.kl_control))
+    control = KLControlConfig(**_part(cfg, "kl_control"))
     if control.reward_type is not None:
         estimator = KL_NAMES[control.reward_type]
         yield (
@@ -119,19 +127,13 @@ def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[s
                 f"falls while it is below; horizon {control.horizon} completions"
             ],
         )
-    chosen = AdvantageConfig(**_plain(cfg.advantage))
-    chosen.check_training(cfg.rollout.group_size)
+    chosen = AdvantageConfig(**_part(cfg, "advantage"))
+    chosen.check_training(RolloutConfig(**_part(cfg, "rollout")).group_size)
     if "advantages" not in needed_fields(loss):
         return
     options = ", ".join(f"{name}={shown(value)}" for name, value in chosen.options.items())
     title = title_of(advantage(chosen.estimator).function)
     yield "advantage", [f"{chosen.estimator}: {title}" + (f" ({options})" if options else "")]
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(values, dict)
-    return {str(name): value for name, value in values.items() if name != "_target_"}
 
 
 def _stands_in(message: str, text: str) -> bool:

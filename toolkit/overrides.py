@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -12,6 +14,8 @@ from toolkit.errors import ConfigError
 
 PRESET = "preset/"
 """What the names of losses that are another project's definition begin with."""
+LOSS_GROUPS = ("loss", "policy_loss", "kl", "aggregation", "correction", "mode", "plugins", "hydra")
+"""Overrides that say something of the loss; the sampler's temperature is its own, too."""
 
 
 def adapted(overrides: Sequence[str]) -> list[str]:
@@ -63,6 +67,36 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     except HydraException as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"{first}; an override looks like key.subkey=value or group=choice") from None
+
+
+def is_of_loss(override: Override) -> bool:
+    """Whether an override says something of the loss alone."""
+    key = str(override.key_or_group)
+    if key == "kl" and str(override.value()).endswith("_in_reward"):
+        return False
+    return key.partition(".")[0] in LOSS_GROUPS or key == "rollout.temperature"
+
+
+def with_folder(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> list[str]:
+    """Return the overrides with a configuration folder of the user's own added to those that they name.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if config_dir is None:
+        return list(overrides)
+    folder = Path(config_dir).resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"--config-dir={os.fspath(config_dir)}: there is no such folder (looked for {folder})")
+    parsed = parse(overrides)
+    rest = [text for text, one in zip(overrides, parsed, strict=True) if one.key_or_group != "hydra.searchpath"]
+    folders = ", ".join(_quoted(f"file://{one}") for one in [*own_folders(parsed), folder])
+    return [*rest, f"hydra.searchpath=[{folders}]"]
+
+
+def _quoted(text: str) -> str:
+    """Return a text as an override may hold it whatever signs it has."""
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def own_folders(parsed: Iterable[Override]) -> list[str]:

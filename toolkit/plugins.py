@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.functional.advantages import advantage_names
@@ -16,6 +18,8 @@ from toolkit.functional.registry import policy_loss_names
 
 _loaded: dict[Path, int] = {}
 """Files loaded in this process, with their time of change."""
+_modules: dict[str, ModuleType] = {}
+"""The module of each loaded file by the file's name without ``.py``: what its classes are called by in a YAML file."""
 
 
 def load_plugins(plugins: Iterable[str]) -> None:
@@ -61,3 +65,33 @@ def _load_file(given: Path) -> None:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     _loaded[path] = changed
+    _modules[path.stem] = module
+
+
+def class_at(path: str) -> type:
+    """Return the class that ``_target_: path`` names, also one of a plugin's file or of a file in the current folder.
+
+    Args:
+        path: ``package.module.Class``; ``my_file.Class`` for a class of the plugin ``my_file.py``.
+
+    Raises:
+        ImportError: there is no such module or class, or it is not a class.
+    """
+    module_name, _, name = path.rpartition(".")
+    module = _modules.get(module_name) or _imported(module_name)
+    if not isinstance(found := getattr(module, name, None), type):
+        raise ImportError(f"{module_name} has no class {name!r}" if module_name else f"{name!r} names no module")
+    return found
+
+
+def _imported(name: str) -> ModuleType | None:
+    """Import a module as ``python -m`` would: from the current folder, too, which a console script does not look in."""
+    if not name:
+        return None
+    if os.getcwd() in sys.path or "" in sys.path:
+        return importlib.import_module(name)
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(os.getcwd())

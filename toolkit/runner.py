@@ -5,6 +5,7 @@ Legend: B rows, T positions that have hidden states, K candidates, D hidden widt
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -37,8 +38,6 @@ RL_FIELDS = (
 )
 FIELDS = ("input_ids", "shifted_labels", "loss_mask", "cu_seq_lens", *RL_FIELDS)
 """What a batch may hold for the loss; whatever else it holds is for the caller's own forward."""
-LOSS_GROUPS = ("loss", "policy_loss", "kl", "aggregation", "correction", "mode", "plugins", "hydra")
-"""Overrides that say something of the loss; the sampler's temperature is its own, too."""
 Forward = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
 """``forward(batch) -> (hidden_states, head_weight)`` or ``(hidden_states, head_weight, head_bias)``."""
 
@@ -84,22 +83,27 @@ class LossRunner:
         self.loss_cfg = loss_cfg
 
     @classmethod
-    def from_overrides(cls, overrides: Sequence[str] | str = ()) -> Self:
+    def from_overrides(
+        cls, overrides: Sequence[str] | str = (), *, config_dir: str | os.PathLike[str] | None = None
+    ) -> Self:
         """Pick the loss as on the command line: ``["loss=grpo", "policy_loss.cliprange_high=0.28", "kl=k3"]``.
 
         Args:
             overrides: a list, or a single one.
+            config_dir: a folder with YAML files of your own, as ``--config-dir`` on the command line.
 
         Raises:
             ConfigError: names the nearest right override, or one that says nothing of the loss.
         """
-        from toolkit.config import build_loss, compose_config
+        from toolkit.config import compose_config, load_loss
+        from toolkit.overrides import is_of_loss, parse
 
-        given = [overrides] if isinstance(overrides, str) else list(overrides)
-        cfg = compose_config(given)
-        for override in given:
-            _check_is_of_loss(override)
-        return cls(build_loss(cfg))
+        chosen = [overrides] if isinstance(overrides, str) else list(overrides)
+        for override in parse(chosen):
+            if not is_of_loss(override):
+                compose_config(chosen, config_dir=config_dir)  # a mistyped word is a mistake of another kind
+                raise ConfigError(_not_of_loss(override.input_line or "", str(override.key_or_group)))
+        return cls(load_loss(chosen, config_dir=config_dir))
 
     def __call__(
         self,
@@ -271,19 +275,16 @@ class LossRunner:
         return "\n".join([f"LossRunner({type(self.loss_cfg).__name__}", *lines, ")"])
 
 
-def _check_is_of_loss(override: str) -> None:
-    """Refuse an override that a loss alone cannot honour."""
-    key, _, value = override.lstrip("+~").partition("=")
-    group = key.partition("@")[0].partition(".")[0]
-    if group == "kl" and value.strip("'\"").endswith("_in_reward"):
-        raise ConfigError(
-            f"{override}: LossRunner has no rewards; leave it out, or choose a KL in the loss, such as kl=k3"
-        )
-    if group not in LOSS_GROUPS and key != "rollout.temperature":
-        raise ConfigError(
-            f"{override}: LossRunner has no {group}; leave it out (it reads {', '.join(LOSS_GROUPS[:-2])} and "
-            "rollout.temperature), or train with python -m toolkit.train"
-        )
+def _not_of_loss(override: str, key: str) -> str:
+    """Say why a loss alone cannot honour an override."""
+    from toolkit.overrides import LOSS_GROUPS
+
+    if key == "kl":
+        return f"{override}: LossRunner has no rewards; leave it out, or choose a KL in the loss, such as kl=k3"
+    return (
+        f"{override}: LossRunner has no {key.partition('.')[0]}; leave it out (it reads "
+        f"{', '.join(LOSS_GROUPS[:-2])} and rollout.temperature), or train with python -m toolkit.train"
+    )
 
 
 def _spread(name: str, given: Tensor | float | None, labels: Tensor) -> Tensor | None:

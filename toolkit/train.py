@@ -22,19 +22,29 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from toolkit.config import RunConfig, build_config, check_overrides, conf_dir, register_schemas
-from toolkit.errors import ConfigError, ToolkitError, has_warned, say_warnings_plainly
+from toolkit.config import RunConfig, build_config, check_command_line, compose_config
+from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, say_warnings_plainly
 from toolkit.losses.lint import warnings_for
-from toolkit.overrides import adapted, output_dir_in
+from toolkit.overrides import output_dir_in, own_folders, parse, with_folder
+from toolkit.schemas import BEHAVIOUR, conf_dir, register_schemas
 from toolkit.training.doors import check_environment, make_output_dir
 
+PURPOSE = "Train a policy with the losses of this toolkit."
+EXAMPLES = {
+    "toolkit-train loss=grpo policy_loss=vanilla kl=k3 mode=chunk loss.chunk_size=256": "",
+    "toolkit-train experiment=grpo_kl seed=1 training.steps=100": "",
+    "toolkit-train -m seed=0,1,2": "one run after the other",
+    "toolkit-train policy_loss=gspo --help": "the settings of a choice",
+    "toolkit-train --cfg job --resolve": "print the configuration and stop",
+    "toolkit-train training.resume=outputs/...": "go on from a checkpoint",
+}
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect."""
 PATIENCE = 8.0
 """Seconds in which the main process is expected to find the same mistake, so that it is said once."""
 
 
-@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
+@hydra.main(config_path=conf_dir(), config_name="config", **BEHAVIOUR)
 def _job(cfg: DictConfig) -> float | None:
     try:
         config = build_config(cfg)
@@ -59,15 +69,16 @@ def main() -> None:
     try:
         if arguments.resolve and not arguments.cfg:
             raise ConfigError("--resolve goes with --cfg job: toolkit-train --cfg job --resolve")
+        if arguments.help:
+            return _print_help(arguments)
         if not (arguments.shell_completion or arguments.hydra_help):
-            _check(arguments)
+            sys.argv[1:] = _checked(arguments)
         register_schemas()
     except ToolkitError as error:
         _stop(error)
     if int(os.environ.get("RANK", "0")) > 0:
         # One output directory for the whole run: only the main process makes one.
         sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
-    sys.argv[1:] = adapted(sys.argv[1:])
     try:
         _job()
     except KeyboardInterrupt:
@@ -75,13 +86,19 @@ def main() -> None:
         raise SystemExit(INTERRUPTED) from None
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Check all that can be checked without torch."""
-    overrides = list(arguments.overrides)
-    if arguments.config_dir:
-        overrides.append(f"hydra.searchpath=[file://{os.path.abspath(arguments.config_dir)}]")
-    configs = check_overrides(overrides, multirun=arguments.multirun)
-    if not (arguments.cfg or arguments.help or arguments.info):
+def _print_help(arguments: argparse.Namespace) -> None:
+    from toolkit.help_text import help_text
+
+    overrides = with_folder(arguments.overrides, arguments.config_dir)
+    folders = own_folders(parse(overrides))
+    print_text(help_text(compose_config(overrides), root="config", purpose=PURPOSE, examples=EXAMPLES, folders=folders))
+
+
+def _checked(arguments: argparse.Namespace) -> list[str]:
+    """Check all that can be checked without torch; return the command line with its overrides as Hydra takes them."""
+    overrides = with_folder(arguments.overrides, arguments.config_dir)
+    configs, taken = check_command_line(overrides, multirun=arguments.multirun)
+    if not (arguments.cfg or arguments.info):
         for config in configs:
             check_environment(config)
         if int(os.environ.get("RANK", "0")) == 0:
@@ -89,6 +106,8 @@ def _check(arguments: argparse.Namespace) -> None:
         output_dir = output_dir_in(overrides)
         if output_dir is not None and not arguments.multirun:
             make_output_dir(output_dir)
+    instead = dict(zip(overrides, taken, strict=True))
+    return [instead.get(word, word) for word in sys.argv[1:]]
 
 
 def _say_notes(configs: list[RunConfig]) -> None:

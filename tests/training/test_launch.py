@@ -16,9 +16,10 @@ pytest.importorskip("reasoning_gym")
 
 from tests.training.test_processes import close
 from tests.training.test_train import LAUNCHERS, lines, summary, train
-from toolkit.config import build_config, compose_config, conf_dir
+from toolkit.config import build_config, compose_config
 from toolkit.diagnosis import groups_in
 from toolkit.errors import ConfigError, LaunchError
+from toolkit.schemas import conf_dir
 from toolkit.training import launch
 from toolkit.training.doors import check_environment
 

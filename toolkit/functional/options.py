@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import create_model
+from pydantic import Field, create_model
 
 from toolkit.errors import ConfigError
 from toolkit.schema import Config
@@ -41,6 +41,7 @@ def options_model(
     """
     first, *options = inspect.signature(function).parameters.values()
     fields: dict[str, Any] = {}
+    meanings = arguments_described(function)
     for option in options:
         if option.kind is not option.KEYWORD_ONLY or option.default is option.empty:
             raise ConfigError(
@@ -51,8 +52,39 @@ def options_model(
             raise ConfigError(
                 f"{kind} {name!r} has an option called {option.name!r}; that word picks the {kind.split()[-1]} itself"
             )
-        fields[option.name] = (_annotation(option.annotation, kind, function), option.default)
+        described = Field(option.default, description=meanings.get(option.name))
+        fields[option.name] = (_annotation(option.annotation, kind, function), described)
     return create_model(f"{name}_options", __base__=Config, **fields)
+
+
+def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether two functions are one function of one file, loaded twice: again, or as a module and as a plugin."""
+    if one.__qualname__ != other.__qualname__:
+        return False
+    files = [getattr(getattr(function, "__code__", None), "co_filename", "<unknown>") for function in (one, other)]
+    return one.__module__ == other.__module__ or (files[0] == files[1] and not files[0].startswith("<"))
+
+
+def arguments_described(function: Callable[..., Any]) -> dict[str, str]:
+    """Return what the section ``Args:`` of a docstring says of each argument; nothing where there is no such section.
+
+    An argument begins a line, one level deeper than ``Args:``, and its lines go on deeper still.
+    """
+    _, found, section = (inspect.getdoc(function) or "").partition("\nArgs:\n")
+    meanings: dict[str, str] = {}
+    depth, name = None, ""
+    for line in section.splitlines() if found else []:
+        indent = len(line) - len(line.lstrip())
+        if line.strip() and indent == 0:
+            break
+        depth = indent if depth is None else depth
+        head, colon, rest = line.strip().partition(": ")
+        if indent == depth and colon:
+            name = head
+            meanings[name] = rest
+        elif name and line.strip():
+            meanings[name] += f" {line.strip()}"
+    return meanings
 
 
 def _annotation(annotation: Any, kind: str, function: Callable[..., Any]) -> Any:

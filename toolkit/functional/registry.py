@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from toolkit.errors import ConfigError, did_you_mean, listed
-from toolkit.functional.options import options_model
+from toolkit.functional.options import is_same_source, options_model
 from toolkit.schema import Config, located
 
 Scope = Literal["token", "sequence", "group", "batch"]
@@ -93,10 +93,7 @@ def register_policy_loss(
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         known = _LOSSES.get(name)
-        same_source = known is not None and (
-            (known.function.__module__, known.function.__qualname__) == (function.__module__, function.__qualname__)
-        )
-        if known is not None and not overwrite and not same_source:
+        if known is not None and not overwrite and not is_same_source(known.function, function):
             raise ConfigError(
                 f"policy loss {name!r} is already registered by {known.function.__module__}.{known.function.__name__}; "
                 "choose another name, or pass overwrite=True"

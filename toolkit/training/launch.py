@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from toolkit.config import build_config, compose_config, conf_dir
+from toolkit.config import build_config, compose_config
 from toolkit.errors import ConfigError
 from toolkit.overrides import parse
+from toolkit.schemas import conf_dir
 from toolkit.training.doors import check_environment, make_output_dir
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from toolkit.errors import ConfigError, DataError, did_you_mean, listed
-from toolkit.functional.options import options_model
+from toolkit.functional.options import is_same_source, options_model
 from toolkit.schema import Config, located
 
 if TYPE_CHECKING:
@@ -108,10 +108,7 @@ def register_advantage(
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         known = _ESTIMATORS.get(name)
-        same_source = known is not None and (
-            (known.function.__module__, known.function.__qualname__) == (function.__module__, function.__qualname__)
-        )
-        if known is not None and not overwrite and not same_source:
+        if known is not None and not overwrite and not is_same_source(known.function, function):
             raise ConfigError(
                 f"advantage {name!r} is already registered by {known.function.__module__}.{known.function.__name__}; "
                 "choose another name, or pass overwrite=True"

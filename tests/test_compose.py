@@ -1,0 +1,262 @@
+"""The loss-only root, the memo, settings that only a class names, folders and classes of the user's own, and --help."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit import ConfigError, LossRunner
+from toolkit.config import build_loss, check_command_line, check_overrides, compose_config, compose_loss, load_loss
+from toolkit.explain import main as explain
+from toolkit.functional import registry
+from toolkit.help_text import help_text
+from toolkit.plugins import class_at, load_plugins
+from toolkit.schemas import conf_dir
+from toolkit.settings import settings_in
+
+CONF = Path(conf_dir())
+PRESETS = sorted(str(path.relative_to(CONF / "loss").with_suffix("")) for path in CONF.glob("loss/preset/*/*.yaml"))
+CHOICES = [
+    f"{group}={path.stem}"
+    for group in ("loss", "policy_loss", "kl", "aggregation", "correction", "mode")
+    for path in sorted((CONF / group).glob("*.yaml"))
+    if not path.stem.endswith("_in_reward")
+]
+EXTRA = {
+    "aggregation=constant": ["loss.aggregation.length=7"],
+    "loss=oreal": ["policy_loss=gspo", "rollout.temperature=0.7"],
+    "kl=k3": ["loss.kl_loss_coef=0.3", "correction=[tis,geo_rs]"],
+}
+
+
+@pytest.fixture
+def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.policy_loss_names()
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+
+
+def with_some_slow(overrides: list[str], step: int) -> list[Any]:
+    """One of `step` in the fast tests, all in the slow ones."""
+    return [one if i % step == 0 else pytest.param(one, marks=pytest.mark.slow) for i, one in enumerate(overrides)]
+
+
+@pytest.mark.parametrize(
+    "override", [*with_some_slow([f"loss={name}" for name in PRESETS], 12), *with_some_slow(CHOICES, 6)]
+)
+def test_the_loss_alone_is_the_loss_of_the_whole(override: str) -> None:
+    overrides = [override, *EXTRA.get(override, [])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = compose_loss(overrides)
+        assert "training" not in alone
+        assert build_loss(alone) == build_loss(compose_config(overrides))
+
+
+def test_what_is_not_about_the_loss_composes_the_whole() -> None:
+    for override in ("training.steps=3", "kl=k1_in_reward", "advantage=rloo"):
+        assert "training" in compose_loss([override]), override
+
+
+def test_settings_of_your_own_for_every_run_are_part_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    # conf/local/default.yaml may set anything, so the whole is composed where it is there.
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: path.parts[-2:] == ("local", "default.yaml") or is_file(path))
+    assert "training" in compose_loss(["kl=k2"])
+
+
+def test_the_same_overrides_again_are_not_composed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_loss(["kl=k2", "loss.kl_loss_coef=0.125"])
+    monkeypatch.setattr("toolkit.config.compose", None)
+    assert load_loss(["kl=k2", "loss.kl_loss_coef=0.125"]) is first
+    assert LossRunner.from_overrides(["kl=k2", "loss.kl_loss_coef=0.125"]).loss_cfg is first
+    with pytest.raises(TypeError):
+        load_loss(["kl=k2", "loss.kl_loss_coef=0.25"])
+
+
+@pytest.mark.usefixtures("_registries")
+def test_a_plugin_that_changed_is_composed_again(tmp_path: Path) -> None:
+    plugin = tmp_path / "remembered.py"
+    for default in (0.2, 0.3):
+        plugin.write_text(
+            "from toolkit import register_policy_loss\n@register_policy_loss('remembered')\n"
+            f"def f(t, *, eps: float = {default}):\n    return t.logprobs\n"
+        )
+        os.utime(plugin, ns=(0, int(10 * default)))
+        loss = load_loss([f"plugins=[{plugin}]", "policy_loss=remembered"])
+        assert loss.policy_loss_cfg["eps"] == default  # type: ignore[attr-defined]
+
+
+def test_an_interpolation_is_read_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for coefficient in ("0.5", "0.75"):
+        monkeypatch.setenv("MY_COEFFICIENT", coefficient)
+        loss = load_loss(["kl=k2", "loss.kl_loss_coef=${oc.env:MY_COEFFICIENT}"])
+        assert loss.kl_loss_coef == float(coefficient)  # type: ignore[attr-defined]
+
+
+# -------------------------------------------------------------------- files and classes of the user's own
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a task class in a Python file, and YAML files that list none or some of the fields."""
+    (tmp_path / "own_task.py").write_text(
+        "from toolkit.tasks.config import SpellBackwardConfig\n\n\n"
+        'class OwnTask(SpellBackwardConfig):\n    """Mine."""\n\n    extra: int = 3\n    """An extra."""\n'
+    )
+    for group, text in (
+        ("task", "_target_: own_task.OwnTask\n"),
+        ("loss", "_target_: toolkit.losses.config.GRPOLossConfig\npolicy_loss_cfg: ${policy_loss}\n"),
+        ("policy_loss", "loss_type: vanilla\n"),
+        ("advantage", "_target_: toolkit.training.config.AdvantageConfig\nestimator: rloo\n"),
+        ("optimizer", "_target_: toolkit.training.config.OptimizerConfig\nlr: 0.5\n"),
+    ):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "own.yaml").write_text(f"# Mine.\n{text}")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own_task", None)
+
+
+def test_fields_that_a_file_does_not_list_are_set_without_a_plus(own: Path) -> None:
+    overrides = [f"hydra.searchpath=[file://{own}]", "task=own", "task.num_heldout=12", "task.extra=4"]
+    (config,), taken = check_command_line(overrides)
+    assert (config.task.num_heldout, config.task.extra) == (12, 4)  # type: ignore[attr-defined]
+    assert taken == [*overrides[:2], "++task.num_heldout=12", "++task.extra=4"]
+    found = compose_loss(
+        ["loss=own", "policy_loss=own", "policy_loss.delta=4", "loss.aggregation.name=token_sum"], config_dir=own
+    )
+    loss = build_loss(found)
+    assert loss.policy_loss_cfg["delta"] == 4  # type: ignore[attr-defined]
+    assert loss.aggregation.name == "token_sum"  # type: ignore[attr-defined]
+    (config,) = check_overrides([overrides[0], "advantage=own", "optimizer=own", "optimizer.weight_decay=0.1"])
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (0.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("task.num_heldot=12", "try: task.num_heldout=12"),
+        ("task.extra=x", "task.extra='x' is not allowed"),
+        ("task.nothing_like_it=1", "task.nothing_like_it is not a setting; task has: reward, word_length"),
+        ("policy_loss.delat=1", "try: policy_loss.delta=1"),
+    ],
+)
+def test_and_mistyped_ones_are_named(own: Path, wrong: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_overrides([f"hydra.searchpath=[file://{own}]", "task=own", wrong])
+    assert words in str(caught.value)
+
+
+def test_jobs_of_a_multirun_set_unlisted_fields_too(own: Path) -> None:
+    folder = f"hydra.searchpath=[file://{own}]"
+    configs, taken = check_command_line([folder, "task=own", "task.num_heldout=12,13"], multirun=True)
+    assert [config.task.num_heldout for config in configs] == [12, 13]  # type: ignore[attr-defined]
+    assert taken[-1] == "++task.num_heldout=12,13"
+
+
+def test_a_class_of_a_plugin_or_of_the_current_folder(own: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert class_at("own_task.OwnTask").__name__ == "OwnTask"  # of the current folder, which is not on the path
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "own_model.py"
+    elsewhere.write_text("class Model:\n    pass\n")
+    with pytest.raises(ImportError):
+        class_at("own_model.Model")
+    load_plugins([str(elsewhere)])
+    assert class_at("own_model.Model").__name__ == "Model"
+    with pytest.raises(ImportError, match="has no class 'Modle'"):
+        class_at("own_model.Modle")
+
+
+@pytest.mark.usefixtures("_registries")
+def test_a_file_may_be_imported_and_be_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_loss.py").write_text(
+        "from toolkit import register_policy_loss\n\n\n"
+        "@register_policy_loss('imported')\ndef f(t):\n    return t.logprobs\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import imported_loss  # type: ignore[import-not-found]  # noqa: F401
+
+    load_plugins([str(tmp_path / "imported_loss.py")])
+    load_loss([f"plugins=[{tmp_path / 'imported_loss.py'}]", "policy_loss=imported"])
+
+
+def test_a_folder_of_your_own_everywhere(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert LossRunner.from_overrides(["loss=own", "policy_loss=own"], config_dir=own).loss_cfg.mode == "eager"
+    sys_argv, sys.argv = sys.argv, ["explain", "--config-dir", str(own), "loss=own", "loss.entropy_coef=0.25"]
+    try:
+        explain()
+    finally:
+        sys.argv = sys_argv
+    assert "- 0.25 x the policy's entropy" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("mode: !!python/object:os.system x\n", "could not determine a constructor for the tag"),
+        ("mode: [eager\n", "line 3: expected"),
+        ("mode: {\n", "loss/wrong.yaml, line"),
+    ],
+)
+def test_a_yaml_file_that_is_wrong_is_named(own: Path, text: str, words: str) -> None:
+    (own / "loss" / "wrong.yaml").write_text(f"# Mine.\n{text}")
+    with pytest.raises(ConfigError) as caught:
+        compose_loss(["loss=wrong"], config_dir=own)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"--config-dir=nowhere: there is no such folder"):
+        LossRunner.from_overrides([], config_dir="nowhere")
+
+
+def test_a_folder_with_signs_that_an_override_reads(tmp_path: Path) -> None:
+    folder = tmp_path / "it's a=b, [c]"
+    (folder / "loss").mkdir(parents=True)
+    (folder / "loss" / "own.yaml").write_text("# Mine.\ndefaults: [/loss/grpo@_here_]\nentropy_coef: 0.5\n")
+    assert LossRunner.from_overrides("loss=own", config_dir=folder).loss_cfg.entropy_coef == 0.5  # type: ignore[attr-defined]
+
+
+# -------------------------------------------------------------------- --help
+
+
+def test_help_says_what_each_setting_is() -> None:
+    cfg = compose_config([])
+    text = help_text(cfg, root="config", purpose="Train.", examples={"a b": "", "c": "what it does"})
+    unexplained = [setting.key for setting in settings_in(cfg) if not setting.meaning]
+    assert unexplained == []
+    joined = " ".join(text.split())
+    assert "loss.kl_loss_coef=0.001 Coefficient of the KL term" in joined
+    assert "policy_loss.cliprange_high=0.2 the ratio's ceiling is 1 + cliprange_high" in joined
+    assert "training.steps=80 Rollouts in the RL phase" in joined
+    assert "optimizer.betas=[0.9,0.999] Decay of" in joined
+    assert "loss.kl_loss_type=null An estimate" in joined
+    assert "c  # what it does" in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert "loss.policy_loss_cfg" not in text
+
+
+def test_help_shows_the_choices_that_were_made(own: Path) -> None:
+    preset = help_text(compose_config(["loss=preset/verl/gspo"]), root="config", purpose="", examples={"a": ""})
+    assert "loss.policy_loss_cfg.cliprange_low=0.2" in preset
+    assert "\npolicy_loss." not in preset
+    cfg = compose_config(["task=own"], config_dir=own)
+    listed = help_text(cfg, root="config", purpose="", examples={"a": ""}, folders=[str(own)])
+    assert "task: own, spell_backward" in listed
+    assert "task.extra=3" in listed
+    assert "loss: ce, grpo, opd, oreal, own, preset/<peer>/<name>" in listed
+
+
+def test_help_of_the_commands() -> None:
+    for module, words in (("train", "training.steps=80"), ("bench", "bench.rounds=")):
+        done = subprocess.run([sys.executable, "-m", f"toolkit.{module}", "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout
+        assert f"policy_loss: {', '.join(registry.policy_loss_names())}" in " ".join(done.stdout.split())
+        assert "schema" not in done.stdout

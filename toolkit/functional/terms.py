@@ -6,6 +6,7 @@ N: selected tokens (every scored position of a micro-batch, masked ones already 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -145,11 +146,13 @@ class PolicyTerms:
     def selected_at_random(self, is_eligible: Tensor, count: int, seed: int) -> Tensor:
         """Pick `count` of the eligible tokens, [N] bool: the same ones for the same tokens and seed anywhere.
 
-        The advantages' bits are mixed into the seed (as integers, whose sum does not depend on its order), for with the
-        seed alone every step would pick the same places.
+        The advantages' bits are mixed into the seed (as integers, whose sum does not depend on its order), because with
+        the seed alone every step would pick the same places. Hashed, because the generator reads 32 bits of its seed
+        and the low bits of a rounded number are 0.
         """
         content = int(self.advantages.double().view(torch.int64).sum())
-        generator = torch.Generator().manual_seed((seed + content) % 2**63)
+        digest = hashlib.blake2b(f"{seed} {content}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         keys = torch.rand(len(is_eligible), generator=generator, dtype=torch.float64).to(is_eligible.device)
         keys = keys.where(is_eligible, 2.0)
         chosen = torch.zeros_like(is_eligible)

@@ -43,6 +43,29 @@ def test_clip_cov_draws_the_same_with_the_same_seed() -> None:
     assert len(drawn()) == 1  # 2e-4 of 400 is less than one: one
 
 
+def test_clip_cov_draws_other_places_for_other_tokens() -> None:
+    # With the seed alone every step would hold back the same places; so it would if the seed took the low bits of
+    # numbers that have none, as 1 and 1.5 in float64.
+    count = 400
+
+    def drawn(size: float) -> list[int]:
+        terms = tokens([0.0] * count, [size, -size] * (count // 2), logprobs=[-1.0, -3.0] * (count // 2))
+        losses, _ = values_and_grads("clip_cov", terms, clip_cov_ratio=0.05, cov_low=0.5)
+        return (losses == 0).nonzero()[:, 0].tolist()
+
+    draws = {tuple(drawn(size)) for size in (1.0, 1.5, 2.0, 3.0)}
+    assert {len(places) for places in draws} == {20}
+    assert len(draws) == 4
+
+
+def test_advantages_are_centred_too() -> None:
+    # Advantages 1, 2, 9 less 4 are -3, -2, 5; log pi -1, -3, -2 less -2 are 1, -1, 0: covariances -3, 2, 0. Without
+    # the mean of A they would be 1, -2, 0, and the first the largest.
+    terms = tokens(ratios(2, 2, 2), [1, 2, 9], logprobs=[-1.0, -3.0, -2.0])
+    check("kl_cov", terms, [-2, -4 + math.log(2), -18], [-2, -4 + 1, -18])
+    check("clip_cov", tokens([0] * 3, [1, 2, 9], logprobs=[-1.0, -3.0, -2.0]), [-1, 0, -9], [-1, 0, -9])
+
+
 def test_kl_cov() -> None:
     # Half of 4 tokens: the first two. |log 2| = |log 1/2|, slope +1 and -1.
     log = math.log(2)

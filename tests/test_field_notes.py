@@ -5,6 +5,7 @@
 
 import copy
 import math
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,30 @@ def test_what_is_tested_elsewhere_is(note: str) -> None:
     for place in ELSEWHERE[note]:
         path, _, name = place.partition("::")
         assert f"\ndef {name}(" in (TESTS / path).read_text(), f"{note}: {place}"
+
+
+def tags_in(text: str) -> set[str]:
+    """Return the tags of a text, and of the names of its tests: ``test_r12b_...`` is about R12b."""
+    names = re.findall(r"\bdef test_((?:r\d+[a-z]?_)+)", text)
+    of_names = {f"R{tag[1:]}" for name in names for tag in name.split("_")[:-1]}
+    return {*re.findall(r"\b(?:R\d+[a-z]?|REQ-\d+)\b", text)} | of_names
+
+
+def test_every_tag_in_use_is_listed_and_every_listed_one_is_used() -> None:
+    rows = re.findall(
+        r"^\| (R\d+[a-z]?|REQ-\d+) \|.*\|(.*)\|$", (TESTS / "FIELD_NOTES.md").read_text(), flags=re.MULTILINE
+    )
+    used: dict[str, set[str]] = {}
+    for path in sorted([*TESTS.rglob("*.py"), *(TESTS.parent / "toolkit").rglob("*.py")]):
+        for tag in tags_in(path.read_text()):
+            used.setdefault(tag, set()).add(str(path.relative_to(TESTS)) if path.is_relative_to(TESTS) else "")
+    listed = {tag: set(re.findall(r"`([^`]+)`", places)) for tag, places in rows}
+    assert len(listed) == len(rows), "a tag is listed twice"
+    assert set(listed) == set(used)
+    for tag, places in listed.items():
+        elsewhere = {place.partition("::")[0] for place in ELSEWHERE.get(tag, [])}
+        assert places, f"{tag}: no test is named"
+        assert places <= used[tag] | elsewhere, f"{tag}: {places - used[tag] - elsewhere} do not speak of it"
 
 
 # ------------------------------------------------------------------------------------------------ one process

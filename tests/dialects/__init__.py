@@ -1,4 +1,8 @@
-"""How each peer's parameters read in ours: one module for each peer, each with ``translate(case)``."""
+"""How each peer's parameters read in ours: one module for each peer, each with ``translate(case)``.
+
+A module also has ``EXCLUDED``, whole entries that are not compared, and where it needs them ``reason_to_exclude(case)``
+and ``IGNORED``: "name" or "entry/name" of a parameter that the peer's function takes and does not use, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -26,3 +30,13 @@ class Run:
     """The same in the mean log ratio of a row; for losses that see the policy through that alone."""
     scale: float = 1.0
     """The peer's number is this times ours, e.g. where it leaves a division to its back-end; the reason beside it."""
+    advantage_scale: float = 1.0
+    """What the peer multiplies advantages by first."""
+    is_rescaled: bool = False
+    """Whether an option is not the peer's number but what comes to the same on this input; the reason beside it."""
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether our number is the peer's only after what the fields above add to the config."""
+        epsilons = self.row_epsilon != 0 or self.ratio_epsilon != 0
+        return epsilons or self.scale != 1 or self.advantage_scale != 1 or self.is_rescaled

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from tests.dialects import Run, trl
-from tests.dialects.parts import preset_of
-from tests.golden_data import Case
+from tests.dialects.parts import check_selects, preset_of
+from tests.golden_data import Case, Exclusion, Params, missing_here
 
-EXCLUDED: dict[str, str] = {}
+EXCLUDED: dict[str, Exclusion] = {}
+IGNORED = trl.lengths_without_effect(
+    ("grpo", "bnpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "fipo", "real", "grpo+seq_is", "grpo+opsm")
+)
 THRESHOLD = 2.0
 """``rollout_importance_sampling_threshold`` where a case does not give it."""
 GENERATIONS = 2
@@ -31,13 +34,13 @@ OPTIONS = {
 }
 
 
-def reason_to_exclude(case: Case) -> str | None:
+def reason_to_exclude(case: Case) -> Exclusion | None:
     """What depends on the parameters."""
     if "top_entropy_quantile" in case.params:
-        return "the policy term of low-entropy tokens left out: a quantile over the batch that no setting here has"
+        return missing_here("the policy term of low-entropy tokens left out: a quantile that no setting here has")
     if case.entry == "real" and case.params.get("beta"):
-        return "ms-swift averages REAL over groups and its KL term over tokens; here one aggregation serves all terms"
-    return None
+        return missing_here("ms-swift averages REAL over groups, its KL over tokens; here all terms have one mean")
+    return trl.missing_at_sequence_level(case)
 
 
 def translate(case: Case) -> Run:
@@ -50,27 +53,30 @@ def translate(case: Case) -> Run:
         aggregation = SDAR_MODES[given.get("loss_agg_mode", "token-mean")]
         fields = {"teacher_logprobs": "ref_log_probs"}
         return Run(preset=preset, policy_loss=policy_loss, loss={"aggregation": aggregation}, fields=fields)
+    trl.check_level(case)
     loss: dict[str, Any] = {}
     groups = None
     if case.entry == "real":
+        check_selects(case, "loss_type", "real")
         groups = [row // GENERATIONS for row in range(len(case.inputs["seq_lens"]))]
     else:
         loss["aggregation"] = aggregation_of(given)
+    threshold = given.get("rollout_importance_sampling_threshold", THRESHOLD)
     if mode := given.get("rollout_importance_sampling_mode"):
-        loss["correction"] = corrections_of(mode, given.get("rollout_importance_sampling_threshold", THRESHOLD))
+        loss["correction"] = corrections_of(mode, threshold)
     if bound := given.get("off_policy_sequence_mask_delta"):
         loss["correction"] = [*loss.get("correction", []), trl.opsm(bound)]
-    if given.get("beta"):
+    if given.get("beta") and not given.get("kl_in_reward"):
         # A dropped sequence leaves the mask of the KL term, too.
         loss |= {"use_kl_loss": True, "kl_loss_type": "k3", "kl_loss_coef": given["beta"]}
         loss["correction_on_kl"] = bool(loss.get("correction"))
     return Run(preset=preset, policy_loss=policy_loss, loss=loss, groups=groups)
 
 
-def aggregation_of(given: dict[str, Any]) -> dict[str, Any]:
+def aggregation_of(given: Params) -> dict[str, Any]:
     """Return how a ``loss_type`` averages; FIPO as DAPO."""
     name = given.get("loss_type", "grpo")
-    return trl.aggregation_of({**given, "loss_type": "dapo" if name == "fipo" else name})
+    return trl.aggregation_of(given, "dapo" if name == "fipo" else name)
 
 
 def corrections_of(mode: str, threshold: float) -> list[dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from tests.golden_data import Case
+from tests.golden_data import Case, Params
 
 Fields = dict[str, Any]
 NO_KL: Fields = {
@@ -21,12 +21,39 @@ NO_KL: Fields = {
 """What takes the KL term out of a preset that has one."""
 
 
-def renamed(given: Mapping[str, Any], names: Mapping[str, str]) -> Fields:
+def renamed(given: Params, names: Mapping[str, str]) -> Fields:
     """Return those of the peer's parameters that `names` lists, by our names."""
     fields = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
     if "cliprange_low" in fields:  # a floor below 0 is below every ratio, and so is 0
         fields["cliprange_low"] = min(fields["cliprange_low"], 1.0)
     return fields
+
+
+def check_selects(case: Case, name: str, *allowed: Any) -> None:
+    """Read a parameter that picks the loss, which the preset of the entry is already; None stands for "not given"."""
+    value = case.params.get(name)
+    assert value in allowed, f"{case.peer}: {name}={value!r} is another loss than entry {case.entry!r}, {allowed}"
+
+
+def without_effect(entries: Iterable[str], names: Iterable[str], reason: str) -> dict[str, str]:
+    """Return the part of an ``IGNORED`` that says of each of some entries that it does not use some parameters."""
+    return {f"{entry}/{name}": reason for entry in entries for name in names}
+
+
+def count_scale(case: Case, rows: float, tokens: float, *, is_per_token: bool) -> float:
+    """Return what our mean is multiplied by where the call says the counts of a whole step, and its ranks.
+
+    Args:
+        case: may give ``dp_size``, ``batch_num_tokens`` and ``global_batch_size``; a peer multiplies by the first
+            because the gradients of its ranks are averaged afterwards.
+        rows: what our mean over sequences divides by.
+        tokens: what our mean over tokens divides by.
+        is_per_token: which of the two the case has.
+    """
+    params = case.params.over({"dp_size": 1, "batch_num_tokens": tokens, "global_batch_size": rows})
+    step_tokens, step_rows = (float(params[name] or 0) for name in ("batch_num_tokens", "global_batch_size"))
+    share = tokens / (step_tokens or tokens) if is_per_token else rows / (step_rows or rows)
+    return float(params["dp_size"]) * share
 
 
 def preset_of(case: Case) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tests.dialects import Run
 from tests.dialects.parts import Fields, preset_of, renamed, scored_rows, scored_tokens
-from tests.golden_data import Case
+from tests.golden_data import Case, Exclusion, Params, peers_error
 
-EXCLUDED: dict[str, str] = {}
+EXCLUDED: dict[str, Exclusion] = {}
+IGNORED = {
+    "batch_num_tokens": "only token-mean divides by it",
+    "global_valid_samples": "only the means over sequences divide by it",
+}
 UNMASKED_MEAN = "token-mean lets the tokens between turns into the sum, with their gradient: a mean over other tokens"
 OPTIONS = {
     "tis_lower_bound": "weight_min",
@@ -33,6 +35,10 @@ def translate(case: Case) -> Run:
     if name == "seq-mean-token-sum-norm":  # divides by the padded width, and not by the number of sequences
         width = case.inputs["response_mask"].shape[-1]
         aggregation, scale = {"name": "constant", "length": width}, float(scored_rows(case))
+    elif name == "token-mean":
+        scale = scored_tokens(case) / float(case.params.get("batch_num_tokens") or scored_tokens(case))
+    else:
+        scale = scored_rows(case) / float(case.params.get("global_valid_samples") or scored_rows(case))
     return Run(
         preset=preset_of(case),
         policy_loss=policy_loss,
@@ -42,16 +48,17 @@ def translate(case: Case) -> Run:
     )
 
 
-def reason_to_exclude(case: Case) -> str | None:
+def reason_to_exclude(case: Case) -> Exclusion | None:
     """What depends on the parameters."""
     has_holes = int(case.inputs["seq_lens"].sum()) != scored_tokens(case)
-    return UNMASKED_MEAN if case.params.get("loss_agg_mode") == "token-mean" and has_holes else None
+    is_unmasked = case.params.get("loss_agg_mode") == "token-mean" and has_holes
+    return peers_error(UNMASKED_MEAN) if is_unmasked else None
 
 
-def ppo(given: dict[str, Any]) -> Fields:
+def ppo(given: Params) -> Fields:
     clip = given.get("pg_clip", 0.2)
-    low, high = clip, clip
-    if given.get("use_pg_clip_range"):
-        low, high = given.get("pg_clip_low", 0.2), given.get("pg_clip_high", 0.2)
+    low, high = given.get("pg_clip_low", 0.2), given.get("pg_clip_high", 0.2)
+    if not given.get("use_pg_clip_range"):
+        low, high = clip, clip
     dual = 1 + 2 * clip if given.get("dual_clip_loss") else None
     return {"cliprange_low": low, "cliprange_high": high, "clip_ratio_c": dual}

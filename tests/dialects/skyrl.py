@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tests.dialects import Run
-from tests.dialects.parts import Fields, preset_of, rejection, renamed, scored_tokens, unit, weight
-from tests.golden_data import Case
+from tests.dialects.parts import (
+    Fields,
+    check_selects,
+    preset_of,
+    rejection,
+    renamed,
+    scored_tokens,
+    unit,
+    weight,
+    without_effect,
+)
+from tests.golden_data import Case, Exclusion, Params, missing_here, not_repeatable
 
-EXCLUDED: dict[str, str] = {}
+EXCLUDED: dict[str, Exclusion] = {}
+IGNORED = without_effect(("cross_entropy",), ("loss_reduction",), "it scales advantages, which this loss does not read")
 OPTIONS = {
     "eps_clip_low": "cliprange_low",
     "eps_clip_high": "cliprange_high",
@@ -34,25 +43,34 @@ AGGREGATIONS: dict[str, Fields] = {
     # The mean over micro-batches of their token means: that over prompts whose rows are those of a micro-batch.
     "token_mean_legacy": {"name": "prompt_mean", "count_empty": True},
 }
-TOKEN_MASKS = ("outlier_token_", "token_mask_")
+TOKEN_MASKS = (
+    "outlier_token_is_threshold_low",
+    "outlier_token_is_threshold_high",
+    "token_mask_is_threshold_low",
+    "token_mask_is_threshold_high",
+)
 ROWS_PER_PROMPT = 2
 """The file's convention: of a prompt, and of a micro-batch."""
 
 
-def reason_to_exclude(case: Case) -> str | None:
+def reason_to_exclude(case: Case) -> Exclusion | None:
     """What depends on the parameters."""
     if case.entry == "clip_cov" and case.params.get("clip_cov_ratio", 0.0) < 1:
-        return "the draw is the global torch.randperm's: only a ratio of 1, all eligible tokens, can be repeated"
-    given = case.params.get("off_policy_correction", {})
-    masks_tokens = any(value is not None for name, value in given.items() if name.startswith(TOKEN_MASKS))
+        return not_repeatable(
+            "the draw is the global torch.randperm's: only a ratio of 1, all eligible tokens, repeats"
+        )
+    given = case.params.get("off_policy_correction") or Params({})
+    masks_tokens = any(given.get(name) is not None for name in TOKEN_MASKS)
     if masks_tokens and (given.get("sequence_mask_metric") or given.get("tis_ratio_type") == "sequence"):
-        return "the sequence's statistic there skips tokens that another mask rejected; here the order plays no part"
+        return missing_here("the sequence's statistic skips tokens that another mask rejected; here no order matters")
     return None
 
 
 def translate(case: Case) -> Run:
     given = case.params
     policy_loss, preset = renamed(given, OPTIONS), preset_of(case)
+    name = case.entry.split("+")[0].removesuffix("_prompt_mean")
+    check_selects(case, "policy_loss_type", *((name,) if name == "dual_clip" else (None, name)))
     if given.get("dppo_type") == "binary_kl":
         policy_loss["loss_type"] = "dppo_kl"
     if case.entry == "clip_cov":  # its covariance is that of A / N: the bounds are N times as large for that of A
@@ -61,15 +79,16 @@ def translate(case: Case) -> Run:
     if case.entry == "kl_cov":  # its penalty is a sum beside a mean over N
         policy_loss["kl_coef"] = policy_loss.get("kl_coef", 1.0) * scored_tokens(case)
     loss: Fields = {}
-    if "loss_reduction" in given:
+    if case.entry != "cross_entropy" and "loss_reduction" in given:
         loss["aggregation"] = AGGREGATIONS[given["loss_reduction"]]
     if "off_policy_correction" in given:
         loss["correction"] = corrections(given["off_policy_correction"])
     groups = [row // ROWS_PER_PROMPT for row in range(len(case.inputs["response_mask"]))]
-    return Run(preset=preset, policy_loss=policy_loss, loss=loss, groups=groups)
+    is_rescaled = case.entry in ("clip_cov", "kl_cov")
+    return Run(preset=preset, policy_loss=policy_loss, loss=loss, groups=groups, is_rescaled=is_rescaled)
 
 
-def corrections(given: dict[str, Any]) -> list[Fields]:
+def corrections(given: Params) -> list[Fields]:
     found = []
     if level := given.get("tis_ratio_type"):
         usual = {"token": 2.0, "sequence": 5.0}[level]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from tests.dialects import Run
-from tests.dialects.parts import preset_of
-from tests.golden_data import Case
+from tests.dialects.parts import check_selects, preset_of, without_effect
+from tests.golden_data import Case, Exclusion, Params, missing_here, peers_error
 
-EXCLUDED: dict[str, str] = {}
+EXCLUDED: dict[str, Exclusion] = {}
 DEFAULT_LENGTH = 16
 """``max_completion_length`` where a case does not give it."""
 SINGLE = ("tau_pos", "tau_neg", "k_pos", "lambda_pos", "k_neg", "lambda_neg")
@@ -25,6 +26,8 @@ AGGREGATIONS: dict[str, dict[str, Any]] = {
     "dr_grpo": {"name": "constant", "count_empty": True},
     **{name: {"name": "token_mean"} for name in ("bnpo", *PER_TOKEN)},
 }
+LEVELS = {"gspo": "sequence", "luspo": "sequence", "gspo_token": "sequence_token"}
+"""``importance_sampling_level`` of an entry; "token" in the others."""
 OPTIONS = {
     "delta": "delta",
     "sapo_temperature_pos": "tau_pos",
@@ -33,21 +36,67 @@ OPTIONS = {
 }
 
 
-def reason_to_exclude(case: Case) -> str | None:
+def lengths_without_effect(entries: Iterable[str]) -> dict[str, str]:
+    """Return the part of an ``IGNORED`` about the longest completion."""
+    return without_effect(entries, ("max_completion_length",), "only loss_type dr_grpo divides by it")
+
+
+def counts_without_effect(entries: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """Return the part of an ``IGNORED`` about counts of tokens of a step."""
+    return without_effect(entries, names, "only loss types dapo, cispo and vespo divide by the tokens of a step")
+
+
+PER_ROW = ("grpo", "bnpo", "dr_grpo", "sapo", "luspo", "gmpo")
+IGNORED = {
+    **without_effect(("sapo", "vespo"), ("epsilon", "epsilon_low", "epsilon_high"), "a loss without a range"),
+    **lengths_without_effect(("grpo", "bnpo", "dapo", "cispo", "sapo", "vespo", "gspo", "gspo_token", "luspo", "gmpo")),
+    **counts_without_effect(PER_ROW, ("num_items_in_batch", "steps_per_generation")),
+}
+
+
+def reason_to_exclude(case: Case) -> Exclusion | None:
     """What depends on the parameters."""
     if "top_entropy_quantile" in case.params:
-        return "the policy term of low-entropy tokens left out: a quantile over the step that no setting here has"
+        return missing_here("the policy term of low-entropy tokens left out: a quantile that no setting here has")
     if case.entry == "vespo" and case.params.get("_is", "token_truncate") != "token_truncate":
-        return "TRL takes the log of a weight of 0 as log 1e-8 inside VESPO's weight; here a rejected token counts 0"
+        return peers_error(
+            "TRL takes the log of a rejected weight of 0 as log 1e-8 inside VESPO's weight; here it is 0"
+        )
+    if missing := missing_at_sequence_level(case):
+        return missing
     has_empty_row = bool((case.inputs["response_mask"] == 0).all(-1).any())
     if case.entry == "gmpo" and has_empty_row:
-        return "TRL's GMPO adds minus the advantage of a row without a scored token to the loss, as if its ratio were 1"
+        return peers_error(
+            "TRL's GMPO adds minus the advantage of a row without a scored token, as if its ratio were 1"
+        )
     return None
+
+
+def missing_at_sequence_level(case: Case) -> Exclusion | None:
+    """Return what a loss on the ratio of a sequence has there and not here."""
+    params = case.params
+    if params.get("importance_sampling_level", "token") == "token":
+        return None
+    if params.get("delta") is not None:
+        return missing_here(
+            "a cap of the sequence's ratio in the unclipped branch: delta is an option of vanilla alone"
+        )
+    if params.get("beta") and params.get("use_bias_correction_kl"):
+        return missing_here("a KL term times the ratio of the sequence; here kl_gradient takes that of the token")
+    return None
+
+
+def check_level(case: Case) -> None:
+    """Read the level of the ratio, which the preset of the entry stands for."""
+    check_selects(
+        case, "importance_sampling_level", *((LEVELS[case.entry],) if case.entry in LEVELS else (None, "token"))
+    )
 
 
 def translate(case: Case) -> Run:
     """Return our run of a case."""
     given = case.params
+    check_level(case)
     policy_loss = {ours: given[theirs] for theirs, ours in OPTIONS.items() if given.get(theirs) is not None}
     if case.entry == "sapo":
         policy_loss = {"tau_neg": 1.05} | policy_loss  # its default is no float32 either
@@ -72,6 +121,8 @@ def single(value: float) -> float:
 
 def clip_range(case: Case) -> dict[str, float]:
     """Return the range of a case; ``epsilon_high`` is the ceiling itself in CISPO, and ``epsilon`` where not given."""
+    if case.entry in ("sapo", "vespo"):
+        return {}
     low = case.params.get("epsilon", case.params.get("epsilon_low"))
     high = case.params.get("epsilon_high", low)
     if case.entry == "cispo":
@@ -80,11 +131,11 @@ def clip_range(case: Case) -> dict[str, float]:
     return {name: value for name, value in names.items() if value is not None}
 
 
-def kl_of(given: dict[str, Any]) -> dict[str, Any]:
+def kl_of(given: Params) -> dict[str, Any]:
     """Return the KL term of ``beta``: k3 without clamps, in the loss and never under a correction."""
+    gradient = "is_corrected" if given.get("use_bias_correction_kl") else "as_is"
     if not given.get("beta"):
         return {}
-    gradient = "is_corrected" if given.get("use_bias_correction_kl") else "as_is"
     clamps = {"kl_input_clamp": None, "kl_output_clamp": None}
     return {
         "use_kl_loss": True,
@@ -95,11 +146,12 @@ def kl_of(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def aggregation_of(given: dict[str, Any]) -> dict[str, Any]:
+def aggregation_of(given: Params, name: str | None = None) -> dict[str, Any]:
     """Return how a ``loss_type`` averages."""
-    chosen = AGGREGATIONS[given["loss_type"]]
-    length = {"length": float(given.get("max_completion_length", DEFAULT_LENGTH))}
-    return chosen | (length if chosen["name"] == "constant" else {})
+    chosen = AGGREGATIONS[name or given["loss_type"]]
+    if chosen["name"] != "constant":
+        return chosen
+    return chosen | {"length": float(given.get("max_completion_length", DEFAULT_LENGTH))}
 
 
 def opsm(threshold: float) -> dict[str, Any]:

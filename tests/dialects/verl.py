@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tests.dialects import Run
-from tests.dialects.parts import preset_of
-from tests.golden_data import Case
+from tests.dialects.parts import count_scale, preset_of, scored_rows, scored_tokens, without_effect
+from tests.golden_data import Case, Exclusion, missing_here, not_repeatable
 
-EXCLUDED: dict[str, str] = {}
+EXCLUDED: dict[str, Exclusion] = {}
 AGGREGATIONS = {
     "token-mean": "token_mean",
     "token-sum": "token_sum",
@@ -32,17 +32,27 @@ OPTIONS = {
     "kl_cov_ratio": "kl_cov_ratio",
     "ppo_kl_coef": "kl_coef",
 }
+NO_RANGE = ("sapo", "gpg", "kl_cov", "dro", "reinforce")
+COUNTS = ("dp_size", "batch_num_tokens", "global_batch_size")
+IGNORED = {
+    **without_effect(FIXED_AGGREGATION, ("loss_agg_mode",), "always seq-mean-token-mean"),
+    **without_effect(("geo_mean",), COUNTS, "a mean over the rows of the call, whatever the step"),
+    **without_effect(NO_RANGE, ("clip_ratio", "clip_ratio_low", "clip_ratio_high"), "a loss without a range"),
+    "loss_scale_factor": "only seq-mean-token-sum-norm divides by it",
+}
 WEIGHT = {"granularity": "token", "statistic": "ratio", "action": "clamp_upper", "upper": 2.0}
 
 
-def reason_to_exclude(case: Case) -> str | None:
+def reason_to_exclude(case: Case) -> Exclusion | None:
     """What depends on the parameters."""
     if case.entry == "clip_cov" and case.params.get("clip_cov_ratio", 0.0) < 1:
-        return (
-            "verl draws tokens with the global torch.randperm: only a ratio of 1, all eligible tokens, can be repeated"
+        return not_repeatable(
+            "the draw is the global torch.randperm's: only a ratio of 1, all eligible tokens, repeats"
         )
     if case.entry == "geo_mean" and case.params.get("_is"):
-        return "verl caps the weight of each token and then takes the sequence's geometric mean: two steps, not one"
+        return missing_here(
+            "verl caps the weight of a token, then takes the geometric mean of a row's: two steps, not one"
+        )
     return None
 
 
@@ -52,7 +62,7 @@ def translate(case: Case) -> Run:
     policy_loss = {ours: given[theirs] for theirs, ours in OPTIONS.items() if theirs in given}
     names = RANGES.get(entry, ("cliprange_low", "cliprange_high"))
     for name, side in zip(names, ("low", "high"), strict=True):
-        value = given.get(f"clip_ratio_{side}", given.get("clip_ratio"))
+        value = None if entry in NO_RANGE else given.get(f"clip_ratio_{side}", given.get("clip_ratio"))
         if value is not None:
             # A floor of 1 - 10 is below every ratio, and so is 0.
             policy_loss[name] = min(value, 1.0) if name == "cliprange_low" and entry != "geo_mean" else value
@@ -71,10 +81,16 @@ def translate(case: Case) -> Run:
     between = "current_rollout" if entry == "reinforce" else "old_rollout"
     loss["correction"] = [{**WEIGHT, "between": between}] if given.get("_is") else None
     mode = FIXED_AGGREGATION.get(entry) or given.get("loss_agg_mode", "token-mean")
+    is_per_token, scale = mode == "token-mean", 1.0
+    if entry != "geo_mean":
+        scale = count_scale(case, scored_rows(case), scored_tokens(case), is_per_token=is_per_token)
+    if mode == "token-sum":
+        scale = float(given.get("dp_size", 1))
     return Run(
         preset=preset_of(case),
         policy_loss=policy_loss,
         loss=loss,
         row_epsilon=EPSILON if mode == "seq-mean-token-mean" else 0.0,
         ratio_epsilon=EPSILON if entry == "geo_mean" else 0.0,
+        scale=scale,
     )

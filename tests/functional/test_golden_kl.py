@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden_data import Case, cases, relative_error, tolerance
+from tests.golden_data import IS_SHIPPED, Case, Params, all_params_read, cases, is_single, relative_error, tolerance
 from toolkit.functional.kl import kl_estimate
 
 Terms = dict[str, Tensor]
@@ -15,11 +15,11 @@ Choice = dict[str, Any]
 CASES = list(cases("kl"))
 
 
-def _areal(params: dict[str, Any], terms: Terms) -> Choice:
+def _areal(params: Params, terms: Terms) -> Choice:
     return {"kl_type": params["t"], "input_clamp": None, "output_clamp": 10.0 if params.get("clamp") else None}
 
 
-def _nemo_rl(params: dict[str, Any], terms: Terms) -> Choice:
+def _nemo_rl(params: Params, terms: Terms) -> Choice:
     choice = {"kl_type": params["t"], "input_clamp": params.get("ic", 20.0), "output_clamp": params.get("oc", 10.0)}
     if params.get("w") == "score":
         choice["gradient"] = "score_corrected"
@@ -28,7 +28,7 @@ def _nemo_rl(params: dict[str, Any], terms: Terms) -> Choice:
     return choice
 
 
-def _open_instruct(params: dict[str, Any], terms: Terms) -> Choice:
+def _open_instruct(params: Params, terms: Terms) -> Choice:
     number = params["kl_estimator"]
     choice = {"kl_type": ["k1", "k2", "k3", "k1"][number], "input_clamp": 40.0, "output_clamp": None}
     if number == 3:  # "ratio times k1"
@@ -36,19 +36,19 @@ def _open_instruct(params: dict[str, Any], terms: Terms) -> Choice:
     return choice
 
 
-def _openrlhf(params: dict[str, Any], terms: Terms) -> Choice:
+def _openrlhf(params: Params, terms: Terms) -> Choice:
     return {"kl_type": params["t"], "input_clamp": None, "output_clamp": 10.0}
 
 
-def _roll(params: dict[str, Any], terms: Terms) -> Choice:
+def _roll(params: Params, terms: Terms) -> Choice:
     return {"kl_type": params["t"], "input_clamp": None}
 
 
-def _skyrl(params: dict[str, Any], terms: Terms) -> Choice:
+def _skyrl(params: Params, terms: Terms) -> Choice:
     return {"kl_type": params["t"]}
 
 
-def _slime(params: dict[str, Any], terms: Terms) -> Choice:
+def _slime(params: Params, terms: Terms) -> Choice:
     output = 10.0 if params["t"] == "low_var_kl" else None
     choice = {"kl_type": params["t"], "input_clamp": None, "output_clamp": output}
     if params.get("unbiased"):
@@ -56,7 +56,7 @@ def _slime(params: dict[str, Any], terms: Terms) -> Choice:
     return choice
 
 
-def _verl(params: dict[str, Any], terms: Terms) -> Choice:
+def _verl(params: Params, terms: Terms) -> Choice:
     name = params["type"]
     if not name.endswith("+"):
         return {"kl_type": name}
@@ -64,12 +64,12 @@ def _verl(params: dict[str, Any], terms: Terms) -> Choice:
     return {"kl_type": name.removesuffix("+"), "gradient": "straight_through", "input_clamp": None}
 
 
-def _xtuner(params: dict[str, Any], terms: Terms) -> Choice:
+def _xtuner(params: Params, terms: Terms) -> Choice:
     assert params.get("loss_weights", "response_mask") == "response_mask"
     return {"kl_type": params["kl_loss_type"]}
 
 
-PEERS: dict[str, Callable[[dict[str, Any], Terms], Choice]] = {
+PEERS: dict[str, Callable[[Params, Terms], Choice]] = {
     "areal": _areal,
     "nemo_rl": _nemo_rl,
     "open_instruct": _open_instruct,
@@ -83,23 +83,37 @@ PEERS: dict[str, Callable[[dict[str, Any], Terms], Choice]] = {
 """What each peer's parameters are called here. No case is left out."""
 
 
+def choice_of(case: Case, terms: Terms) -> Choice:
+    """Return our arguments for a case, every parameter of which must be read."""
+    with all_params_read(case, {}):
+        return PEERS[case.peer](case.params, terms)
+
+
+def outcome(case: Case) -> str:
+    """Return how a case is compared: all are, with arguments that we have."""
+    return "matched"
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values_and_gradients_are_the_peers(case: Case) -> None:
     mask = case.inputs["response_mask"].bool()
     names = ("log_probs", "old_log_probs", "ref_log_probs", "rollout_log_probs")
     terms = {name: case.inputs[name][mask].clone() for name in names}
     logprobs = terms["log_probs"].requires_grad_()
-    values = kl_estimate(logprobs, terms["ref_log_probs"], **PEERS[case.peer](case.params, terms))
+    values = kl_estimate(logprobs, terms["ref_log_probs"], **choice_of(case, terms))
     values.sum().backward()
     assert logprobs.grad is not None
     if "values" in case.outputs:
-        assert relative_error(values.detach(), case.tensor("values")) <= tolerance(case)
-        assert relative_error(logprobs.grad, case.tensor("grad_of_sum")) <= tolerance(case)
+        # exp(-d) - 1 + d: the 1 is rounded away from however small the value is, and no term is larger than 1 + value.
+        term = 1.0 if is_single(case) else 0.0
+        assert relative_error(values.detach(), case.tensor("values"), term=term) <= tolerance(case)
+        assert relative_error(logprobs.grad, case.tensor("grad_of_sum"), term=term) <= tolerance(case)
     else:  # XTuner's function sums
         loss = torch.tensor(float(case.outputs["loss"]), dtype=torch.float64)
         assert relative_error(values.detach().sum(), loss) <= tolerance(case)
         assert relative_error(logprobs.grad, case.tensor("grad")) <= tolerance(case)
 
 
+@pytest.mark.skipif(not IS_SHIPPED, reason="other cases may be of other kinds alone")
 def test_there_are_cases_to_compare() -> None:
     assert CASES

@@ -271,6 +271,12 @@ def test_every_built_in_loss_is_rehearsed(name: str) -> None:
         rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": name, "anchor": "rollout"}))
 
 
+def test_an_option_brings_the_sampler() -> None:
+    loss = policy_loss("vespo")
+    assert undeclared(loss, loss.options({"use_rollout_weight": True})) is None
+    rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": "vespo", "use_rollout_weight": True}))
+
+
 def test_a_kl_brings_the_reference() -> None:
     register_policy_loss("mine")(reads_the_reference)
     with pytest.raises(ConfigError, match="ref_logprobs"):

@@ -156,7 +156,8 @@ def test_what_a_loss_fn_returns_is_checked(returned: Any, words: str, is_trained
 
 def test_what_the_caller_changes_afterwards_does_not_change_the_gradient() -> None:
     hidden, weight, labels = head()
-    temperature, mask = torch.ones(TOKENS), torch.ones(VOCABULARY, dtype=torch.bool)
+    # As wide as the arithmetic: where the dtype is changed, the head has a copy in any case.
+    temperature, mask = torch.ones(TOKENS, dtype=torch.float64), torch.ones(VOCABULARY, dtype=torch.bool)
     expected = torch.autograd.grad(token_logprobs(hidden, weight, labels).sum(), hidden)[0]
     total = token_logprobs(hidden, weight, labels, temperature=temperature, vocab_mask=mask).sum()
     temperature.fill_(9.0)

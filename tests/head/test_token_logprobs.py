@@ -84,6 +84,15 @@ class TestNumbersByHand:
         bias = torch.tensor([1.0, 0.0], dtype=torch.float64)  # z = [2, 2]
         assert token_logprobs(hidden, weight, torch.tensor([0]), bias).item() == pytest.approx(-math.log(2), rel=1e-14)
 
+    @ALL_PASSES
+    def test_the_bias_counts_in_the_entropy(self, trained: str, scope: Any) -> None:
+        # z = [log 3, 0] from the bias alone: log p of the second is -log 4, H = log 4 - 3/4 log 3.
+        hidden, weight = torch.zeros(1, 2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)
+        bias = torch.tensor([math.log(3), 0.0], dtype=torch.float64)
+        for entropy in ("metric", True):
+            value, _ = run(trained, scope, hidden, weight, torch.tensor([1]), bias, entropy=entropy)
+            assert value.item() == pytest.approx(-0.75 * math.log(3), rel=1e-14)
+
     def test_softcap(self) -> None:
         # R16: 30 tanh(124 / 30) = 29.9846. Against a logit of 0, -log p of the other is log(1 + e^29.9846) = 29.9846.
         assert score([124.0, 0.0], 1, softcap=30.0) == pytest.approx(-29.9846, abs=5e-5)
@@ -138,10 +147,10 @@ class TestNumbersByHand:
         hidden, weight = head_of([[-100.0, -100.0, -100.0, 0.0, 50.0]])
         mask = torch.tensor([True, True, True, True, False])
         logprob = token_logprobs(hidden, weight, torch.tensor([3]), bias, softcap=30.0, vocab_mask=mask)
-        assert logprob.item() == pytest.approx(-math.exp(-28.825), rel=2e-3)
+        assert logprob.item() == pytest.approx(-math.exp(-28.825), rel=2e-3, abs=0)
         (grad,) = torch.autograd.grad(logprob.sum(), bias)
         slope = 1 - math.tanh(100 / 30) ** 2
-        assert grad[:3].tolist() == pytest.approx([-math.exp(z) * slope] * 3, rel=1e-6)
+        assert grad[:3].tolist() == pytest.approx([-math.exp(z) * slope] * 3, rel=1e-6, abs=0)
         assert grad[4] == 0
 
     @ALL_PASSES
@@ -211,7 +220,7 @@ class TestExtremes:
 
     def test_almost_certain(self) -> None:
         # Two entries 27.63 apart: p = 1 - 1e-12. In float64 four digits of the logarithm are left.
-        assert score([-math.log(1e-12), 0.0]) == pytest.approx(-1e-12, rel=1e-3)
+        assert score([-math.log(1e-12), 0.0]) == pytest.approx(-1e-12, rel=1e-3, abs=0)
 
     @DTYPES
     def test_never_above_0(self, dtype: torch.dtype) -> None:
@@ -222,6 +231,10 @@ class TestExtremes:
         scores = token_logprobs(hidden, weight, best, entropy="metric")
         assert scores.logprobs.max() <= 0
         assert scores.logprobs.max() > -1e-3
+        assert scores.entropy.min() >= 0
+        # With a frozen head the entropy comes from the products, whose roundings do not cancel.
+        scores = token_logprobs(hidden.requires_grad_(), weight, best, entropy="metric")
+        assert scores.logprobs.max() <= 0
         assert scores.entropy.min() >= 0
 
     @pytest.mark.parametrize(("trained", "scope"), [found for found in PASSES.values() if "w" in found[0]])

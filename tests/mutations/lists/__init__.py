@@ -1,0 +1,1 @@
+"""Breakages by part of the package; each module has a tuple ``MUTATIONS``."""

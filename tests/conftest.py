@@ -1,18 +1,20 @@
-"""Fixtures shared by all tests: seeds, small batches, and a runner for several processes."""
+"""Fixtures shared by all tests: seeds, small batches, one thread for each of the processes that run tests."""
 
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Callable
-from typing import Any
+
+# Before torch is loaded: two workers with two threads each would wait for each other on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
+import toolkit.testing.processes
 from toolkit import RLLossContextInputItem
+
+toolkit.testing.processes.START_METHOD = "forkserver"  # as in tests.processes
 
 
 @pytest.fixture(autouse=True)
@@ -48,24 +50,3 @@ def random_head(
     weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
     bias = torch.randn(vocabulary, dtype=dtype, requires_grad=True)
     return hidden, weight, bias
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _entry(rank: int, world: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        function(rank, world, *args)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def run_processes(world: int, function: Callable[..., None], *args: Any) -> None:
-    """Run ``function(rank, world, *args)`` in `world` processes joined by gloo; an assertion in one fails the test."""
-    mp.spawn(_entry, args=(world, free_port(), function, args), nprocs=world)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-from tests.conftest import run_processes
 from tests.models.heads import head_variant
+from tests.processes import run_processes
 from tests.test_sharded import CFG, MAX_NORM, STEPS, batch, micro_batches, optimizer_of, train
 from toolkit.errors import ConfigError, LaunchError
 from toolkit.models.policy import Policy

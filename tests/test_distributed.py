@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.conftest import random_head, random_item, run_processes
+from tests.conftest import random_head, random_item
+from tests.processes import run_processes
 from toolkit import CELossConfig, GRPOLossConfig, LaunchError, LossRunner, OrealLossConfig, RLLossContextInputItem
 from toolkit.distributed import check_world_size, reduce_metrics, sp_gather, sp_split
 from toolkit.losses.items import CELossContextInputItem

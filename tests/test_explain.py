@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import toolkit
+from tests.processes import run_module
 from toolkit import errors
 from toolkit.catalogue import BEGIN, END, listing, with_markdown
-from toolkit.config import build_loss, compose_config
+from toolkit.config import load_loss
 from toolkit.errors import ConfigError, DataError
 from toolkit.explain import main
 from toolkit.functional import registry
@@ -42,11 +43,11 @@ def explained(*overrides: str) -> str:
     """The text on one line, however it was wrapped."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return " ".join(explain_loss(build_loss(compose_config(overrides))).split())
+        return " ".join(explain_loss(load_loss(overrides)).split())
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "toolkit.explain", *arguments], capture_output=True, text=True)
+    return run_module("toolkit.explain", *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -406,7 +407,7 @@ def test_a_loss_in_eight_lines_is_explained() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_plugin")
 def test_a_loss_in_eight_lines_trains() -> None:
-    done = subprocess.run([sys.executable, "-m", "toolkit.train", *OWN, *SMALL], capture_output=True, text=True)
+    done = run_module("toolkit.train", *OWN, *SMALL)
     assert done.returncode == 0, done.stderr
     assert "note:" not in done.stderr
     assert Path("out/summary.json").is_file()

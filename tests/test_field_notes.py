@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.conftest import run_processes
+from tests.processes import run_processes, start
 from toolkit import CELossConfig, CELossContextInputItem, GRPOLossConfig, LossRunner, RLLossContextInputItem
 from toolkit.losses import auxiliary_weights
 from toolkit.metrics import Mean, Sum, merge_metrics, to_floats
@@ -141,8 +140,8 @@ def test_r4_steps_per_generation_do_not_scale() -> None:
     # One generation of 8 rows is used in 4 optimizer steps of 2 micro-batches; the bug's factor is 2 / 4.
     rows = [item_of([1.0] * tokens) for tokens in (1, 2, 3, 4, 5, 6, 7, 8)]
     context = REINFORCE.loss_ctx_cls
-    for start in range(0, 8, 2):
-        batches = context.build_batches_loss_kwargs(rows[start : start + 2], REINFORCE)
+    for first in range(0, 8, 2):
+        batches = context.build_batches_loss_kwargs(rows[first : first + 2], REINFORCE)
         scale = sum(float(kwargs.loss_weight.sum()) for kwargs in batches)
         assert scale == pytest.approx(1.0, rel=1e-12)
         assert scale != pytest.approx(2 / 4)
@@ -252,7 +251,7 @@ def eight_shards(_: int) -> None:
 
 @pytest.mark.dist
 def test_r2_eight_ranks_that_share_a_sequence() -> None:
-    mp.spawn(eight_shards, nprocs=1)
+    start(eight_shards, (), 1)
 
 
 # ------------------------------------------------------------------------------------------------ several processes

@@ -35,6 +35,7 @@ def run(world: int, cases: list[Case]) -> list[str]:
     return layout_worker(cases) if world == 1 else run_processes(world, layout_worker, cases)
 
 
+@pytest.mark.slow
 def test_sample_covers_every_pair_of_values() -> None:
     seen = set()
     for case in sampled_cases():
@@ -48,6 +49,7 @@ def test_sample_covers_every_pair_of_values() -> None:
     assert seen == possible
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_slow_part_meets_every_layout(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each loss by itself with one and two processes, all losses together with four."""
@@ -66,6 +68,7 @@ def test_slow_part_meets_every_layout(world: int, monkeypatch: pytest.MonkeyPatc
         }
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("world", WORLDS)
 def test_sampled_layouts(world: int) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import run_processes
+from tests.processes import run_processes
 from toolkit import DataError
 from toolkit.distributed import PACKET, reduce_metrics
 from toolkit.functional.terms import PolicyTerms
@@ -128,6 +128,8 @@ def test_merging_is_one_pass_over_both() -> None:
         merged = kind.of(first).merge(kind.of(second))
         assert merged.value() == kind.of(torch.cat([first, second])).value()
         assert kind.of(first).merge(kind.of(torch.tensor([]))).value() == kind.of(first).value()
+        for parts in ([1.0, math.nan], [math.nan, 1.0]):  # a NaN of either shows
+            assert math.isnan(kind.of(torch.tensor(parts[:1])).merge(kind.of(torch.tensor(parts[1:]))).value())
     with pytest.raises(TypeError, match="cannot merge Mean with Max"):
         Mean.of(first).merge(Max.of(first))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.conftest import run_processes
+from tests.processes import run_processes
 from tests.test_distributed import SHAPE, Wrapped, alone, data, take
 from toolkit import CELossConfig, ConfigError, GRPOLossConfig, LaunchError
 from toolkit.distributed import reduce_metrics

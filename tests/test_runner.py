@@ -132,6 +132,14 @@ def test_step_names_misspelt_fields_and_takes_boundaries_of_some_batches() -> No
     runner.step([batch, {**batch, "cu_seq_lens": torch.tensor([0, 2, 4])}], lambda _: (hidden, weight, bias))
 
 
+def test_step_reads_boundaries() -> None:
+    hidden, weight, bias = random_head((1, 5))
+    batch = {"input_ids": torch.tensor([[1, 2, 3, 4, 5]]), "cu_seq_lens": torch.tensor([0, 2, 5])}
+    runner = LossRunner(CELossConfig(loss_reduction="sample"))
+    expected = runner(hidden, weight, bias, **batch).loss.item()
+    assert runner.step([batch], lambda _: (hidden, weight, bias)).loss.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_cross_entropy_refuses_what_it_does_not_read() -> None:
     hidden, weight, bias = random_head((1, 4))
     with pytest.raises(DataError, match="advantages has no effect"):

@@ -15,8 +15,8 @@ pytest.importorskip("peft")
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.conftest import run_processes
 from tests.models.heads import KINDS, VOCABULARY, head_variant
+from tests.processes import run_processes
 from toolkit import CELossConfig, GRPOLossConfig, RLLossContextInputItem
 from toolkit.errors import ConfigError, DataError, LaunchError
 from toolkit.head.adapters import find_head
@@ -165,6 +165,7 @@ def check_all(rank: int, world: int, expected: dict[str, Any], folder: str) -> N
 
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == world
+    check_rank_zero_wins(rank, accelerator)
     for kind in expected:
         for sharding in ("none", "fsdp2"):
             torch.manual_seed(rank)
@@ -176,7 +177,6 @@ def check_all(rank: int, world: int, expected: dict[str, Any], folder: str) -> N
     check_inside(rank, accelerator)
     if "plain" not in expected:
         return
-    check_rank_zero_wins(rank, accelerator)
     check_files(rank, world, accelerator, expected["plain"], folder)
     check_copies(rank, world, accelerator)
     check_precision(rank, world)

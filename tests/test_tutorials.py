@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 import toolkit
 
 TUTORIALS = sorted((Path(toolkit.__file__).parents[1] / "tutorials").glob("*.ipynb"))
+FIRST, *LATER = TUTORIALS
 
 
 def test_there_are_tutorials() -> None:
@@ -16,7 +17,9 @@ def test_there_are_tutorials() -> None:
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [FIRST, *(pytest.param(p, marks=pytest.mark.slow) for p in LATER)], ids=lambda path: path.stem
+)
 def test_runs(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}})

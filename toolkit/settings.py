@@ -43,9 +43,10 @@ def settings_in(cfg: DictConfig) -> Iterator[Setting]:
     """Yield the settings of a composed configuration, in its order; of each part first those that are listed."""
     values = _plain(cfg)
     # The options of a policy loss stand in a group of their own, or inside of the preset that brings the loss along.
-    if OmegaConf.is_interpolation(cfg.loss, "policy_loss_cfg"):
-        values["loss"].pop("policy_loss_cfg")
-    else:
+    loss = values["loss"] if isinstance(values["loss"], dict) else {}
+    if "policy_loss_cfg" in loss and OmegaConf.is_interpolation(cfg.loss, "policy_loss_cfg"):
+        loss.pop("policy_loss_cfg")
+    elif "policy_loss_cfg" in loss:
         values.pop("policy_loss")
     parts = {name: value for name, value in values.items() if isinstance(value, dict)}
     for name, value in values.items():

@@ -8,7 +8,7 @@ import torch
 from toolkit import ConfigError, DataError, register_policy_loss
 from toolkit.functional import conformance, registry
 from toolkit.functional.conformance import check_policy_loss, is_zero_without_advantage
-from toolkit.functional.registry import policy_loss, policy_loss_names
+from toolkit.functional.registry import policy_loss
 
 pytestmark = pytest.mark.usefixtures("_own_registry")
 
@@ -23,11 +23,6 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def is_zero(name: str) -> bool:
     loss = policy_loss(name)
     return is_zero_without_advantage(loss, loss.options({}))
-
-
-@pytest.mark.parametrize("name", policy_loss_names())
-def test_registered_losses_keep_their_scope(name: str) -> None:
-    check_policy_loss(name)
 
 
 def centred_in_sequence(t):

@@ -90,10 +90,10 @@ class Call:
         self,
         name: str,
         *,
-        tokens: int = 600,
+        tokens: int = 300,
         positions: int | None = None,
         width: int = 64,
-        vocabulary: int = 5000,
+        vocabulary: int = 2500,
         dtype: torch.dtype = torch.float32,
         weight_dtype: torch.dtype | None = None,
         has_bias: bool = True,
@@ -109,7 +109,7 @@ class Call:
         self.bias = torch.randn(vocabulary).to(dtype).requires_grad_("b" in trained) if has_bias else None
         self.labels = torch.randint(0, vocabulary, (positions,))
         self.labels[torch.randperm(positions)[tokens:]] = -100
-        self.options = {"chunk_size": 128, **options}
+        self.options = {"chunk_size": 64, **options}
         self.of_scope = {} if self.scope is None else {"scope": self.scope}
         if self.scope == "sequence":
             self.of_scope["sequence_ids"] = torch.arange(positions) // 40
@@ -217,13 +217,13 @@ class TestPeak:
     @pytest.mark.parametrize("name", ["two-pass", "one-pass", "fused frozen token", "frozen"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
     def test_is_predicted_in_other_dtypes(self, name: str, dtype: torch.dtype) -> None:
-        assert_predicted(Call(name, tokens=256, dtype=dtype))
+        assert_predicted(Call(name, tokens=128, dtype=dtype))
 
     @pytest.mark.parametrize("name", ["two-pass", "one-pass", "fused two-pass", "fused frozen batch", "frozen"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_is_predicted_under_a_loss_scale(self, name: str, dtype: torch.dtype) -> None:
         # Gradients of a fused loss are multiplied at the end: in place, or their peak doubles.
-        assert_predicted(Call(name, tokens=256 if dtype == torch.float16 else 600, dtype=dtype, upstream=3.0))
+        assert_predicted(Call(name, tokens=128 if dtype == torch.float16 else 300, dtype=dtype, upstream=3.0))
 
     @pytest.mark.parametrize("name", ["two-pass", "one-pass", "fused frozen token", "frozen", "no-grad"])
     def test_is_predicted_under_autocast(self, name: str) -> None:
@@ -234,7 +234,7 @@ class TestPeak:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("chunks", [1, 2, 50])
     def test_is_predicted_with_retained_chunks(self, name: str, dtype: torch.dtype, chunks: int) -> None:
-        assert_predicted(Call(name, dtype=dtype, retain_bytes=chunks * 128 * 5000 * dtype.itemsize))
+        assert_predicted(Call(name, dtype=dtype, retain_bytes=chunks * 64 * 2500 * dtype.itemsize))
 
     @pytest.mark.parametrize("name", ["two-pass", "one-pass", "fused two-pass", "frozen", "fused frozen batch"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -246,7 +246,7 @@ class TestPeak:
 
     @pytest.mark.parametrize("name", ["two-pass", "one-pass", "fused two-pass"])
     def test_is_predicted_for_a_chunk_that_holds_all_in_bf16(self, name: str) -> None:
-        call = Call(name, dtype=torch.bfloat16, chunk_size=500)
+        call = Call(name, dtype=torch.bfloat16, chunk_size=250)
         assert len(call.plan.chunks) == 1
         assert_predicted(call)
 
@@ -277,7 +277,7 @@ class TestPeak:
             logprobs = token_logprobs(*call.head, **call.options)
             held = seen.live
             del logprobs
-            assert held > 3 * 128 * 5000 * 4  # the retained chunks
+            assert held > 3 * 64 * 2500 * 4  # the retained chunks
             assert seen.live == 0
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.head.cases import Case, Draw, draw, eager, evaluate, loss_of, options, relative
+from tests.head.rounding import largest_error
 from toolkit.head import explain, fused_loss, token_logprobs
 
 STRUCTURES = [
@@ -81,8 +82,13 @@ def test_float32_is_close_to_float64(index: int, structure: Case) -> None:
     for transform in transforms_for(index // 7 * 5, 3):
         case = replace(structure, **transform)
         data = draw(case).to(torch.float32)
-        # The reference starts from the same numbers, rounded to fp32.
-        assert evaluate(case, data).error(eager(case, data.to(torch.float64))) <= 2e-6, case
+        wide = data.to(torch.float64)  # the reference starts from the same numbers, rounded to fp32
+        exact = eager(case, wide)
+        allowed = largest_error(
+            lambda case=case, wide=wide: eager(case, wide), lambda rounded, exact=exact: rounded.error(exact)
+        )
+        # Twice: the engine takes probabilities again from rounded logits, and rounds what a chunk adds.
+        assert evaluate(case, data).error(exact) <= 2 * allowed, case
 
 
 @ALL_PASSES
@@ -184,8 +190,8 @@ def test_int32_labels(case: Case) -> None:
 @WITH_ENTROPY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_are_bit_identical(case: Case, entropy: Any, dtype: torch.dtype) -> None:
-    case = replace(case, entropy=entropy, chunk=96)
-    data = draw(case, positions=300, width=32, vocabulary=6000).to(dtype)
+    case = replace(case, entropy=entropy, chunk=40)
+    data = draw(case, positions=120, width=16, vocabulary=3000).to(dtype)
     first, second = evaluate(case, data), evaluate(case, data)
     assert torch.equal(first.loss, second.loss)
     assert torch.equal(first.logprobs, second.logprobs)

@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.conftest import random_head, random_item, run_processes
+from tests.conftest import random_head, random_item
 from tests.head.cases import Case, Draw, Outcome, draw, evaluate, relative
+from tests.processes import run_processes
 from toolkit import CELossConfig, DataError, GRPOLossConfig, OPDLossConfig, RLLossContextInputItem
 from toolkit.distributed import counting_over
 from toolkit.head import explain, fused_loss, token_logprobs

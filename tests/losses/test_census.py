@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.conftest import random_head, random_item, run_processes
+from tests.conftest import random_head, random_item
+from tests.processes import run_processes
 from toolkit import CELossConfig, DataError, GRPOLossConfig, GRPOLossContext
 from toolkit.losses.census import ROOM, Counts, census
 from toolkit.losses.items import CELossContextInputItem, RLLossContextInputItem

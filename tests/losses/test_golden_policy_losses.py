@@ -13,7 +13,7 @@ from tests.dialects import Run
 from tests.dialects.parts import shrunk
 from tests.golden_data import IS_SHIPPED, Case, Exclusion, all_params_read, cases, relative_error, tolerance
 from toolkit import GRPOLossConfig, RLLossContextInputItem
-from toolkit.config import build_loss, compose_config
+from toolkit.config import load_loss
 from toolkit.head import TokenScores
 from toolkit.losses.grpo_items import policy_loss_of
 
@@ -54,7 +54,7 @@ def outcome(case: Case) -> str:
 
 @functools.cache
 def preset_config(preset: str) -> GRPOLossConfig:
-    return build_loss(compose_config([f"loss=preset/{preset}"]))  # type: ignore[return-value]
+    return load_loss([f"loss=preset/{preset}"])  # type: ignore[return-value]
 
 
 def config_of(run: Run) -> GRPOLossConfig:
@@ -117,6 +117,7 @@ def test_each_ignored_parameter_has_a_reason() -> None:
         assert all(len(reason) > 20 for reason in getattr(dialect(peer), "IGNORED", {}).values()), peer
 
 
+@pytest.mark.slow
 def test_every_preset_uses_a_registered_loss() -> None:
     from pathlib import Path
 

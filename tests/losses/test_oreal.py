@@ -71,6 +71,14 @@ def test_the_kl_is_a_mean_over_all_tokens() -> None:
     assert (loss - without).item() == pytest.approx(0.1 * math.log(2))
 
 
+def test_the_entropy_is_a_mean_over_all_tokens() -> None:
+    # That of a coin is log 2, whatever the factors and signs.
+    item, head = coin([1.0, 1.0, -2.0], [math.log(1 / 2)] * 3)
+    without, _, _ = evaluate(OrealLossConfig(**FACTORS), [item], [head])
+    loss, _, _ = evaluate(OrealLossConfig(**FACTORS, entropy_coef=0.1), [item], [head])
+    assert (loss - without).item() == pytest.approx(-0.1 * math.log(2))
+
+
 @pytest.mark.parametrize("signs", ["positive", "negative", "none"])
 def test_an_empty_side_is_zero(signs: str) -> None:
     # XTuner divides by N- = 0 here and gives NaN, because ignored positions carry an advantage that is not positive.

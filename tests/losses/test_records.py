@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +68,15 @@ def test_chunks_cover_every_position_once() -> None:
     assert [piece.shifted_labels.shape[-1] for piece in pieces] == [3, 3, 1]
     for name, value in item.tensors():
         assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces], -1), value)
+
+
+def test_shards_are_padded_by_the_ignore_idx_of_the_loss() -> None:
+    # Three positions on two ranks: the second has one of them.
+    mesh: Any = SimpleNamespace(size=lambda: 2, get_local_rank=lambda: 1)
+    item = RLLossContextInputItem(shifted_labels=torch.tensor([[4, 5, 6]]), advantages=torch.ones(1, 3))
+    assert item.sp_split(mesh, ignore_idx=-7).shifted_labels.tolist() == [[6, -7]]
+    assert item.sp_split(mesh).shifted_labels.tolist() == [[6, -100]]
+    assert item.sp_split(mesh, ignore_idx=-7).advantages.tolist() == [[1.0, 0.0]]
 
 
 def test_every_per_token_field_declares_its_padding() -> None:

@@ -6,10 +6,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tests.conftest import random_head, random_item, run_processes
+from tests.conftest import random_head, random_item
+from tests.processes import run_processes
 from tests.test_distributed import alone, take
 from toolkit import GRPOLossConfig, GRPOLossContext
-from toolkit.distributed import counting_over, reduce_metrics
+from toolkit.distributed import counting_over, reduce_metrics, world_size
 from toolkit.metrics import to_floats
 
 CONFIGS = [
@@ -50,6 +51,7 @@ def one(mesh: DeviceMesh, cfg: GRPOLossConfig) -> None:
         part, metrics = GRPOLossContext(cfg, kwargs).forward(own, head)
         part.backward()
         found = to_floats(reduce_metrics(metrics))
+    assert world_size() == 4  # all again
     assert found == pytest.approx(expected_metrics, rel=1e-12, nan_ok=True)
     factor = 2 if cfg.gradient_reduction == "mean" else 1
     grad = head.grad.full_tensor()

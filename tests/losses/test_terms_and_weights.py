@@ -171,6 +171,14 @@ def test_empty_sequences_count_only_on_request() -> None:
     assert by_hand(counted, [1.0, 1.0], labels, [0, 0])[0] == pytest.approx(1 / 4)
 
 
+def test_empty_prompts_count_only_on_request() -> None:
+    # Two tokens of prompt 3; prompt 4 has a row without any, and -1 is the padding of a row.
+    labels, counted = [[0, 0], [-100, -100]], {"name": "prompt_mean", "count_empty": True}
+    assert by_hand("prompt_mean", [1.0, 1.0], labels, [3, 4])[0] == pytest.approx(1 / 2)
+    assert by_hand(counted, [1.0, 1.0], labels, [3, 4])[0] == pytest.approx(1 / 4)
+    assert by_hand(counted, [1.0, 1.0], labels, [3, -1])[0] == pytest.approx(1 / 2)
+
+
 @pytest.mark.parametrize(("denominator", "weight"), [("original", 1 / 5), ("survivors", 1 / 2)])
 def test_rejected_tokens_and_the_denominator(denominator: str, weight: float) -> None:
     # R8: log ratios .1, -1.5, .8, -10, .3 with [.5, 2]: tokens 0 and 4 stay.
@@ -186,6 +194,22 @@ def test_rejected_tokens_and_the_denominator(denominator: str, weight: float) ->
     effective = kwargs.loss_weight * kwargs.policy_weight
     assert effective.flatten().tolist() == pytest.approx([weight, 0, 0, 0, weight])
     assert ((kwargs.shifted_labels != -100).sum().item()) == (5 if denominator == "original" else 2)
+
+
+def test_a_rejected_token_may_be_infinite() -> None:
+    # -A log pi is 1 for the first of two tokens, and 6e38, more than fp32 holds, for the rejected one.
+    mask = {**MASK, "denominator": "original"}
+    cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": "reinforce"}, correction=[mask])
+    item = RLLossContextInputItem(
+        shifted_labels=torch.zeros(1, 2, dtype=torch.int64),
+        advantages=torch.tensor([[1.0, 3e38]]),
+        old_logprobs=torch.tensor([[-1.0, -2.0]]),
+        rollout_logprobs=torch.tensor([[-1.0, -9.0]]),
+    )
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)
+    scores = TokenScores(torch.tensor([-1.0, -2.0]), None)
+    loss, _ = GRPOLossContext(cfg, kwargs).loss_from_scores(scores, kwargs.take(torch.arange(2)))
+    assert loss.item() == pytest.approx(1 / 2)
 
 
 def test_weights_multiply_the_policy_term_alone_unless_asked() -> None:
@@ -261,8 +285,13 @@ def test_log_probabilities_of_another_distribution_are_refused(
     with pytest.raises(DataError, match=words):
         GRPOLossContext.build_batches_loss_kwargs([item], GRPOLossConfig(**options))
     GRPOLossContext.build_batches_loss_kwargs([item], GRPOLossConfig(**options, accept_mismatch=True))
-    # Where nothing reads them they do no harm.
-    GRPOLossContext.build_batches_loss_kwargs([item], GRPOLossConfig(temperature=temperature))
+    # Where nothing reads them they do no harm, and are not measured: the ratios would be of two distributions.
+    cfg = GRPOLossConfig(temperature=temperature)
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)
+    assert kwargs.rollout_logprobs is None
+    assert not [name for name in kwargs.step_metrics if "rollout" in name or "mismatch" in name]
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item.replace(rollout_spec=None)], cfg)
+    assert "rollout_mismatch" in kwargs.step_metrics
 
 
 @pytest.mark.parametrize(

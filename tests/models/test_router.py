@@ -12,8 +12,8 @@ pytest.importorskip("peft")
 
 from torch import Tensor
 
-from tests.conftest import run_processes
 from tests.models.test_policy import build
+from tests.processes import run_processes
 from tests.test_sharded import gradients
 from toolkit import CELossConfig, CELossContextInputItem
 from toolkit.losses import auxiliary_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from tests.conftest import run_processes as run_in_group
+from tests.processes import run_processes as run_in_group
 from tests.testing import loops
 from toolkit import (
     BaseLossConfig,
@@ -437,6 +438,14 @@ def test_how_processes_ended_in_words(tmp_path: Path) -> None:
     assert told(0, 3, -15).startswith("process 0 ended with code 3 before its work; new processes import")
     (tmp_path / "started-0").touch()
     assert told(0, 3, -15) == "process 0 ended with code 3 and without a word"
+    for words, is_ours, kind, start in (
+        ("DataError", True, DataError, "process 1: no such luck"),
+        ("ValueError", False, LaunchError, "process 1 raised ValueError: no such luck"),
+    ):
+        (tmp_path / "error-1").write_bytes(pickle.dumps((words, "no such luck", "Traceback", is_ours)))
+        error = _told(tmp_path, ProcessExitedException("", 1, 0, 1), [-15, 1])
+        assert type(error) is kind
+        assert str(error).startswith(start)
 
 
 @pytest.mark.dist

@@ -1,6 +1,5 @@
 """One process fails, all end: really started, without a supervisor that would end them anyway."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.conftest import free_port
+from tests.processes import START, free_port
 from toolkit import GRPOLossConfig, RLLossContextInputItem, ToolkitError
 from toolkit.training.faults import Failure, _is_of_communication, _words, shared_fate
 
@@ -96,12 +95,10 @@ def outcome(
     scenario: Callable[[int], None], folder: Path, world: int = 3, timeout: float = TIMEOUT, soon: float = SOON
 ) -> tuple[list[int | None], list[str]]:
     """Return the exit code and the words of every process; they must end soon."""
-    start_method = multiprocessing.get_context("forkserver")
-    start_method.set_forkserver_preload([__name__])
     port = free_port()
     logs = [folder / str(rank) for rank in range(world)]
     processes = [
-        start_method.Process(target=worker, args=(rank, world, port, scenario, timeout, str(log)))
+        START.Process(target=worker, args=(rank, world, port, scenario, timeout, str(log)))
         for rank, log in enumerate(logs)
     ]
     for process in processes:

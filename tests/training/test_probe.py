@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.conftest import run_processes
+from tests.processes import run_processes
 from toolkit import CELossConfig, ConfigError, GRPOLossConfig, LaunchError
 from toolkit.distributed import check_world_size
 from toolkit.losses.ce import CELossContext

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("reasoning_gym")
 
-from tests.conftest import run_processes
+from tests.processes import run_processes
 from toolkit.training.layout import largest_share, minibatches, share_of
 
 UNEVEN = [
@@ -53,6 +53,7 @@ def test_minibatches_are_those_of_one_process(unit: int) -> None:
     for number, whole in enumerate(alone):
         own = [(cuts[rank][number].own + starts[rank]).tolist() for rank in range(4)]
         assert sorted(row for part in own for row in part) == sorted(whole.own.tolist())
+        assert all(bool((cuts[rank][number].own < rows_of[rank]).all()) for rank in range(4))
         assert {cut[number].largest for cut in cuts} == {max(map(len, own))}
         assert whole.own.view(-1, unit)[:, 0].remainder(unit).eq(0).all()
     assert sorted(torch.cat([cut.own for cut in alone]).tolist()) == list(range(16))

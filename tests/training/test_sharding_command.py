@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 pytest.importorskip("reasoning_gym")
 
-from tests.conftest import free_port
+from tests.processes import free_port, start
 from tests.training.test_launch import numbers
 from tests.training.test_processes import close
 from tests.training.test_train import lines, summary
@@ -48,8 +47,8 @@ def _run_all(rank: int, folder: str, ports: list[int]) -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_sharded_run_is_that_of_ddp(tmp_path: Path) -> None:
-    mp.spawn(_run_all, args=(str(tmp_path), [free_port() for _ in RUNS]), nprocs=2)
-    ddp, sharded, start = (tmp_path / name for name in RUNS)
+    start(_run_all, (str(tmp_path), [free_port() for _ in RUNS]), 2)
+    ddp, sharded, at_start = (tmp_path / name for name in RUNS)
     assert summary(sharded)["num_processes"] == 2
     ours, theirs = lines(sharded), lines(ddp)
     assert [row["phase"] for row in ours] == ["warmup"] * 3 + ["main"] * 3
@@ -57,7 +56,7 @@ def test_sharded_run_is_that_of_ddp(tmp_path: Path) -> None:
         close(numbers(mine), numbers(other), rel=1e-9, abs_=1e-12)
     for name in ("accuracy_before", "accuracy_after", "skipped_updates"):
         assert summary(sharded)[name] == summary(ddp)[name]
-    after, exact, before = (load_file(run / "checkpoint/model.safetensors") for run in (sharded, ddp, start))
+    after, exact, before = (load_file(run / "checkpoint/model.safetensors") for run in (sharded, ddp, at_start))
     same(after, exact)
     assert not [name for name in after if torch.equal(before[name], after[name])], "embedding, norm and head learn, too"
     states = [torch.load(run / "checkpoint/state.pt", weights_only=True)["optimizer"] for run in (sharded, ddp)]

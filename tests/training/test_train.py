@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import run_module
+
 pytest.importorskip("reasoning_gym")
 
 SMOKE = ["debug=smoke"]
@@ -25,11 +27,9 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **extra}
 
 
-def train(run_dir: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable, "-m"), **extra: str):
-    return subprocess.run(
-        [*launcher, "toolkit.train", *overrides, f"hydra.run.dir={run_dir}"],
-        capture_output=True, text=True, timeout=300, env=environment(**extra), cwd=run_dir.parent, check=False,
-    )  # fmt: skip
+def train(run_dir: Path, *overrides: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    words = [*overrides, f"hydra.run.dir={run_dir}"]
+    return run_module("toolkit.train", *words, env=environment(**extra), cwd=run_dir.parent)
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -172,7 +172,8 @@ LAUNCHERS = {
 @pytest.mark.dist
 def test_a_launcher_that_starts_one_process_for_two_is_caught(tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m")
-    done = train(tmp_path / "run", *SMOKE, launcher=launcher)
+    command = [*launcher, "toolkit.train", *SMOKE, f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), cwd=tmp_path)
     assert done.returncode != 0
     assert "asks for 2 processes, but 1 work together" in done.stderr
 

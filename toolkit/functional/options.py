@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import Field, create_model
+from pydantic import ConfigDict, Field, create_model
 
 from toolkit.errors import ConfigError
 from toolkit.schema import Config
@@ -23,6 +23,12 @@ AboveOne = Annotated[float, Gt(1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+
+
+class _Options(Config):
+    """Base of all options. Their descriptions are given: looking for them in the source takes longer than all else."""
+
+    model_config = ConfigDict(use_attribute_docstrings=False)
 
 
 def options_model(
@@ -54,7 +60,7 @@ def options_model(
             )
         described = Field(option.default, description=meanings.get(option.name))
         fields[option.name] = (_annotation(option.annotation, kind, function), described)
-    return create_model(f"{name}_options", __base__=Config, **fields)
+    return create_model(f"{name}_options", __base__=_Options, **fields)
 
 
 def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

@@ -25,6 +25,8 @@ from toolkit.functional.registry import policy_loss, register_policy_loss
 from toolkit.losses.config import BaseLossConfig
 from toolkit.plugins import load_plugins
 
+START_METHOD = "spawn"
+"""How processes start; our own tests fork them from one that has loaded torch."""
 BUILT_IN = "toolkit."
 PLUGIN = "toolkit_plugin_"
 """Beginning of the names of modules that `toolkit.plugins` made of files."""
@@ -57,7 +59,8 @@ def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout_
     registered = [found for value in args for found in _registered(value)]
     call = _pickled((function, args, registered))
     with tempfile.TemporaryDirectory() as folder:
-        started = mp.spawn(_work, args=(world, folder, sources, call, timeout_s), nprocs=world, join=False)
+        args = (world, folder, sources, call, timeout_s)
+        started = mp.start_processes(_work, args=args, nprocs=world, join=False, start_method=START_METHOD)
         try:
             with _quiet():
                 while not started.join():

@@ -135,8 +135,15 @@ MUTATIONS = (
     Mutation(
         name="clip-cov-draws-the-same-places-in-every-step",
         file=f"{FUNCTIONAL}/terms.py",
-        line="generator = torch.Generator().manual_seed((seed + content) % 2**63)",
-        becomes="generator = torch.Generator().manual_seed(seed % 2**63)",
+        line='digest = hashlib.blake2b(f"{seed} {content}".encode(), digest_size=4).digest()',
+        becomes='digest = hashlib.blake2b(f"{seed}".encode(), digest_size=4).digest()',
+        tests=(f"{TESTS}/policy/test_covariance.py::test_clip_cov_draws_other_places_for_other_tokens",),
+    ),
+    Mutation(
+        name="clip-cov-draws-from-the-low-bits",
+        file=f"{FUNCTIONAL}/terms.py",
+        line='generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))',
+        becomes="generator = torch.Generator().manual_seed((seed + content) % 2**63)",
         tests=(f"{TESTS}/policy/test_covariance.py::test_clip_cov_draws_other_places_for_other_tokens",),
     ),
     Mutation(
@@ -459,7 +466,7 @@ MUTATIONS = (
     Mutation(
         name="registry-name-taken-silently",
         file=f"{FUNCTIONAL}/registry.py",
-        line="if known is not None and not overwrite and not same_source:",
+        line="if known is not None and not overwrite and not is_same_source(known.function, function):",
         becomes="if False:",
         tests=(f"{TESTS}/test_registry.py::test_a_name_is_not_taken_twice_by_accident",),
     ),

@@ -1,0 +1,31 @@
+"""What the process that others are forked from has loaded: all that is slow, none of the command lines."""
+
+import contextlib
+import importlib
+
+import torch
+
+torch.set_num_threads(1)
+
+for name in (
+    "accelerate",
+    "hydra",
+    "hypothesis",
+    "matplotlib.pyplot",
+    "pytest",
+    "reasoning_gym",
+    "rich.table",
+    "safetensors.torch",
+    "tokenizers",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "toolkit.config",
+    "toolkit.conformance_suite",
+    "toolkit.runner",
+    "toolkit.testing",
+    "toolkit.training.run",
+):
+    with contextlib.suppress(ImportError):  # an extra that is not installed
+        importlib.import_module(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from typing import Any
 
 # Before torch is loaded: two workers with two threads each would wait for each other on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +22,14 @@ toolkit.testing.processes.START_METHOD = "forkserver"  # as in tests.processes
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def slow_unless(is_fast: Callable[[int, Any], bool], values: Iterable[Any]) -> list[Any]:
+    """Return the values of a parameter; those for which ``is_fast(index, value)`` does not hold run with -m slow."""
+    return [
+        value if is_fast(index, value) else pytest.param(value, marks=pytest.mark.slow)
+        for index, value in enumerate(values)
+    ]
 
 
 def random_labels(shape: tuple[int, ...], vocabulary: int, ignored: float = 0.4) -> Tensor:

@@ -29,3 +29,6 @@ for name in (
 ):
     with contextlib.suppress(ImportError):  # an extra that is not installed
         importlib.import_module(name)
+
+with contextlib.suppress(ImportError):
+    importlib.import_module("toolkit.testing.processes").START_METHOD = "forkserver"

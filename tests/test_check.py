@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import slow_unless
 from tests.processes import run_module
 from toolkit import GRPOLossConfig
 from toolkit.check import main
@@ -21,6 +22,8 @@ from toolkit.functional.declared import undeclared
 from toolkit.functional.registry import policy_loss, policy_loss_names, register_policy_loss
 from toolkit.training.run import rehearse
 
+NAMES = slow_unless(lambda _, name: name in spread.REPRESENTATIVE, policy_loss_names())
+"""All built-in losses; without -m slow one of each scope."""
 MY_PPO = """import torch
 from toolkit import register_policy_loss
 
@@ -56,7 +59,7 @@ def outcomes_of(function: Callable, **declared) -> dict[str, Outcome]:
     return {outcome.name: outcome for outcome in run_suite(load_subject("mine"))}
 
 
-@pytest.mark.parametrize("name", policy_loss_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_built_in_loss_passes(name: str) -> None:
     outcomes = run_suite(load_subject(name))
     assert not [str(outcome) for outcome in outcomes if outcome.status not in ("ok", "not applicable")]
@@ -263,7 +266,7 @@ def test_the_rehearsal_says_it_in_one_line(function: Callable, words: str, mode:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", policy_loss_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_built_in_loss_is_rehearsed(name: str) -> None:
     loss = policy_loss(name)
     assert undeclared(loss, loss.options({})) is None  # and the rehearsal, which gives no more, does not raise

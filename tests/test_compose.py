@@ -7,10 +7,10 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.conftest import slow_unless
 from toolkit import ConfigError, LossRunner
 from toolkit.config import build_loss, check_command_line, check_overrides, compose_config, compose_loss, load_loss
 from toolkit.explain import main as explain
@@ -41,13 +41,8 @@ def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
 
 
-def with_some_slow(overrides: list[str], step: int) -> list[Any]:
-    """One of `step` in the fast tests, all in the slow ones."""
-    return [one if i % step == 0 else pytest.param(one, marks=pytest.mark.slow) for i, one in enumerate(overrides)]
-
-
 @pytest.mark.parametrize(
-    "override", [*with_some_slow([f"loss={name}" for name in PRESETS], 12), *with_some_slow(CHOICES, 6)]
+    "override", slow_unless(lambda index, _: index % 9 == 0, [*(f"loss={name}" for name in PRESETS), *CHOICES])
 )
 def test_the_loss_alone_is_the_loss_of_the_whole(override: str) -> None:
     overrides = [override, *EXTRA.get(override, [])]

@@ -152,8 +152,16 @@ class TestNothingLarge:
         return call
 
     @ALL_PASSES
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize(("entropy", "softcap"), [(False, None), ("metric", None), (True, 5.0), (True, None)])
+    @pytest.mark.parametrize(
+        ("dtype", "entropy", "softcap"),
+        [
+            (torch.float32, False, None),
+            (torch.float32, "metric", None),
+            (torch.float32, True, 5.0),
+            (torch.bfloat16, False, None),
+            (torch.bfloat16, True, None),
+        ],
+    )
     def test_no_tensor_of_all_logits(self, name: str, dtype: torch.dtype, entropy: Any, softcap: float | None) -> None:
         seen = self.call(name, dtype=dtype, entropy=entropy, softcap=softcap).allocations()
         # In bytes. A chunk in fp32, or the weight gradient, and twice that for slack; all together less than the logits

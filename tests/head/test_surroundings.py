@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -67,10 +69,21 @@ def test_compiled_modules(scope: Any, is_frozen: bool) -> None:
     # The head is a graph break: what comes before and after is compiled.
     model, args = Model(scope, is_frozen=is_frozen), batch()
     plain = step(model, model, *args)
+    from torch._dynamo.utils import counters
+
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     assert_close(step(model, compiled, *args), plain, 1e-6)
+    frames = counters["frames"]["total"]
+    assert_close(step(model, compiled, *args), plain, 1e-6)
+    assert counters["frames"]["total"] == frames, "compiled again"
     assert len(plain) == (3 if is_frozen else 5)
+
+
+def test_the_compiler_is_loaded_by_those_who_compile() -> None:
+    code = "import sys, toolkit.runner; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 @SCOPES

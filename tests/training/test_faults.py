@@ -137,6 +137,7 @@ def test_the_process_with_the_store_raises(tmp_path: Path) -> None:
     assert words[1] == words[2] == "error: rank 0 failed: KeyError: 'no such prompt'\n"
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(("scenario", "killed"), [(one_is_killed, 1), (store_host_is_killed, 0)])
 def test_a_killed_process_ends_the_others(scenario: Callable[[int], None], killed: int, tmp_path: Path) -> None:
@@ -157,6 +158,7 @@ def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
     assert sorted(words) == ["", "", "error: a mistake that every process sees\n"]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_process_that_comes_too_late(tmp_path: Path) -> None:
     codes, words = outcome(one_is_late, tmp_path, world=2, timeout=3)
@@ -172,6 +174,7 @@ def test_a_process_that_leaves(tmp_path: Path) -> None:
     assert words[0] == "error: rank 1 left the run with exit code 0\n"
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_without_faults_ends_quietly(tmp_path: Path) -> None:
     codes, words = outcome(all_is_well, tmp_path)

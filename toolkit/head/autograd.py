@@ -1,4 +1,4 @@
-"""What the passes ask of autograd itself: no second derivative, no second copy of a gradient, no foreign hooks."""
+"""What the passes ask of torch: no second derivative, no second copy of a gradient, no foreign hooks, no compiling."""
 
 from __future__ import annotations
 
@@ -39,6 +39,20 @@ def refuses_second_derivative(backward: Callable[..., tuple[Any, ...]]) -> Calla
         return tuple(_NoSecondDerivative.apply(g, anchor) if isinstance(g, Tensor) else g for g in found)
 
     return wrapped
+
+
+def not_compiled(function: Any) -> Any:
+    """Leave a function out of ``torch.compile``, as ``torch.compiler.disable`` does, which loads the whole compiler.
+
+    It is loaded when something is compiled; a program that compiles nothing starts more than a second sooner.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        return run(*args, **kwargs)
+
+    return call
 
 
 def rescaled(grad: Tensor, factor: Tensor) -> Tensor:

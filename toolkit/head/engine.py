@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
-from toolkit.head.autograd import quiet
+from toolkit.head.autograd import not_compiled, quiet
 from toolkit.head.inputs import HeadInputs, head_inputs
 from toolkit.head.logits import LogitTransform
 from toolkit.head.passes import (
@@ -49,7 +49,7 @@ def token_logprobs(
     entropy: Literal[True, "metric"],
     **options: Any,
 ) -> TokenScores: ...
-@torch.compiler.disable
+@not_compiled
 def token_logprobs(
     hidden_states: Tensor,
     head_weight: Tensor,
@@ -118,7 +118,7 @@ def token_logprobs(
     return scattered if entropies is None else TokenScores(scattered, _scattered(entropies, inputs, labels))
 
 
-@torch.compiler.disable
+@not_compiled
 def fused_loss(
     loss_fn: ScoreLoss,
     hidden_states: Tensor,

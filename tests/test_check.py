@@ -441,6 +441,7 @@ def test_a_subject_is_called_on_copies() -> None:
 # -------------------------------------------------------------------- over processes
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.usefixtures("_plugin")
 def test_the_command_over_processes() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from tests.conftest import slow_unless
 from tests.processes import run_module
 from toolkit import ConfigError, GRPOLossConfig
 from toolkit.config import RunConfig, build_config, build_loss, check_overrides, compose_config, load_loss
@@ -51,7 +52,13 @@ def usual() -> RunConfig:
     return build_config(compose_config([]))
 
 
-@pytest.mark.parametrize("group", sorted({p.name for p in CONF.iterdir() if p.is_dir()} - {"bench", "launch"}))
+@pytest.mark.parametrize(
+    "group",
+    slow_unless(
+        lambda _, group: group not in ("policy_loss", "advantage"),
+        sorted({path.name for path in CONF.iterdir() if path.is_dir()} - {"bench", "launch"}),
+    ),
+)
 def test_every_choice_of_every_group_composes(group: str, usual: RunConfig) -> None:
     extra = {"pretrained": ["model.path=x"], "adaptive": ["kl=k2"]}
     if group == "aggregation":

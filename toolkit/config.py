@@ -124,11 +124,13 @@ def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]
             if wrong is not None:
                 raise ConfigError(wrong) from None
             base = choices_composed(parsed, groups, root)
-            taken = _with_unlisted(taken, parsed, base)
-            try:
-                cfg = compose(root, overrides=taken)
-            except MISTAKES:
+            again, cfg = _with_unlisted(taken, parsed, base), None
+            if again != taken:
+                with contextlib.suppress(*MISTAKES):
+                    cfg = compose(root, overrides=again)
+            if cfg is None:
                 raise ConfigError(diagnose(parsed, error, groups, base)) from None
+            taken = again
     _check_unread(parsed, cfg, known)
     return cfg, taken
 

@@ -71,6 +71,7 @@ def test_engines_that_would_take_over_are_refused(engine: str, monkeypatch: pyte
         check_environment(build_config(compose_config([])))
 
 
+@pytest.mark.slow
 def test_train_is_a_function_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # the second run finds nothing that the first one left

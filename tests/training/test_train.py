@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,16 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **extra}
 
 
-def train(run_dir: Path, *overrides: str, **extra: str) -> subprocess.CompletedProcess[str]:
+def train(
+    run_dir: Path, *overrides: str, launcher: Sequence[str] | None = None, **extra: str
+) -> subprocess.CompletedProcess[str]:
     words = [*overrides, f"hydra.run.dir={run_dir}"]
-    return run_module("toolkit.train", *words, env=environment(**extra), cwd=run_dir.parent)
+    if launcher is None:
+        return run_module("toolkit.train", *words, env=environment(**extra), cwd=run_dir.parent)
+    return subprocess.run(
+        [*launcher, "toolkit.train", *words],
+        capture_output=True, text=True, timeout=300, env=environment(**extra), cwd=run_dir.parent, check=False,
+    )  # fmt: skip
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -172,8 +180,7 @@ LAUNCHERS = {
 @pytest.mark.dist
 def test_a_launcher_that_starts_one_process_for_two_is_caught(tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m")
-    command = [*launcher, "toolkit.train", *SMOKE, f"hydra.run.dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), cwd=tmp_path)
+    done = train(tmp_path / "run", *SMOKE, launcher=launcher)
     assert done.returncode != 0
     assert "asks for 2 processes, but 1 work together" in done.stderr
 

@@ -18,7 +18,7 @@ from toolkit.functional import registry
 from toolkit.functional.advantages import advantage, advantage_names
 from toolkit.overrides import LOSS_GROUPS
 from toolkit.plugins import load_plugins
-from toolkit.schemas import SCHEMAS, conf_dir
+from toolkit.schemas import BEHAVIOUR, SCHEMAS, conf_dir
 from toolkit.training.config import TRAINING_HAS
 
 CONF = Path(conf_dir())
@@ -208,7 +208,7 @@ def test_composing_again_and_again() -> None:
 
 def test_composing_inside_a_program_that_uses_hydra_itself(tmp_path: Path) -> None:
     (tmp_path / "app.yaml").write_text("x: 1\n")
-    with initialize_config_dir(config_dir=str(tmp_path), version_base="1.3"):
+    with initialize_config_dir(config_dir=str(tmp_path), **BEHAVIOUR):
         assert compose_config(["seed=3"]).seed == 3
         assert compose("app").x == 1  # and it finds its own Hydra as it was
 

@@ -124,13 +124,14 @@ def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]
             if wrong is not None:
                 raise ConfigError(wrong) from None
             base = choices_composed(parsed, groups, root)
-            again, cfg = _with_unlisted(taken, parsed, base), None
-            if again != taken:
-                with contextlib.suppress(*MISTAKES):
-                    cfg = compose(root, overrides=again)
-            if cfg is None:
-                raise ConfigError(diagnose(parsed, error, groups, base)) from None
-            taken = again
+            again = _with_unlisted(taken, parsed, base)
+            mistake = diagnose(parsed, error, groups, base)
+            if again == taken:
+                raise ConfigError(mistake) from None
+            try:
+                taken, cfg = again, compose(root, overrides=again)
+            except MISTAKES:
+                raise ConfigError(mistake) from None
     _check_unread(parsed, cfg, known)
     return cfg, taken
 

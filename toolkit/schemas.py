@@ -54,8 +54,11 @@ SCHEMAS: tuple[type[Config], ...] = (
 PARTS: tuple[type[Config], ...] = (AggregationConfig,)
 """Configs inside of others: their schema nodes are plain values."""
 
-BEHAVIOUR: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+IS_HYDRA_1_3 = hydra.__version__.startswith("1.3.")
+BEHAVIOUR: dict[str, Any] = {"version_base": "1.3"} if IS_HYDRA_1_3 else {}
 """What Hydra is called with: 1.3 behaves as older versions did unless it is told not to, 1.4 warns if it is told."""
+REPLACE: dict[str, Any] = {} if IS_HYDRA_1_3 else {"replace": True}
+"""What makes a node replace an earlier one: 1.3 always does, 1.4 wants to be told."""
 
 _registered: dict[tuple[str, str], list[type[Config]]] = {}
 """What is in the store already: (group, name) -> the classes that its node was made from, the last one last."""
@@ -100,7 +103,7 @@ def _store_choice(group: str, name: str, options: type[Config], **fixed: str) ->
 def _store(group: str, name: str, source: type[Config], **fixed: Any) -> None:
     sources = _registered.setdefault((group, name), [])
     if not sources or sources[-1] is not source:
-        ConfigStore.instance().store(group=group, name=name, node={**fixed, **source.defaults()})
+        ConfigStore.instance().store(group=group, name=name, node={**fixed, **source.defaults()}, **REPLACE)
         sources.append(source)
 
 

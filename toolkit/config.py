@@ -46,6 +46,8 @@ MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 BENCH_GROUPS = ("aggregation", "bench", "kl", "loss", "policy_loss")
 BENCH_KEYS = ("bench", "loss", "plugins", "rollout")
 NOT_IN_BENCH = ("temperature", "logit_scale", "softcap", "ignore_idx", "entropy_coef", "drop_zero_advantage")
+OF_COMMANDS = ("launcher", "sweeper", "help", "hydra_help", "hydra_logging", "output")
+"""Hydra's own groups, which a command needs and a configuration does not; each takes time to compose."""
 READ_BY = {
     "policy_loss": "policy_loss_cfg",
     "kl": "use_kl_loss",
@@ -116,8 +118,10 @@ def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]
     known = BENCH_KEYS if root == "bench" else list(RunConfig.model_fields)
     with _own_hydra():
         taken = adapted(overrides)
+        touched = any(str(o.key_or_group).startswith("hydra") and o.key_or_group != "hydra.searchpath" for o in parsed)
+        spared = [] if touched else [f"~hydra/{group}" for group in OF_COMMANDS]
         try:
-            cfg = compose(root, overrides=taken)
+            cfg = compose(root, overrides=[*taken, *spared])
         except MISTAKES as error:
             groups = groups_of(root, *own_folders(parsed))
             wrong = unknown_choice(parsed, groups)
@@ -129,7 +133,7 @@ def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]
             if again == taken:
                 raise ConfigError(mistake) from None
             try:
-                taken, cfg = again, compose(root, overrides=again)
+                taken, cfg = again, compose(root, overrides=[*again, *spared])
             except MISTAKES:
                 raise ConfigError(mistake) from None
     _check_unread(parsed, cfg, known)

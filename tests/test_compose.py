@@ -9,18 +9,22 @@ import warnings
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
 from tests.conftest import slow_unless
+from tests.processes import run_module
 from toolkit import ConfigError, LossRunner
 from toolkit.config import build_loss, check_command_line, check_overrides, compose_config, compose_loss, load_loss
 from toolkit.explain import main as explain
 from toolkit.functional import registry
 from toolkit.help_text import help_text
+from toolkit.overrides import options_first
 from toolkit.plugins import class_at, load_plugins
 from toolkit.schemas import conf_dir
 from toolkit.settings import settings_in
 
 CONF = Path(conf_dir())
+GRPO = "toolkit.losses.config.GRPOLossConfig"
 PRESETS = sorted(str(path.relative_to(CONF / "loss").with_suffix("")) for path in CONF.glob("loss/preset/*/*.yaml"))
 CHOICES = [
     f"{group}={path.stem}"
@@ -218,17 +222,93 @@ def test_a_folder_with_signs_that_an_override_reads(tmp_path: Path) -> None:
     assert LossRunner.from_overrides("loss=own", config_dir=folder).loss_cfg.entropy_coef == 0.5  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("own")
+def test_a_loss_that_lists_no_policy_loss_takes_the_one_that_is_chosen(own: Path) -> None:
+    (own / "loss" / "short.yaml").write_text("# Mine.\n_target_: toolkit.losses.config.GRPOLossConfig\n")
+    loss = load_loss(["loss=short", "policy_loss=gspo", "policy_loss.cliprange_high=0.5"], config_dir=own)
+    assert loss.policy_loss_cfg["loss_type"] == "gspo"  # type: ignore[attr-defined]
+    assert loss.policy_loss_cfg["cliprange_high"] == 0.5  # type: ignore[attr-defined]
+    text = (own / "loss" / "short.yaml").read_text()
+    (own / "loss" / "fixed.yaml").write_text(text + "policy_loss_cfg: {loss_type: cispo}\n")
+    assert load_loss(["loss=fixed"], config_dir=own).policy_loss_cfg["loss_type"] == "cispo"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="policy_loss=gspo has no effect: the file of this loss brings"):
+        load_loss(["loss=fixed", "policy_loss=gspo"], config_dir=own)
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "overrides", "words"),
+    [
+        ("policy_loss", "cliprange_low: 0.1\n", [], "policy_loss has no loss_type"),
+        (
+            "loss",
+            "_target_: toolkit.losses.config.GRPOLossConfig\nsoftcap: ${seed\n",
+            [],
+            "look for a ${ without its }",
+        ),
+        (
+            "loss",
+            "_target_: nowhere.Loss\n",
+            ["loss.boost=3"],
+            "loss._target_='nowhere.Loss' is not a class that can be",
+        ),
+        ("loss", "_target_: raises.Loss\n", [], "ZeroDivisionError: division by zero ("),
+        ("loss", "_target_: exits.Loss\n", [], "SystemExit: 3 ("),
+    ],
+)
+def test_files_of_your_own_that_cannot_work(own: Path, group: str, text: str, overrides: list[str], words: str) -> None:
+    (own / "raises.py").write_text("1 / 0\n")
+    (own / "exits.py").write_text("import sys\nsys.exit(3)\n")
+    (own / group / "wrong.yaml").write_text(f"# Mine.\n{text}")
+    with pytest.raises(ConfigError) as caught:
+        load_loss([f"{group}=wrong", *overrides], config_dir=own)
+    assert words in str(caught.value)
+
+
+def test_a_module_of_the_current_folder_is_a_plugin(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(own))])
+    load_plugins(["own_task"])
+    (own / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ConfigError, match=r"plugins: 'leaves' cannot be loaded: SystemExit: 0 \(.*leaves.py:2"):
+        load_plugins(["leaves"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("a=1 --config-dir own b=2", "--config-dir own a=1 b=2"),
+        ("-m a=1 --cfg job b=own --config-dir own", "-m --cfg job --config-dir own a=1 b=own"),
+        ("--wrong a=1", "--wrong a=1"),
+        ("", ""),
+    ],
+)
+def test_options_may_stand_between_overrides(words: str, expected: str) -> None:
+    assert options_first(words.split(), get_args_parser()) == expected.split()
+
+
+def test_options_between_overrides_of_the_commands(own: Path) -> None:
+    for module, words in (
+        ("train", ["debug=smoke", "--cfg", "job", "task=own", "--config-dir", str(own), "task.num_heldout=12"]),
+        ("explain", ["loss=own", "--config-dir", str(own), "loss.entropy_coef=12"]),
+    ):
+        done = run_module(f"toolkit.{module}", *words)
+        assert done.returncode == 0, done.stderr
+        assert "12" in done.stdout
+    done = run_module("toolkit.train", "-m", "--cfg", "job", "seed=1,2")
+    assert done.stderr == "error: --cfg prints the configuration of one run; leave out -m\n"
+
+
 # -------------------------------------------------------------------- --help
 
 
 def test_help_says_what_each_setting_is() -> None:
     cfg = compose_config([])
     text = help_text(cfg, root="config", purpose="Train.", examples={"a b": "", "c": "what it does"})
-    unexplained = [setting.key for setting in settings_in(cfg) if not setting.meaning]
-    assert unexplained == []
+    for every in (cfg, compose_config([], root="bench")):
+        assert [setting.key for setting in settings_in(every) if not setting.meaning] == []
+    assert "None" not in text
     joined = " ".join(text.split())
     assert "loss.kl_loss_coef=0.001 Coefficient of the KL term" in joined
-    assert "policy_loss.cliprange_high=0.2 the ratio's ceiling is 1 + cliprange_high" in joined
+    assert "policy_loss.cliprange_high=0.2 The ratio's ceiling is 1 + cliprange_high" in joined
     assert "training.steps=80 Rollouts in the RL phase" in joined
     assert "optimizer.betas=[0.9,0.999] Decay of" in joined
     assert "loss.kl_loss_type=null An estimate" in joined
@@ -240,6 +320,7 @@ def test_help_says_what_each_setting_is() -> None:
 def test_help_shows_the_choices_that_were_made(own: Path) -> None:
     preset = help_text(compose_config(["loss=preset/verl/gspo"]), root="config", purpose="", examples={"a": ""})
     assert "loss.policy_loss_cfg.cliprange_low=0.2" in preset
+    assert "loss.policy_loss_cfg.loss_type=gspo_token" in preset
     assert "\npolicy_loss." not in preset
     cfg = compose_config(["task=own"], config_dir=own)
     listed = help_text(cfg, root="config", purpose="", examples={"a": ""}, folders=[str(own)])

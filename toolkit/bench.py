@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from toolkit.config import build_bench, compose_config
 from toolkit.errors import ToolkitError, print_text, say_warnings_plainly
+from toolkit.overrides import options_first
 from toolkit.schemas import BEHAVIOUR, conf_dir, register_schemas
 
 PURPOSE = (
@@ -49,6 +50,7 @@ def _job(cfg: DictConfig) -> None:
 def main() -> None:
     """Run the command line."""
     say_warnings_plainly()
+    sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
     arguments = get_args_parser().parse_args()
     try:
         if not (arguments.shell_completion or arguments.hydra_help):

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from toolkit.benchmark.config import BenchConfig
-from toolkit.diagnosis import choices_composed, diagnose, groups_in, unknown_choice
+from toolkit.diagnosis import choices_composed, diagnose, first_line, groups_in, unknown_choice
 from toolkit.errors import ConfigError, listed
 from toolkit.functional.registry import policy_loss
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
@@ -33,7 +33,7 @@ from toolkit.overrides import (
     sweep_jobs,
     with_folder,
 )
-from toolkit.plugins import class_at, load_plugins
+from toolkit.plugins import class_at, load_plugins, why_it_failed
 from toolkit.run_config import RunConfig
 from toolkit.schema import located
 from toolkit.schemas import BEHAVIOUR, conf_dir, register_schemas
@@ -128,6 +128,7 @@ def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]
             if wrong is not None:
                 raise ConfigError(wrong) from None
             base = choices_composed(parsed, groups, root)
+            _check_targets(parsed, base)
             again = _with_unlisted(taken, parsed, base)
             mistake = diagnose(parsed, error, groups, base)
             if again == taken:
@@ -136,8 +137,22 @@ def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]
                 taken, cfg = again, compose(root, overrides=[*again, *spared])
             except MISTAKES:
                 raise ConfigError(mistake) from None
+    if "loss_type" not in cfg.policy_loss:
+        raise ConfigError(
+            "policy_loss has no loss_type; write in its file which policy loss its options are for, such as "
+            "loss_type: vanilla"
+        )
     _check_unread(parsed, cfg, known)
     return cfg, taken
+
+
+def _check_targets(parsed: Sequence[Override], base: DictConfig) -> None:
+    """Raise if a part that an override speaks of has no class: which settings it has is not known then."""
+    for group in {str(override.key_or_group).partition(".")[0] for override in parsed}:
+        if group != "policy_loss" and (group == "loss" or group in RunConfig.model_fields) and group in base:
+            node = base[group]
+            if isinstance(node, DictConfig) and group not in ("seed", "plugins"):
+                _target_class(group, node)
 
 
 def _with_unlisted(overrides: list[str], parsed: Sequence[Override], base: DictConfig) -> list[str]:
@@ -179,22 +194,24 @@ def build_config(cfg: DictConfig) -> RunConfig:
 
 def build_loss(cfg: DictConfig) -> BaseLossConfig:
     """Instantiate the loss of a composed configuration, its policy loss checked first and named by its own key."""
-    given = OmegaConf.to_container(cfg.policy_loss, resolve=True)
-    assert isinstance(given, dict)
+    chosen = OmegaConf.to_container(cfg.policy_loss, resolve=True)
+    assert isinstance(chosen, dict)
     with located("policy_loss"):
-        loss = policy_loss(given.pop("loss_type"))
-        loss.options({str(key): value for key, value in given.items()}, where="policy_loss")
-    return _build_part(cfg, "loss", BaseLossConfig)
+        loss = policy_loss(chosen["loss_type"])
+        loss.options({str(key): value for key, value in chosen.items() if key != "loss_type"}, where="policy_loss")
+    fields = getattr(_target_class("loss", cfg.loss), "model_fields", {})
+    is_unlisted = "policy_loss_cfg" in fields and "policy_loss_cfg" not in cfg.loss  # in a file of the user's own
+    return _build_part(cfg, "loss", BaseLossConfig, **({"policy_loss_cfg": chosen} if is_unlisted else {}))
 
 
-def _build_part(cfg: DictConfig, name: str, expected: Any) -> Any:
+def _build_part(cfg: DictConfig, name: str, expected: Any, **unlisted: Any) -> Any:
     try:
         values = OmegaConf.to_container(cfg[name], resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{name}: {first_line(error)}") from None
     target = _target_class(name, values)
     assert isinstance(values, dict)
-    fields = {str(key): value for key, value in values.items() if key != "_target_"}
+    fields = {**unlisted, **{str(key): value for key, value in values.items() if key != "_target_"}}
     missing = [key for key, value in fields.items() if value == "???"]
     if missing:
         raise ConfigError(f"{name}.{missing[0]} has no default; set it: {name}.{missing[0]}=...")
@@ -210,9 +227,9 @@ def _target_class(name: str, values: Any) -> type:
         raise ConfigError(f"{name} is empty or has no _target_; choose {listed(_choices(name))}")
     try:
         return class_at(str(target))
-    except Exception as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"{name}._target_={target!r} is not a class that can be imported: {first}") from None
+    except (Exception, SystemExit) as error:
+        why = first_line(error) if isinstance(error, ImportError) else why_it_failed(error)
+        raise ConfigError(f"{name}._target_={target!r} is not a class that can be imported: {why}") from None
 
 
 def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list[RunConfig]:
@@ -290,8 +307,14 @@ def _check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[s
                 f"correction=bypass takes ratios to the sampler's probabilities, but policy loss {name!r} has none; "
                 "leave it out, or choose a policy loss with the option 'anchor'"
             )
+    is_its_own = "policy_loss_cfg" in cfg.loss and not OmegaConf.is_interpolation(cfg.loss, "policy_loss_cfg")
     for override in parsed:
         group = str(override.key_or_group).split(".")[0]
+        if group == "policy_loss" and is_its_own:
+            raise ConfigError(
+                f"{override.input_line} has no effect: the file of this loss brings its policy loss along; write "
+                "policy_loss_cfg: ${policy_loss} there, or leave the line out"
+            )
         if group == "advantage" and issubclass(target, (OPDLossConfig, CELossConfig)):
             raise ConfigError(f"{override.input_line} has no effect: {target.__name__} reads no advantages")
         if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):

@@ -109,7 +109,13 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
         if key in groups or key in known or key.startswith("hydra") or is_added:
             continue
         return unknown_key(key, override.get_value_element_as_str(), known, groups)
-    return " ".join(str(error).splitlines()[:2])
+    return " ".join(str(error).splitlines()[:2]) or first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; some of OmegaConf's say nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else f"a value cannot be read ({type(error).__name__}); look for a ${{ without its }}"
 
 
 def _dotted(node: Any, prefix: str = "") -> list[str]:

@@ -21,13 +21,14 @@ from toolkit.functional.kl_facts import KL_NAMES
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
 from toolkit.losses.explanation import explain_loss, needed_fields
 from toolkit.losses.facts import KL_EQUATIONS, shown, title_of
+from toolkit.overrides import options_first
 from toolkit.rollout.config import RolloutConfig
 from toolkit.training.config import AdvantageConfig, KLControlConfig
 
 
 def main() -> None:
     """Run the command line."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(options_first(sys.argv[1:], _parser()))
     try:
         print_text(_answer(arguments))
     except ToolkitError as error:

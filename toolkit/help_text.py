@@ -41,7 +41,7 @@ def help_text(
     ]
     return "\n".join(
         [
-            purpose,
+            textwrap.fill(purpose, width),
             "",
             "== Choices: group=choice ==",
             *choices,
@@ -66,7 +66,7 @@ def _settings(cfg: DictConfig, width: int) -> Iterator[str]:
 
 def _lines(setting: Setting, width: int) -> Iterator[str]:
     start = f"{setting.key}={_as_written(setting.value)}"
-    meaning = _first_sentence(setting.meaning or "")
+    meaning = _as_help(setting.meaning or "")
     indent = " " * (SETTING_COLUMNS + 2)
     if len(start) > SETTING_COLUMNS or not meaning:
         yield start
@@ -88,5 +88,9 @@ def _as_written(value: Any) -> str:
     return str(value)
 
 
-def _first_sentence(text: str) -> str:
-    return re.split(r"(?<!Dr)\. ", " ".join(text.split()), maxsplit=1)[0].rstrip(".")
+def _as_help(text: str) -> str:
+    """Return the first sentence of a docstring as one reads it on a command line, where None is ``null``."""
+    sentence = re.split(r"(?<!Dr)\. ", " ".join(text.split()), maxsplit=1)[0].rstrip(".").replace("``", "`")
+    for python, yaml in (("None", "null"), ("True", "true"), ("False", "false")):
+        sentence = re.sub(rf"\b{python}\b", yaml, sentence)
+    return sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,23 @@ def adapted(overrides: Sequence[str]) -> list[str]:
     if not any(own.startswith(f"loss={PRESET}") for own in overrides):
         return list(overrides)
     return [f"++{own}" if own.startswith("loss.policy_loss_cfg.") else own for own in overrides]
+
+
+def options_first(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Return a command line with its options before its overrides: argparse takes them in one piece only.
+
+    Args:
+        words: the command line without the program.
+        parser: has a positional argument ``overrides`` that takes any number.
+    """
+    read, rest = parser.parse_known_args(words)
+    if any(word.startswith("-") for word in rest):
+        return list(words)  # an option that does not exist; the parser says so
+    overrides = [*read.overrides, *rest]
+    options = list(words)
+    for override in reversed(overrides):  # from the end: a word of an option stands before
+        del options[len(options) - 1 - options[::-1].index(override)]
+    return [*options, *overrides]
 
 
 def check_policy_loss_keys(parsed: Sequence[Override]) -> None:

@@ -35,18 +35,24 @@ def load_plugins(plugins: Iterable[str]) -> None:
             if plugin.endswith(".py"):
                 _load_file(Path(plugin))
             else:
-                importlib.import_module(plugin)
+                _imported(plugin)
         except ToolkitError:
             raise
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{place.filename}:{place.lineno}"
-            if isinstance(error, SyntaxError):
-                where = f"{error.filename}:{error.lineno}"
+        except (Exception, SystemExit) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == plugin:
-                where = "not a Python file, nor a module that can be imported from here"
-            why = f"{type(error).__name__}: {error} ({where})"
+                why = f"{error} (not a Python file, nor a module that can be imported from here)"
+            else:
+                why = why_it_failed(error)
             raise ConfigError(f"plugins: {plugin!r} cannot be loaded: {why}") from None
+
+
+def why_it_failed(error: BaseException) -> str:
+    """Say what was raised while a file of the user's was imported, and at which line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{place.filename}:{place.lineno}"
+    if isinstance(error, SyntaxError):
+        where = f"{error.filename}:{error.lineno}"
+    return f"{type(error).__name__}: {error} ({where})"
 
 
 def _load_file(given: Path) -> None:

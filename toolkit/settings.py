@@ -54,7 +54,11 @@ def settings_in(cfg: DictConfig) -> Iterator[Setting]:
             field = RunConfig.model_fields.get(name)
             yield Setting(name, value, field.description if field else None)
     for name, node in parts.items():
-        yield from _of_node(name, node, _fields_of(name, node))
+        fields = _fields_of(name, node)
+        if not fields and name in RunConfig.model_fields:  # a node without a class lists all that it has
+            known = _fields_of(name, node, RunConfig.model_fields[name])
+            fields = {child: field for child, field in known.items() if child in node}
+        yield from _of_node(name, node, fields)
 
 
 def _of_node(key: str, node: Mapping[str, Any], fields: Fields, is_listed: bool = True) -> Iterator[Setting]:
@@ -68,7 +72,7 @@ def _of_node(key: str, node: Mapping[str, Any], fields: Fields, is_listed: bool 
         inner = _fields_of(name, value, field)
         if inner:
             yield from _of_node(f"{key}.{name}", value, inner, is_listed and name in node)
-        elif name not in CHOSEN_OTHERWISE:
+        elif name not in CHOSEN_OTHERWISE or f"{key}.{name}" == "loss.policy_loss_cfg.loss_type":
             yield Setting(f"{key}.{name}", value, field.description if field else None, is_listed and name in node)
 
 

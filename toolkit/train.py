@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from toolkit.config import RunConfig, build_config, check_command_line, compose_config
 from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, say_warnings_plainly
 from toolkit.losses.lint import warnings_for
-from toolkit.overrides import output_dir_in, own_folders, parse, with_folder
+from toolkit.overrides import options_first, output_dir_in, own_folders, parse, with_folder
 from toolkit.schemas import BEHAVIOUR, conf_dir, register_schemas
 from toolkit.training.doors import check_environment, make_output_dir
 
@@ -34,7 +34,9 @@ EXAMPLES = {
     "toolkit-train loss=grpo policy_loss=vanilla kl=k3 mode=chunk loss.chunk_size=256": "",
     "toolkit-train experiment=grpo_kl seed=1 training.steps=100": "",
     "toolkit-train -m seed=0,1,2": "one run after the other",
+    "toolkit-train --config-dir my_conf loss=mine": "YAML files of your own: my_conf/loss/mine.yaml",
     "toolkit-train policy_loss=gspo --help": "the settings of a choice",
+    "toolkit-explain --list": "all choices with a line on each, presets included",
     "toolkit-train --cfg job --resolve": "print the configuration and stop",
     "toolkit-train training.resume=outputs/...": "go on from a checkpoint",
 }
@@ -65,8 +67,11 @@ def _job(cfg: DictConfig) -> float | None:
 def main() -> None:
     """Run the command line."""
     say_warnings_plainly()
+    sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
     arguments = get_args_parser().parse_args()
     try:
+        if arguments.multirun and arguments.cfg:
+            raise ConfigError("--cfg prints the configuration of one run; leave out -m")
         if arguments.resolve and not arguments.cfg:
             raise ConfigError("--resolve goes with --cfg job: toolkit-train --cfg job --resolve")
         if arguments.help:

@@ -87,7 +87,7 @@ def arguments_described(function: Callable[..., Any]) -> dict[str, str]:
         head, colon, rest = line.strip().partition(": ")
         if indent == depth and colon:
             name = head
-            meanings[name] = rest
+            meanings[name] = rest[:1].upper() + rest[1:]
         elif name and line.strip():
             meanings[name] += f" {line.strip()}"
     return meanings

@@ -264,6 +264,14 @@ def test_files_of_your_own_that_cannot_work(own: Path, group: str, text: str, ov
     assert words in str(caught.value)
 
 
+def test_a_mistake_beside_a_part_without_a_class() -> None:
+    # The loss-only root and the benchmark have a rollout of one number, which no class stands behind.
+    with pytest.raises(ConfigError, match=r"try: loss\.entropy_coef=1"):
+        load_loss(["rollout.temperature=0.5", "loss.entropy_cof=1"])
+    with pytest.raises(ConfigError, match=r"try: rollout\.temperature=2"):
+        compose_config(["rollout.temprature=2"], root="bench")
+
+
 def test_a_module_of_the_current_folder_is_a_plugin(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(own))])
     load_plugins(["own_task"])

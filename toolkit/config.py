@@ -147,12 +147,11 @@ def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]
 
 
 def _check_targets(parsed: Sequence[Override], base: DictConfig) -> None:
-    """Raise if a part that an override speaks of has no class: which settings it has is not known then."""
+    """Raise if the class of a part that an override sets cannot be imported: its settings are not known then."""
     for group in {str(override.key_or_group).partition(".")[0] for override in parsed}:
-        if group != "policy_loss" and (group == "loss" or group in RunConfig.model_fields) and group in base:
-            node = base[group]
-            if isinstance(node, DictConfig) and group not in ("seed", "plugins"):
-                _target_class(group, node)
+        node = base.get(group)
+        if isinstance(node, DictConfig) and "_target_" in node:
+            _target_class(group, node)
 
 
 def _with_unlisted(overrides: list[str], parsed: Sequence[Override], base: DictConfig) -> list[str]:

@@ -46,7 +46,7 @@ def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", slow_unless(lambda index, _: index % 9 == 0, [*(f"loss={name}" for name in PRESETS), *CHOICES])
+    "override", slow_unless(lambda index, _: index % 18 == 0, [*(f"loss={name}" for name in PRESETS), *CHOICES])
 )
 def test_the_loss_alone_is_the_loss_of_the_whole(override: str) -> None:
     overrides = [override, *EXTRA.get(override, [])]

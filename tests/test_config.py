@@ -55,7 +55,7 @@ def usual() -> RunConfig:
 @pytest.mark.parametrize(
     "group",
     slow_unless(
-        lambda _, group: group not in ("policy_loss", "advantage"),
+        lambda _, group: group not in ("policy_loss", "advantage", "kl", "correction"),
         sorted({path.name for path in CONF.iterdir() if path.is_dir()} - {"bench", "launch"}),
     ),
 )

@@ -95,7 +95,7 @@ def evaluate(cfg: BaseLossConfig, layout: Layout, head: Tensor) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: f"{type(cfg).__name__}-{getattr(cfg, 'loss_reduction', '')}")
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     mode=st.sampled_from(["eager", "chunk"]),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),

@@ -98,7 +98,7 @@ def assert_same(found: Any, expected: Any, hidden_grads: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=6),
     max_tokens=st.integers(1, 20),

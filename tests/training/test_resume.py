@@ -31,6 +31,7 @@ SETTINGS = [
 TIMED = ("seconds", "tokens_per_second")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("toolkit.tasks.spell_backward.POOL_SIZE", 100)
     monkeypatch.setattr("toolkit.training.report.draw_curves", lambda *_: None)

@@ -53,7 +53,7 @@ samples = st.builds(
     spread=st.sampled_from([0.0, 0.01, 0.3, 3.0, 25.0]),
     log_ratio_range=st.sampled_from([BOUNDED, UNBOUNDED, (None, 10.0)]),
 )
-quickly = settings(max_examples=8, deadline=None, derandomize=True)
+quickly = settings(max_examples=5, deadline=None, derandomize=True)
 
 
 def take(terms: PolicyTerms, rows: Tensor) -> PolicyTerms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -60,3 +61,9 @@ def random_head(
     weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
     bias = torch.randn(vocabulary, dtype=dtype, requires_grad=True)
     return hidden, weight, bias
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the millions of objects of torch and Hydra that never go."""
+    gc.collect()
+    gc.freeze()

@@ -178,10 +178,12 @@ def test_a_file_may_be_imported_and_be_a_plugin(tmp_path: Path, monkeypatch: pyt
         "@register_policy_loss('imported')\ndef f(t):\n    return t.logprobs\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    import imported_loss  # type: ignore[import-not-found]  # noqa: F401
+    import imported_loss  # type: ignore[import-not-found]
 
-    load_plugins([str(tmp_path / "imported_loss.py")])
-    load_loss([f"plugins=[{tmp_path / 'imported_loss.py'}]", "policy_loss=imported"])
+    assert registry.policy_loss("imported").function is imported_loss.f
+    loss = load_loss([f"plugins=[{tmp_path / 'imported_loss.py'}]", "policy_loss=imported"])
+    assert loss.policy_loss_cfg["loss_type"] == "imported"  # type: ignore[attr-defined]
+    assert registry.policy_loss("imported").function is not imported_loss.f  # the plugin's own copy, loaded last
 
 
 def test_a_folder_of_your_own_everywhere(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,9 +85,10 @@ def class_at(path: str) -> type:
     """
     module_name, _, name = path.rpartition(".")
     module = _modules.get(module_name) or _imported(module_name)
-    if not isinstance(found := getattr(module, name, None), type):
+    target = getattr(module, name, None)
+    if not isinstance(target, type):
         raise ImportError(f"{module_name} has no class {name!r}" if module_name else f"{name!r} names no module")
-    return found
+    return target
 
 
 def _imported(name: str) -> ModuleType | None:

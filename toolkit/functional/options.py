@@ -26,7 +26,7 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 
 
 class _Options(Config):
-    """Base of all options. Their descriptions are given: looking for them in the source takes longer than all else."""
+    """Base of all options. Each has a description already: looking for it in the source takes longest of all."""
 
     model_config = ConfigDict(use_attribute_docstrings=False)
 

@@ -217,6 +217,18 @@ class TestPeak:
         assert call.plan.name == expected
         assert_predicted(call)
 
+    # 9.6 million multiplications a chunk, and 24 million: under and over products.SMALL, whatever CPU this is.
+    @ALL_PASSES
+    @pytest.mark.parametrize("vocabulary", [2500, 6400])
+    @pytest.mark.parametrize("wins", [False, True], ids=["BLAS", "oneDNN"])
+    def test_is_predicted_whoever_computes(
+        self, name: str, vocabulary: int, wins: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if wins and not torch.backends.mkldnn.is_available():
+            pytest.skip("no oneDNN in this build")
+        monkeypatch.setattr(products, "onednn_wins", lambda: wins)
+        assert_predicted(Call(name, vocabulary=vocabulary))
+
     @pytest.mark.parametrize("name", ["no-grad", "frozen", "two-pass", "one-pass", "fused two-pass"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_is_predicted_with_a_softcap(self, name: str, dtype: torch.dtype) -> None:

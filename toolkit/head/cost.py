@@ -13,7 +13,7 @@ import torch
 
 from toolkit.head.inputs import HeadInputs
 from toolkit.head.kernel import block_rows
-from toolkit.head.products import LOW_PRECISION_SLAB, SLAB, onednn_wins
+from toolkit.head.products import LOW_PRECISION_SLAB, slab_bytes
 
 Group = tuple[slice, ...]
 """Chunks whose tokens the loss must see together."""
@@ -131,8 +131,7 @@ def _parts(inputs: HeadInputs, course: Course) -> _Parts:
     device = inputs.hidden.device.type
     block = block_rows(rows, vocabulary, device) * vocabulary * wide
     extra = 2 if inputs.transform.softcap is not None else int(course.entropy_has_grad)
-    is_fp32 = inputs.compute_dtype == torch.float32 and device == "cpu" and inputs.weight.is_contiguous()
-    product = rows * min(SLAB, vocabulary) * 4 if is_fp32 and onednn_wins() else 0
+    product = slab_bytes(rows, inputs.weight, inputs.compute_dtype)
     weight_copy = inputs.weight.numel() * size if inputs.weight.dtype != inputs.compute_dtype else 0
     bias_copy = 0 if inputs.bias is None or inputs.bias.dtype.itemsize == wide else vocabulary * wide
     slab = (

@@ -68,8 +68,15 @@ def _onednn(inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 def _by_onednn(inputs: Tensor, weight: Tensor) -> bool:
-    is_plain = inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
-    return is_plain and inputs.shape[0] * weight.numel() >= SMALL and onednn_wins()
+    return inputs.dtype == weight.dtype and slab_bytes(inputs.shape[0], weight, inputs.dtype) > 0
+
+
+def slab_bytes(rows: int, weight: Tensor, dtype: torch.dtype) -> int:
+    """Return the bytes of what oneDNN returns for a chunk of `rows`, computed in `dtype`; 0 where BLAS computes it."""
+    is_plain = weight.device.type == "cpu" and dtype == torch.float32 and weight.is_contiguous()
+    if not (is_plain and rows * weight.numel() >= SMALL and onednn_wins()):
+        return 0
+    return rows * min(SLAB, weight.shape[0]) * dtype.itemsize
 
 
 @cache

@@ -221,6 +221,13 @@ MUTATIONS = (
         tests=(f"{TESTS}/test_passes.py::test_retained_chunks_are_what_the_budget_holds",),
     ),
     Mutation(
+        name="head-slab-not-predicted",
+        file=f"{HEAD}/cost.py",
+        line="product = slab_bytes(rows, inputs.weight, inputs.compute_dtype)",
+        becomes="product = 0",
+        tests=(f"{TESTS}/test_memory.py::TestPeak::test_is_predicted_whoever_computes",),
+    ),
+    Mutation(
         name="head-second-pass-is-not-counted",
         file=f"{HEAD}/cost.py",
         line="return 1 + backward + twice / tokens",

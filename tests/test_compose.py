@@ -42,7 +42,7 @@ EXTRA = {
 @pytest.fixture
 def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.policy_loss_names()
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_broken_plugins_are_named(tmp_path: Path, source: str, words: str) -> No
 
 def test_a_plugin_that_changed_is_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.policy_loss_names()
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     plugin = tmp_path / "random.py"  # a name that is taken in the standard library
     for option in ("first", "second"):
         plugin.write_text(

@@ -59,7 +59,7 @@ def _own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.policy_loss_names()
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
 
 
 # -------------------------------------------------------------------- formulas

@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.parametrize("source", blocks("python"), ids=lambda source: source.splitlines()[0])
 def test_python_runs_as_printed(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.policy_loss_names()
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
 
 
@@ -38,7 +38,7 @@ def test_commands_are_understood(command: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     (loss,) = (block for block in blocks("python") if block.startswith("# my_loss.py"))
     Path("my_loss.py").write_text(loss)
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     monkeypatch.delitem(sys.modules, "my_loss", raising=False)
     words = shlex.split(command)[1:]
     check_overrides([word for word in words if word != "-m"], multirun="-m" in words)

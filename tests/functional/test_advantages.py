@@ -303,7 +303,7 @@ def test_leave_one_out_deviation_against_loops() -> None:
 @pytest.fixture
 def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
     advantage_names()
-    monkeypatch.setattr(registry, "_ESTIMATORS", dict(registry._ESTIMATORS))
+    monkeypatch.setattr(registry.ADVANTAGES, "entries", dict(registry.ADVANTAGES.entries))
 
 
 @pytest.mark.usefixtures("_restore")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("_own_registry")
 @pytest.fixture
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.policy_loss_names()
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     monkeypatch.setattr(conformance, "_passed", set())
 
 

@@ -12,7 +12,7 @@ from toolkit.functional import registry
 @pytest.fixture(autouse=True)
 def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.policy_loss_names()
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
 
 
 def test_options_are_typed_by_the_signature() -> None:

@@ -104,7 +104,7 @@ def test_a_tensor_of_unknown_layout_is_refused_by_name() -> None:
 @pytest.fixture
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.policy_loss_names()
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
 
 
 @pytest.mark.usefixtures("_own_registry")

@@ -54,7 +54,7 @@ def test_fp16_with_a_loss_scale(scale: float) -> None:
 @pytest.fixture
 def _sequence_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.policy_loss_names()
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
 
     @register_policy_loss("centred", scope="sequence")
     def centred(t):

@@ -43,7 +43,7 @@ def mine_elsewhere(t: Any, *, eps: float = 0.2) -> Tensor:
     return -t.ratio().clamp(1 - eps, 1 + eps) * t.advantages
 
 
-registry._LOSSES.pop("mine_elsewhere")
+registry.POLICY_LOSSES.entries.pop("mine_elsewhere")
 
 
 def refused(loop: Any, cfg: BaseLossConfig = GRPO, **settings: Any) -> LayoutError:
@@ -167,7 +167,7 @@ def test_a_loop_that_returns_nothing() -> None:
 
 
 def test_a_loss_that_looks_beyond_its_scope(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     monkeypatch.setattr("toolkit.losses.grpo_items.check_scope", lambda *_: None)  # it would be told there
     register_policy_loss("shared")(lambda t: -t.ratio() * (t.advantages - t.advantages.mean()))
     error = refused(None, GRPOLossConfig(policy_loss_cfg={"loss_type": "shared"}))
@@ -375,7 +375,7 @@ def test_in_a_process_group() -> None:
 
 @pytest.mark.dist
 def test_processes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     register_policy_loss("mine_elsewhere")(mine_elsewhere)
     cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": "mine_elsewhere", "eps": 0.3})
     # A loop that cannot do without a group is not tried in one process.

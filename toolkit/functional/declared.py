@@ -18,9 +18,7 @@ from toolkit.functional.terms import PolicyTerms
 
 def fields_declared(loss: PolicyLoss, options: Mapping[str, Any]) -> set[str]:
     """Return which optional fields of `PolicyTerms` a loss is sure to get: by ``needs``, its options and its scope."""
-    found: set[str] = set(loss.needs)
-    if options.get("anchor") == "rollout" or options.get("use_rollout_weight"):
-        found.add("rollout_logprobs")
+    found = set(loss.fields_read(options))
     if loss.scope != "token":
         found.add("positions")
     if loss.scope in ("group", "batch"):

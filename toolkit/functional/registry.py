@@ -8,15 +8,13 @@ This module and the built-in losses import no torch, so that the command line kn
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from toolkit.errors import ConfigError, did_you_mean, listed
-from toolkit.functional.options import is_same_source, options_model
-from toolkit.schema import Config, located
+from toolkit.errors import ConfigError, listed
+from toolkit.functional.options import options_model
+from toolkit.functional.registered import Registered, Registry, check_needs
 
 Scope = Literal["token", "sequence", "group", "batch"]
 """What one token's loss depends on: itself, its sequence, its group (a prompt's sequences), or the whole step."""
@@ -24,15 +22,13 @@ Need = Literal["ref_logprobs", "rollout_logprobs", "teacher_logprobs", "entropie
 """What a loss may need beside log-probabilities, old log-probabilities and advantages."""
 
 
-@dataclass(frozen=True)
-class PolicyLoss:
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss(Registered):
     """A registered policy loss."""
 
-    name: str
-    function: Callable[..., Any]
+    place: ClassVar[str] = "policy_loss_cfg"
+
     scope: Scope
-    options_model: type[Config]
-    """Validates the keyword-only parameters of `function`."""
     needs: tuple[Need, ...] = ()
     """What every item must have for it."""
     aggregation: str | None = None
@@ -42,17 +38,19 @@ class PolicyLoss:
     or b where an option in a is None; ``[a]`` is then left out. ``[<?flag>a // b]`` reads a where an option is true;
     `toolkit.losses.facts.filled` has all of it."""
 
-    def options(self, given: Mapping[str, Any], where: str = "policy_loss_cfg") -> dict[str, Any]:
-        """Validate `given` and fill in the defaults.
-
-        Raises:
-            ConfigError: an option is unknown, of the wrong type or out of range.
-        """
-        with located(where):
-            return self.options_model(**given).model_dump()
+    def fields_read(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return what it reads beside log-probabilities, old ones and advantages: `needs`, and what options ask for."""
+        divides = options.get("anchor") == "rollout" or options.get("use_rollout_weight")
+        own = () if "rollout_logprobs" in self.needs or not divides else ("rollout_logprobs",)
+        return (*self.needs, *own)
 
 
-_LOSSES: dict[str, PolicyLoss] = {}
+POLICY_LOSSES: Registry[PolicyLoss] = Registry(
+    "policy loss",
+    package="toolkit.functional.policy",
+    key="loss_type",
+    how="a loss of your own is registered with @toolkit.register_policy_loss",
+)
 
 
 def register_policy_loss(
@@ -85,21 +83,19 @@ def register_policy_loss(
     """
     if scope not in get_args(Scope):
         raise ConfigError(f"scope={scope!r} of policy loss {name!r} is unknown; choose {listed(get_args(Scope))}")
-    unknown = [need for need in needs if need not in get_args(Need)]
-    if unknown:
-        raise ConfigError(
-            f"policy loss {name!r} needs {unknown[0]!r}, which no item has; choose {listed(get_args(Need))}"
-        )
+    check_needs(f"policy loss {name!r}", needs, get_args(Need), "no item has")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        known = _LOSSES.get(name)
-        if known is not None and not overwrite and not is_same_source(known.function, function):
-            raise ConfigError(
-                f"policy loss {name!r} is already registered by {known.function.__module__}.{known.function.__name__}; "
-                "choose another name, or pass overwrite=True"
-            )
-        options = options_model("policy loss", name, function, reserved=("loss_type",))
-        _LOSSES[name] = PolicyLoss(name, function, scope, options, needs, aggregation, formula)
+        loss = PolicyLoss(
+            name=name,
+            function=function,
+            options_model=options_model("policy loss", name, function, reserved=("loss_type",)),
+            scope=scope,
+            needs=needs,
+            aggregation=aggregation,
+            formula=formula,
+        )
+        POLICY_LOSSES.add(loss, overwrite=overwrite)
         return function
 
     return decorate
@@ -111,20 +107,9 @@ def policy_loss(name: str) -> PolicyLoss:
     Raises:
         ConfigError: there is none; the message lists those that exist.
     """
-    if name in _LOSSES:  # it is asked for in every chunk; listing the modules takes longer
-        return _LOSSES[name]
-    names = policy_loss_names()
-    if name not in names:
-        raise ConfigError(
-            f"loss_type={name!r} is not a policy loss; choose {listed(names)}{did_you_mean(str(name), names)}; "
-            "a loss of your own is registered with @toolkit.register_policy_loss"
-        )
-    return _LOSSES[name]
+    return POLICY_LOSSES.get(name)
 
 
 def policy_loss_names() -> list[str]:
     """Return the names of all registered policy losses, built-in ones included, sorted."""
-    package = importlib.import_module("toolkit.functional.policy")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return sorted(_LOSSES)
+    return POLICY_LOSSES.names()

@@ -465,8 +465,8 @@ MUTATIONS = (
     # ------------------------------------------------------------------ registries and checks
     Mutation(
         name="registry-name-taken-silently",
-        file=f"{FUNCTIONAL}/registry.py",
-        line="if known is not None and not overwrite and not is_same_source(known.function, function):",
+        file=f"{FUNCTIONAL}/registered.py",
+        line="if known is not None and not overwrite and not is_same_source(known.function, entry.function):",
         becomes="if False:",
         tests=(f"{TESTS}/test_registry.py::test_a_name_is_not_taken_twice_by_accident",),
     ),
@@ -493,9 +493,9 @@ MUTATIONS = (
     ),
     Mutation(
         name="declared-rollout-weight-ignored",
-        file=f"{FUNCTIONAL}/declared.py",
-        line='if options.get("anchor") == "rollout" or options.get("use_rollout_weight"):',
-        becomes='if options.get("anchor") == "rollout":',
+        file=f"{FUNCTIONAL}/registry.py",
+        line='divides = options.get("anchor") == "rollout" or options.get("use_rollout_weight")',
+        becomes='divides = options.get("anchor") == "rollout"',
         tests=("tests/test_check.py::test_an_option_brings_the_sampler",),
     ),
 )

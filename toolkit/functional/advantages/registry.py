@@ -8,15 +8,13 @@ This module and the built-in estimators import no torch, so that the command lin
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from toolkit.errors import ConfigError, DataError, did_you_mean, listed
-from toolkit.functional.options import is_same_source, options_model
-from toolkit.schema import Config, located
+from toolkit.errors import ConfigError, DataError, listed
+from toolkit.functional.options import options_model
+from toolkit.functional.registered import Registered, Registry, check_needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,29 +29,18 @@ AdvantageNeed = Literal[
 """What an estimator may need of `RewardTerms` beside rewards and groups."""
 
 
-@dataclass(frozen=True)
-class Advantage:
+@dataclass(frozen=True, kw_only=True)
+class Advantage(Registered):
     """A registered advantage estimator."""
 
-    name: str
-    function: Callable[..., Any]
+    place: ClassVar[str] = "advantage"
+
     level: AdvantageLevel
     """One advantage per sequence, [S], or per token, [S, T]."""
-    options_model: type[Config]
-    """Validates the keyword-only parameters of `function`."""
     needs: tuple[AdvantageNeed, ...] = ()
     """Fields of `RewardTerms` that must be there."""
     within_group: bool = True
     """It compares the sequences of a group: one that is alone in its group learns nothing."""
-
-    def options(self, given: Mapping[str, Any], where: str = "advantage") -> dict[str, Any]:
-        """Validate `given` and fill in the defaults.
-
-        Raises:
-            ConfigError: an option is unknown, of the wrong type or out of range.
-        """
-        with located(where):
-            return self.options_model(**given).model_dump()
 
     def compute(self, terms: RewardTerms, **options: Any) -> Tensor:
         """Return the advantages, [S] or [S, T] as `level` says; options left out have their defaults.
@@ -68,7 +55,12 @@ class Advantage:
         return self.function(terms, **self.options(options))
 
 
-_ESTIMATORS: dict[str, Advantage] = {}
+ADVANTAGES: Registry[Advantage] = Registry(
+    "advantage estimator",
+    package="toolkit.functional.advantages",
+    key="advantage",
+    how="one of your own is registered with @register_advantage of toolkit.functional.advantages",
+)
 
 
 def register_advantage(
@@ -99,22 +91,18 @@ def register_advantage(
     if level not in get_args(AdvantageLevel):
         choices = listed(get_args(AdvantageLevel))
         raise ConfigError(f"level={level!r} of advantage {name!r} is unknown; choose {choices}")
-    unknown = [need for need in needs if need not in get_args(AdvantageNeed)]
-    if unknown:
-        raise ConfigError(
-            f"advantage {name!r} needs {unknown[0]!r}, which RewardTerms has not got; "
-            f"choose {listed(get_args(AdvantageNeed))}"
-        )
+    check_needs(f"advantage {name!r}", needs, get_args(AdvantageNeed), "RewardTerms has not got")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        known = _ESTIMATORS.get(name)
-        if known is not None and not overwrite and not is_same_source(known.function, function):
-            raise ConfigError(
-                f"advantage {name!r} is already registered by {known.function.__module__}.{known.function.__name__}; "
-                "choose another name, or pass overwrite=True"
-            )
-        options = options_model("advantage estimator", name, function, reserved=("estimator", "options"))
-        _ESTIMATORS[name] = Advantage(name, function, level, options, needs, within_group)
+        estimator = Advantage(
+            name=name,
+            function=function,
+            options_model=options_model("advantage estimator", name, function, reserved=("estimator", "options")),
+            level=level,
+            needs=needs,
+            within_group=within_group,
+        )
+        ADVANTAGES.add(estimator, overwrite=overwrite)
         return function
 
     return decorate
@@ -126,19 +114,9 @@ def advantage(name: str) -> Advantage:
     Raises:
         ConfigError: there is none; the message lists those that exist.
     """
-    names = advantage_names()
-    if name not in names:
-        hint = did_you_mean(str(name), names)
-        raise ConfigError(
-            f"advantage={name!r} is not an advantage estimator; choose {listed(names)}{hint}; "
-            "one of your own is registered with @register_advantage of toolkit.functional.advantages"
-        )
-    return _ESTIMATORS[name]
+    return ADVANTAGES.get(name)
 
 
 def advantage_names() -> list[str]:
     """Return the names of all registered advantage estimators, built-in ones included, sorted."""
-    package = importlib.import_module("toolkit.functional.advantages")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return sorted(_ESTIMATORS)
+    return ADVANTAGES.names()

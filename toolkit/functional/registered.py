@@ -1,0 +1,106 @@
+"""Functions registered by name, each with typed options: what policy losses and advantage estimators share.
+
+No torch here: the command line knows every name and option without loading it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+from toolkit.errors import ConfigError, did_you_mean, listed
+from toolkit.functional.options import is_same_source
+from toolkit.schema import Config, located
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """A registered function."""
+
+    place: ClassVar[str]
+    """Where its options stand in a config, for messages."""
+
+    name: str
+    function: Callable[..., Any]
+    options_model: type[Config]
+    """Validates the keyword-only parameters of `function`."""
+
+    def options(self, given: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
+        """Validate `given` and fill in the defaults.
+
+        Args:
+            given: options by name.
+            where: what messages call the place; None: `place`.
+
+        Raises:
+            ConfigError: an option is unknown, of the wrong type or out of range.
+        """
+        with located(where or self.place):
+            return self.options_model(**given).model_dump()
+
+
+EntryT = TypeVar("EntryT", bound=Registered)
+
+
+class Registry(Generic[EntryT]):
+    """Registered functions of one kind, those of a package among them: its modules are imported when one is missing."""
+
+    def __init__(self, kind: str, *, package: str, key: str, how: str) -> None:
+        """Make an empty one.
+
+        Args:
+            kind: what its functions are, such as "policy loss".
+            package: dotted; its modules register the built-in ones.
+            key: what a name is given for, such as "loss_type".
+            how: a clause that says how one's own is registered.
+        """
+        self._kind, self._package, self._key, self._how = kind, package, key, how
+        self.entries: dict[str, EntryT] = {}
+
+    def add(self, entry: EntryT, *, overwrite: bool) -> None:
+        """Register a function.
+
+        Raises:
+            ConfigError: another one has its name, and is not to be replaced.
+        """
+        known = self.entries.get(entry.name)
+        if known is not None and not overwrite and not is_same_source(known.function, entry.function):
+            raise ConfigError(
+                f"{self._kind} {entry.name!r} is already registered by {known.function.__module__}."
+                f"{known.function.__name__}; choose another name, or pass overwrite=True"
+            )
+        self.entries[entry.name] = entry
+
+    def get(self, name: str) -> EntryT:
+        """Return the function called `name`.
+
+        Raises:
+            ConfigError: there is none; the message lists those that exist.
+        """
+        if name in self.entries:  # it is asked for in every chunk; listing the modules takes longer
+            return self.entries[name]
+        names = self.names()
+        if name not in names:
+            article = "an" if self._kind[0] in "aeiou" else "a"
+            hint = did_you_mean(str(name), names)
+            raise ConfigError(
+                f"{self._key}={name!r} is not {article} {self._kind}; choose {listed(names)}{hint}; {self._how}"
+            )
+        return self.entries[name]
+
+    def names(self) -> list[str]:
+        """Return all names, built-in ones included, sorted."""
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self._package}.{module.name}")
+        return sorted(self.entries)
+
+
+def check_needs(who: str, needs: Sequence[str], known: Sequence[str], lacking: str) -> None:
+    """Raise `ConfigError` if a function that is to be registered needs what nobody has."""
+    unknown = next((need for need in needs if need not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"{who} needs {unknown!r}, which {lacking}; choose {listed(known)}")

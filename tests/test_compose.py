@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra._internal.utils import get_args_parser
@@ -184,6 +185,29 @@ def test_a_file_may_be_imported_and_be_a_plugin(tmp_path: Path, monkeypatch: pyt
     loss = load_loss([f"plugins=[{tmp_path / 'imported_loss.py'}]", "policy_loss=imported"])
     assert loss.policy_loss_cfg["loss_type"] == "imported"  # type: ignore[attr-defined]
     assert registry.policy_loss("imported").function is not imported_loss.f  # the plugin's own copy, loaded last
+
+
+def test_a_file_of_your_own_says_the_last_word(own: Path) -> None:
+    """What it lists holds: its mode, its policy loss with its options; and what has no default can be set."""
+    (own / "own_loss.py").write_text(
+        "from toolkit import GRPOLossConfig\n\n\nclass OwnLoss(GRPOLossConfig):\n    number: int\n"
+    )
+    (own / "loss" / "mine.yaml").write_text(
+        "_target_: own_loss.OwnLoss\nmode: chunk\npolicy_loss_cfg: {loss_type: cispo, cliprange_high: 0.9}\n"
+    )
+    loss: Any = load_loss(["loss=mine", "loss.number=3"], config_dir=own)
+    assert (loss.mode, loss.number, loss.policy_loss_cfg["cliprange_high"]) == ("chunk", 3, 0.9)
+    changed = ["loss.number=3", "mode=eager", "loss.policy_loss_cfg.cliprange_high=0.3"]
+    loss = load_loss(["loss=mine", *changed], config_dir=own)
+    assert (loss.mode, loss.policy_loss_cfg["cliprange_high"]) == ("eager", 0.3)
+    for overrides, words in (
+        (["loss=mine"], r"loss\.number is missing: OwnLoss needs a value for it; set it: loss\.number=\.\.\."),
+        (["loss=mine", "policy_loss=gspo"], r"change its options by loss\.policy_loss_cfg\.<option>="),
+        (["loss=own", "loss.policy_loss_cfg.delta=4"], r"write policy_loss=<name> and policy_loss\.delta="),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_loss(overrides, config_dir=own)
+    sys.modules.pop("own_loss")
 
 
 def test_a_folder_of_your_own_everywhere(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ from toolkit.overrides import (
     own_folders,
     parse,
     plugins_in,
+    policy_loss_has_a_group,
     sweep_jobs,
     with_folder,
 )
@@ -112,7 +113,7 @@ def load_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | 
 def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]]:
     """Compose one job; return also its overrides as Hydra takes them."""
     parsed = parse(overrides)
-    check_policy_loss_keys(parsed)
+    check_policy_loss_keys(parsed, lambda loss: Path(conf_dir(), "loss", f"{loss}.yaml").is_file())
     load_plugins(plugins_in(parsed))
     register_schemas()
     known = BENCH_KEYS if root == "bench" else list(RunConfig.model_fields)
@@ -129,6 +130,7 @@ def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]
                 raise ConfigError(wrong) from None
             base = choices_composed(parsed, groups, root)
             _check_targets(parsed, base)
+            _check_where_options_are(parsed, base)
             again = _with_unlisted(taken, parsed, base)
             mistake = diagnose(parsed, error, groups, base)
             if again == taken:
@@ -152,6 +154,14 @@ def _check_targets(parsed: Sequence[Override], base: DictConfig) -> None:
         node = base.get(group)
         if isinstance(node, DictConfig) and "_target_" in node:
             _target_class(group, node)
+
+
+def _check_where_options_are(parsed: Sequence[Override], base: DictConfig) -> None:
+    """Raise if an option of the policy loss is looked for inside a loss whose file takes it from the group."""
+    for override in parsed:
+        is_inside = str(override.key_or_group).startswith("loss.policy_loss_cfg")
+        if is_inside and OmegaConf.is_interpolation(base.loss, "policy_loss_cfg"):
+            raise policy_loss_has_a_group(override)
 
 
 def _with_unlisted(overrides: list[str], parsed: Sequence[Override], base: DictConfig) -> list[str]:
@@ -311,8 +321,8 @@ def _check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[s
         group = str(override.key_or_group).split(".")[0]
         if group == "policy_loss" and is_its_own:
             raise ConfigError(
-                f"{override.input_line} has no effect: the file of this loss brings its policy loss along; write "
-                "policy_loss_cfg: ${policy_loss} there, or leave the line out"
+                f"{override.input_line} has no effect: the file of this loss brings its policy loss along; change its "
+                "options by loss.policy_loss_cfg.<option>=..., or write policy_loss_cfg: ${policy_loss} there"
             )
         if group == "advantage" and issubclass(target, (OPDLossConfig, CELossConfig)):
             raise ConfigError(f"{override.input_line} has no effect: {target.__name__} reads no advantages")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -46,8 +46,22 @@ def options_first(words: Sequence[str], parser: argparse.ArgumentParser) -> list
     return [*options, *overrides]
 
 
-def check_policy_loss_keys(parsed: Sequence[Override]) -> None:
-    """Refuse the way to a policy loss's options that is not read: presets have them inside, other losses beside."""
+def policy_loss_has_a_group(override: Override) -> ConfigError:
+    """Return the error of a policy loss's option that is looked for inside the loss, where the group's is read."""
+    option = str(override.key_or_group).partition("policy_loss_cfg")[2].lstrip(".") or "<option>"
+    return ConfigError(
+        f"{override.input_line}: on the command line the policy loss has a group of its own; "
+        f"write policy_loss=<name> and policy_loss.{option}=..."
+    )
+
+
+def check_policy_loss_keys(parsed: Sequence[Override], is_shipped: Callable[[str], bool]) -> None:
+    """Refuse the way to a policy loss's options that is not read: presets have them inside, other losses beside.
+
+    Args:
+        parsed: the overrides.
+        is_shipped: whether a loss is one of this package; of the user's own only its file says where they are.
+    """
     loss = next((str(o.value()) for o in parsed if o.key_or_group == "loss"), "grpo")
     preset = loss if loss.startswith(PRESET) else None
     for override in parsed:
@@ -61,12 +75,8 @@ def check_policy_loss_keys(parsed: Sequence[Override]) -> None:
             raise ConfigError(
                 f"correction=bypass sets policy_loss.anchor, which loss={loss} does not read; write {where}=rollout"
             )
-        if preset is None and str(override.key_or_group).startswith("loss.policy_loss_cfg"):
-            option = option.removeprefix("policy_loss_cfg").lstrip(".") or "<option>"
-            raise ConfigError(
-                f"{override.input_line}: on the command line the policy loss has a group of its own; "
-                f"write policy_loss=<name> and policy_loss.{option}=..."
-            )
+        if preset is None and str(override.key_or_group).startswith("loss.policy_loss_cfg") and is_shipped(loss):
+            raise policy_loss_has_a_group(override)
         if preset is not None and group == "policy_loss":
             raise ConfigError(
                 f"{override.input_line} has no effect: loss={preset} brings its policy loss along; change its options "

@@ -120,7 +120,8 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
         kind = "setting" if issubclass(model, Config) else "field"
         return f"{path} is not a {kind} of {owner}{did_you_mean(key, fields)}; it has: {', '.join(fields)}"
     if item["type"] == "missing":
-        return f"{path} is missing: {model.__name__} needs a value for it"
+        how = f"; set it: {path}=..." if where else ""
+        return f"{path} is missing: {model.__name__} needs a value for it{how}"
     if item["type"] == "literal_error":
         options = _literal_options(model, key)
         best = _nearest_choice(str(given), list(map(str, options)))

@@ -63,9 +63,7 @@ def settings_in(cfg: DictConfig) -> Iterator[Setting]:
 
 def _of_node(key: str, node: Mapping[str, Any], fields: Fields, is_listed: bool = True) -> Iterator[Setting]:
     unlisted = {
-        name: _default(field)
-        for name, field in fields.items()
-        if name not in node and name != "policy_loss_cfg" and not field.is_required()
+        name: _default(field) for name, field in fields.items() if name not in node and name != "policy_loss_cfg"
     }
     for name, value in {**node, **unlisted}.items():
         field = fields.get(name)
@@ -101,6 +99,8 @@ def _models_in(annotation: Any) -> Iterator[type[Config]]:
 
 
 def _default(field: FieldInfo) -> Any:
+    if field.is_required():
+        return "???"  # Hydra's mark for what must be set
     value = field.get_default(call_default_factory=True)
     return value.model_dump() if isinstance(value, Config) else value
 

@@ -26,7 +26,7 @@ from toolkit.functional.registry import policy_loss, policy_loss_names, register
 from toolkit.losses.config import GRPOLossConfig
 from toolkit.losses.config_opd import OPDLossConfig
 from toolkit.losses.config_oreal import OrealLossConfig
-from toolkit.losses.explanation import explain_loss, needed_fields
+from toolkit.losses.explanation import explain_loss
 from toolkit.losses.facts import LARGEST_LOG_RATIO, POLICY_FACTS, equation, filled, source_of, title_of
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.schemas import conf_dir
@@ -124,7 +124,7 @@ def test_the_documented_example() -> None:
         "pi_rollout (as the sampler reported it): corrections (a weight, never clipped in the policy term)",
         "flows through the mean",
         "log ratios are held in [-20, 20] nats before exp; the gradient is 0 outside",
-        "ref_logprobs: for the comparison with the reference",
+        "ref_logprobs: for the KL term",
         "Zheng et al. 2025, arXiv 2507.18071, eq. 5-7",
         "scope=sequence",
         "! policy loss 'gspo' under aggregation 'token_mean'",
@@ -138,10 +138,13 @@ def test_the_documented_example() -> None:
         (["policy_loss=vanilla", "policy_loss.clip_ratio_c=null"], "-A clip(r, 1 - 0.2, 1 + 0.2)); r = pi / pi_old"),
         (["policy_loss=vanilla"], "1 + 0.2)), where A < 0 at most -3 A;"),
         (["policy_loss=cispo", "policy_loss.weight_max=5"], "-sg(clip(r, 1 - 0.2, 5)) A log pi"),
-        (["policy_loss=is_reinforce", "policy_loss.anchor=rollout"], "rollout_logprobs: for the ratio's denominator"),
+        (
+            ["policy_loss=is_reinforce", "policy_loss.anchor=rollout"],
+            "rollout_logprobs: for policy loss",
+        ),
         (["aggregation=constant", "loss.aggregation.length=100"], "weight = 1 / (S 100)"),
         (["aggregation=token_sum"], "divided by nothing"),
-        (["aggregation=prompt_mean"], "group_ids: for aggregation prompt_mean"),
+        (["aggregation=prompt_mean"], "group_ids: for aggregation 'prompt_mean'"),
         (["aggregation=seq_mean_token_mean", "loss.aggregation.count_empty=true"], "without a scored token count, too"),
         (["loss.entropy_coef=0.01"], "- 0.01 x the policy's entropy"),
         (["loss.positive_nll_coef=0.1"], "+ 0.1 x the mean of -log pi over the N+ tokens with A > 0"),
@@ -156,12 +159,13 @@ def test_the_documented_example() -> None:
             ["correction=opsm"],
             "each sequence with A < 0 is dropped unless the mean over its tokens of log(pi_rollout / pi) is",
         ),
+        (["correction=tis"], "old_logprobs: for a correction rollout_logprobs: for a correction"),
         (["correction=veto"], "at least 0.0001 and at most 100 for every token of it"),
         (["correction=decoupled"], "weighted by pi_old / pi_rollout, unbounded"),
         (["loss=ce"], "weight x (-log pi)"),
         (["loss=oreal"], "1 x NLL+"),
         (["loss=oreal"], "1 / N+ where A > 0, 1 / N- elsewhere"),
-        (["loss=opd"], "teacher_logprobs: for the policy loss"),
+        (["loss=opd"], "teacher_logprobs: for policy loss 'opd'"),
         (["loss=opd", "loss.variant=top_k"], "divergence between policy and teacher"),
         (["loss=preset/verl/gspo"], "[-inf, 10] nats"),
         (["policy_loss=nll", "policy_loss.only_positive=false"], "-log pi options"),
@@ -270,7 +274,7 @@ NEEDY: list[Any] = [
 
 @pytest.mark.parametrize("cfg", NEEDY, ids=range(len(NEEDY)))
 def test_what_the_items_need_is_what_the_loss_asks_for(cfg: Any) -> None:
-    given = {name: -torch.ones(2, 3) for name in needed_fields(cfg)}
+    given = {name: -torch.ones(2, 3) for name in cfg.required_fields}
     labels = torch.ones(2, 3, dtype=torch.int64)
     for name in given:
         if "topk" in name:

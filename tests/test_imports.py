@@ -83,9 +83,9 @@ def test_public_names_are_frozen() -> None:
         "AggregationConfig", "BaseLossConfig", "BaseLossContext", "BaseLossKwargs", "BaseRLLossConfig", "CELossConfig",
         "CELossContext", "CELossContextInputItem", "CELossKwargs", "ConfigError", "CorrectionConfig", "DataError",
         "GRPOLossConfig", "GRPOLossContext", "GRPOLossKwargs", "LaunchError", "LogprobSpec", "LossContextInputItem",
-        "LossResult", "LossRunner", "OPDLossConfig", "OPDLossContext", "OrealLossConfig", "OrealLossContext",
-        "PerToken", "PolicyTerms", "RLLossContextInputItem", "Shared", "ToolkitError", "register_advantage",
-        "register_policy_loss",
+        "LossResult", "LossRunner", "LossTerm", "OPDLossConfig", "OPDLossContext", "OrealLossConfig",
+        "OrealLossContext", "PerToken", "PolicyTerms", "RLLossContextInputItem", "ScoredLossContext", "Shared",
+        "ToolkitError", "register_advantage", "register_policy_loss", "step_weights",
     ]  # fmt: skip
     for name in toolkit.__all__:
         assert getattr(toolkit, name).__doc__

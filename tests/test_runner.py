@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from tests.conftest import random_head, random_item
+from tests.losses.test_custom_loss import LOSSES, loss_of
 from toolkit import CELossConfig, ConfigError, DataError, GRPOLossConfig, GRPOLossContext, LossRunner, errors
+from toolkit.testing import random_batch
 
 
 def test_equals_items_and_contexts() -> None:
@@ -255,3 +257,22 @@ def test_a_loss_over_the_batch_in_two_micro_batches() -> None:
             [{name: value for name, value in batch.items() if name != "current_logprobs"} for batch in batches],
             lambda batch: (batch["hidden"], head),
         )
+
+
+def test_fields_of_one_s_own_items() -> None:
+    cfg = LOSSES["tools"]
+    batch = random_batch(cfg)
+    head = (batch.hidden_states, batch.head_weight, batch.head_bias)
+    fields = {
+        name: value for name, value in batch.item.tensors() if name in ("shifted_labels", "advantages", "old_logprobs")
+    }
+    runner = LossRunner(cfg)
+    found = runner(*head, **fields, is_tool=batch.item.is_tool)
+    torch.testing.assert_close(found.loss, loss_of(cfg, batch), rtol=1e-12, atol=0)
+    assert runner.explain(*head, **fields, is_tool=batch.item.is_tool).name == "eager"
+    with pytest.raises(DataError, match=r"'is_toll' is not a field of a batch \(did you mean 'is_tool'\?\)"):
+        runner(*head, **fields, is_toll=batch.item.is_tool)
+    with pytest.raises(DataError, match=r"is_tool has dtype torch.int64; it must be a bool tensor"):
+        runner(*head, **fields, is_tool=batch.item.is_tool.long())
+    with pytest.raises(DataError, match="advantages has no effect on FocalLossConfig"):
+        LossRunner(LOSSES["focal"])(*head, shifted_labels=fields["shifted_labels"], advantages=1.0)

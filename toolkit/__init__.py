@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from toolkit.functional.registry import register_policy_loss
     from toolkit.functional.terms import PolicyTerms
     from toolkit.losses.aggregation import AggregationConfig
-    from toolkit.losses.base import BaseLossContext, BaseLossKwargs
+    from toolkit.losses.base import BaseLossContext
     from toolkit.losses.ce import CELossContext, CELossKwargs
     from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig, GRPOLossConfig
     from toolkit.losses.config_opd import OPDLossConfig
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from toolkit.losses.fields import PerToken, Shared
     from toolkit.losses.grpo import GRPOLossContext, GRPOLossKwargs
     from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+    from toolkit.losses.kwargs import BaseLossKwargs
     from toolkit.losses.opd import OPDLossContext
     from toolkit.losses.oreal import OrealLossContext
     from toolkit.losses.provenance import LogprobSpec
+    from toolkit.losses.scored import ScoredLossContext
+    from toolkit.losses.step import step_weights
+    from toolkit.losses.term import LossTerm
     from toolkit.runner import LossResult, LossRunner
 
 __version__ = "0.1.0"
@@ -48,7 +52,7 @@ _HOMES = {
     "CorrectionConfig": "losses.correction",
     "LogprobSpec": "losses.provenance",
     "BaseLossContext": "losses.base",
-    "BaseLossKwargs": "losses.base",
+    "BaseLossKwargs": "losses.kwargs",
     "PerToken": "losses.fields",
     "Shared": "losses.fields",
     "LossContextInputItem": "losses.items",
@@ -60,6 +64,9 @@ _HOMES = {
     "GRPOLossKwargs": "losses.grpo",
     "OPDLossContext": "losses.opd",
     "OrealLossContext": "losses.oreal",
+    "LossTerm": "losses.term",
+    "ScoredLossContext": "losses.scored",
+    "step_weights": "losses.step",
     "LossRunner": "runner",
     "LossResult": "runner",
 }
@@ -85,6 +92,7 @@ __all__ = [
     "LossContextInputItem",
     "LossResult",
     "LossRunner",
+    "LossTerm",
     "OPDLossConfig",
     "OPDLossContext",
     "OrealLossConfig",
@@ -92,10 +100,12 @@ __all__ = [
     "PerToken",
     "PolicyTerms",
     "RLLossContextInputItem",
+    "ScoredLossContext",
     "Shared",
     "ToolkitError",
     "register_advantage",
     "register_policy_loss",
+    "step_weights",
 ]
 
 

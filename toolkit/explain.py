@@ -19,7 +19,7 @@ from toolkit.errors import ConfigError, ToolkitError, print_text
 from toolkit.functional.advantages import advantage
 from toolkit.functional.kl_facts import KL_NAMES
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
-from toolkit.losses.explanation import explain_loss, needed_fields
+from toolkit.losses.explanation import explain_loss
 from toolkit.losses.facts import KL_EQUATIONS, shown, title_of
 from toolkit.overrides import options_first
 from toolkit.rollout.config import RolloutConfig
@@ -130,7 +130,7 @@ def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[s
         )
     chosen = AdvantageConfig(**_part(cfg, "advantage"))
     chosen.check_training(RolloutConfig(**_part(cfg, "rollout")).group_size)
-    if "advantages" not in needed_fields(loss):
+    if "advantages" not in loss.required_fields:
         return
     options = ", ".join(f"{name}={shown(value)}" for name, value in chosen.options.items())
     title = title_of(advantage(chosen.estimator).function)

@@ -78,6 +78,13 @@ class Mean(Metric):
         values = widened(values)
         return cls(values.sum(), _count(values))
 
+    @classmethod
+    def of_each(cls, values: Mapping[str, Tensor]) -> dict[str, Mean]:
+        """Return the mean of every tensor, all of one shape and dtype, by its name; a few operations for all."""
+        rows = widened(torch.stack([*values.values()])).reshape(len(values), -1)
+        count = _count(rows[0])
+        return {name: cls(total, count) for name, total in zip(values, rows.sum(-1), strict=True)}
+
     @staticmethod
     def number(parts: Sequence[float]) -> float:
         """Return num / den, NaN when nothing was counted."""
@@ -95,8 +102,8 @@ class Min(Metric):
     @classmethod
     def of(cls, values: Tensor) -> Min:
         """Return the minimum of all elements of `values`, which may be empty."""
-        values = widened(values).reshape(-1)
-        return cls(torch.cat([values, values.new_full((1,), math.inf)]).amin())
+        values = widened(values)
+        return cls(values.amin() if values.numel() else values.new_full((), math.inf))
 
     @staticmethod
     def number(parts: Sequence[float]) -> float:
@@ -114,8 +121,8 @@ class Max(Metric):
     @classmethod
     def of(cls, values: Tensor) -> Max:
         """Return the maximum of all elements of `values`, which may be empty."""
-        values = widened(values).reshape(-1)
-        return cls(torch.cat([values, values.new_full((1,), -math.inf)]).amax())
+        values = widened(values)
+        return cls(values.amax() if values.numel() else values.new_full((), -math.inf))
 
     @staticmethod
     def number(parts: Sequence[float]) -> float:

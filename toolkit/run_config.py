@@ -7,7 +7,6 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from toolkit.errors import ConfigError, warn_once
-from toolkit.functional.registry import policy_loss
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
 from toolkit.models.config import ModelConfig
 from toolkit.rollout.config import RolloutConfig
@@ -96,8 +95,8 @@ class RunConfig(Config):
     def _loss_can_be_served(self) -> None:
         if not isinstance(self.loss, BaseRLLossConfig):
             return
-        name = self.loss.policy_loss_cfg["loss_type"]
-        chosen = policy_loss(name)
+        chosen = self.loss.policy
+        name = chosen.name
         lacking = self.loss.not_in_training
         if lacking is not None and lacking.startswith("teacher"):
             raise ConfigError(

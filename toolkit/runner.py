@@ -17,9 +17,10 @@ from toolkit.distributed import reduce_metrics
 from toolkit.errors import ConfigError, DataError, nearest
 from toolkit.head import HeadPlan
 from toolkit.losses.base import BaseLossContext
+from toolkit.losses.builder import item_class
 from toolkit.losses.calibration import loss_metric
 from toolkit.losses.config import BaseLossConfig, CELossConfig
-from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.items import LossContextInputItem
 from toolkit.losses.provenance import LogprobSpec
 from toolkit.losses.shift import shift_labels
 from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
@@ -127,6 +128,7 @@ class LossRunner:
         ref_topk_ids: Tensor | None = None,
         ref_topk_logprobs: Tensor | None = None,
         cu_seq_lens: Tensor | None = None,
+        **own_fields: Any,
     ) -> LossResult:
         """Return the loss of one batch, normalised over this batch (and the other ranks, if there are any).
 
@@ -156,6 +158,7 @@ class LossRunner:
             ref_topk_ids: [B, T, K] the same of the reference.
             ref_topk_logprobs: [B, T, K] the same of the reference; for an exact KL.
             cu_seq_lens: [S + 1] boundaries of the sequences in one packed row.
+            own_fields: what else the items of your own loss declare.
 
         Raises:
             DataError: a field is missing, of the wrong shape, or not finite where it is scored.
@@ -177,7 +180,9 @@ class LossRunner:
             "ref_topk_ids": ref_topk_ids,
             "ref_topk_logprobs": ref_topk_logprobs,
             "cu_seq_lens": cu_seq_lens,
+            **own_fields,
         }
+        self._check_names(own_fields)
         loss, extra = self._context(fields, hidden_states).forward(hidden_states, head_weight, head_bias)
         return LossResult(loss, metrics_in(extra))
 
@@ -192,9 +197,7 @@ class LossRunner:
             head_bias: [V], optional.
             fields: ``input_ids``, ``advantages`` ...
         """
-        unknown = [key for key in fields if key not in FIELDS]
-        if unknown:
-            raise DataError(f"{unknown[0]!r} is not a field of a batch; it has: {', '.join(FIELDS)}")
+        self._check_names(fields)
         return self._context(fields, hidden_states).explain(hidden_states, head_weight, head_bias)
 
     def step(self, batches: Iterable[Mapping[str, Any]], forward: Forward) -> LossResult:
@@ -237,20 +240,34 @@ class LossRunner:
         return context(self.loss_cfg, kwargs)
 
     def _item(self, fields: Mapping[str, Any], num_positions: int | None) -> LossContextInputItem:
+        item_cls = self._item_cls
+        known = {*FIELDS, *item_cls.model_fields}
         for key in fields:
-            close = nearest(str(key), FIELDS)
-            if key not in FIELDS and close is not None:
+            if key not in known and (close := nearest(str(key), known)) is not None:
                 raise DataError(f"{key!r} is not a field of a batch (did you mean {close!r}?)")
         labels = self._labels(fields, num_positions)
-        given = {name: fields.get(name) for name in RL_FIELDS}
-        if isinstance(self.loss_cfg, CELossConfig):
-            unread = [name for name, value in given.items() if value is not None]
-            if unread:
-                raise DataError(f"{unread[0]} has no effect on cross-entropy; leave it out or use a policy loss")
-            return CELossContextInputItem(shifted_labels=labels)
-        given["advantages"] = _spread("advantages", given["advantages"], labels)
-        given["group_ids"] = _spread("group_ids", given["group_ids"], labels)
-        return RLLossContextInputItem(shifted_labels=labels, **given)
+        names = {*RL_FIELDS, *item_cls.model_fields} - {"shifted_labels"}
+        given = {name: fields[name] for name in names if fields.get(name) is not None}
+        unread = [name for name in RL_FIELDS if name in given and name not in item_cls.model_fields]
+        if unread:
+            loss = "cross-entropy" if isinstance(self.loss_cfg, CELossConfig) else type(self.loss_cfg).__name__
+            raise DataError(f"{unread[0]} has no effect on {loss}; leave it out or use a policy loss")
+        for name in ("advantages", "group_ids"):
+            if name in given:
+                given[name] = _spread(name, given[name], labels)
+        return item_cls(shifted_labels=labels, **given)
+
+    @property
+    def _item_cls(self) -> type[LossContextInputItem]:
+        return item_class(self.loss_cfg.loss_ctx_cls)
+
+    def _check_names(self, fields: Mapping[str, Any]) -> None:
+        known = dict.fromkeys((*FIELDS, *self._item_cls.model_fields))
+        unknown = next((key for key in fields if key not in known), None)
+        if unknown is not None:
+            close = nearest(unknown, known)
+            hint = f" (did you mean {close!r}?)" if close is not None else ""
+            raise DataError(f"{unknown!r} is not a field of a batch{hint}; it has: {', '.join(known)}")
 
     def _labels(self, fields: Mapping[str, Any], num_positions: int | None) -> Tensor:
         input_ids, labels = fields.get("input_ids"), fields.get("shifted_labels")

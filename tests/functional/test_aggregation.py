@@ -22,8 +22,8 @@ def of(mask: list[list[int]], aggregation: str, **options: Any) -> Share:
 
 def total(shares: list[Share], losses: list[list[float]]) -> float:
     """The loss of a step: its micro-batches' weights over the sum of their counts."""
-    counts = sum((own.counts for own in shares), torch.zeros(2, dtype=torch.float64))
-    weights = [own.weights if own.is_sum else own.divided(counts) for own in shares]
+    count = sum((own.count for own in shares), torch.zeros((), dtype=torch.float64))
+    weights = [own.weights if own.is_sum else own.divided(count) for own in shares]
     return sum(float((w * torch.tensor([row])).sum()) for w, row in zip(weights, losses, strict=True))
 
 
@@ -46,11 +46,11 @@ def total(shares: list[Share], losses: list[list[float]]) -> float:
 def test_by_hand(aggregation: str, options: dict[str, Any], short: float, long: float, denominator: float) -> None:
     own = of(MASK, aggregation, **options)
     assert own.weights.tolist() == [[short, 0, 0, 0], [long] * 4, [0] * 4]
-    assert own.counts.tolist() == [denominator, 0]
-    divided = own.divided(own.counts)
+    assert own.count.item() == denominator
+    divided = own.divided(own.count)
     assert divided[0, 0].item() == pytest.approx(short / denominator)
     assert divided[1, 3].item() == pytest.approx(long / denominator)
-    assert (own.is_sum, own.is_second) == (False, None)
+    assert not own.is_sum
 
 
 def test_token_sum_is_not_divided() -> None:
@@ -66,59 +66,34 @@ def test_prompt_mean() -> None:
     tokens = torch.tensor([[4.0], [2.0], [4.0]]).expand(3, 3)
     own = of(mask, "prompt_mean", prompt_tokens=tokens, num_prompts=2)
     assert own.weights.tolist() == [[0.25, 0, 0], [0, 0.5, 0.5], [0.25, 0.25, 0.25]]
-    assert own.counts.tolist() == [2, 0]
-    assert own.divided(own.counts).sum(-1).tolist() == [0.125, 0.5, 0.375]
+    assert own.count.item() == 2
+    assert own.divided(own.count).sum(-1).tolist() == [0.125, 0.5, 0.375]
     # A third prompt without a scored token, if the caller counts it, takes its share away from the others.
     with_empty = of(mask, "prompt_mean", prompt_tokens=tokens, num_prompts=3)
-    assert with_empty.divided(with_empty.counts).sum().item() == pytest.approx(2 / 3)
+    assert with_empty.divided(with_empty.count).sum().item() == pytest.approx(2 / 3)
 
 
 def test_a_prompt_without_a_token_divides_by_nothing() -> None:
     own = of([[0, 0]], "prompt_mean", prompt_tokens=torch.zeros(1, 2), num_prompts=1)
-    assert own.divided(own.counts).tolist() == [[0, 0]]
-
-
-POSITIVE = [[True, True, False, False], [True, False, False, False], [True] * 4]
-
-
-def test_per_component() -> None:
-    # Scored with A > 0: 2 tokens (weight 3); scored with A <= 0: 3 (weight 0.5).
-    signs = torch.tensor(POSITIVE)
-    own = of(MASK, "per_component", is_positive=signs, component_weights=(3.0, 0.5))
-    assert own.weights.tolist() == [[3, 0, 0, 0], [3, 0.5, 0.5, 0.5], [0] * 4]
-    assert own.counts.tolist() == [2, 3]
-    assert own.divided(own.counts)[1].tolist() == pytest.approx([1.5, 1 / 6, 1 / 6, 1 / 6])
-    # Losses of 2 where A > 0 and of 10 elsewhere: 3 * 2 + 0.5 * 10.
-    losses = torch.where(signs, 2.0, 10.0)
-    assert (own.divided(own.counts) * losses).sum().item() == pytest.approx(11.0)
-
-
-@pytest.mark.parametrize("is_positive", [True, False])
-def test_per_component_without_a_token_of_one_sign(is_positive: bool) -> None:
-    signs = torch.full((3, 4), is_positive)
-    own = of(MASK, "per_component", is_positive=signs)
-    assert own.counts.tolist() == ([5, 0] if is_positive else [0, 5])
-    divided = own.divided(own.counts)
-    assert divided.isfinite().all()
-    assert divided.sum().item() == pytest.approx(1.0)
+    assert own.divided(own.count).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "token_sum", "seq_mean_token_mean", "constant", "square"])
 def test_nothing_scored_is_exactly_zero(aggregation: str) -> None:
     own = of([[0, 0], [0, 0]], aggregation, **({"length": 4.0} if aggregation == "constant" else {}))
-    weights = own.weights if own.is_sum else own.divided(own.counts)
+    weights = own.weights if own.is_sum else own.divided(own.count)
     assert weights.tolist() == [[0, 0], [0, 0]]
 
 
 # ------------------------------------------------------------------------------------------------ packed rows
 
 
-def packed(aggregation: str, **options: Any) -> tuple[Tensor, list[float]]:
+def packed(aggregation: str, **options: Any) -> tuple[Tensor, float]:
     """Three sequences in one row: one scored token of two, four of four, none of one; and a position of no sequence."""
     is_active = torch.tensor([[True, False, True, True, True, True, False, False]])
     ids = torch.tensor([[0, 0, 1, 1, 1, 1, 2, -1]])
     own = share(is_active, ids, aggregation, **options)
-    return own.weights, own.counts.tolist()
+    return own.weights, own.count.item()
 
 
 @pytest.mark.parametrize(
@@ -131,9 +106,9 @@ def packed(aggregation: str, **options: Any) -> tuple[Tensor, list[float]]:
     ],
 )
 def test_packed(aggregation: str, options: dict[str, Any], weights: list[float], denominator: float) -> None:
-    found, counts = packed(aggregation, **options)
+    found, count = packed(aggregation, **options)
     assert found.tolist() == [weights]
-    assert counts == [denominator, 0]
+    assert count == denominator
 
 
 # ------------------------------------------------------------------------------------------------ from the field
@@ -151,8 +126,8 @@ def test_r1_the_mean_is_over_the_step_not_over_micro_batches(sizes: list[int]) -
 
 def test_r11_a_masked_response_adds_no_token() -> None:
     own = of([[1, 1, 1, 1], [0, 0, 0, 0]], "token_mean")
-    assert own.counts.tolist() == [4, 0]
-    assert own.divided(own.counts)[0].tolist() == [0.25] * 4  # 0.2 if the empty one counted as a token
+    assert own.count.item() == 4
+    assert own.divided(own.count)[0].tolist() == [0.25] * 4  # 0.2 if the empty one counted as a token
 
 
 def test_r34_weights_of_10_and_1000_tokens() -> None:
@@ -161,7 +136,7 @@ def test_r34_weights_of_10_and_1000_tokens() -> None:
     rows = torch.arange(2).unsqueeze(-1).expand(mask.shape)
     for aggregation, expected in (("token_mean", [10 / 1010, 1000 / 1010]), ("seq_mean_token_mean", [0.5, 0.5])):
         own = share(mask, rows, aggregation)
-        assert own.divided(own.counts).sum(-1).tolist() == pytest.approx(expected, rel=1e-12)
+        assert own.divided(own.count).sum(-1).tolist() == pytest.approx(expected, rel=1e-12)
     assert [round(10 / 1010, 4), round(1000 / 1010, 4)] == [0.0099, 0.9901]
 
 
@@ -170,4 +145,4 @@ def test_counts_above_what_low_precision_holds() -> None:
     n = 70_001
     own = share(torch.ones(1, n, dtype=torch.bool), torch.zeros(1, n, dtype=torch.int64), "seq_mean_token_mean")
     assert own.weights.sum().item() == pytest.approx(1.0, rel=1e-12)
-    assert of([[1] * n], "token_mean").counts.tolist() == [n, 0]
+    assert of([[1] * n], "token_mean").count.item() == n

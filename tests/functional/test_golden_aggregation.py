@@ -192,8 +192,8 @@ def weights_of(case: Case) -> Tensor:
     plan, mask = plan_of(case), mask_of(case)
     rows = torch.arange(len(mask)).unsqueeze(-1).expand(mask.shape)
     own = share(mask, rows, plan.name, **plan.options)
-    counts = own.counts if plan.denominator is None else torch.full_like(own.counts, plan.denominator)
-    weights = own.weights if own.is_sum else own.divided(counts)
+    count = own.count if plan.denominator is None else torch.full_like(own.count, plan.denominator)
+    weights = own.weights if own.is_sum else own.divided(count)
     return shrunk(weights * plan.factor, mask, plan.row_epsilon)
 
 

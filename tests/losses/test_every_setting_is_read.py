@@ -27,6 +27,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "correction_on_kl": ({**KL, "correction": [TIS]}, True),
     "use_kl_loss": ({"kl_loss_type": "k2"}, True),
     "kl_loss_coef": ({"use_kl_loss": True, "kl_loss_type": "k3"}, 0.7),
+    "kl_aggregation": (KL, "seq_mean_token_mean"),
     "kl_loss_type": ({"use_kl_loss": True, "kl_loss_coef": 0.3}, ("k2", "k3")),
     "kl_gradient": (KL, "straight_through"),
     "kl_anchor": ({**KL, "kl_gradient": "is_corrected"}, "rollout"),

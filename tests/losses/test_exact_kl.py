@@ -264,7 +264,7 @@ def test_fields_with_a_trailing_axis_are_cut_along_the_tokens() -> None:
         ("full", {"ref_topk_ids": torch.zeros(2, 13, VOCABULARY, dtype=torch.int64)}, "no effect.*kl=top_k"),
         ("top_k", {"ref_topk_ids": torch.zeros(2, 13, 3, dtype=torch.int64)}, r"has shape \[2, 13, 3\]"),
         ("top_k", {"ref_topk_ids": torch.zeros(2, 12, K, dtype=torch.int64)}, r"must be \[2, 13, K\]"),
-        ("top_k", {"ref_topk_ids": torch.zeros(2, 13, K)}, "dtype torch.float32.*int64"),
+        ("top_k", {"ref_topk_ids": torch.zeros(2, 13, K)}, "dtype torch.float32.*integer"),
         ("top_k", {"ref_topk_logprobs": torch.zeros(2, 13, K, dtype=torch.int64)}, "floating-point"),
         ("top_k", {"ref_topk_ids": torch.zeros(2, 13, K, dtype=torch.int64)}, "names a token twice"),
         ("top_k", {"ref_topk_logprobs": torch.full((2, 13, K), -math.inf)}, "= -inf at a scored position.*id -1"),

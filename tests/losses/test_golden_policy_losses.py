@@ -15,7 +15,6 @@ from tests.golden_data import IS_SHIPPED, Case, Exclusion, all_params_read, case
 from toolkit import GRPOLossConfig, RLLossContextInputItem
 from toolkit.config import load_loss
 from toolkit.head import TokenScores
-from toolkit.losses.grpo_items import policy_loss_of
 
 CASES = list(cases("policy_loss"))
 FIELDS = {
@@ -128,4 +127,4 @@ def test_every_preset_uses_a_registered_loss() -> None:
     for path in found:
         cfg = preset_config(f"{path.parent.name}/{path.stem}")
         if isinstance(cfg, GRPOLossConfig):
-            assert policy_loss_of(cfg).name in path.read_text()
+            assert cfg.policy.name in path.read_text()

@@ -185,7 +185,7 @@ def test_the_reference_may_be_the_teacher() -> None:
     swapped = item.replace(teacher_logprobs=item.ref_logprobs)
     expected = evaluate(OPDLossConfig(), [swapped], [head])
     assert_same(evaluate(OPDLossConfig(teacher="reference"), [item.replace(teacher_logprobs=None)], [head]), expected)
-    with pytest.raises(DataError, match="ref_logprobs is missing, but teacher='reference' distils it"):
+    with pytest.raises(DataError, match="ref_logprobs is missing, but teacher='reference' needs it"):
         evaluate(OPDLossConfig(teacher="reference"), [item.replace(ref_logprobs=None)], [head])
 
 
@@ -228,7 +228,7 @@ def test_other_terms_and_corrections_go_along() -> None:
 @pytest.mark.parametrize(
     ("settings", "changes", "words"),
     [
-        ({}, {"teacher_logprobs": None}, "teacher_logprobs is missing, but policy loss 'opd' needs them"),
+        ({}, {"teacher_logprobs": None}, "teacher_logprobs is missing, but policy loss 'opd' needs it"),
         ({"variant": "top_k"}, {"teacher_topk_logprobs": None}, "teacher_topk_logprobs is missing.*variant='top_k'"),
         ({"variant": "top_k"}, {"teacher_topk_ids": torch.zeros(2, 13, K).long()}, "names a token twice"),
     ],

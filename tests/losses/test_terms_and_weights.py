@@ -132,7 +132,8 @@ def by_hand(aggregation: Any, advantages: list[float], labels: list[list[int]], 
         group_ids=torch.tensor(groups).unsqueeze(-1),
     )
     (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)
-    return kwargs.loss_weight.flatten().tolist()
+    weights = kwargs.loss_weight if kwargs.term_weights is None else kwargs.term_weights.sum(-1)
+    return weights.flatten().tolist()
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_rejected_tokens_and_the_denominator(denominator: str, weight: float) ->
         rollout_logprobs=rollout,
     )
     (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)
-    effective = kwargs.loss_weight * kwargs.policy_weight
+    effective = kwargs.loss_weight * kwargs.importance
     assert effective.flatten().tolist() == pytest.approx([weight, 0, 0, 0, weight])
     assert ((kwargs.shifted_labels != -100).sum().item()) == (5 if denominator == "original" else 2)
 

@@ -9,7 +9,7 @@ import torch
 from toolkit import GRPOLossConfig
 from toolkit.training.experience import Rows
 from toolkit.training.run import rehearse
-from toolkit.training.step import needs_current, router_weights
+from toolkit.training.step import router_weights
 
 SURVIVORS = {"between": "current_old", "action": "mask", "lower": 0.9, "upper": 1.1, "denominator": "survivors"}
 
@@ -32,8 +32,8 @@ def test_who_needs_a_first_pass_and_gets_through_the_rehearsal(
     options: dict[str, Any], in_one: bool, in_two: bool
 ) -> None:
     cfg = GRPOLossConfig(**options)
-    assert needs_current(cfg, 1) == in_one
-    assert needs_current(cfg, 2) == in_two
+    assert cfg.needs_current(1) == in_one
+    assert cfg.needs_current(2) == in_two
     rehearse(cfg)
 
 

@@ -14,11 +14,11 @@ seq_mean_token_sum   1            sequences     the mean over sequences of their
 constant             1 / L        sequences     the same over a fixed length (Dr. GRPO): no bias by length
 square               1 / sqrt(n)  sum of them   between token_mean and seq_mean_token_mean (XTuner)
 prompt_mean          1 / N_p      prompts       the mean over prompts of the mean over their tokens
-per_component        1            see right     the mean over tokens with A > 0, plus that over those with A <= 0
 ===================  ===========  ============  =================================================================
 
 Sources: Shao et al. 2024, arXiv 2402.03300, eq. 3; Yu et al. 2025, arXiv 2503.14476, eq. 8; Liu et al. 2025,
-arXiv 2503.20783, section 3.2; XTuner's ``loss_reduction`` (square) and OREAL loss (per_component).
+arXiv 2503.20783, section 3.2; XTuner's ``loss_reduction`` (square). The aggregation ``per_component`` of a policy loss
+is two terms, each a token_mean over tokens of its own (`losses.term`).
 
 Legend: B rows, T positions of a row, S sequences.
 """
@@ -38,18 +38,15 @@ class Share:
     """One micro-batch under an aggregation."""
 
     weights: Tensor
-    """[B, T] float64, 0 where nothing is scored; of component 1 where `is_second`."""
-    counts: Tensor
-    """[2] float64: what this micro-batch adds to the denominator of the first and of the second component."""
+    """[B, T] float64, 0 where nothing is scored."""
+    count: Tensor
+    """0-dim float64: what this micro-batch adds to the denominator."""
     is_sum: bool = False
     """Whether the weights are not to be divided (token_sum)."""
-    is_second: Tensor | None = None
-    """[B, T] bool: tokens of the second component (per_component: A <= 0); None: there is one component."""
 
-    def divided(self, denominators: Tensor) -> Tensor:
-        """Return the weights over their components' denominators ([2]); 0 where that is 0."""
-        first, second = torch.where(denominators > 0, 1 / denominators, 0.0).to(self.weights.dtype)
-        return self.weights * (first if self.is_second is None else torch.where(self.is_second, second, first))
+    def divided(self, denominator: Tensor) -> Tensor:
+        """Return the weights over their denominator (0-dim); 0 where that is 0."""
+        return self.weights * torch.where(denominator > 0, 1 / denominator, 0.0).to(self.weights.dtype)
 
 
 def share(
@@ -60,22 +57,18 @@ def share(
     length: float | None = None,
     count_empty: bool = False,
     num_sequences: int | None = None,
-    is_positive: Tensor | None = None,
-    component_weights: tuple[float, float] = (1.0, 1.0),
     prompt_tokens: Tensor | None = None,
     num_prompts: int = 0,
 ) -> Share:
-    """Return the unnormalised weights of a micro-batch and what it adds to the denominators.
+    """Return the unnormalised weights of a micro-batch and what it adds to the denominator.
 
     Args:
         is_active: bool, [1, T] or [B, T]; True where the position is scored.
         ids: int64 of the same shape; the sequence of each position, negative for none.
-        aggregation: one of `functional.names.Aggregation`.
+        aggregation: one of the table above.
         length: L of "constant", in tokens.
         count_empty: whether sequences without a scored token count where sequences are counted (peers differ).
         num_sequences: S, empty ones included; as many as `ids` names by default.
-        is_positive: bool of the same shape, A > 0; for "per_component".
-        component_weights: factors of the tokens with A > 0 and of the others; for "per_component".
         prompt_tokens: of the same shape, the scored tokens of each position's prompt over the whole step; for
             "prompt_mean".
         num_prompts: prompts that this micro-batch is to count; for "prompt_mean".
@@ -84,36 +77,27 @@ def share(
     dtype = torch.float64 if is_active.device.type != "mps" else torch.float32
     active = is_active.to(dtype)
     if aggregation == "token_mean":
-        return Share(active, _counts(active.sum()))
+        return Share(active, active.sum())
     if aggregation == "token_sum":
-        return Share(active, _counts(active.sum()), is_sum=True)
+        return Share(active, active.sum(), is_sum=True)
     if aggregation == "prompt_mean":
         assert prompt_tokens is not None
-        return Share(active / prompt_tokens.clamp(min=1).to(dtype), _counts(active.new_tensor(float(num_prompts))))
-    if aggregation == "per_component":
-        assert is_positive is not None
-        positive = active.where(is_positive, 0.0)
-        weights = component_weights[0] * positive + component_weights[1] * (active - positive)
-        return Share(weights, _counts(positive.sum(), (active - positive).sum()), is_second=~is_positive)
+        return Share(active / prompt_tokens.clamp(min=1).to(dtype), active.new_tensor(float(num_prompts)))
     lengths, counted = _lengths(active, ids)
     if count_empty and num_sequences is not None:
         counted = active.new_tensor(float(num_sequences))
     elif count_empty:
         counted = active.new_tensor(float(ids.max()) + 1 if ids.numel() else 0.0)
     if aggregation == "seq_mean_token_mean":
-        return Share(active / lengths, _counts(counted))
+        return Share(active / lengths, counted)
     if aggregation == "seq_mean_token_sum":
-        return Share(active, _counts(counted))
+        return Share(active, counted)
     if aggregation == "constant":
         assert length is not None
-        return Share(active / length, _counts(counted))
+        return Share(active / length, counted)
     assert aggregation == "square", aggregation
     weights = active * lengths.rsqrt()
-    return Share(weights, _counts(weights.sum()))
-
-
-def _counts(first: Tensor, second: Tensor | None = None) -> Tensor:
-    return torch.stack([first, torch.zeros_like(first) if second is None else second])
+    return Share(weights, weights.sum())
 
 
 def _lengths(active: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

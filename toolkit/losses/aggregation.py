@@ -10,6 +10,8 @@ from toolkit.errors import ConfigError
 from toolkit.functional.names import PER_SEQUENCE, Aggregation
 from toolkit.schema import Config
 
+PER_COMPONENT = "per_component"
+"""The aggregation that is two terms: one over the tokens with A > 0, one over the others."""
 Factor = Annotated[float, Field(ge=0)]
 
 

@@ -1,46 +1,46 @@
-"""The base of every loss: how kwargs are built, chunked and turned into a loss.
+"""The base of every loss: kwargs of one micro-batch in, a loss and metrics out, at once or in chunks.
 
-Legend: B rows, T positions of a row, D hidden width, V vocabulary, N selected tokens.
+Legend: B rows, T positions of a row, D hidden width, V vocabulary, n tokens of one call.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Annotated, Any, Generic, TypeVar
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import counted_with
-from toolkit.errors import DataError
+from toolkit.errors import ConfigError, DataError
 from toolkit.head.chunked import chunked_loss
 from toolkit.head.inputs import check_head
+from toolkit.head.logits import LogitTransform
 from toolkit.head.plan import HeadPlan, Scope, auto_chunk, autograd_plan, equal_chunks
 from toolkit.head.vocabulary import vocab_group
+from toolkit.losses.builder import ItemT, KwargsBuilder
 from toolkit.losses.config import BaseLossConfig
-from toolkit.losses.fields import PerToken, TensorRecord
-from toolkit.metrics import merge_metrics, metrics_in
-
-ItemT = TypeVar("ItemT")
-
-
-class BaseLossKwargs(TensorRecord):
-    """What one forward of a loss needs. Declare further tensors as ``Annotated[Tensor, PerToken(pad=...)]``."""
-
-    shifted_labels: Annotated[Tensor, PerToken(pad=-100)]
-    """[1, T] or [B, T] int64."""
-    loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
-    """Calibrated weight of each token, same shape; the loss is ``(loss_weight * token_losses).sum()``."""
+from toolkit.losses.fields import PerToken
+from toolkit.losses.kwargs import BaseLossKwargs
+from toolkit.losses.summation import has_weight, term_sums, total
+from toolkit.losses.term import LossTerm, checked_terms
+from toolkit.metrics import Metric, merge_metrics, metrics_in
 
 
-class BaseLossContext(ABC, Generic[ItemT]):
+class BaseLossContext(KwargsBuilder[ItemT]):
     """A config and the kwargs of one micro-batch: call `forward` with what the trunk computed.
 
-    A loss of your own overrides `build_batches_loss_kwargs` (what must be known before the first forward of an
-    optimizer step) and `loss_fn` (the loss itself, a *sum* over tokens of weight times token loss).
+    A loss of your own lists its terms in its config and returns their values here, unreduced:
+
+    * `losses_from_logits` for values of whole distributions, or `token_losses` of a `ScoredLossContext` for values of
+      log-probabilities and entropies: counting, ranks, shards, packing, chunks and metrics are then taken care of;
+    * `loss_fn` for anything else: it returns a *sum* over tokens of weight times value (`summed` makes it).
     """
+
+    has_vocabulary: ClassVar[bool] = True
+    """Whether the head scores tokens, so that labels must be among its rows; False for a head of values, [1, D]."""
 
     loss_cfg: Any
     loss_kwargs: Any
@@ -49,52 +49,72 @@ class BaseLossContext(ABC, Generic[ItemT]):
         self.loss_cfg = loss_cfg
         self.loss_kwargs = loss_kwargs
 
-    @classmethod
-    @abstractmethod
-    def build_batches_loss_kwargs(
-        cls,
-        data_batches: list[ItemT],
-        loss_cfg: Any,
-        cu_seq_lens_list: Sequence[Tensor | None] | None = None,
-        sp_mesh: DeviceMesh | None = None,
-    ) -> list[Any]:
-        """Return the kwargs of every micro-batch of one optimizer step; every rank must call it together.
-
-        Everything that the loss divides by is counted here, over all micro-batches and ranks, in one exchange. (With
-        `sp_mesh` the items' fields are gathered before it; for a loss of the whole step those of all tokens after it.)
-        Every rank needs at least one micro-batch (with nothing to score, if it has no work), and as many as the others
-        only where each forward is an exchange by itself (FSDP).
-
-        **The contract.** The losses that `forward` returns for the micro-batches of a step add up, and so do their
-        gradients. With ``gradient_reduction="mean"`` (DDP, FSDP) each rank's sum carries a factor R, the number of
-        ranks, so that their *average* is loss and gradient of the whole step; with "sum" their sum is. Nothing else may
-        divide or multiply: no 1 / micro-batches, no R. Terms that a model adds itself (a router's loss) are not to be
-        multiplied by R: `toolkit.losses.auxiliary` has their weights.
+    def losses_from_logits(self, logits: Tensor, loss_kwargs: Any) -> Tensor | Mapping[str, Tensor]:
+        """Return the values of n scored tokens, [n] unreduced, or a mapping of these by the name of their term.
 
         Args:
-            data_batches: the items of all micro-batches of this rank; its shards of them where `sp_mesh` is given.
-            loss_cfg: the config of this loss.
-            cu_seq_lens_list: for each micro-batch the [S + 1] boundaries of its packed row, of the whole row where
-                `sp_mesh` is given; None: a row is a sequence.
-            sp_mesh: one-dimensional mesh of ranks that share every row; each sequence counts once.
+            logits: [n, V] fp32 or wider; scaled, capped and divided by the temperature as the config says.
+            loss_kwargs: the kwargs of these tokens; per-token fields [n], labels in ``shifted_labels``.
         """
+        raise ConfigError(
+            f"{type(self).__name__} computes nothing yet: define losses_from_logits(logits, loss_kwargs), loss_fn, or "
+            "token_losses(scores, loss_kwargs) of a ScoredLossContext"
+        )
 
-    @abstractmethod
+    def summed(
+        self, values: Tensor | Mapping[str, Tensor], loss_kwargs: Any, importance: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Return ``sum over terms of coef * sum over tokens of weight * value``, and metrics.
+
+        Args:
+            values: [n] unreduced for each term by its name; of a single term the tensor alone.
+            loss_kwargs: the kwargs of these tokens.
+            importance: [n] factor of the terms with ``use_correction``; None: that of the kwargs.
+
+        Raises:
+            DataError: values of a term are missing or not one for each token.
+        """
+        by_name = {self.terms[0].name: values} if isinstance(values, Tensor) else values
+        sums = term_sums(self.terms, by_name, loss_kwargs, importance, owner=type(self).__name__)
+        return total(self.terms, sums, self.loss_cfg.gradient_reduction)
+
+    @cached_property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The terms of the config."""
+        return checked_terms(self.loss_cfg.terms, type(self.loss_cfg).__name__)
+
     def loss_fn(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: Any
     ) -> tuple[Tensor, Any]:
         """Return the loss of these positions and anything else (metrics by name are merged, None is fine).
 
-        In chunk mode it is called once for each chunk of the scored tokens, as one row with the kwargs of these tokens,
-        and the results are added up; see `scope` for losses where that is wrong. A loss that needs log-probabilities
-        only is better off as a `ScoredLossContext`.
+        By default it is `summed` over `losses_from_logits` of the scored ones. In chunk mode it is called once for
+        each chunk of the scored tokens, as one row with the kwargs of these tokens, and the results are added up; see
+        `scope` for losses where that is wrong. A loss that needs log-probabilities only is better off as a
+        `ScoredLossContext`.
 
         Args:
             hidden_states: [..., T, D], with T positions as in `loss_kwargs`.
             head_weight: [V, D].
             head_bias: [V] or None.
             loss_kwargs: kwargs of these positions.
+
+        Raises:
+            DataError: the vocabulary is split over ranks: each has only its own logits.
         """
+        if vocab_group(head_weight).is_split:
+            raise DataError(
+                f"{type(self).__name__} takes logits of the whole vocabulary, but that is split over ranks; gather the "
+                "head, or write the loss of log-probabilities (token_losses of a ScoredLossContext)"
+            )
+        cfg = self.loss_cfg
+        scored = (loss_kwargs.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, scored)
+        logits = F.linear(hidden, head_weight, head_bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        taken = loss_kwargs.take(scored)
+        transform = LogitTransform(cfg.logit_scale, cfg.softcap, cfg.temperature)
+        return self.summed(self.losses_from_logits(transform(logits), taken), taken)
 
     @property
     def scope(self) -> Scope:
@@ -138,8 +158,15 @@ class BaseLossContext(ABC, Generic[ItemT]):
         return loss, merge_extras(extras)
 
     def num_learning(self) -> Tensor:
-        """Return how many tokens this micro-batch can learn from, a 0-dim tensor; a step with none anywhere is void."""
-        return (self.loss_kwargs.shifted_labels != self.loss_cfg.ignore_idx).sum()
+        """Return how many tokens this micro-batch can learn from, a 0-dim tensor; a step with none anywhere is void.
+
+        Those with a weight in some term whose coefficient is not 0: a token that a correction rejected has none in the
+        policy's.
+        """
+        is_scored = self.loss_kwargs.shifted_labels != self.loss_cfg.ignore_idx
+        if self.loss_kwargs.loss_weight is not None:
+            is_scored = is_scored & has_weight(self.terms, self.loss_kwargs)
+        return is_scored.sum()
 
     def explain(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None) -> HeadPlan:
         """Return how `forward` with these tensors would go through the head, why, and at what cost; ``print`` it.
@@ -201,7 +228,8 @@ class BaseLossContext(ABC, Generic[ItemT]):
                 f"{type(self).__name__} got {type(self.loss_kwargs).__name__} for its kwargs; build them first"
             )
         labels, ignore_idx = self.loss_kwargs.shifted_labels, self.loss_cfg.ignore_idx
-        check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, labels_name="shifted_labels")
+        tokens = labels if self.has_vocabulary else torch.full_like(labels, ignore_idx)
+        check_head(hidden_states, head_weight, tokens, head_bias, ignore_idx=ignore_idx, labels_name="shifted_labels")
         check_counted_once(vocab_group(head_weight).group)
         for name, value in self.loss_kwargs.tensors():
             mark = self.loss_kwargs.layout(name) if self.loss_kwargs.is_per_token(name) else None
@@ -228,28 +256,6 @@ def check_counted_once(group: Any) -> None:
         )
 
 
-def check_finite(name: str, values: Tensor | None, labels: Tensor, ignore_idx: int) -> None:
-    """Refuse NaN and inf at scored positions.
-
-    Raises:
-        DataError: names the field and the first such position.
-    """
-    if values is None:
-        return
-    broken = ~values.isfinite() & (labels != ignore_idx)
-    if bool(broken.any()):
-        where = broken.nonzero()[0].tolist()
-        raise DataError(
-            f"{name}{where} = {float(values[tuple(where)])} at a scored position; only positions whose label is "
-            f"ignore_idx = {ignore_idx} may hold NaN or inf. Mask the position or repair the value"
-        )
-
-
 def merge_extras(extras: list[Any]) -> Any:
     """Merge metrics by name; anything else a chunk returned (such as its logits) is let go."""
     return merge_metrics(map(metrics_in, extras)) or None
-
-
-def as_loss_dtype(weights: Tensor, token_losses: Tensor) -> Tensor:
-    """Return fp64 calibration weights in the dtype of the token losses."""
-    return weights.to(torch.promote_types(token_losses.dtype, torch.float32))

@@ -27,34 +27,33 @@ from toolkit.metrics import Sum
 ItemT = TypeVar("ItemT")
 
 
-def check_config(loss_cfg: Any, cfg_type: type) -> None:
+def check_config(loss_cfg: Any, cfg_cls: type) -> None:
     """Raise `ConfigError` if the config is that of another loss."""
-    if not isinstance(loss_cfg, cfg_type):
-        raise ConfigError(f"this loss takes a {cfg_type.__name__}, not a {type(loss_cfg).__name__}")
+    if not isinstance(loss_cfg, cfg_cls):
+        raise ConfigError(f"this loss takes a {cfg_cls.__name__}, not a {type(loss_cfg).__name__}")
 
 
-def checked_items(data_batches: Any, item_type: type[ItemT], loss_cfg: Any, cfg_type: type) -> list[ItemT]:
-    """Return the items of a step as a list, after a look at their type and at that of the config.
+def checked_items(data_batches: Any, item_cls: type[ItemT]) -> list[ItemT]:
+    """Return the items of a step as a list, after a look at their type.
 
     Raises:
         DataError: it is no list or tuple, or an item is of another kind.
-        ConfigError: the config is that of another loss.
     """
-    check_config(loss_cfg, cfg_type)
     if not isinstance(data_batches, (list, tuple)):
         raise DataError(
             f"data_batches is a {type(data_batches).__name__}; give a list with one item for each micro-batch"
         )
     for index, item in enumerate(data_batches):
-        if not isinstance(item, item_type):
-            raise DataError(f"data_batches[{index}] is a {type(item).__name__}; this loss takes {item_type.__name__}")
+        if not isinstance(item, item_cls):
+            raise DataError(f"data_batches[{index}] is a {type(item).__name__}; this loss takes {item_cls.__name__}")
     return list(data_batches)
 
 
 def device_of(data_batches: Any) -> torch.device:
     """Return where the first item of a step lies; the CPU where that cannot be said."""
     first = data_batches[0] if isinstance(data_batches, (list, tuple)) and data_batches else None
-    return getattr(getattr(first, "shifted_labels", None), "device", torch.device("cpu"))
+    labels = getattr(first, "shifted_labels", first)
+    return labels.device if isinstance(labels, Tensor) else torch.device("cpu")
 
 
 def sequence_ids_of_batches(
@@ -112,24 +111,24 @@ def aggregated(
     ]
 
 
-def counts_of(shares: Sequence[Share], device: torch.device) -> Tensor:
-    """Return what the micro-batches of this rank add to the denominators of one term, [2] float64."""
-    return sum((own.counts for own in shares), torch.zeros(2, dtype=torch.float64, device=device))
+def count_of(shares: Sequence[Share], device: torch.device) -> Tensor:
+    """Return what the micro-batches of this rank add to the denominator of one term, 0-dim float64."""
+    return sum((own.count for own in shares), torch.zeros((), dtype=torch.float64, device=device))
 
 
-def calibrated(shares: Sequence[Share], denominators: Tensor, *, gradient_reduction: str) -> list[Tensor]:
-    """Divide the weights of one term by its denominators over the whole step.
+def calibrated(shares: Sequence[Share], denominator: Tensor, *, gradient_reduction: str) -> list[Tensor]:
+    """Divide the weights of one term by its denominator over the whole step.
 
     Args:
         shares: of the micro-batches of this rank.
-        denominators: [2] the `counts_of` all ranks together.
+        denominator: the `count_of` all ranks together, 0-dim.
         gradient_reduction: "mean" or "sum", what the back-end does over ranks.
 
     Returns:
         float64 weights, [B, T] for each micro-batch, 0 where nothing is scored.
     """
     factor = world_size() if gradient_reduction == "mean" else 1
-    return [own.weights * factor if own.is_sum else own.divided(denominators / factor) for own in shares]
+    return [own.weights * factor if own.is_sum else own.divided(denominator / factor) for own in shares]
 
 
 def counts_here(sp_mesh: DeviceMesh | None) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
@@ -12,14 +12,14 @@ from toolkit.errors import ConfigError, warn_once
 from toolkit.functional.kl_facts import kl_warning
 from toolkit.functional.names import EXACT_KL, MAX_LOG_RATIO, KLDirection, KLGradient, KLTail, KLTerm
 from toolkit.functional.options import NotNegative
-from toolkit.functional.registry import policy_loss
-from toolkit.losses.aggregation import AggregationConfig, aggregation_from
+from toolkit.functional.registry import PolicyLoss, Scope, policy_loss
+from toolkit.losses.aggregation import PER_COMPONENT, AggregationConfig, aggregation_from
+from toolkit.losses.required import Requirement, required_fields
+from toolkit.losses.term import LossTerm
 from toolkit.schema import Config, FrozenDict, checked_chunk_size
 
 if TYPE_CHECKING:
     from toolkit.losses.base import BaseLossContext
-    from toolkit.losses.ce import CELossContext
-    from toolkit.losses.grpo import GRPOLossContext
 
 KLClamp = Annotated[float, Field(gt=0)] | Literal["auto"] | None
 
@@ -42,8 +42,25 @@ PolicyLossOptions = Annotated[Mapping[str, Any], AfterValidator(_checked_policy_
 Aggregated = Annotated[AggregationConfig, BeforeValidator(aggregation_from)]
 
 
+CE_AGGREGATIONS = {"token": "token_mean", "sample": "seq_mean_token_mean", "square": "square"}
+"""XTuner's names of the reductions of cross-entropy, and ours."""
+
+
+def is_positive(item: Any) -> Any:
+    """Return which tokens of an item have an advantage above 0, bool [B, T]."""
+    return item.advantages > 0
+
+
+def is_not_positive(item: Any) -> Any:
+    """Return which tokens of an item have an advantage of 0 or less, bool [B, T]."""
+    return ~(item.advantages > 0)
+
+
 class BaseLossConfig(Config):
-    """What every loss can be told. Subclass it, add fields and say which context computes the loss."""
+    """What every loss can be told. Subclass it, add fields, list the `terms` and name the `context` that has values."""
+
+    context: ClassVar[str | type[BaseLossContext[Any]] | None] = None
+    """The context class that computes this loss, or where it is: ``"toolkit.losses.ce:CELossContext"``."""
 
     ignore_idx: int = -100
     """Label of a position that is not scored; -100 as in PyTorch's cross-entropy."""
@@ -63,10 +80,28 @@ class BaseLossConfig(Config):
     """What the training back-end does to gradients over ranks: DDP and FSDP average ("mean")."""
 
     @property
-    @abstractmethod
     def loss_ctx_cls(self) -> type[BaseLossContext[Any]]:
-        """The context class that computes this loss."""
-        raise NotImplementedError(f"{type(self).__name__} must define the property loss_ctx_cls")
+        """The context class that computes this loss.
+
+        Raises:
+            ConfigError: the class names none.
+        """
+        named = type(self).context
+        if isinstance(named, str):
+            module, _, name = named.partition(":")
+            return getattr(importlib.import_module(module), name)
+        if named is None:
+            raise ConfigError(f"{type(self).__name__} names no context; write context = YourContext in its body")
+        return named
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The summands of the loss; by default one, a mean over all scored tokens of the step."""
+        return (LossTerm(),)
+
+    def needs_current(self, num_parts: int) -> bool:
+        """Whether items must have `current_logprobs` where `num_parts` micro-batches (of all ranks) make a step."""
+        return False
 
     @field_validator("logit_scale")
     @classmethod
@@ -90,12 +125,12 @@ class CELossConfig(BaseLossConfig):
     loss_reduction: Literal["token", "sample", "square"] = "token"
     """token: mean over tokens; sample: mean over sequences of their token means; square: weight 1/sqrt(length)."""
 
-    @property
-    def loss_ctx_cls(self) -> type[CELossContext]:
-        """`CELossContext`."""
-        from toolkit.losses.ce import CELossContext
+    context = "toolkit.losses.ce:CELossContext"
 
-        return CELossContext
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """One, the negative log-probabilities."""
+        return (LossTerm(name="nll", aggregation=CE_AGGREGATIONS[self.loss_reduction]),)
 
 
 class BaseRLLossConfig(BaseLossConfig):
@@ -126,6 +161,8 @@ class BaseRLLossConfig(BaseLossConfig):
     ``ref_topk_logprobs``)."""
     kl_loss_coef: Annotated[float, Field(ge=0)] = 0.001
     """Coefficient of the KL term; 0.001 as in XTuner."""
+    kl_aggregation: Aggregated | None = None
+    """How the KL term becomes one number; null: as the policy loss (under ``per_component`` a mean over all tokens)."""
     kl_loss_type: KLTerm | None = None
     """An estimate from the sampled token, or exact over candidates (top_k) or the whole vocabulary (full); kl = k1,
     mse = k2 and low_var_kl = k3."""
@@ -190,6 +227,7 @@ class BaseRLLossConfig(BaseLossConfig):
             "kl_output_clamp": sampled,
             "kl_anchor": ("kl_gradient='is_corrected'", sampled[1] and self.kl_gradient == "is_corrected"),
             "kl_direction": ("an exact KL (kl=top_k or kl=full)", is_exact),
+            "kl_aggregation": ("use_kl_loss=True", self.use_kl_loss),
             "kl_tail": ("kl=top_k", is_exact and self.kl_loss_type == "top_k"),
             "correction_on_kl": ("use_kl_loss=True and a correction", self.use_kl_loss and bool(self.correction)),
         }
@@ -201,15 +239,88 @@ class BaseRLLossConfig(BaseLossConfig):
     @model_validator(mode="after")
     def _exact_kl_is_not_cut(self) -> BaseRLLossConfig:
         wide = [own.granularity for own in self.correction if own.needs_current and own.needs_sequences]
-        scope = policy_loss(self.policy_loss_cfg["loss_type"]).scope
+        scope = self.policy.scope
         if self.mode == "chunk" and self.candidates is not None and (scope != "token" or wide):
-            who = f"policy loss {self.policy_loss_cfg['loss_type']!r}" if scope != "token" else "a correction"
+            who = f"policy loss {self.policy.name!r}" if scope != "token" else "a correction"
             raise ConfigError(
                 f"{who} looks at more than one token, so that its chunks cannot be differentiated one by one, which "
                 f"log-probabilities of {'a teacher' if self.candidates == 'teacher' else 'a reference'}'s candidates "
                 "need in mode='chunk'; choose mode='eager', or a KL estimated from the sampled token (such as kl=k3)"
             )
         return self
+
+    @field_validator("kl_aggregation")
+    @classmethod
+    def _kl_is_one_mean(cls, given: AggregationConfig | None) -> AggregationConfig | None:
+        if given is not None and given.name == PER_COMPONENT:
+            raise ValueError("a KL term has one mean over all tokens, whatever their advantage; e.g. token_mean")
+        return given
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The policy loss, and KL, negative log-likelihood of good tokens and entropy where they are asked for.
+
+        Under ``per_component`` the policy loss is two terms with the same values.
+        """
+        own = self.aggregation
+        if own.name == PER_COMPONENT:
+            beside = AggregationConfig()
+            components = (("positive", is_positive), ("negative", is_not_positive))
+            found = [
+                LossTerm(
+                    name=f"policy_{sign}",
+                    coef=getattr(own, f"{sign}_weight"),
+                    token_filter=token_filter,
+                    use_correction=True,
+                )
+                for sign, token_filter in components
+            ]
+        else:
+            beside = own
+            found = [LossTerm(name="policy", aggregation=own, use_correction=True)]
+        if self.use_kl_loss:
+            aggregation = beside if self.kl_aggregation is None else self.kl_aggregation
+            found.append(
+                LossTerm(
+                    name="kl", coef=self.kl_loss_coef, aggregation=aggregation, use_correction=self.correction_on_kl
+                )
+            )
+        if self.positive_nll_coef:
+            found.append(LossTerm(name="positive_nll", coef=self.positive_nll_coef, token_filter=is_positive))
+        if self.entropy_coef:
+            found.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation=beside))
+        return tuple(found)
+
+    @property
+    def policy(self) -> PolicyLoss:
+        """The chosen policy loss."""
+        return policy_loss(self.policy_loss_cfg["loss_type"])
+
+    @property
+    def policy_options(self) -> dict[str, Any]:
+        """Its options."""
+        return {name: value for name, value in self.policy_loss_cfg.items() if name != "loss_type"}
+
+    @property
+    def scope(self) -> Scope:
+        """What one token's loss depends on: the wider of the policy loss and of corrections in the forward."""
+        scope = self.policy.scope
+        needs_sequences = any(own.needs_sequences for own in self.correction if own.needs_current)
+        return "sequence" if scope == "token" and needs_sequences else scope
+
+    @property
+    def required_fields(self) -> dict[str, Requirement]:
+        """What every item must have beside labels, by the name of the field: who reads it, and what to do without."""
+        return required_fields(self)
+
+    @property
+    def reads_advantages(self) -> bool:
+        """Whether items must have advantages."""
+        return True
+
+    def needs_current(self, num_parts: int) -> bool:
+        """Where the policy loss looks at groups or batches that are cut, or a correction must know it before."""
+        return self.needs_current_first or (num_parts > 1 and self.scope in ("group", "batch"))
 
     @property
     def needs_current_first(self) -> bool:
@@ -231,8 +342,7 @@ class BaseRLLossConfig(BaseLossConfig):
         """What the items must hold that the training command has not got; None: nothing."""
         if self.candidates is not None:
             return f"{self.candidates}_topk_logprobs"
-        needs = policy_loss(self.policy_loss_cfg["loss_type"]).needs
-        return "teacher_logprobs" if "teacher_logprobs" in needs else None
+        return "teacher_logprobs" if "teacher_logprobs" in self.policy.needs else None
 
 
 class GRPOLossConfig(BaseRLLossConfig):
@@ -245,9 +355,4 @@ class GRPOLossConfig(BaseRLLossConfig):
     positive_nll_coef: NotNegative = 0.0
     """Add this times the mean of -log pi over the tokens with A > 0 (VAPO, arXiv 2504.05118, section 4.4)."""
 
-    @property
-    def loss_ctx_cls(self) -> type[GRPOLossContext]:
-        """`GRPOLossContext`."""
-        from toolkit.losses.grpo import GRPOLossContext
-
-        return GRPOLossContext
+    context = "toolkit.losses.grpo:GRPOLossContext"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -14,12 +14,11 @@ from toolkit.losses.aggregation import AggregationConfig
 from toolkit.losses.config import Aggregated, BaseRLLossConfig
 from toolkit.schema import FrozenDict
 
-if TYPE_CHECKING:
-    from toolkit.losses.opd import OPDLossContext
-
 
 class OPDLossConfig(BaseRLLossConfig):
     """On-policy distillation: a teacher's view of the policy's own samples takes the place of rewards."""
+
+    context = "toolkit.losses.opd:OPDLossContext"
 
     variant: Literal["sampled", "top_k"] = "sampled"
     """sampled: policy loss ``opd`` on ``teacher_logprobs``; top_k: a divergence over the candidates of
@@ -66,6 +65,11 @@ class OPDLossConfig(BaseRLLossConfig):
         return FrozenDict({"loss_type": "opd", **options})
 
     @property
+    def reads_advantages(self) -> bool:
+        """No: a teacher takes the place of rewards; corrections see 0 where there are none."""
+        return False
+
+    @property
     def positive_nll_coef(self) -> float:
         """0: there are no tokens to imitate."""
         return 0.0
@@ -84,10 +88,3 @@ class OPDLossConfig(BaseRLLossConfig):
     def not_in_training(self) -> str | None:
         """Nothing where the reference is the teacher."""
         return None if self.teacher == "reference" and self.candidates is None else super().not_in_training
-
-    @property
-    def loss_ctx_cls(self) -> type[OPDLossContext]:
-        """`OPDLossContext`."""
-        from toolkit.losses.opd import OPDLossContext
-
-        return OPDLossContext

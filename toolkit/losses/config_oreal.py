@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from toolkit.functional.options import NotNegative
 from toolkit.losses.aggregation import AggregationConfig
 from toolkit.losses.config import BaseRLLossConfig, PolicyLossOptions
-
-if TYPE_CHECKING:
-    from toolkit.losses.oreal import OrealLossContext
 
 
 class OrealLossConfig(BaseRLLossConfig):
@@ -19,6 +14,8 @@ class OrealLossConfig(BaseRLLossConfig):
 
     The names and defaults are XTuner's.
     """
+
+    context = "toolkit.losses.oreal:OrealLossContext"
 
     policy_loss_cfg: PolicyLossOptions = Field(default_factory=lambda: {"loss_type": "vanilla"})
     """``loss_type``, the name of a registered policy loss, and the options of that loss."""
@@ -44,10 +41,3 @@ class OrealLossConfig(BaseRLLossConfig):
     def positive_nll_coef(self) -> float:
         """Factor of the mean negative log-likelihood of the tokens with A > 0."""
         return self.positive_loss_factor * self.pos_sft_loss_weight
-
-    @property
-    def loss_ctx_cls(self) -> type[OrealLossContext]:
-        """`OrealLossContext`."""
-        from toolkit.losses.oreal import OrealLossContext
-
-        return OrealLossContext

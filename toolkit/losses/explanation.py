@@ -7,13 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from toolkit.functional.kl_facts import KL_NAMES, expected_gradient_facts
-from toolkit.functional.registry import PolicyLoss, policy_loss
-from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig, GRPOLossConfig
-from toolkit.losses.config_opd import OPDLossConfig
+from toolkit.functional.registry import PolicyLoss
+from toolkit.losses.config import CE_AGGREGATIONS, BaseLossConfig, BaseRLLossConfig, CELossConfig, GRPOLossConfig
 from toolkit.losses.correction import CLAMPS, CorrectionConfig
 from toolkit.losses.facts import (
     AGGREGATIONS,
-    CE_AGGREGATIONS,
     KL_EQUATIONS,
     KL_GRADIENT_WORDS,
     Fact,
@@ -94,8 +92,7 @@ def _section(name: str, texts: list[str]) -> list[str]:
 
 
 def _policy_sections(cfg: BaseRLLossConfig) -> Iterator[tuple[str, list[str]]]:
-    loss = policy_loss(cfg.policy_loss_cfg["loss_type"])
-    options = {name: value for name, value in cfg.policy_loss_cfg.items() if name != "loss_type"}
+    loss, options = cfg.policy, cfg.policy_options
     yield "loss", _whole(cfg)
     yield "policy", _policy_term(cfg, loss, options)
     if cfg.use_kl_loss:
@@ -111,7 +108,10 @@ def _policy_sections(cfg: BaseRLLossConfig) -> Iterator[tuple[str, list[str]]]:
     yield "weight", _normaliser(cfg)
     yield "policies", list(_policies(cfg, loss, options))
     yield "gradient", list(_gradients(cfg, loss, options))
-    yield "items need", [f"{name}: {why}" for name, why in needed_fields(cfg).items()]
+    yield (
+        "items need",
+        [f"{name}: for {' and '.join(required.readers)}" for name, required in cfg.required_fields.items()],
+    )
     usual = cfg.log_ratio_range == type(cfg).model_fields["log_ratio_range"].default
     source = source_of(loss.function, usual_range=usual and cfg.candidates != "teacher")
     yield "source", [source or "none given"]
@@ -183,6 +183,10 @@ def _normaliser(cfg: BaseRLLossConfig) -> list[str]:
     chosen = cfg.aggregation
     numbers = {name: shown(value) for name, value in chosen.model_dump().items()}
     lines = _aggregation_lines(chosen.name, numbers)
+    for term in cfg.terms:
+        if term.name in ("kl", "entropy") and term.average != chosen:
+            own = {name: shown(value) for name, value in term.average.model_dump().items()}
+            lines.append(f"{term.name}: " + _aggregation_lines(term.average.name, own)[0])
     if chosen.count_empty:
         lines.append("Sequences (prompts) without a scored token count, too.")
     if any(own.denominator == "survivors" for own in cfg.correction):
@@ -198,39 +202,7 @@ def _aggregation_lines(name: str, numbers: dict[str, str]) -> list[str]:
     return lines
 
 
-# -------------------------------------------------------------------- policies, gradients, needs
-
-
-def needed_fields(cfg: BaseRLLossConfig) -> dict[str, str]:
-    """Return what every item must have beside labels, and why."""
-    loss = policy_loss(cfg.policy_loss_cfg["loss_type"])
-    between = [own.between for own in cfg.correction]
-    rollout_anchor = cfg.use_kl_loss and cfg.kl_gradient == "is_corrected" and cfg.kl_anchor == "rollout"
-    readers = {
-        "advantages": [] if isinstance(cfg, OPDLossConfig) else ["every policy loss"],
-        "old_logprobs": ["corrections"] if "old_rollout" in between else [],
-        "rollout_logprobs": [
-            *(["the ratio's denominator"] if cfg.policy_loss_cfg.get("anchor") == "rollout" else []),
-            *(["factors of the weight"] if cfg.policy_loss_cfg.get("use_rollout_weight") else []),
-            *(["corrections"] if any("rollout" in own for own in between) else []),
-            *(["the KL term's ratio"] if rollout_anchor else []),
-        ],
-        "ref_logprobs": ["the comparison with the reference"] if cfg.needs_reference else [],
-        "ref_topk_logprobs": ["the KL term"] if cfg.candidates == "ref" else [],
-        "teacher_topk_logprobs": ["the divergence"] if cfg.candidates == "teacher" else [],
-        "teacher_logprobs": [],
-        "current_logprobs": ["corrections that must know them before the step"] if cfg.needs_current_first else [],
-        "group_ids": [
-            *(["aggregation prompt_mean"] if cfg.aggregation.name == "prompt_mean" else []),
-            *(["the policy loss"] if loss.scope == "group" else []),
-        ],
-    }
-    # Where the teacher is the reference, or given by its candidates, these fields stand in for its log-probabilities.
-    has_other_teacher = cfg.candidates == "teacher" or getattr(cfg, "teacher", None) == "reference"
-    for need in loss.needs:
-        if need in readers and not (need == "teacher_logprobs" and has_other_teacher):
-            readers[need].append("the policy loss")
-    return {name: f"for {' and '.join(found)}" for name, found in readers.items() if found}
+# -------------------------------------------------------------------- policies, gradients
 
 
 def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> Iterator[str]:
@@ -324,9 +296,7 @@ def _ce_sections(cfg: CELossConfig) -> Iterator[tuple[str, list[str]]]:
 def _head(cfg: BaseLossConfig) -> list[str]:
     scope, served_by = "token", ""
     if isinstance(cfg, BaseRLLossConfig):
-        scope = policy_loss(cfg.policy_loss_cfg["loss_type"]).scope
-        if scope == "token" and any(own.needs_current and own.needs_sequences for own in cfg.correction):
-            scope = "sequence"
+        scope = cfg.scope
         if cfg.candidates is not None:
             served_by = GENERAL if scope == "token" else UNCUT.format(scope=scope)
     served_by = served_by or SERVED_BY[scope]

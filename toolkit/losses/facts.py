@@ -210,8 +210,6 @@ AGGREGATIONS: dict[str, Aggregation] = {
         "{positive_weight} x the mean over the N+ tokens with A > 0, plus {negative_weight} x that over the N- others",
     ),
 }
-CE_AGGREGATIONS = {"token": "token_mean", "sample": "seq_mean_token_mean", "square": "square"}
-"""Which aggregation each ``loss_reduction`` of cross-entropy is."""
 
 
 def filled(formula: str, options: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import ConfigDict
@@ -25,9 +25,11 @@ class PerToken:
     """Marks a field with one value for each position: ``Annotated[Tensor | None, PerToken(pad=0.0)]``."""
 
     pad: float
-    """What stands where there is no token."""
+    """What stands where there is no token; 0 is False."""
     trailing: int = 0
     """1 where a position has K values, [B, T, K]."""
+    kind: Literal["any", "float", "integer", "bool"] = "any"
+    """What its values must be; integers become int64."""
 
     @property
     def dim(self) -> int:
@@ -78,8 +80,7 @@ class TensorRecord(Model):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and value of every field that holds a tensor."""
-        for name in type(self).model_fields:
-            value = getattr(self, name)
+        for name, value in self.__dict__.items():
             if isinstance(value, Tensor):
                 yield name, value
 
@@ -89,7 +90,7 @@ class TensorRecord(Model):
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy with every tensor on `device`."""
-        return self.replace(**{name: value.to(device=device) for name, value in self.tensors()})
+        return self.model_copy(update={name: value.to(device=device) for name, value in self.tensors()})
 
     def take(self, positions: Tensor, *, as_row: bool = False) -> Self:
         """Return a record of some positions only.
@@ -104,7 +105,7 @@ class TensorRecord(Model):
             if isinstance(mark, PerToken):
                 own = value.reshape(-1, *value.shape[value.dim() - mark.trailing :]).index_select(0, positions)
                 taken[name] = own.unsqueeze(0) if as_row else own
-        return self.replace(**taken)
+        return self.model_copy(update=taken)  # what was checked once is right in part, too
 
     def chunk(self, chunk_size: int) -> list[Self]:
         """Cut the token axis into pieces of at most `chunk_size` positions, views of this record."""
@@ -116,7 +117,7 @@ class TensorRecord(Model):
         if len(set(lengths.values())) > 1:
             raise DataError(f"the per-token fields of {type(self).__name__} differ in length: {lengths}")
         number = max(map(len, pieces.values()), default=1)
-        return [self.replace(**{name: piece[i] for name, piece in pieces.items()}) for i in range(number)]
+        return [self.model_copy(update={name: piece[i] for name, piece in pieces.items()}) for i in range(number)]
 
     def sp_split(self, sp_mesh: DeviceMesh, *, ignore_idx: int | None = None) -> Self:
         """Return this rank's shard of every per-token field, each padded with its declared value where needed.
@@ -131,7 +132,7 @@ class TensorRecord(Model):
             if isinstance(mark, PerToken):
                 pad = ignore_idx if name == "shifted_labels" and ignore_idx is not None else mark.pad
                 changes[name] = sp_split(value, sp_mesh, dim=mark.dim, pad=pad)
-        return self.replace(**changes)
+        return self.model_copy(update=changes)
 
     def __delattr__(self, name: str) -> None:
         raise self.error_class(f"{type(self).__name__}.{name} cannot be deleted: a {type(self).__name__} never changes")
@@ -147,3 +148,20 @@ class TensorRecord(Model):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     __str__ = __repr__
+
+
+def check_finite(name: str, values: Tensor | None, labels: Tensor, ignore_idx: int) -> None:
+    """Refuse NaN and inf at scored positions.
+
+    Raises:
+        DataError: names the field and the first such position.
+    """
+    if values is None:
+        return
+    broken = ~values.isfinite() & (labels != ignore_idx)
+    if bool(broken.any()):
+        where = broken.nonzero()[0].tolist()
+        raise DataError(
+            f"{name}{where} = {float(values[tuple(where)])} at a scored position; only positions whose label is "
+            f"ignore_idx = {ignore_idx} may hold NaN or inf. Mask the position or repair the value"
+        )

@@ -1,4 +1,4 @@
-"""Prompts and groups over micro-batches and ranks: who has how many tokens, and whether a step holds what a loss needs.
+"""Groups over micro-batches and ranks: whether a step holds together what a loss needs.
 
 Legend: B rows, T positions of a row. Group ids are the same number everywhere for completions of the same prompt;
 negative ones without a scored token stand for padding.
@@ -8,25 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.losses.census import Counts, Table
+from toolkit.losses.census import Table
 from toolkit.losses.config import BaseRLLossConfig
-from toolkit.losses.grpo_items import scope_of
 from toolkit.losses.items import RLLossContextInputItem
-
-
-def tokens_of_prompts(labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int) -> Table:
-    """Return the scored tokens of every prompt in the micro-batches of this rank, prompts without any included."""
-    found: Table = {}
-    for own_labels, own_groups in zip(labels, group_ids, strict=True):
-        groups, place = own_groups.reshape(-1).unique(return_inverse=True)
-        sizes = torch.bincount(place, (own_labels.reshape(-1) != ignore_idx).double(), minlength=len(groups))
-        for group, size in zip(groups.tolist(), sizes.tolist(), strict=True):
-            found[group] = found.get(group, 0.0) + size
-    return found
 
 
 def pieces_of_groups(labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int) -> Table:
@@ -38,27 +25,10 @@ def pieces_of_groups(labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, i
     return found
 
 
-def prompts_of(group_ids: Sequence[Tensor], tokens: Table, count_empty: bool) -> tuple[list[Tensor], int]:
-    """Return for each micro-batch the tokens of each position's prompt over the step ([B, T]), and how many count.
-
-    Args:
-        group_ids: of the micro-batches of this rank.
-        tokens: of every prompt, over all ranks.
-        count_empty: whether prompts without a scored token count.
-    """
-    found = []
-    for own in group_ids:
-        groups, place = own.reshape(-1).unique(return_inverse=True)
-        sizes = torch.tensor([tokens[group] for group in groups.tolist()], dtype=torch.float64, device=place.device)
-        found.append(sizes[place].reshape(own.shape))
-    # A negative number without a scored token is the padding of a row; with one it is a prompt like any other.
-    return found, sum(size > 0 or (count_empty and group >= 0) for group, size in tokens.items())
-
-
 def check_step(
     items: Sequence[RLLossContextInputItem],
     cfg: BaseRLLossConfig,
-    total: Counts,
+    pieces: Table,
     *,
     num_items: int,
     num_with_current: int,
@@ -69,7 +39,7 @@ def check_step(
     Args:
         items: of this rank.
         cfg: of the loss.
-        total: what all ranks counted.
+        pieces: in how many micro-batches of all ranks each group has a scored token.
         num_items: micro-batches of all ranks.
         num_with_current: those that have `current_logprobs`.
         num_scored: those that have a scored token.
@@ -92,13 +62,13 @@ def check_step(
             "a correction with between='current_...' and denominator='survivors' or normalize=True must know the "
             f"current policy before the first forward of the step; {remedy}, or use denominator='original'"
         )
-    scope, name = scope_of(cfg), cfg.policy_loss_cfg["loss_type"]
+    scope, name = cfg.scope, cfg.policy.name
     if scope == "batch" and num_scored > 1:
         raise DataError(
             f"policy loss {name!r} takes statistics of the whole batch, which the {num_scored} micro-batches of this "
             f"step (over all ranks) cut apart; {remedy}, or use one micro-batch"
         )
-    split = min((group for group, pieces in total.tables.get("pieces", {}).items() if pieces > 1), default=None)
+    split = min((group for group, number in pieces.items() if number > 1), default=None)
     if split is not None:
         mine = [i for i, own in enumerate(items) if own.group_ids is not None and bool((own.group_ids == split).any())]
         where = f"data_batches[{mine[-1]}].group_ids: " if mine else ""

@@ -5,12 +5,12 @@ Legend: B rows, T positions of a row, N selected tokens, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.errors import DataError
 from toolkit.functional.conformance import check_token_losses
@@ -20,15 +20,18 @@ from toolkit.functional.mismatch import LARGEST_WEIGHT
 from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
 from toolkit.head.plan import Entropy, Scope
-from toolkit.losses.base import as_loss_dtype
-from toolkit.losses.calibration import check_config, checked_items, device_of, loss_metric
+from toolkit.losses import grpo_kwargs
+from toolkit.losses.calibration import loss_metric
 from toolkit.losses.candidates import check_vocabulary
 from toolkit.losses.config import BaseRLLossConfig, GRPOLossConfig
 from toolkit.losses.grpo_correction import late_correction
-from toolkit.losses.grpo_items import options_of, policy_loss_of, scope_of, scored_labels
-from toolkit.losses.grpo_kwargs import GRPOLossKwargs, build_grpo_kwargs
+from toolkit.losses.grpo_items import check_policy_loss, scored_labels
+from toolkit.losses.grpo_kwargs import GRPOLossKwargs
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.scored import ScoredLossContext
+from toolkit.losses.step import Extra, Step, StepRow
+from toolkit.losses.summation import as_loss_dtype, term_sums, total, weighted
+from toolkit.losses.term import LossTerm
 from toolkit.losses.whole import Whole, emptied, with_gradient_of
 from toolkit.metrics import Max, Mean, Metric, Min, Sum
 
@@ -38,55 +41,69 @@ __all__ = ["GRPOLossContext", "GRPOLossKwargs"]
 class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     """``loss = sum_t weight_t (importance_t policy_loss_t + kl_loss_coef kl_t - entropy_coef H_t)``, and so on.
 
-    weight_t is the aggregation's, fixed for the whole step; importance_t that of the corrections, 1 without any.
+    weight_t is that of the term's aggregation, fixed for the whole step; importance_t that of the corrections, 1
+    without any.
     """
 
-    cfg_type: ClassVar[type[BaseRLLossConfig]] = GRPOLossConfig
+    item_cls, kwargs_cls = RLLossContextInputItem, GRPOLossKwargs
+    cfg_cls: ClassVar[type[BaseRLLossConfig]] = GRPOLossConfig
     loss_cfg: BaseRLLossConfig
     loss_kwargs: GRPOLossKwargs
 
+    # ------------------------------------------------------------------ before the first forward of a step
+
     @classmethod
-    def build_batches_loss_kwargs(
-        cls,
-        data_batches: list[RLLossContextInputItem],
-        loss_cfg: BaseRLLossConfig,
-        cu_seq_lens_list: Sequence[Tensor | None] | None = None,
-        sp_mesh: DeviceMesh | None = None,
-    ) -> list[GRPOLossKwargs]:
-        """Check the items and fix the weight of every token of the step; see the base class for the arguments.
+    def check_loss(cls, loss_cfg: BaseRLLossConfig) -> None:
+        """Raise `ConfigError` if the policy loss looks at more tokens than it declares."""
+        check_policy_loss(loss_cfg)
+
+    @classmethod
+    def counted_besides(cls, loss_cfg: BaseRLLossConfig) -> dict[str, int | None]:
+        """Return what `prepare` counts."""
+        return grpo_kwargs.counted_besides(loss_cfg)
+
+    @classmethod
+    def prepare(cls, step: Step) -> Extra:
+        """Check the items, apply the corrections that are known already, and count.
 
         Raises:
             DataError: something that the loss reads is missing (advantages, ref_logprobs with ``use_kl_loss``, ...), or
                 a scored position of it holds NaN or inf.
-            ConfigError: the policy loss looks at more tokens than it declares.
         """
-        check_config(loss_cfg, cls.cfg_type)
-
-        def checked() -> list[RLLossContextInputItem]:
-            items = checked_items(data_batches, RLLossContextInputItem, loss_cfg, cls.cfg_type)
-            return [cls.completed(item, loss_cfg) for item in items]
-
-        return build_grpo_kwargs(checked, device_of(data_batches), loss_cfg, cu_seq_lens_list, sp_mesh)
+        return grpo_kwargs.prepare(step)
 
     @classmethod
-    def completed(cls, item: RLLossContextInputItem, loss_cfg: Any) -> RLLossContextInputItem:
-        """Return an item with what this loss does not ask for filled in; as it is by default."""
-        return item
+    def check_totals(cls, step: Step) -> None:
+        """Raise `DataError` where a loss of several tokens cannot see them together."""
+        grpo_kwargs.check_totals(step)
+
+    @classmethod
+    def fields_of(cls, row: StepRow) -> dict[str, Any]:
+        """Return the fields of the kwargs: the item's by name, corrections, and what a wider scope looks at."""
+        return {**super().fields_of(row), **grpo_kwargs.fields_of(row)}
+
+    @classmethod
+    def of_this_rank(cls, batches: list[Any], step: Step) -> list[Any]:
+        """Return this rank's kwargs, with what other tokens their loss looks at and with their own candidates."""
+        own = super().of_this_rank(grpo_kwargs.with_wider_views(batches, step), step)
+        return grpo_kwargs.with_own_candidates(own, step)
+
+    # ------------------------------------------------------------------ the loss
 
     @property
     def scope(self) -> Scope:
         """What the chosen policy loss and its corrections look at; a micro-batch holds its groups whole."""
         if self.loss_kwargs.whole is not None:
             return "batch"
-        scope = policy_loss_of(self.loss_cfg).scope if self.loss_kwargs.has_current else scope_of(self.loss_cfg)
-        return "batch" if scope == "group" else scope  # type: ignore[return-value]
+        scope = self.loss_cfg.policy.scope if self.loss_kwargs.has_current else self.loss_cfg.scope
+        return "batch" if scope == "group" else scope
 
     @property
     def entropy(self) -> Entropy:
         """With gradient for a bonus, without for the metric."""
         if self.loss_cfg.entropy_coef != 0:
             return True
-        is_read = self.loss_cfg.use_entropy_metric or "entropies" in policy_loss_of(self.loss_cfg).needs
+        is_read = self.loss_cfg.use_entropy_metric or "entropies" in self.loss_cfg.policy.needs
         return "metric" if is_read else False
 
     def sequence_ids(self) -> Tensor | None:
@@ -123,42 +140,33 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             return loss, extra  # a subclass's own
         return loss, {**(extra or {}), **(self.loss_kwargs.step_metrics or {})}
 
-    def num_learning(self) -> Tensor:
-        """Return the tokens with a weight in some term: those that a correction rejected have none in the policy's."""
-        kwargs, cfg = self.loss_kwargs, self.loss_cfg
-        if kwargs.policy_weight is None or cfg.use_kl_loss or cfg.entropy_coef != 0 or cfg.positive_nll_coef != 0:
-            return super().num_learning()
-        return ((kwargs.policy_weight != 0) & (kwargs.shifted_labels != cfg.ignore_idx)).sum()
-
     def loss_from_scores(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the weighted sum of the policy, KL and entropy terms, and the metrics of all."""
-        cfg = self.loss_cfg
-        terms, weights = self._terms(scores, loss_kwargs)
-        other = loss_kwargs.other_weight
-        other_weights = weights if other is None else as_loss_dtype(other, weights)
-        policy, importance, measured = self._policy(terms, weights, scores, loss_kwargs)
-        loss = policy
-        metrics = {**measured, **_metrics(terms), "policy_loss": loss_metric(policy, cfg.gradient_reduction)}
-        if cfg.use_kl_loss:
-            token_kl = self._kl(terms, scores, loss_kwargs)
-            loss = loss + cfg.kl_loss_coef * _weighted_sum(
-                other_weights, token_kl, importance if cfg.correction_on_kl else None
-            )
-            metrics["kl_ref"] = Mean.of(token_kl)
-        if loss_kwargs.nll_weight is not None:
-            nll_weight = as_loss_dtype(loss_kwargs.nll_weight, scores.logprobs)
-            nll = -(nll_weight * scores.logprobs).sum()
-            loss = loss + cfg.positive_nll_coef * nll
-            metrics["positive_nll_loss"] = loss_metric(nll, cfg.gradient_reduction)
+        """Return the sum of the terms, and the metrics of all."""
+        terms = self._terms(scores, loss_kwargs)
+        if loss_kwargs.whole is None:
+            wide = _Wide(*self._importance(terms, loss_kwargs), {}, None)
+        else:
+            wide = self._wide(scores, loss_kwargs)
+        values = self._values(terms, scores, loss_kwargs, wide.policy_values)
+        sums = term_sums(self.terms, values, loss_kwargs, wide.importance, owner=type(self).__name__)
+        sums |= {name: with_gradient_of(sums[name], source) for name, source in wide.policy_sums.items()}
+        reduction = self.loss_cfg.gradient_reduction
+        loss, reported = total(self.terms, sums, reduction)
+        metrics = {**terms.reported, **wide.metrics, **_metrics(terms), **reported}
+        metrics["policy_loss"] = loss_metric(weighted(self._policy_terms, sums), reduction)
+        if "kl" in values:
+            metrics["kl_ref"] = Mean.of(values["kl"])
         if scores.entropy is not None and self.entropy:
             metrics["entropy"] = Mean.of(scores.entropy)
-            if cfg.entropy_coef != 0:
-                loss = loss - cfg.entropy_coef * (other_weights * scores.entropy).sum()
-        return loss, {**metrics, "loss": loss_metric(loss, cfg.gradient_reduction)}
+        return loss, metrics
+
+    def token_losses(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> dict[str, Tensor]:
+        """Return the values of every term [N], unreduced and not corrected, as far as they look at own tokens alone."""
+        return self._values(self._terms(scores, loss_kwargs), scores, loss_kwargs)
 
     def policy_losses(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
         """Return the policy loss of each token, [N], not yet weighted."""
-        return policy_loss_of(self.loss_cfg).function(terms, **options_of(self.loss_cfg))
+        return self.loss_cfg.policy.function(terms, **self.loss_cfg.policy_options)
 
     def _kl(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
         cfg = self.loss_cfg
@@ -174,7 +182,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         if found != own.num_scored:
             raise DataError(
                 f"these kwargs hold {found} of the {own.num_scored} scored tokens of their micro-batch, but the loss "
-                f"{self.loss_cfg.policy_loss_cfg['loss_type']!r} (or a correction) looks at whole sequences; give "
+                f"{self.loss_cfg.policy.name!r} (or a correction) looks at whole sequences; give "
                 "forward the kwargs as they were built (mode='chunk' keeps memory small)"
             )
         check_vocabulary(
@@ -185,34 +193,48 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             self.loss_cfg.ignore_idx,
         )
 
-    def _policy(
-        self, terms: PolicyTerms, weights: Tensor, scores: TokenScores, loss_kwargs: GRPOLossKwargs
-    ) -> tuple[Tensor, Tensor | None, dict[str, Metric]]:
-        """Return the policy term of own tokens, their importance weights [N] (None: all are 1), and metrics."""
-        whole: Whole | None = loss_kwargs.whole
-        if whole is None:
-            importance, measured = self._importance(terms, loss_kwargs)
-            token_losses = self._token_losses(terms, scores, loss_kwargs)
-            return _weighted_sum(weights, token_losses, importance), importance, {**terms.reported, **measured}
+    @property
+    def _policy_terms(self) -> list[LossTerm]:
+        """The terms that are the policy loss: one, or two under ``per_component``."""
+        return [term for term in self.terms if term.name.startswith("policy")]
+
+    def _values(
+        self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs, policy: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return the values of every term [N]; `policy`: those of the policy loss, where they are known."""
+        if policy is None:
+            policy = self._token_losses(terms, scores, loss_kwargs)
+        values = {term.name: policy for term in self._policy_terms}
+        if self.loss_cfg.use_kl_loss:
+            values["kl"] = self._kl(terms, scores, loss_kwargs)
+        if self.loss_cfg.positive_nll_coef:
+            values["positive_nll"] = -scores.logprobs
+        if self.loss_cfg.entropy_coef:
+            assert scores.entropy is not None  # `entropy` asks for it
+            values["entropy"] = scores.entropy
+        return values
+
+    def _wide(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> _Wide:
+        """Look at all tokens that the policy loss or a correction looks at, those of others as constants."""
+        whole: Whole = loss_kwargs.whole
         assert loss_kwargs.place is not None
         place: Tensor = loss_kwargs.place
-        needs_entropies = "entropies" in policy_loss_of(self.loss_cfg).needs
-        seen = whole.scores(scores.logprobs, scores.entropy if needs_entropies else None, place)
-        everyone, all_weights = self._terms(seen, whole.kwargs)
+        loss = self.loss_cfg.policy
+        seen = whole.scores(scores.logprobs, scores.entropy if "entropies" in loss.needs else None, place)
+        everyone = self._terms(seen, whole.kwargs)
         importance, measured = self._importance(everyone, whole.kwargs, own=place)
         own = None if importance is None else importance[place]
-        if policy_loss_of(self.loss_cfg).scope == "token":  # only a correction looks at the others
-            token_losses = self._token_losses(terms, scores, loss_kwargs)
-            return _weighted_sum(weights, token_losses, own), own, {**terms.reported, **measured}
-        token_losses = self._token_losses(everyone, seen, whole.kwargs)
+        if loss.scope == "token":  # only a correction looks at the others
+            return _Wide(own, measured, {}, None)
+        policy = self._token_losses(everyone, seen, whole.kwargs)
+        values = {term.name: policy for term in self._policy_terms}
+        sums = term_sums(self._policy_terms, values, whole.kwargs, importance, owner=type(self).__name__)
         reported = everyone.reported if whole.reports else emptied(everyone.reported)
-        value = _weighted_sum(weights, token_losses.detach()[place], own)
-        policy = with_gradient_of(value, _weighted_sum(all_weights, token_losses, importance))
-        return policy, own, {**reported, **measured}
+        return _Wide(own, {**reported, **measured}, sums, policy.detach()[place])
 
     def _token_losses(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
         token_losses = self.policy_losses(terms, scores, loss_kwargs)
-        check_token_losses(token_losses, scores.logprobs, policy_loss_of(self.loss_cfg).name)
+        check_token_losses(token_losses, scores.logprobs, self.loss_cfg.policy.name)
         return token_losses
 
     def _importance(
@@ -223,15 +245,11 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         metrics: dict[str, Metric] = {}
         if not loss_kwargs.has_current:
             late, metrics = late_correction(terms, self.loss_cfg, own)
-        found = [as_loss_dtype(each, terms.logprobs) for each in (loss_kwargs.policy_weight, late) if each is not None]
+        found = [as_loss_dtype(each, terms.logprobs) for each in (loss_kwargs.importance, late) if each is not None]
         return (None if not found else torch.stack(found).prod(0).clamp(max=LARGEST_WEIGHT)), metrics
 
-    def _terms(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[PolicyTerms, Tensor]:
-        """Return what the policy loss sees, in the dtype of the log-probabilities, and the weights beside it."""
-        if loss_kwargs.loss_weight is None:
-            raise DataError(
-                "GRPOLossKwargs has no loss_weight; build it with GRPOLossContext.build_batches_loss_kwargs"
-            )
+    def _terms(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> PolicyTerms:
+        """Return what the policy loss sees, in the dtype of the log-probabilities."""
         logprobs = scores.logprobs
         given: dict[str, Any] = {
             name: _constant(values, logprobs)
@@ -246,17 +264,22 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
                     given |= {f"{what}_ids": ids, f"num_{what}s": int(ids.max()) + 1 if len(ids) else 0}
             given["positions"] = loss_kwargs.positions
         entropies = None if scores.entropy is None else scores.entropy.detach()
-        terms = PolicyTerms(
+        return PolicyTerms(
             logprobs=logprobs, entropies=entropies, log_ratio_range=self.loss_cfg.log_ratio_range, **given
         )
-        return terms, as_loss_dtype(loss_kwargs.loss_weight, logprobs)
 
 
-def _weighted_sum(weights: Tensor, token_values: Tensor, importance: Tensor | None) -> Tensor:
-    if importance is None:
-        return (weights * token_values).sum()
-    # A rejected token is selected out: its value may be inf, and inf * 0 is NaN.
-    return (weights * importance * token_values.where(importance != 0, 0.0)).sum()
+@dataclass(frozen=True)
+class _Wide:
+    """What came of looking at all tokens that the loss or a correction looks at."""
+
+    importance: Tensor | None
+    """[n] of own tokens."""
+    metrics: dict[str, Metric]
+    policy_sums: dict[str, Tensor]
+    """Of the policy terms over all tokens, with the gradient of own ones; empty where only a correction looks."""
+    policy_values: Tensor | None
+    """[n] of own tokens, without gradient."""
 
 
 def _sampled_kl(terms: PolicyTerms, cfg: BaseRLLossConfig) -> Tensor:
@@ -282,16 +305,21 @@ def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
     """Ratio statistics between the policy now and before the step, and against the sampler if it reported."""
     log_ratio = terms.log_ratio()
     ratio = log_ratio.exp()
-    mean_ratio = Mean.of(ratio)
+    means = Mean.of_each(
+        {
+            "ratio": ratio,
+            "log_ratio_clamped": ((terms.logprobs - terms.old_logprobs) != log_ratio).to(ratio.dtype),
+            "kl_old": k3(terms.old_logprobs, terms.logprobs),
+            "kl_old_k1": k1(terms.old_logprobs, terms.logprobs),
+            "non_finite_tokens": (~terms.logprobs.isfinite()).to(ratio.dtype),
+        }
+    )
     metrics: dict[str, Metric] = {
-        "ratio": mean_ratio,
+        **means,
         "ratio_min": Min.of(ratio),
         "ratio_max": Max.of(ratio),
-        "log_ratio_clamped": Mean.of((terms.logprobs - terms.old_logprobs) != log_ratio),
-        "kl_old": Mean.of(k3(terms.old_logprobs, terms.logprobs)),
-        "kl_old_k1": Mean.of(k1(terms.old_logprobs, terms.logprobs)),
-        "active_tokens": Sum(mean_ratio.den),
-        "non_finite_tokens": Sum((~terms.logprobs.isfinite()).sum().double()),
+        "active_tokens": Sum(means["ratio"].den),
+        "non_finite_tokens": Sum(means["non_finite_tokens"].num),
     }
     if terms.rollout_logprobs is not None:
         known = terms.rollout_logprobs.isfinite()  # a sampler may not report every token

@@ -36,8 +36,8 @@ class CorrectedBatch:
 
     labels: Tensor
     """[B, T] labels, ignored where a token left the denominator."""
-    policy_weight: Tensor | None
-    """[B, T] float64 weight of the policy term, 0 where rejected; None: 1 everywhere."""
+    importance: Tensor | None
+    """[B, T] float64 factor of the corrected terms, 0 where rejected; None: 1 everywhere."""
     metrics: dict[str, Metric]
 
 
@@ -58,7 +58,7 @@ class EarlyCorrections:
         self,
         items: Sequence[RLLossContextInputItem],
         ids: Sequence[Tensor],
-        turns: Sequence[Tensor],
+        turns: Sequence[Tensor] | None,
         cfg: BaseRLLossConfig,
         *,
         has_current: bool,
@@ -66,10 +66,12 @@ class EarlyCorrections:
         self._cfg, self._items = cfg, items
         self._chosen = early(cfg, has_current=has_current)
         self._scored = [(item.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1) for item in items]
-        self._terms = [_mismatch_terms(*own, cfg) for own in zip(items, self._scored, ids, turns, strict=True)]
+        each = [None] * len(items) if turns is None else turns
+        self._terms = [_mismatch_terms(*own, cfg) for own in zip(items, self._scored, ids, each, strict=True)]
 
-    def normalizer_parts(self, device: torch.device) -> Tensor:
+    def normalizer_parts(self) -> Tensor:
         """Return what this rank adds to the mean weights of the step, [C, 2]; C counts the late ones, too."""
+        device = self._items[0].shifted_labels.device if self._items else None
         parts = torch.zeros(len(self._cfg.correction), 2, dtype=torch.float64, device=device)
         for own in self._terms:
             if own is not None and self._chosen:
@@ -78,20 +80,20 @@ class EarlyCorrections:
 
     def labels(self) -> list[Tensor]:
         """Return the labels of each micro-batch, ignored where a token left the denominator: no sum is needed yet."""
-        return [batch.labels for batch in self.batches(None)]
+        if not self._chosen:
+            return [item.shifted_labels for item in self._items]
+        sums = torch.ones(len(self._chosen), 2, dtype=torch.float64)
+        return [self.batch(index, sums).labels for index in range(len(self._items))]
 
-    def batches(self, normalizer_sums: Tensor | None) -> list[CorrectedBatch]:
-        """Return every micro-batch after the corrections.
+    def batch(self, index: int, normalizer_sums: Tensor) -> CorrectedBatch:
+        """Return a micro-batch after the corrections.
 
         Args:
-            normalizer_sums: [C, 2] the `normalizer_parts` of all ranks; None: no weight is divided by a mean.
+            index: which one.
+            normalizer_sums: [C, 2] the `normalizer_parts` of all ranks; ones: no weight is divided by a mean.
         """
-        if normalizer_sums is None:
-            normalizer_sums = torch.ones(len(self._chosen), 2, dtype=torch.float64)
-        return [
-            _corrected_batch(item, positions, own, self._chosen, normalizer_sums, self._cfg)
-            for item, positions, own in zip(self._items, self._scored, self._terms, strict=True)
-        ]
+        item, positions, terms = self._items[index], self._scored[index], self._terms[index]
+        return _corrected_batch(item, positions, terms, self._chosen, normalizer_sums, self._cfg)
 
 
 def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> Tensor | None:
@@ -102,7 +104,7 @@ def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> T
 
 
 def _mismatch_terms(
-    item: RLLossContextInputItem, positions: Tensor, ids: Tensor, turns: Tensor, cfg: BaseRLLossConfig
+    item: RLLossContextInputItem, positions: Tensor, ids: Tensor, turns: Tensor | None, cfg: BaseRLLossConfig
 ) -> MismatchTerms | None:
     """Return what corrections look at, or None where the items cannot be compared with the sampler."""
     old = item.current_logprobs if item.old_logprobs is None else item.old_logprobs
@@ -124,8 +126,8 @@ def _mismatch_terms(
         advantages=own(item.advantages),
         sequence_ids=own(ids),
         num_sequences=int(ids.max()) + 1 if ids.numel() else 0,
-        turn_ids=own(turns),
-        num_turns=int(turns.max()) + 1 if turns.numel() else 0,
+        turn_ids=None if turns is None else own(turns),
+        num_turns=int(turns.max()) + 1 if turns is not None and turns.numel() else 0,
     )
 
 

@@ -120,37 +120,35 @@ class LossContextInputItem(TensorRecord):
 
     def _fitted(self, name: str, value: Tensor) -> Tensor:
         """Return `value` in the shape of the labels: given so, or [T] for every row, or [B, 1] for a whole row."""
-        mark = self.layout(name) if self.is_per_token(name) else None
-        if isinstance(mark, PerToken) and mark.trailing:
-            return self._fitted_candidates(name, value)
+        mark = self.layout(name)
+        if not isinstance(mark, PerToken):
+            return value
+        _check_kind(name, value, mark.kind)
+        value = value.long() if mark.kind == "integer" else value
         shape = self.shifted_labels.shape
+        if mark.trailing:
+            if value.dim() < 2 or value.shape[:-1] not in (shape, shape[-1:]) or value.shape[-1] == 0:
+                raise DataError(
+                    f"{name} has shape {list(value.shape)}, but shifted_labels has {list(shape)}; it must be "
+                    f"[{', '.join(map(str, shape))}, K] with K candidates for each position"
+                )
+            return value.expand(*shape, -1)
         fits = value.shape == shape or (len(shape) == 2 and value.shape in (shape[1:], torch.Size([shape[0], 1])))
         if not fits:
             raise DataError(
                 f"{name} has shape {list(value.shape)}, but shifted_labels has {list(shape)}; allowed are "
                 f"{list(shape)}, [{shape[-1]}] and [{shape[0]}, 1]"
             )
-        if name == "group_ids":
-            if value.is_floating_point() or value.dtype == torch.bool:
-                raise DataError(f"group_ids has dtype {value.dtype}; it must be an integer tensor")
-            return value.long().expand(shape)
-        if not value.is_floating_point():
-            raise DataError(f"{name} has dtype {value.dtype}; it must be a floating-point tensor")
         return value.expand(shape)
 
-    def _fitted_candidates(self, name: str, value: Tensor) -> Tensor:
-        """Return `value` as [B, T, K]: given so, or [T, K] for every row."""
-        shape = self.shifted_labels.shape
-        is_shaped = value.dim() >= 2 and value.shape[:-1] in (shape, shape[-1:]) and value.shape[-1] > 0
-        if not is_shaped:
-            raise DataError(
-                f"{name} has shape {list(value.shape)}, but shifted_labels has {list(shape)}; it must be "
-                f"[{', '.join(map(str, shape))}, K] with K candidates for each position"
-            )
-        if name.endswith("_ids") == value.is_floating_point() or value.dtype == torch.bool:
-            kind = "int64" if name.endswith("_ids") else "floating-point"
-            raise DataError(f"{name} has dtype {value.dtype}; it must be a tensor of {kind}")
-        return (value.long() if name.endswith("_ids") else value).expand(*shape, -1)
+
+def _check_kind(name: str, value: Tensor, kind: str) -> None:
+    if kind == "float" and not value.is_floating_point():
+        raise DataError(f"{name} has dtype {value.dtype}; it must be a floating-point tensor")
+    if kind == "integer" and (value.is_floating_point() or value.dtype == torch.bool):
+        raise DataError(f"{name} has dtype {value.dtype}; it must be an integer tensor")
+    if kind == "bool" and value.dtype != torch.bool:
+        raise DataError(f"{name} has dtype {value.dtype}; it must be a bool tensor")
 
 
 class CELossContextInputItem(LossContextInputItem):
@@ -160,32 +158,32 @@ class CELossContextInputItem(LossContextInputItem):
 class RLLossContextInputItem(LossContextInputItem):
     """All materials of a policy loss. Masked positions may hold anything, NaN included."""
 
-    advantages: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    advantages: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """[1, T] or [B, T]; [T] and [B, 1] broadcast."""
-    old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities before this optimizer step, in nats; None: on-policy, the current ones detached."""
-    current_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    current_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities under the policy that is about to be updated, in nats, from a forward without gradient before
     the step. With them, losses of scope "group" and "batch" see the whole step, however it is cut, and corrections that
     compare the current policy know their survivors."""
-    ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities of the reference policy, in nats; needed with ``use_kl_loss``."""
-    rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities as the sampler reported them, in nats; NaN where it did not. Read by ``anchor="rollout"``, by
     corrections and by metrics."""
-    teacher_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    teacher_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities of a teacher, in nats; for distillation."""
-    teacher_topk_ids: Annotated[Tensor | None, PerToken(pad=-1, trailing=1)] = None
+    teacher_topk_ids: Annotated[Tensor | None, PerToken(pad=-1, trailing=1, kind="integer")] = None
     """[.., T, K] int64, candidate tokens of each position; a negative one stands for none. None: the whole vocabulary,
     K = V in order."""
-    teacher_topk_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, trailing=1)] = None
+    teacher_topk_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, trailing=1, kind="float")] = None
     """[.., T, K] the teacher's log-probabilities of them in nats, over its full vocabulary, at the temperature of the
     loss. For distillation with ``variant="top_k"``."""
-    ref_topk_ids: Annotated[Tensor | None, PerToken(pad=-1, trailing=1)] = None
+    ref_topk_ids: Annotated[Tensor | None, PerToken(pad=-1, trailing=1, kind="integer")] = None
     """[.., T, K] the same of the reference policy."""
-    ref_topk_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, trailing=1)] = None
+    ref_topk_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, trailing=1, kind="float")] = None
     """[.., T, K] the same of the reference policy; for ``kl_loss_type`` "top_k" and "full"."""
-    group_ids: Annotated[Tensor | None, PerToken(pad=-1)] = None
+    group_ids: Annotated[Tensor | None, PerToken(pad=-1, kind="integer")] = None
     """int64, the prompt that a position's sequence answers; the same number for all completions of one prompt, in
     every micro-batch and on every rank. For ``prompt_mean`` and losses of scope "group"; [B, 1] broadcasts."""
     rollout_spec: LogprobSpec | None = None

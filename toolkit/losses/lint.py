@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toolkit.functional.kl_facts import KL_NAMES, kl_warning
-from toolkit.functional.registry import PolicyLoss, policy_loss
+from toolkit.functional.registry import PolicyLoss
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
 from toolkit.losses.correction import CLAMPS, CorrectionConfig
 
@@ -76,8 +76,7 @@ def warnings_for(
     """
     if not isinstance(cfg, BaseRLLossConfig):
         return []
-    options = {name: value for name, value in cfg.policy_loss_cfg.items() if name != "loss_type"}
-    loss = policy_loss(cfg.policy_loss_cfg["loss_type"])
+    loss, options = cfg.policy, cfg.policy_options
     setting = Setting(cfg, loss, options, advantage, advantage_options or {}, longest)
     return [message for check in CHECKS for message in check(setting)]
 

@@ -30,7 +30,7 @@ class OPDLossContext(GRPOLossContext):
     divergences only the even mixture. Thinking Machines 2025, "On-policy distillation", for ``sampled``.
     """
 
-    cfg_type: ClassVar[type[BaseRLLossConfig]] = OPDLossConfig
+    cfg_cls: ClassVar[type[BaseRLLossConfig]] = OPDLossConfig
     loss_cfg: OPDLossConfig
 
     @classmethod

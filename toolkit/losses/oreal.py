@@ -23,4 +23,4 @@ class OrealLossContext(GRPOLossContext):
     A <= 0: the loss there is NaN, here that mean is 0.
     """
 
-    cfg_type: ClassVar[type[BaseRLLossConfig]] = OrealLossConfig
+    cfg_cls: ClassVar[type[BaseRLLossConfig]] = OrealLossConfig

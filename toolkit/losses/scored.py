@@ -5,36 +5,47 @@ Legend: B rows, T positions of a row, N scored tokens, n of them in one call, D 
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import Tensor
 
+from toolkit.errors import ConfigError
 from toolkit.head import HeadPlan, TokenScores, explain, fused_loss
 from toolkit.head.logits import LogitTransform
 from toolkit.head.plan import Entropy, Scope
 from toolkit.head.scores import eager_scores
-from toolkit.losses.base import BaseLossContext, BaseLossKwargs, merge_extras
-
-ItemT = TypeVar("ItemT")
+from toolkit.losses.base import BaseLossContext, merge_extras
+from toolkit.losses.builder import ItemT
+from toolkit.losses.kwargs import BaseLossKwargs
+from toolkit.metrics import Metric
 
 
 class ScoredLossContext(BaseLossContext[ItemT]):
-    """Base of losses of log-probabilities. Subclass it and define `loss_from_scores`; `loss_fn` follows from it.
+    """Base of losses of log-probabilities. Subclass it and define `token_losses`; `loss_fn` follows from it.
 
     In chunk mode the head then takes 3 matrix products instead of whatever autograd makes of `loss_fn`, drops ignored
     tokens before the first of them, and leaves tokens without a gradient out of the last two.
     """
 
-    @abstractmethod
-    def loss_from_scores(self, scores: TokenScores, loss_kwargs: Any) -> tuple[Tensor, Any]:
-        """Return the loss of n scored tokens and metrics: a sum of weight times token loss.
+    def token_losses(self, scores: TokenScores, loss_kwargs: Any) -> Tensor | Mapping[str, Tensor]:
+        """Return the values of n scored tokens, [n] unreduced, or a mapping of these by the name of their term.
 
         Args:
             scores: log-probabilities [n] with gradient, and entropies [n] if `entropy` asks for them.
             loss_kwargs: the kwargs of these tokens, per-token fields [n].
         """
+        raise ConfigError(f"{type(self).__name__} computes nothing yet: define token_losses(scores, loss_kwargs)")
+
+    def metrics_of(self, scores: TokenScores, loss_kwargs: Any) -> dict[str, Metric]:
+        """Return what these tokens are to report beside the loss and its terms; nothing by default."""
+        return {}
+
+    def loss_from_scores(self, scores: TokenScores, loss_kwargs: Any) -> tuple[Tensor, Any]:
+        """Return the loss of n scored tokens and metrics; override it only for a loss that is no sum of terms."""
+        loss, metrics = self.summed(self.token_losses(scores, loss_kwargs), loss_kwargs)
+        return loss, {**self.metrics_of(scores, loss_kwargs), **metrics}
 
     @property
     def scope(self) -> Scope:
@@ -43,7 +54,7 @@ class ScoredLossContext(BaseLossContext[ItemT]):
 
     @property
     def entropy(self) -> Entropy:
-        """Which entropies `loss_from_scores` wants: False, "metric" (without gradient) or True."""
+        """Which entropies `token_losses` wants: False, "metric" (without gradient) or True."""
         return False
 
     def scored_labels(self) -> Tensor:
@@ -55,7 +66,7 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         return None
 
     def candidate_ids(self, loss_kwargs: Any) -> Tensor | Literal["all"] | None:
-        """Return the tokens that `loss_from_scores` wants scored beside the labels; the head's path is then general.
+        """Return the tokens that `token_losses` wants scored beside the labels; the head's path is then general.
 
         Args:
             loss_kwargs: the kwargs of n tokens.

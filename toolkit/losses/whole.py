@@ -28,7 +28,7 @@ from toolkit.functional.segments import NO_SEQUENCE
 from toolkit.head import TokenScores
 from toolkit.losses.calibration import counts_here
 from toolkit.losses.config import BaseRLLossConfig
-from toolkit.losses.grpo_items import scope_of, scored_labels
+from toolkit.losses.grpo_items import scored_labels
 from toolkit.metrics import Metric, Sum
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def with_whole(
         sp_mesh: ranks that share a sequence.
         is_step_wide: whether the loss looks at all micro-batches and ranks; all must call it together then.
     """
-    if scope_of(cfg) == "token" or (sp_mesh is None and not is_step_wide):
+    if cfg.scope == "token" or (sp_mesh is None and not is_step_wide):
         return [own.replace(group_ids=_from_zero(own.group_ids)) for own in batches]
     batches = [own.replace(shifted_labels=scored_labels(own, cfg)) for own in batches]
     parts = [own.take(_scored(own, cfg)) for own in batches]
@@ -211,7 +211,7 @@ def _filled(own: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     made_up = {
         "old_logprobs": current,
         "rollout_logprobs": torch.full_like(current, torch.nan),
-        "policy_weight": torch.ones(len(current), dtype=torch.float64),
+        "importance": torch.ones(len(current), dtype=torch.float64),
         "group_ids": torch.full((len(current),), NO_SEQUENCE),
     }
     for name in names:

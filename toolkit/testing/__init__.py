@@ -12,7 +12,7 @@ import torch
 
 from toolkit.distributed import all_gather_objects, rank, world_size
 from toolkit.errors import ConfigError
-from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
 from toolkit.testing.arguments import check_objects, flags_of, modes_of, numbers_of
 from toolkit.testing.batch import Batch, random_batch
 from toolkit.testing.evaluation import REFERENCE, Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop
@@ -165,19 +165,7 @@ def _check_is_something(batch: Batch, cfg: BaseLossConfig) -> None:
 
 def _with_current(batch: Batch, cfg: BaseLossConfig) -> Batch:
     is_missing = hasattr(batch.item, "current_logprobs") and batch.item.current_logprobs is None
-    return batch.with_current_logprobs(cfg) if is_missing and _takes_two_passes(cfg) else batch
-
-
-def _takes_two_passes(cfg: BaseLossConfig) -> bool:
-    """Whether the loss must know the current policy's log-probabilities of the whole step before the first forward."""
-    from toolkit.functional.registry import policy_loss
-
-    chosen = getattr(cfg, "policy_loss_cfg", None)
-    is_wide = chosen is not None and policy_loss(chosen["loss_type"]).scope in ("group", "batch")
-    of_step = (
-        own.normalize or own.denominator == "survivors" for own in getattr(cfg, "correction", ()) if own.needs_current
-    )
-    return is_wide or any(of_step)
+    return batch.with_current_logprobs(cfg) if is_missing and cfg.needs_current(num_parts=2) else batch
 
 
 def _is_countable(cfg: BaseLossConfig, batch: Batch, layout: Layout) -> bool:
@@ -195,8 +183,7 @@ def _modes(cfg: BaseLossConfig) -> list[str]:
 
 
 def _in_words(cfg: BaseLossConfig) -> str:
-    chosen = getattr(cfg, "policy_loss_cfg", None)
-    words = [f"policy loss {chosen['loss_type']!r}"] if chosen is not None else []
+    words = [f"policy loss {cfg.policy.name!r}"] if isinstance(cfg, BaseRLLossConfig) else []
     aggregation = getattr(cfg, "aggregation", None)
     words += [f"aggregation {aggregation.name}"] if aggregation is not None else []
     return f"{type(cfg).__name__}({', '.join(words)})" if words else type(cfg).__name__

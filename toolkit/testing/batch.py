@@ -13,9 +13,10 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
 from toolkit.head import token_logprobs
-from toolkit.losses.config import BaseLossConfig, CELossConfig
+from toolkit.losses.builder import item_class
+from toolkit.losses.config import BaseLossConfig
 from toolkit.losses.fields import PerToken
-from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
 
 GARBAGE = 3.0
 """What stands at positions that are not scored unless the caller wants something else, such as NaN."""
@@ -23,6 +24,8 @@ HOLES = 0.25
 """Share of the positions inside a sequence that are not scored, such as a tool's answer."""
 SPREADS = {"old_logprobs": 0.4, "rollout_logprobs": 0.4, "ref_logprobs": 0.2, "teacher_logprobs": 0.3}
 """In nats, around the policy's own log-probabilities: wide enough for clips, masks and vetoes to bind."""
+NUM_VALUES = 2
+"""Values of one position where a field of the user's own has several."""
 NEAR = 1e-4
 """Of these spreads in the first sequence."""
 ONE, TWIN = 1, 3
@@ -112,8 +115,9 @@ def random_batch(
     every field that some loss reads is there.
 
     Args:
-        loss_cfg: of the loss that it is for: items of cross-entropy, or else of a policy loss with what an exact KL of
-            this config compares. None: a policy loss.
+        loss_cfg: of the loss that it is for: items of the class that its context takes, fields of your own included
+            (floating-point unless their kind says else), with what an exact KL of this config compares.
+            None: items of a policy loss.
         seed: another one gives other lengths and numbers.
         num_sequences: B, at least 3.
         longest: T, positions of the longest sequence, at least 3.
@@ -141,11 +145,10 @@ def random_batch(
     hidden = torch.randn(num_sequences, longest, width, generator=draw, dtype=torch.float64)
     weight = 0.7 * torch.randn(vocabulary, width, generator=draw, dtype=torch.float64)
     bias = 0.3 * torch.randn(vocabulary, generator=draw, dtype=torch.float64)
-    item: LossContextInputItem
-    if isinstance(loss_cfg, CELossConfig):
-        item = CELossContextInputItem(shifted_labels=labels)
-    else:
-        item = _rl_item(labels, is_scored, (hidden, weight, bias), num_candidates, draw, garbage, loss_cfg)
+    item_cls = RLLossContextInputItem if loss_cfg is None else item_class(loss_cfg.loss_ctx_cls)
+    values = _rl_values(labels, is_scored, (hidden, weight, bias), num_candidates, draw, garbage, loss_cfg)
+    values = {name: own for name, own in values.items() if name in item_cls.model_fields}
+    item = item_cls(shifted_labels=labels, **values, **_own_values(item_cls, is_scored, draw, garbage))
     hidden = hidden.masked_fill(~is_scored.unsqueeze(-1), garbage)
     return Batch(item, hidden, weight, bias, lengths, garbage).with_dtype(dtype)
 
@@ -163,7 +166,29 @@ def _labels(lengths: tuple[int, ...], longest: int, vocabulary: int, draw: torch
     return labels.masked_fill(is_hole | is_padding, ignore_idx)
 
 
-def _rl_item(
+def _own_values(
+    item_cls: type[LossContextInputItem], is_scored: Tensor, draw: torch.Generator, garbage: float
+) -> dict[str, Tensor]:
+    """Make up the per-token fields that a user's class of items declares, as their kind says."""
+    found: dict[str, Tensor] = {}
+    for name in item_cls.model_fields:
+        if name in RLLossContextInputItem.model_fields or not item_cls.is_per_token(name):
+            continue
+        mark = item_cls.layout(name)
+        assert isinstance(mark, PerToken)
+        shape = (*is_scored.shape, *(NUM_VALUES,) * mark.trailing)
+        drawn = torch.randn(shape, generator=draw, dtype=torch.float64)
+        is_filler = ~is_scored.reshape(*is_scored.shape, *(1,) * mark.trailing)
+        if mark.kind == "bool":
+            found[name] = drawn > 0
+        elif mark.kind == "integer":
+            found[name] = (drawn > 0).long()
+        else:
+            found[name] = drawn.masked_fill(is_filler, garbage)
+    return found
+
+
+def _rl_values(
     labels: Tensor,
     is_scored: Tensor,
     head: tuple[Tensor, Tensor, Tensor],
@@ -171,7 +196,8 @@ def _rl_item(
     draw: torch.Generator,
     garbage: float,
     cfg: BaseLossConfig | None,
-) -> RLLossContextInputItem:
+) -> dict[str, Tensor]:
+    """Make up every field that some loss of this package reads."""
     hidden, weight, bias = head
     scored = (hidden @ weight.T + bias).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
@@ -197,8 +223,8 @@ def _rl_item(
         if num_candidates > 1:
             ids[1::2, :, -1] = -1
         values[f"{who}_topk_ids"] = ids
-    groups = (torch.arange(len(labels)) // 2).unsqueeze(-1)
-    return RLLossContextInputItem(shifted_labels=labels, group_ids=groups, **values)
+    values["group_ids"] = (torch.arange(len(labels)) // 2).unsqueeze(-1)
+    return values
 
 
 def token_axis(item: LossContextInputItem, name: str) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import all_reduce_sum, sp_split, world_size
-from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
 from toolkit.losses.items import LossContextInputItem
 from toolkit.testing.batch import Batch, token_axis
 
@@ -145,10 +145,7 @@ def part_of(batch: Batch, cfg: BaseLossConfig, layout: Layout, team: int, sp_mes
 
 def needs_whole_groups(cfg: BaseLossConfig, item: LossContextInputItem) -> bool:
     """Whether the sequences of a prompt must lie in one micro-batch: the loss compares them and has no second pass."""
-    from toolkit.functional.registry import policy_loss
-
-    chosen = getattr(cfg, "policy_loss_cfg", None)
-    is_wide = chosen is not None and policy_loss(chosen["loss_type"]).scope == "group"
+    is_wide = isinstance(cfg, BaseRLLossConfig) and cfg.policy.scope == "group"
     return is_wide and getattr(item, "current_logprobs", None) is None
 
 

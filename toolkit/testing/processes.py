@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from toolkit import errors
 from toolkit.errors import ConfigError, LaunchError, ToolkitError
 from toolkit.functional.registry import policy_loss, register_policy_loss
-from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.config import BaseRLLossConfig
 from toolkit.plugins import load_plugins
 
 START_METHOD = "spawn"
@@ -189,8 +189,7 @@ def _unpickled(call: bytes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def _own_loss(value: Any) -> Any:
     """Return the policy loss of a config, unless it comes with this package."""
-    chosen = getattr(value, "policy_loss_cfg", None) if isinstance(value, BaseLossConfig) else None
-    loss = policy_loss(chosen["loss_type"]) if chosen is not None else None
+    loss = value.policy if isinstance(value, BaseRLLossConfig) else None
     return None if loss is None or loss.function.__module__.startswith(BUILT_IN) else loss
 
 

@@ -22,7 +22,6 @@ from toolkit.config import RunConfig
 from toolkit.distributed import check_world_size, rank, reduce_metrics
 from toolkit.errors import ConfigError, LaunchError, ToolkitError
 from toolkit.functional.declared import fields_declared, has_gradient, place_of, undeclared
-from toolkit.functional.registry import policy_loss
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.metrics import Max
@@ -35,7 +34,6 @@ from toolkit.training.probe import check_gradient_scale
 from toolkit.training.progress import PhaseProgress
 from toolkit.training.report import Summary, write_report
 from toolkit.training.sharding import Sharding, no_sync, prepare_probe
-from toolkit.training.step import needs_current
 from toolkit.training.tracking import Tracker
 from toolkit.training.trainer import Trainer
 
@@ -224,16 +222,14 @@ def _run_phase(
 def rehearse(loss_cfg: BaseLossConfig) -> None:
     """Call a policy loss once on two made-up tokens, so that a slip in one of your own shows before the warm-up."""
     if isinstance(loss_cfg, BaseRLLossConfig):
-        chosen = policy_loss(loss_cfg.policy_loss_cfg["loss_type"])
-        options = {key: value for key, value in loss_cfg.policy_loss_cfg.items() if key != "loss_type"}
+        chosen, options = loss_cfg.policy, loss_cfg.policy_options
         try:
-            fields = fields_declared(chosen, options)
             if undeclared(chosen, options) is None and not has_gradient(chosen, options):
                 raise ConfigError(
                     f"policy loss {chosen.name!r} has no gradient: it runs under torch.no_grad(), or detaches "
                     "t.logprobs on the way"
                 )
-            _rehearse(loss_cfg, fields)
+            _rehearse(loss_cfg)
         except Exception as error:  # the user's function may raise anything
             words = undeclared(chosen, options)
             if words is None and isinstance(error, ToolkitError):
@@ -242,17 +238,11 @@ def rehearse(loss_cfg: BaseLossConfig) -> None:
             raise ConfigError(f"policy loss {chosen.name!r}: {words}") from None
 
 
-def _rehearse(loss_cfg: BaseRLLossConfig, fields: set[str]) -> None:
+def _rehearse(loss_cfg: BaseRLLossConfig) -> None:
     """Run forward and backward with no more than is declared: what is read beyond it may be missing later."""
-    wanted = {"old_logprobs", *fields}
-    if needs_current(loss_cfg, num_parts=2):  # the trainer gives them, too
+    wanted = {"old_logprobs", *loss_cfg.required_fields, *fields_declared(loss_cfg.policy, loss_cfg.policy_options)}
+    if loss_cfg.needs_current(num_parts=2):  # the trainer gives them, too
         wanted.add("current_logprobs")
-    if loss_cfg.needs_reference:
-        wanted.add("ref_logprobs")
-    if loss_cfg.correction or loss_cfg.kl_anchor == "rollout":
-        wanted.add("rollout_logprobs")
-    if "group_ids" in fields or loss_cfg.aggregation.name == "prompt_mean":
-        wanted.add("group_ids")
     materials: dict[str, Any] = {
         name: torch.tensor([[-1.0, -1.0]])
         for name in ("old_logprobs", "current_logprobs", "ref_logprobs", "rollout_logprobs", "teacher_logprobs")

@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 
 from toolkit.losses.auxiliary import auxiliary_weights
-from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
-from toolkit.losses.grpo_items import scope_of
+from toolkit.losses.config import BaseLossConfig
 from toolkit.metrics import Mean, Metric, Sum, fetch
 from toolkit.models.policy import Policy
 from toolkit.models.router import wants_router_loss
 from toolkit.training.experience import IGNORED, Rows
-
-
-def needs_current(loss_cfg: BaseLossConfig, num_parts: int) -> bool:
-    """Whether a loss has to know the log-probabilities of all `num_parts` parts of a step before its first forward."""
-    if not isinstance(loss_cfg, BaseRLLossConfig):
-        return False
-    return loss_cfg.needs_current_first or (num_parts > 1 and scope_of(loss_cfg) in ("group", "batch"))
 
 
 def router_weights(policy: Policy, micro_batches: Sequence[Rows], gradient_reduction: Any) -> Sequence[Tensor | None]:

@@ -21,7 +21,6 @@ from toolkit.config import RunConfig
 from toolkit.distributed import all_gather_objects, reduce_metrics
 from toolkit.losses.calibration import loss_metric
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
-from toolkit.losses.grpo_items import scope_of
 from toolkit.metrics import Max, Mean, Metric, Sum, merge_metrics, metrics_in, to_floats
 from toolkit.models.policy import Policy
 from toolkit.rollout.sampler import Completions, complete, row_uniforms
@@ -47,7 +46,7 @@ from toolkit.training.sharding import (
     prepare_policy,
     unwrapped,
 )
-from toolkit.training.step import needs_current, on_host, per_update, router_weights, without_empty
+from toolkit.training.step import on_host, per_update, router_weights, without_empty
 
 WARMUP_RISE = 10
 """Updates over which the warm-up's learning rate rises."""
@@ -170,7 +169,7 @@ class Trainer:
     @property
     def _needs_groups(self) -> bool:
         loss_cfg = self.config.loss
-        return isinstance(loss_cfg, BaseRLLossConfig) and scope_of(loss_cfg) == "group"
+        return isinstance(loss_cfg, BaseRLLossConfig) and loss_cfg.scope == "group"
 
     def _experience(self, prompts: list[Example], step: int) -> tuple[Rows, list[int], dict[str, Metric]]:
         """Sample completions of this process's prompts, reward them and compare them within their groups.
@@ -267,7 +266,7 @@ class Trainer:
         if self._needs_groups:  # RunConfig has made sure that a micro-batch holds a group
             size -= size % self.config.rollout.group_size
         number = max(1, -(-most // size))
-        if needs_current(loss_cfg, number * self._world):
+        if loss_cfg.needs_current(number * self._world):
             rows = replace(rows, current_logprobs=self._score(self.unwrapped, rows, most))
         micro_batches = rows.split(size, number)
         context, items = loss_cfg.loss_ctx_cls, [r.item(loss_cfg.ignore_idx) for r in micro_batches]

@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         name="cross-entropy-takes-anything",
         file="toolkit/runner.py",
-        line="unread = [name for name, value in given.items() if value is not None]",
-        becomes="unread = [name for name, value in given.items() if value is None and name in fields]",
+        line="unread = [name for name in RL_FIELDS if name in given and name not in item_cls.model_fields]",
+        becomes="unread = []",
         tests=("tests/test_runner.py::test_cross_entropy_refuses_what_it_does_not_read",),
     ),
     # ---------------------------------------------------------------- words about a loss
@@ -134,10 +134,10 @@ MUTATIONS = (
     ),
     Mutation(
         name="needs-of-corrections-not-told",
-        file="toolkit/losses/explanation.py",
-        line='"old_logprobs": ["corrections"] if "old_rollout" in between else [],',
-        becomes='"old_logprobs": ["corrections"] if "current_old" in between else [],',
-        tests=("tests/test_explain.py::test_what_the_items_need_is_what_the_loss_asks_for",),
+        file="toolkit/losses/required.py",
+        line='if "old_rollout" in between:',
+        becomes='if "current_old" in between:',
+        tests=("tests/test_explain.py::test_what_each_choice_adds",),
     ),
     # ---------------------------------------------------------------- the conformance suite
     Mutation(

@@ -80,9 +80,9 @@ MUTATIONS = (
     ),
     Mutation(
         name="two-parts-need-no-first-pass",
-        file="toolkit/training/step.py",
-        line='return loss_cfg.needs_current_first or (num_parts > 1 and scope_of(loss_cfg) in ("group", "batch"))',
-        becomes='return loss_cfg.needs_current_first or (num_parts > 2 and scope_of(loss_cfg) in ("group", "batch"))',
+        file="toolkit/losses/config.py",
+        line='return self.needs_current_first or (num_parts > 1 and self.scope in ("group", "batch"))',
+        becomes='return self.needs_current_first or (num_parts > 2 and self.scope in ("group", "batch"))',
         tests=("tests/training/test_before_a_step.py",),
     ),
     Mutation(

@@ -1,0 +1,151 @@
+"""How the kwargs of an optimizer step are built: one method that no loss need write, and hooks for what is its own.
+
+Legend: B rows, T positions of a row, S sequences, K columns of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from toolkit.errors import DataError
+from toolkit.losses.calibration import check_config, checked_items, device_of
+from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.kwargs import BaseLossKwargs
+from toolkit.losses.step import Extra, Step, StepRow
+from toolkit.losses.term import checked_terms
+
+ItemT = TypeVar("ItemT")
+
+
+class KwargsBuilder(Generic[ItemT]):
+    """Builds the kwargs of every micro-batch of a step; the hooks of `build_batches_loss_kwargs` run as they stand."""
+
+    item_cls: ClassVar[type[LossContextInputItem]] = LossContextInputItem
+    """What this loss takes; a subclass of yours declares further fields."""
+    kwargs_cls: ClassVar[type[BaseLossKwargs]] = BaseLossKwargs
+    """What a forward needs; its fields are filled from those of the items that have the same name."""
+    cfg_cls: ClassVar[type[BaseLossConfig]] = BaseLossConfig
+    """Which configs it computes."""
+
+    @classmethod
+    def build_batches_loss_kwargs(
+        cls,
+        data_batches: list[ItemT],
+        loss_cfg: Any,
+        cu_seq_lens_list: Sequence[Tensor | None] | None = None,
+        sp_mesh: DeviceMesh | None = None,
+    ) -> list[Any]:
+        """Return the kwargs of every micro-batch of one optimizer step; every rank must call it together.
+
+        Everything that the loss divides by is counted here, over all micro-batches and ranks, in one exchange. (With
+        `sp_mesh` the items' fields are gathered before it; for a loss of the whole step those of all tokens after it.)
+        Every rank needs at least one micro-batch (with nothing to score, if it has no work), and as many as the others
+        only where each forward is an exchange by itself (FSDP).
+
+        **The contract.** The losses that `forward` returns for the micro-batches of a step add up, and so do their
+        gradients. With ``gradient_reduction="mean"`` (DDP, FSDP) each rank's sum carries a factor R, the number of
+        ranks, so that their *average* is loss and gradient of the whole step; with "sum" their sum is. Nothing else may
+        divide or multiply: no 1 / micro-batches, no R. Terms that a model adds itself (a router's loss) are not to be
+        multiplied by R: `toolkit.losses.auxiliary` has their weights.
+
+        Args:
+            data_batches: the items of all micro-batches of this rank; its shards of them where `sp_mesh` is given.
+            loss_cfg: the config of this loss.
+            cu_seq_lens_list: for each micro-batch the [S + 1] boundaries of its packed row, of the whole row where
+                `sp_mesh` is given; None: a row is a sequence.
+            sp_mesh: one-dimensional mesh of ranks that share every row; each sequence counts once.
+
+        Raises:
+            ConfigError: the config is that of another loss, or its terms make no sense.
+            DataError: the items do not fit; on the other ranks, that they do not here.
+        """
+        check_config(loss_cfg, cls.cfg_cls)
+        cls.check_loss(loss_cfg)
+        step = Step(
+            checked_terms(loss_cfg.terms, type(loss_cfg).__name__),
+            cu_seq_lens_list,
+            sp_mesh,
+            loss_cfg.ignore_idx,
+            loss_cfg.gradient_reduction,
+            loss_cfg,
+        )
+
+        def checked() -> list[Any]:
+            return [cls.completed(item, loss_cfg) for item in checked_items(data_batches, cls.item_cls)]
+
+        step.count(checked, device_of(data_batches), prepare=cls.prepare, extra=cls.counted_besides(loss_cfg))
+        cls.check_totals(step)
+        return cls.of_this_rank([cls.kwargs_of(row) for row in step.rows()], step)
+
+    @classmethod
+    def check_loss(cls, loss_cfg: Any) -> None:
+        """Raise `ConfigError` if the config is wrong in a way that only running it shows."""
+
+    @classmethod
+    def completed(cls, item: Any, loss_cfg: Any) -> Any:
+        """Return an item with what this loss does not ask for filled in; as it is by default."""
+        return item
+
+    @classmethod
+    def counted_besides(cls, loss_cfg: Any) -> dict[str, int | None]:
+        """Return what `prepare` counts, by name: how many numbers, None for a table; the same on every rank."""
+        return {}
+
+    @classmethod
+    def prepare(cls, step: Step) -> Extra:
+        """Check the items, leave out labels that count nowhere, and count what `counted_besides` announces.
+
+        Called on every rank before the exchange, with ``step.items`` over whole rows; what it raises reaches the other
+        ranks. It may set ``step.labels`` and ``step.prepared``.
+        """
+        return {}
+
+    @classmethod
+    def check_totals(cls, step: Step) -> None:
+        """Raise if what all ranks counted together forbids the step; every rank sees the same ``step.totals``."""
+
+    @classmethod
+    def kwargs_of(cls, row: StepRow) -> Any:
+        """Return the kwargs of one micro-batch over whole rows; by default from `fields_of`."""
+        return cls.kwargs_cls(**cls.fields_of(row))
+
+    @classmethod
+    def fields_of(cls, row: StepRow) -> dict[str, Any]:
+        """Return labels, weights and every field of `kwargs_cls` that the item has by the same name.
+
+        Raises:
+            DataError: a field that `kwargs_cls` requires is missing in the item.
+        """
+        found: dict[str, Any] = {"shifted_labels": row.labels, "loss_weight": row.weights[..., 0]}
+        if row.weights.shape[-1] > 1:
+            found["term_weights"] = row.weights
+        for name, own in cls.kwargs_cls.model_fields.items():
+            if name in found:
+                continue
+            value = row.sequence_ids if name == "sequence_ids" else row.value(name)
+            if value is None and own.is_required():
+                raise DataError(
+                    f"data_batches[{row.index}].{name} is missing, but {cls.__name__} reads it; give it to every item"
+                )
+            if value is not None:
+                found[name] = value
+        return found
+
+    @classmethod
+    def of_this_rank(cls, batches: list[Any], step: Step) -> list[Any]:
+        """Return this rank's kwargs from those of whole rows."""
+        if step.sp_mesh is None:
+            return batches
+        return step.filled([own.sp_split(step.sp_mesh, ignore_idx=step.ignore_idx) for own in batches])
+
+
+def item_class(context: type[KwargsBuilder[Any]]) -> type[LossContextInputItem]:
+    """Return the items that a context takes; of one that builds its kwargs itself and names none, a policy loss's."""
+    builds_itself = context.build_batches_loss_kwargs.__func__ is not KwargsBuilder.build_batches_loss_kwargs.__func__  # type: ignore[attr-defined]
+    is_unsaid = builds_itself and context.item_cls is LossContextInputItem
+    return RLLossContextInputItem if is_unsaid else context.item_cls

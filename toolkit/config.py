@@ -139,6 +139,7 @@ def _compose(overrides: Sequence[str], root: str) -> tuple[DictConfig, list[str]
                 taken, cfg = again, compose(root, overrides=[*again, *spared])
             except MISTAKES:
                 raise ConfigError(mistake) from None
+    _check_where_options_are(parsed, cfg)  # Hydra 1.4 follows the interpolation and sets them
     if "loss_type" not in cfg.policy_loss:
         raise ConfigError(
             "policy_loss has no loss_type; write in its file which policy loss its options are for, such as "

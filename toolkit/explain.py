@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: toolkit-explain loss=grpo policy_loss=gspo kl=k3 aggregation=seq_mean_token_mean",
     )
     parser.add_argument("overrides", nargs="*", help="as for toolkit-train; `list` is the same as --list")
-    parser.add_argument("--config-dir", metavar="FOLDER", help="a folder with YAML files of your own")
+    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="a folder with YAML files of your own")
     parser.add_argument("--list", action="store_true", help="list everything that can be chosen")
     parser.add_argument(
         "--markdown",

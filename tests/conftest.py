@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import toolkit.losses.scored
 import toolkit.testing.processes
 from toolkit import RLLossContextInputItem
 
 toolkit.testing.processes.START_METHOD = "forkserver"  # as in tests.processes
+toolkit.losses.scored.SMALL_LOGITS = 0  # the batches of tests are small, and chunk mode is to take its own path
 
 
 @pytest.fixture(autouse=True)

@@ -30,5 +30,6 @@ for name in (
     with contextlib.suppress(ImportError):  # an extra that is not installed
         importlib.import_module(name)
 
+importlib.import_module("toolkit.losses.scored").SMALL_LOGITS = 0  # as in tests.conftest
 with contextlib.suppress(ImportError):
     importlib.import_module("toolkit.testing.processes").START_METHOD = "forkserver"

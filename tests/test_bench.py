@@ -14,10 +14,12 @@ from PIL import Image
 from toolkit import ConfigError
 from toolkit.benchmark import measure, report
 from toolkit.benchmark.config import BenchConfig
+from toolkit.benchmark.overhead import BUILDERS
 from toolkit.benchmark.peers import PEERS
 from toolkit.benchmark.problem import make_problem
 from toolkit.benchmark.variants import FLOOR, variants
 from toolkit.config import build_bench, compose_config
+from toolkit.losses import scored
 from toolkit.schemas import conf_dir
 
 
@@ -147,3 +149,22 @@ def test_peak_memory_is_that_of_the_buffer_and_the_gradients() -> None:
     assert eager is not None
     assert gradients < ours < gradients + 1.15 * chunk + 2**24
     assert eager > 3 * 512 * 16384 * 4
+
+
+def test_overhead_is_measured_over_the_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All five compute the same; chunk mode is the same as eager mode on so small a batch."""
+    monkeypatch.setattr(scored, "SMALL_LOGITS", 2**20)
+    config, loss_cfg = build_bench(compose_config(["bench=overhead", "bench.rounds=2"], root="bench"))
+    results = {result.name: result for result in measure.measure_all(config, loss_cfg, [], say=lambda _: None)}
+    assert list(results) == list(BUILDERS)
+    for result in results.values():
+        assert result.skipped is None
+        assert max((result.errors or {}).values()) < 1e-5
+        assert len(result.cpu) == 2
+    report.print_table(config, list(results.values()))
+
+
+def test_overhead_compares_one_loss_only() -> None:
+    config, loss_cfg = build_bench(compose_config(["bench=overhead", "policy_loss=gspo"], root="bench"))
+    with pytest.raises(ConfigError, match="bench=overhead compares with PPO's clipped loss written by hand"):
+        measure.measure_all(config, loss_cfg, [], say=lambda _: None)

@@ -19,7 +19,8 @@ LAYERS = [
     ["diagnosis"],
     ["config"],
     ["training", "notebook", "testing"],
-    ["runner", "benchmark", "catalogue", "conformance_suite", "scale", "help_text"],
+    ["runner", "catalogue", "conformance_suite", "help_text"],
+    ["benchmark", "scale"],
     ["train", "bench", "check", "explain"],
 ]
 """From the bottom to the top; a room imports from rooms below it, and its own."""

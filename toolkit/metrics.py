@@ -75,15 +75,20 @@ class Mean(Metric):
     @classmethod
     def of(cls, values: Tensor) -> Mean:
         """Return the mean of all elements of `values`, which may be empty."""
-        values = widened(values)
-        return cls(values.sum(), _count(values))
+        values = _whole(values.detach())
+        return cls(_wide_sum(values), _count(values))
 
     @classmethod
     def of_each(cls, values: Mapping[str, Tensor]) -> dict[str, Mean]:
         """Return the mean of every tensor, all of one shape and dtype, by its name; a few operations for all."""
-        rows = widened(torch.stack([*values.values()])).reshape(len(values), -1)
+        rows = _whole(torch.stack([own.detach() for own in values.values()]).reshape(len(values), -1))
         count = _count(rows[0])
-        return {name: cls(total, count) for name, total in zip(values, rows.sum(-1), strict=True)}
+        return {name: cls(total, count) for name, total in zip(values, _wide_sum(rows, -1), strict=True)}
+
+    @classmethod
+    def share(cls, chosen: Tensor, among: Tensor) -> Mean:
+        """Return the share of `chosen` in `among`, bool of one shape and the former only where the latter is."""
+        return cls(_wide_sum(_whole(chosen)), _wide_sum(_whole(among)))
 
     @staticmethod
     def number(parts: Sequence[float]) -> float:
@@ -182,7 +187,7 @@ def to_floats(metrics: Metrics) -> dict[str, float]:
 def widened(values: Tensor) -> Tensor:
     """Return `values` without graph in float64; float32 on mps, which has nothing wider."""
     values = _whole(values.detach())
-    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+    return values.to(_wide_dtype(values))
 
 
 def packed(parts: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -208,9 +213,17 @@ def _next(numbers: Iterator[float], count: int) -> list[float]:
     return list(islice(numbers, count))
 
 
+def _wide_dtype(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.device.type == "mps" else torch.float64
+
+
+def _wide_sum(values: Tensor, *dim: int) -> Tensor:
+    return values.sum(*dim, dtype=_wide_dtype(values))
+
+
 def _count(values: Tensor) -> Tensor:
     # Filled on the device: a number sent from the host would wait for it.
-    return values.new_full((), float(values.numel()))
+    return values.new_full((), float(values.numel()), dtype=_wide_dtype(values))
 
 
 def _whole(values: Any) -> Tensor:

@@ -24,6 +24,8 @@ from toolkit import (
 )
 from toolkit.functional import registry
 from toolkit.functional.registry import policy_loss_names
+from toolkit.head import fused_loss
+from toolkit.losses import scored
 
 SHAPE = (4, 13)
 FULLY = ("vanilla", "gspo", "real", "batch_centred")
@@ -253,3 +255,35 @@ def test_the_sign_does_not_flip_when_a_chunk_cuts_a_sequence() -> None:
     assert abs(whole[0]) > 1e-3
     for ours, theirs in zip(cut, whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit", "is_small"),
+    [
+        ({"chunk_size": 26}, 4 * 26 * 11, True),  # 2 rows of 13 positions, 11 entries
+        ({"chunk_size": "auto"}, 4 * 26 * 11, True),
+        ({"chunk_size": 25}, 4 * 26 * 11, False),  # two chunks
+        ({"chunk_size": 26}, 4 * 26 * 11 - 1, False),
+    ],
+)
+def test_small_logits_are_computed_at_once(
+    settings: dict, limit: int, is_small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scored, "SMALL_LOGITS", limit)
+    cfg, item, head = GRPOLossConfig(mode="chunk", **settings), random_item(), random_head()
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)
+    context = GRPOLossContext(cfg, kwargs)
+    plan = context.explain(*head)
+    assert (plan.name == "eager") == is_small
+    assert ("one chunk of at most" in str(plan)) == is_small
+    calls = []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return fused_loss(*args, **options)
+
+    monkeypatch.setattr(scored, "fused_loss", noting)
+    loss, _ = context.forward(*head)
+    assert (not calls) == is_small
+    eager = GRPOLossContext(GRPOLossConfig(), kwargs).forward(*head)[0]
+    torch.testing.assert_close(loss, eager, rtol=1e-12, atol=0)

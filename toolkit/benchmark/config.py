@@ -36,8 +36,9 @@ class BenchConfig(Config):
     """Also report the policy's entropy, as the training run does."""
     softcap: Annotated[float, Field(gt=0)] | None = None
     """Soft cap of the logits; variants that have none are left out then."""
-    cases: Literal["configured", "all"] = "configured"
-    """all: besides the configured loss every pass of the head, on this shape."""
+    cases: Literal["configured", "all", "overhead"] = "configured"
+    """all: besides the configured loss every pass of the head, on this shape; overhead: building kwargs and LossRunner
+    included, over the same loss written by hand."""
     peers: bool = True
     """Measure the peers that are installed."""
     memory: bool = True

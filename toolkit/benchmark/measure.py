@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from toolkit.benchmark.config import BenchConfig
-from toolkit.benchmark.problem import Problem, device_of
-from toolkit.benchmark.variants import Step, Variant, variants
+from toolkit.benchmark.problem import Problem, Step, device_of
+from toolkit.benchmark.variants import Variant, variants
 from toolkit.head.memory import keep_freed_memory
 from toolkit.losses.config import BaseLossConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from toolkit.benchmark.config import BenchConfig
 from toolkit.losses.config import BaseLossConfig, CELossConfig
 from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
 
+Step = Callable[[], Tensor | None]
+"""One forward and backward; the loss, if there is one."""
 NEAR = 0.15
 """Spread of log pi - log pi_old, in nats: about a tenth of the tokens are clipped at 0.2."""
 

@@ -65,8 +65,11 @@ def print_table(config: BenchConfig, results: Sequence[Result]) -> None:
     for result in results:
         if result.skipped is not None:
             console.print(f"not measured: {result.name}: {result.skipped}", highlight=False)
+    floor = (
+        "the loss by hand" if config.cases == "overhead" else "three bare, preallocated products of the scored tokens"
+    )
     console.print(
-        f"x floor: median {time_kind(config)} time over three bare, preallocated products of the scored tokens. "
+        f"x floor: median {time_kind(config)} time over {floor}. "
         "Times: median ± half the range of the middle half. Peak: over the inputs, returned gradients included. "
         "Error: larger relative error of the two gradients against float64, at a smaller shape.",
         soft_wrap=True,
@@ -124,10 +127,11 @@ def _processor() -> str:
 
 def _milliseconds(seconds: Sequence[float]) -> str:
     middle = statistics.median(seconds) * 1e3
+    digits = 1 if middle >= 10 else 3
     if len(seconds) < 2:
-        return f"{middle:,.1f}"
+        return f"{middle:,.{digits}f}"
     low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return f"{middle:,.1f} ± {(high - low) / 2 * 1e3:,.1f}"
+    return f"{middle:,.{digits}f} ± {(high - low) / 2 * 1e3:,.{digits}f}"
 
 
 def _figure(path: Path, config: BenchConfig, results: Sequence[Result]) -> None:
@@ -150,7 +154,7 @@ def _figure(path: Path, config: BenchConfig, results: Sequence[Result]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.12)
     axes[0].axvline(1, color="#444444", linewidth=0.8, linestyle=":", zorder=0)
-    axes[0].set_xlabel(f"{'wall' if kind == 'wall' else 'CPU'} time over three bare products")
+    axes[0].set_xlabel(f"{'wall' if kind == 'wall' else 'CPU'} time over {results[0].name}")
     axes[1].set_xlabel("peak memory over the inputs, MiB")
     tokens, width, vocabulary = config.shape
     figure.suptitle(f"Loss and gradients over the head: N={tokens:,}, D={width:,}, V={vocabulary:,}, {config.dtype}")

@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.benchmark.config import BenchConfig
+from toolkit.benchmark.overhead import BUILDERS
 from toolkit.benchmark.peers import PEERS
-from toolkit.benchmark.problem import Problem, device_of, make_problem
+from toolkit.benchmark.problem import Problem, Step, device_of, make_problem
 from toolkit.head import TokenScores, token_logprobs
 from toolkit.head.logits import LogitTransform
 from toolkit.head.plan import auto_chunk
 from toolkit.losses.config import BaseLossConfig, GRPOLossConfig
 
-Step = Callable[[], Tensor | None]
-"""One forward and backward; the loss, if there is one."""
 FLOOR = "bare products"
 
 
@@ -41,6 +40,8 @@ class Variant:
 def variants(config: BenchConfig, loss_cfg: BaseLossConfig) -> list[Variant]:
     """Return everything to measure, the floor first."""
     own_problem = _once(config, loss_cfg)
+    if config.cases == "overhead":
+        return [Variant(name, own_problem, build) for name, build in BUILDERS.items()]
     found = [
         Variant(FLOOR, own_problem, _products, has_gradients=False),
         Variant("toolkit", own_problem, _toolkit),

@@ -180,15 +180,12 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         self._check(hidden_states, head_weight, head_bias)
         if self.loss_cfg.mode == "chunk":
             return self._chunk_plan(hidden_states, head_weight, head_bias)
+        why = "mode is eager: the logits of all scored tokens at once"
+        return self._eager_plan(why, hidden_states, head_weight, head_bias)
+
+    def _eager_plan(self, why: str, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> HeadPlan:
         tokens = len(self._scored_positions())
-        return autograd_plan(
-            "eager",
-            "mode is eager: the logits of all scored tokens at once",
-            hidden_states,
-            head_weight,
-            head_bias,
-            [slice(0, tokens)],
-        )
+        return autograd_plan("eager", why, hidden_states, head_weight, head_bias, [slice(0, tokens)])
 
     def _chunk_plan(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> HeadPlan:
         name = type(self).__name__
@@ -232,7 +229,9 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         check_head(hidden_states, head_weight, tokens, head_bias, ignore_idx=ignore_idx, labels_name="shifted_labels")
         check_counted_once(vocab_group(head_weight).group)
         for name, value in self.loss_kwargs.tensors():
-            mark = self.loss_kwargs.layout(name) if self.loss_kwargs.is_per_token(name) else None
+            if not self.loss_kwargs.is_per_token(name):
+                continue
+            mark = self.loss_kwargs.layout(name)
             if isinstance(mark, PerToken) and mark.positions(value) != labels.shape:
                 raise DataError(
                     f"{type(self.loss_kwargs).__name__}.{name} has shape {list(value.shape)}, but shifted_labels has "

@@ -78,8 +78,8 @@ def sequence_ids_of_batches(
     for index, own in enumerate(labels):
         bounds = cu_seq_lens_list[index] if cu_seq_lens_list is not None else None
         ids = sequence_ids(own.shape, bounds, own.device)
-        stray = (ids == NO_SEQUENCE) & (own != ignore_idx)
-        if bool(stray.any()):
+        stray = (ids == NO_SEQUENCE) & (own != ignore_idx) if bounds is not None else None
+        if stray is not None and bool(stray.any()):
             raise DataError(
                 f"data_batches[{index}].shifted_labels{stray.nonzero()[0].tolist()} is scored, but lies behind the end "
                 f"of cu_seq_lens; extend cu_seq_lens or mark the position by ignore_idx = {ignore_idx}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -59,11 +60,9 @@ class TensorRecord(Model):
         Raises:
             DataError: nobody declared it.
         """
-        for owner in cls.__mro__:
-            field = getattr(owner, "model_fields", {}).get(name)
-            for mark in field.metadata if field is not None else ():
-                if isinstance(mark, (PerToken, Shared)):
-                    return mark
+        mark = _mark_of(cls, name)
+        if mark is not None:
+            return mark
         raise DataError(
             f"{cls.__name__}.{name} is a tensor, but how it lies over the tokens is not declared; write "
             f"{name}: Annotated[Tensor, PerToken(pad=0.0)] if it has one value a position, else "
@@ -73,10 +72,7 @@ class TensorRecord(Model):
     @classmethod
     def is_per_token(cls, name: str) -> bool:
         """Whether field `name` is declared to have one value for each position."""
-        try:
-            return isinstance(cls.layout(name), PerToken)
-        except DataError:
-            return False
+        return isinstance(_mark_of(cls, name), PerToken)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and value of every field that holds a tensor."""
@@ -150,6 +146,17 @@ class TensorRecord(Model):
     __str__ = __repr__
 
 
+@cache
+def _mark_of(record: type[TensorRecord], name: str) -> PerToken | Shared | None:
+    """Return what a class, or one that it extends, declares of a field."""
+    for owner in record.__mro__:
+        field = getattr(owner, "model_fields", {}).get(name)
+        for mark in field.metadata if field is not None else ():
+            if isinstance(mark, (PerToken, Shared)):
+                return mark
+    return None
+
+
 def check_finite(name: str, values: Tensor | None, labels: Tensor, ignore_idx: int) -> None:
     """Refuse NaN and inf at scored positions.
 
@@ -158,7 +165,11 @@ def check_finite(name: str, values: Tensor | None, labels: Tensor, ignore_idx: i
     """
     if values is None:
         return
-    broken = ~values.isfinite() & (labels != ignore_idx)
+    is_scored = labels != ignore_idx
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    if bool(values.detach().where(is_scored, 0.0).sum(dtype=wide).isfinite()):
+        return  # a sum that is finite has finite parts; one that is not may have overflowed
+    broken = ~values.isfinite() & is_scored
     if bool(broken.any()):
         where = broken.nonzero()[0].tolist()
         raise DataError(

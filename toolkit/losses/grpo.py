@@ -153,7 +153,8 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         reduction = self.loss_cfg.gradient_reduction
         loss, reported = total(self.terms, sums, reduction)
         metrics = {**terms.reported, **wide.metrics, **_metrics(terms), **reported}
-        metrics["policy_loss"] = loss_metric(weighted(self._policy_terms, sums), reduction)
+        policy = weighted(self._policy_terms, sums)
+        metrics["policy_loss"] = reported["loss"] if policy is loss else loss_metric(policy, reduction)
         if "kl" in values:
             metrics["kl_ref"] = Mean.of(values["kl"])
         if scores.entropy is not None and self.entropy:

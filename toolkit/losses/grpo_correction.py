@@ -65,9 +65,9 @@ class EarlyCorrections:
     ) -> None:
         self._cfg, self._items = cfg, items
         self._chosen = early(cfg, has_current=has_current)
-        self._scored = [(item.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1) for item in items]
         each = [None] * len(items) if turns is None else turns
-        self._terms = [_mismatch_terms(*own, cfg) for own in zip(items, self._scored, ids, each, strict=True)]
+        found = [_mismatch_terms(*own, cfg) for own in zip(items, ids, each, strict=True)]
+        self._scored, self._terms = [own[0] for own in found], [own[1] for own in found]
 
     def normalizer_parts(self) -> Tensor:
         """Return what this rank adds to the mean weights of the step, [C, 2]; C counts the late ones, too."""
@@ -104,21 +104,22 @@ def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> T
 
 
 def _mismatch_terms(
-    item: RLLossContextInputItem, positions: Tensor, ids: Tensor, turns: Tensor | None, cfg: BaseRLLossConfig
-) -> MismatchTerms | None:
-    """Return what corrections look at, or None where the items cannot be compared with the sampler."""
+    item: RLLossContextInputItem, ids: Tensor, turns: Tensor | None, cfg: BaseRLLossConfig
+) -> tuple[Tensor | None, MismatchTerms | None]:
+    """Return where the scored tokens are and what corrections look at; None where nothing can be compared."""
     old = item.current_logprobs if item.old_logprobs is None else item.old_logprobs
     rollout = comparable_rollout(item, cfg)
     if old is None or (rollout is None and any("rollout" in own.between for own in cfg.correction)):
-        return None
+        return None, None
     if rollout is None and item.current_logprobs is None:
-        return None
+        return None, None
     assert item.advantages is not None
+    positions = (item.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
 
     def own(values: Tensor) -> Tensor:
         return values.detach().reshape(-1).index_select(0, positions)
 
-    return MismatchTerms(
+    return positions, MismatchTerms(
         # Without a sampler only current and old are compared; no statistic reads this field then.
         rollout_logprobs=own(old if rollout is None else rollout).double(),
         old_logprobs=own(old).double(),
@@ -133,14 +134,14 @@ def _mismatch_terms(
 
 def _corrected_batch(
     item: RLLossContextInputItem,
-    positions: Tensor,
+    positions: Tensor | None,
     terms: MismatchTerms | None,
     corrections: tuple[CorrectionConfig, ...],
     sums: Tensor,
     cfg: BaseRLLossConfig,
 ) -> CorrectedBatch:
     labels = item.shifted_labels
-    if terms is None:
+    if terms is None or positions is None:
         return CorrectedBatch(labels, None, {})
     result = corrected(corrections, terms, sums) if corrections else _untouched(terms)
     assert terms.old_logprobs is not None

@@ -5,7 +5,9 @@ Legend: B rows, T positions of a row, N scored tokens of a micro-batch, C correc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Annotated, Any, Self
 
 import torch
@@ -68,6 +70,8 @@ class Prepared:
     """[B, T] the turn of each position, of every micro-batch; None: nothing looks at turns."""
     candidates: list[tuple[Tensor | None, Tensor | None]]
     """Ids and log-probabilities of this rank's shards."""
+    has_current: bool = False
+    """Whether every item of all ranks has `current_logprobs`; known once all have counted."""
 
 
 def counted_besides(cfg: BaseRLLossConfig) -> dict[str, int | None]:
@@ -95,7 +99,7 @@ def prepare(step: Step) -> Extra:
     found: dict[str, Any] = {
         "micro_batches": len(step.items),
         "with_current": with_current,
-        "with_tokens": sum(bool((own != cfg.ignore_idx).any()) for own in labels),
+        "with_tokens": torch.stack([(own != cfg.ignore_idx).any() for own in labels]).sum() if labels else 0,
         "normalizers": corrections.normalizer_parts(),
     }
     if cfg.scope == "group":
@@ -106,44 +110,44 @@ def prepare(step: Step) -> Extra:
 
 def check_totals(step: Step) -> None:
     """Raise where a loss of several tokens cannot see them; see `KwargsBuilder`."""
-    numbers = _totals(step).numbers
+    names = ("micro_batches", "with_current", "with_tokens")
+    numbers = torch.cat([_totals(step).numbers[name] for name in names]).tolist()  # waits for the device once
+    num_items, num_with_current, num_scored = map(int, numbers)
     check_step(
         step.items,
         step.loss_cfg,
         _totals(step).tables.get("pieces", {}),
-        num_items=int(numbers["micro_batches"]),
-        num_with_current=int(numbers["with_current"]),
-        num_scored=int(numbers["with_tokens"]),
+        num_items=num_items,
+        num_with_current=num_with_current,
+        num_scored=num_scored,
     )
+    step.prepared = replace(step.prepared, has_current=num_with_current == num_items > 0)
 
 
 def fields_of(row: StepRow) -> dict[str, Any]:
     """Return what the kwargs of a micro-batch hold beside what its item has by the same name, and instead of that."""
     cfg, scope = row.step.loss_cfg, row.step.loss_cfg.scope
     prepared: Prepared = row.step.prepared
-    numbers = _totals(row.step).numbers
-    has_current = bool(numbers["with_current"] == numbers["micro_batches"])
-    batch = prepared.corrections.batch(row.index, numbers["normalizers"].reshape(-1, 2))
+    sums = _totals(row.step).numbers["normalizers"].reshape(-1, 2)
+    batch = prepared.corrections.batch(row.index, sums)
     metrics = {**batch.metrics, **(_step_metrics(row.step) if row.index == 0 else {})}
     is_wide = scope != "token"
     return {
         "importance": batch.importance,
         "rollout_logprobs": comparable_rollout(row.item, cfg),
-        "current_logprobs": row.item.current_logprobs if has_current and is_wide else None,
+        "current_logprobs": row.item.current_logprobs if prepared.has_current and is_wide else None,
         "turn_ids": prepared.turns[row.index] if is_wide and prepared.turns is not None else None,
         "group_ids": row.item.group_ids if scope in ("group", "batch") else None,
         "positions": _positions(row.labels) if is_wide else None,
         "step_metrics": metrics if counts_here(row.step.sp_mesh) else emptied(metrics),
-        "has_current": has_current,
+        "has_current": prepared.has_current,
     }
 
 
 def with_wider_views(batches: list[GRPOLossKwargs], step: Step) -> list[GRPOLossKwargs]:
     """Return kwargs of whole rows that know what other tokens their loss looks at."""
     cfg = step.loss_cfg
-    numbers = _totals(step).numbers
-    has_current = bool(numbers["with_current"] == numbers["micro_batches"])
-    is_step_wide = has_current and cfg.scope in ("group", "batch")
+    is_step_wide = step.prepared.has_current and cfg.scope in ("group", "batch")
     return with_whole(batches, cfg, step.sp_mesh, is_step_wide=is_step_wide)
 
 
@@ -170,23 +174,30 @@ def _totals(step: Step) -> StepTotals:
 
 def _step_metrics(step: Step) -> dict[str, Metric]:
     """Return what the sums were divided by, the tokens without an advantage, and the sequences that teach nothing."""
-    idle_tokens, idle_sequences = [], []
-    for item, own, own_ids in zip(step.items, step.labels, step.sequence_ids, strict=True):
+    tokens, sequences = [], []
+    for index, (item, own) in enumerate(zip(step.items, step.labels, strict=True)):
         is_scored = own != step.ignore_idx
-        is_idle = item.advantages[is_scored] == 0
-        sequences = own_ids[is_scored]
-        num_tokens, num_idle = sequences.bincount(), sequences.bincount(is_idle)
-        idle_tokens.append(is_idle)
-        idle_sequences.append((num_idle == num_tokens)[num_tokens > 0])
+        is_idle = is_scored & (item.advantages == 0)
+        tokens.append(Mean.share(is_idle, is_scored))
+        if step.cu_seq_lens_list is None:  # a row is a sequence
+            is_taught, is_there = (is_scored & ~is_idle).any(-1), is_scored.any(-1)
+        else:
+            ids = (step.sequence_ids[index] + 1).reshape(-1)  # 0 collects what belongs to none
+            is_taught, is_there = (ids.bincount(chosen.reshape(-1)) > 0 for chosen in (is_scored & ~is_idle, is_scored))
+        sequences.append(Mean.share(is_there & ~is_taught, is_there))
     return {
-        "zero_advantage_tokens": Mean.of(torch.cat(idle_tokens or [torch.zeros(0)])),
-        "zero_advantage_sequences": Mean.of(torch.cat(idle_sequences or [torch.zeros(0)])),
+        "zero_advantage_tokens": _merged(tokens),
+        "zero_advantage_sequences": _merged(sequences),
         **{
             name.replace("policy", "denominator", 1): Max(denominator)
             for name, denominator in _totals(step).denominators.items()
             if name.startswith("policy")
         },
     }
+
+
+def _merged(shares: Sequence[Mean]) -> Mean:
+    return reduce(Mean.merge, shares) if shares else Mean.of(torch.zeros(0))
 
 
 def _positions(labels: Tensor) -> Tensor:

@@ -255,8 +255,8 @@ MUTATIONS = (
     Mutation(
         name="infinite-fields-pass",
         file="toolkit/losses/fields.py",
-        line="broken = ~values.isfinite() & (labels != ignore_idx)",
-        becomes="broken = values.isnan() & (labels != ignore_idx)",
+        line="broken = ~values.isfinite() & is_scored",
+        becomes="broken = values.isnan() & is_scored",
         tests=("tests/losses/test_grpo.py::test_non_finite_at_a_scored_position_is_named",),
     ),
     Mutation(

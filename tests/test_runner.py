@@ -274,5 +274,13 @@ def test_fields_of_one_s_own_items() -> None:
         runner(*head, **fields, is_toll=batch.item.is_tool)
     with pytest.raises(DataError, match=r"is_tool has dtype torch.int64; it must be a bool tensor"):
         runner(*head, **fields, is_tool=batch.item.is_tool.long())
-    with pytest.raises(DataError, match="advantages has no effect on FocalLossConfig"):
+    with pytest.raises(DataError, match=r"advantages has no effect on FocalLossConfig, .* item_cls = RL"):
         LossRunner(LOSSES["focal"])(*head, shifted_labels=fields["shifted_labels"], advantages=1.0)
+
+
+def test_one_advantage_for_the_only_row() -> None:
+    hidden, weight = torch.randn(1, 7, 3), torch.randn(5, 3)
+    labels = torch.randint(0, 5, (1, 7))
+    runner = LossRunner(GRPOLossConfig())
+    found = runner(hidden, weight, shifted_labels=labels, advantages=torch.tensor([2.0]))
+    assert found.loss.item() == runner(hidden, weight, shifted_labels=labels, advantages=2.0).loss.item()

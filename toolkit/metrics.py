@@ -187,7 +187,7 @@ def to_floats(metrics: Metrics) -> dict[str, float]:
 def widened(values: Tensor) -> Tensor:
     """Return `values` without graph in float64; float32 on mps, which has nothing wider."""
     values = _whole(values.detach())
-    return values.to(_wide_dtype(values))
+    return values.to(wide_dtype(values))
 
 
 def packed(parts: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -213,17 +213,18 @@ def _next(numbers: Iterator[float], count: int) -> list[float]:
     return list(islice(numbers, count))
 
 
-def _wide_dtype(values: Tensor) -> torch.dtype:
+def wide_dtype(values: Tensor) -> torch.dtype:
+    """Return the dtype that sums are kept in: float64, float32 on mps, which has nothing wider."""
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def _wide_sum(values: Tensor, *dim: int) -> Tensor:
-    return values.sum(*dim, dtype=_wide_dtype(values))
+    return values.sum(*dim, dtype=wide_dtype(values))
 
 
 def _count(values: Tensor) -> Tensor:
     # Filled on the device: a number sent from the host would wait for it.
-    return values.new_full((), float(values.numel()), dtype=_wide_dtype(values))
+    return values.new_full((), float(values.numel()), dtype=wide_dtype(values))
 
 
 def _whole(values: Any) -> Tensor:

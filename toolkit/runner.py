@@ -229,7 +229,7 @@ class LossRunner:
             loss.backward()
             parts.append({**metrics_in(extra), "loss": loss_metric(loss, self.loss_cfg.gradient_reduction)})
         metrics = reduce_metrics(merge_metrics(parts))
-        return LossResult(torch.as_tensor(metrics["loss"].value()), metrics)
+        return LossResult(torch.tensor(metrics["loss"].value(), dtype=torch.float64), metrics)
 
     def _context(self, fields: Mapping[str, Any], hidden_states: Tensor) -> BaseLossContext[Any]:
         """Return the context of one batch."""
@@ -250,8 +250,13 @@ class LossRunner:
         given = {name: fields[name] for name in names if fields.get(name) is not None}
         unread = [name for name in RL_FIELDS if name in given and name not in item_cls.model_fields]
         if unread:
-            loss = "cross-entropy" if isinstance(self.loss_cfg, CELossConfig) else type(self.loss_cfg).__name__
-            raise DataError(f"{unread[0]} has no effect on {loss}; leave it out or use a policy loss")
+            if isinstance(self.loss_cfg, CELossConfig):
+                raise DataError(f"{unread[0]} has no effect on cross-entropy; leave it out or use a policy loss")
+            raise DataError(
+                f"{unread[0]} has no effect on {type(self.loss_cfg).__name__}, whose context takes "
+                f"{item_cls.__name__}; leave it out, or write item_cls = RLLossContextInputItem in "
+                f"{self.loss_cfg.loss_ctx_cls.__name__}"
+            )
         for name in ("advantages", "group_ids"):
             if name in given:
                 given[name] = _spread(name, given[name], labels)
@@ -319,8 +324,8 @@ def _spread(name: str, given: Tensor | float | None, labels: Tensor) -> Tensor |
         ) from None
     if values.dim() == 0:
         return values.to(labels.device).expand(labels.shape)
-    if values.dim() == 1 and labels.dim() == 2 and labels.shape[0] > 1 and len(values) == labels.shape[0]:
-        if labels.shape[0] == labels.shape[1]:
+    if values.dim() == 1 and labels.dim() == 2 and len(values) == labels.shape[0]:
+        if labels.shape[0] == labels.shape[1] > 1:
             raise DataError(
                 f"{name} of shape [{len(values)}] may mean rows or positions here; give [{len(values)}, 1] for "
                 f"one a row, or {list(labels.shape)}"

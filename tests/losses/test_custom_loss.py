@@ -16,6 +16,7 @@ from toolkit import (
     BaseLossConfig,
     BaseLossContext,
     BaseLossKwargs,
+    ConfigError,
     DataError,
     GRPOLossConfig,
     LossRunner,
@@ -26,7 +27,9 @@ from toolkit import (
     register_policy_loss,
 )
 from toolkit.functional import registry
+from toolkit.losses.explanation import explain_loss
 from toolkit.testing import assert_layout_invariant, random_batch
+from toolkit.training.run import rehearse
 
 # ------------------------------------------------------------------------------------------------ README's example
 
@@ -161,7 +164,7 @@ def test_what_is_not_one_value_a_token_is_refused() -> None:
             return {"policy": scores.logprobs}
 
     for context, name, words in (
-        (Averaged, "focal", r"returned \[\] for term 'loss'; return the value of each token"),
+        (Averaged, "focal", r"returned torch.float64 \[\] for term 'loss'; return the value of each token"),
         (Unnamed, "tools", r"values of \['policy'\], but its terms are \['policy', 'tools'\]"),
     ):
         cfg = LOSSES[name]
@@ -169,6 +172,93 @@ def test_what_is_not_one_value_a_token_is_refused() -> None:
         (kwargs,) = context.build_batches_loss_kwargs([batch.item], cfg)
         with pytest.raises(DataError, match=words):
             context(cfg, kwargs).forward(batch.hidden_states, batch.head_weight, batch.head_bias)
+
+
+def broken(context: Any, name: str = "focal", **changes: Any) -> None:
+    """Build and run a context that somebody got wrong."""
+    cfg = LOSSES[name]
+    batch = random_batch(cfg)
+    (kwargs,) = context.build_batches_loss_kwargs([batch.item.replace(**changes)], cfg)
+    context(cfg, kwargs).forward(batch.hidden_states, batch.head_weight, batch.head_bias)
+
+
+def test_slips_are_named() -> None:
+    class WithMetrics(FocalContext):
+        def losses_from_logits(self, logits, loss_kwargs):
+            return super().losses_from_logits(logits, loss_kwargs), {}
+
+    class Whole(FocalContext):
+        def losses_from_logits(self, logits, loss_kwargs):
+            return loss_kwargs.shifted_labels
+
+    class Undeclared(FocalContext):
+        def losses_from_logits(self, logits, loss_kwargs):
+            return loss_kwargs.advantages
+
+    class Stray(FocalContext):
+        kwargs_cls = ToolKwargs  # its items have no advantages
+
+    for context, error, words in (
+        (WithMetrics, DataError, r"WithMetrics returned tuple for its values; return a tensor \[n\], or a dict"),
+        (Whole, DataError, r"Whole returned torch.int64 \[12\] for term 'loss'"),
+        (Undeclared, AttributeError, "BaseLossKwargs has no field 'advantages'; declare advantages: Annotated"),
+        (Stray, ConfigError, "ToolKwargs.advantages stays empty: LossContextInputItem, the item_cls of Stray, has no"),
+    ):
+        with pytest.raises(error, match=words):
+            broken(context)
+    with pytest.raises(DataError, match=r"the token_filter of term 'policy' failed on .*; are the fields .* given"):
+        broken(ToolContext, "tools", is_tool=None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"name": None}, "must be an identifier"),
+        ({"coef": float("nan")}, "coef must be a finite number"),
+        ({"coef": "0.5"}, "coef must be a finite number"),
+        ({"coef": True}, "coef must be a finite number"),
+        ({"token_filter": "is_tool"}, "token_filter is a str; give a function"),
+        ({"aggregation": "token_meen"}, "did you mean 'token_mean'"),
+    ],
+)
+def test_wrong_terms_are_refused_at_once(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        LossTerm(**wrong)
+
+
+def test_a_kind_that_does_not_exist() -> None:
+    with pytest.raises(
+        ConfigError, match=r"PerToken\(kind='int', trailing=0\): kind is 'any', 'float', 'integer' or 'bool'"
+    ):
+        PerToken(pad=0, kind="int")  # type: ignore[arg-type]
+
+
+def test_a_card_lists_the_terms() -> None:
+    card = " ".join(explain_loss(LOSSES["tools"]).split())
+    assert "A policy loss by token, and cross-entropy of what tools wrote by sequence" in card
+    assert "1 x policy, over the tokens that its filter chooses; token_mean: weight = 1 / N" in card
+    assert "0.5 x tools, over the tokens that its filter chooses; seq_mean_token_mean: weight = 1 / (S n)" in card
+    assert "What every loss can be told" not in explain_loss(BaseLossConfigOfNobody())
+
+
+class BaseLossConfigOfNobody(BaseLossConfig):
+    context = FocalContext
+
+
+def test_a_loss_of_one_s_own_is_rehearsed_before_a_run() -> None:
+    rehearse(LOSSES["focal"])
+    with pytest.raises(DataError, match="is a RLLossContextInputItem; this loss takes ToolItem"):
+        rehearse(LOSSES["tools"])  # the trainer makes no such items
+
+    class Broken(FocalContext):
+        def losses_from_logits(self, logits, loss_kwargs):
+            raise ValueError("oh")
+
+    class Config(BaseLossConfig):
+        context = Broken
+
+    with pytest.raises(ConfigError, match="loss Config: it raised ValueError: oh"):
+        rehearse(Config())
 
 
 # ------------------------------------------------------------------------------------------------ the document's way

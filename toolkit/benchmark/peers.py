@@ -69,7 +69,7 @@ def _no_liger(config: BenchConfig, loss_cfg: BaseLossConfig) -> str | None:
     if config.softcap is not None:
         return "its GRPO loss has no soft cap"
     names = ("vanilla", "gspo")
-    if not isinstance(loss_cfg, GRPOLossConfig) or loss_cfg.policy_loss_cfg["loss_type"] not in names:
+    if not isinstance(loss_cfg, GRPOLossConfig) or loss_cfg.policy.name not in names:
         return "compared for policy_loss=vanilla and gspo only"
     if loss_cfg.use_kl_loss and loss_cfg.kl_loss_type not in ("k3", "low_var_kl"):
         return "its KL term is k3"

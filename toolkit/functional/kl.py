@@ -29,6 +29,8 @@ from toolkit.functional.kl_exact import full_kl, top_k_kl
 from toolkit.functional.kl_facts import (
     KL_GRADIENTS,
     KL_NAMES,
+    MAX_K3,
+    MAX_LOG_DIFF,
     GradientFact,
     expected_gradient_facts,
     kl_warning,
@@ -52,10 +54,6 @@ __all__ = [
     "top_k_kl",
 ]
 
-MAX_LOG_DIFF = 20.0
-"""Bound on |d| before exp in k3, in nats (as XTuner and verl); the gradient is 0 outside."""
-MAX_K3 = 10.0
-"""Bound on the value of k3, in nats (as XTuner and verl); the gradient is 0 above."""
 MAX_EXPONENT = 60.0
 """Bound on |d| in k3 when no other was asked for: e^60 times the largest ratio, e^20, is finite in fp32 (< e^88)."""
 

@@ -27,6 +27,11 @@ KL_NAMES: dict[str, str] = {
 KL_GRADIENTS: tuple[str, ...] = ("as_is", "straight_through", "score_corrected", "is_corrected")
 """What flows back through an estimator; see `toolkit.functional.kl.kl_estimate`."""
 
+MAX_LOG_DIFF = 20.0
+"""Bound on |d| before exp in k3, in nats (as XTuner and verl); the gradient is 0 outside."""
+MAX_K3 = 10.0
+"""Bound on the value of k3, in nats (as XTuner and verl); the gradient is 0 above."""
+
 Expected = Literal["reverse", "forward", "zero", "neither"]
 """Whose gradient: KL(policy || reference), KL(reference || policy), nothing at all, or something else."""
 

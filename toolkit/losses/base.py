@@ -26,7 +26,7 @@ from toolkit.losses.fields import PerToken
 from toolkit.losses.kwargs import BaseLossKwargs
 from toolkit.losses.summation import has_weight, term_sums, total
 from toolkit.losses.term import LossTerm, checked_terms
-from toolkit.metrics import Metric, merge_metrics, metrics_in
+from toolkit.metrics import Metric, Sum, merge_metrics, metrics_in, wide_dtype
 
 
 class BaseLossContext(KwargsBuilder[ItemT]):
@@ -74,9 +74,17 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         Raises:
             DataError: values of a term are missing or not one for each token.
         """
+        owner = type(self).__name__
         by_name = {self.terms[0].name: values} if isinstance(values, Tensor) else values
-        sums = term_sums(self.terms, by_name, loss_kwargs, importance, owner=type(self).__name__)
-        return total(self.terms, sums, self.loss_cfg.gradient_reduction)
+        if not isinstance(by_name, Mapping):
+            raise DataError(
+                f"{owner} returned {type(values).__name__} for its values; return a tensor [n], or a dict of such by "
+                f"the name of their term ({', '.join(term.name for term in self.terms)})"
+            )
+        sums = term_sums(self.terms, by_name, loss_kwargs, importance, owner=owner)
+        loss, metrics = total(self.terms, sums, self.loss_cfg.gradient_reduction)
+        number = loss.new_full((), float(loss_kwargs.shifted_labels.numel()), dtype=wide_dtype(loss))
+        return loss, {"active_tokens": Sum(number), **metrics}
 
     @cached_property
     def terms(self) -> tuple[LossTerm, ...]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.errors import DataError
+from toolkit.errors import ConfigError, DataError, did_you_mean
 from toolkit.losses.calibration import check_config, checked_items, device_of
 from toolkit.losses.config import BaseLossConfig
 from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
@@ -120,7 +120,9 @@ class KwargsBuilder(Generic[ItemT]):
 
         Raises:
             DataError: a field that `kwargs_cls` requires is missing in the item.
+            ConfigError: nothing fills a field of `kwargs_cls`, for items have none of this name.
         """
+        cls._check_fields()
         found: dict[str, Any] = {"shifted_labels": row.labels, "loss_weight": row.weights[..., 0]}
         if row.weights.shape[-1] > 1:
             found["term_weights"] = row.weights
@@ -135,6 +137,20 @@ class KwargsBuilder(Generic[ItemT]):
             if value is not None:
                 found[name] = value
         return found
+
+    @classmethod
+    def _check_fields(cls) -> None:
+        """Refuse fields that stay empty: a context that fills them itself overrides `fields_of` or `kwargs_of`."""
+        if cls.fields_of.__func__ is not KwargsBuilder.fields_of.__func__:  # type: ignore[attr-defined]
+            return
+        known = {*BaseLossKwargs.model_fields, *cls.item_cls.model_fields, "sequence_ids"}
+        stray = next((name for name in cls.kwargs_cls.model_fields if name not in known), None)
+        if stray is not None:
+            raise ConfigError(
+                f"{cls.kwargs_cls.__name__}.{stray} stays empty: {cls.item_cls.__name__}, the item_cls of "
+                f"{cls.__name__}, has no field of this name; declare it there, too"
+                + did_you_mean(stray, cls.item_cls.model_fields)
+            )
 
     @classmethod
     def of_this_rank(cls, batches: list[Any], step: Step) -> list[Any]:

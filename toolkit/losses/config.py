@@ -86,12 +86,15 @@ class BaseLossConfig(Config):
         Raises:
             ConfigError: the class names none.
         """
-        named = type(self).context
-        if isinstance(named, str):
+        named = type(self).context if "context" not in type(self).model_fields else None
+        if isinstance(named, str) and ":" in named:
             module, _, name = named.partition(":")
             return getattr(importlib.import_module(module), name)
-        if named is None:
-            raise ConfigError(f"{type(self).__name__} names no context; write context = YourContext in its body")
+        if not isinstance(named, type):
+            raise ConfigError(
+                f"{type(self).__name__} names no context; write context = YourContext in its body, a class (without an "
+                "annotation), or where it is: context = 'my_module:YourContext'"
+            )
         return named
 
     @property

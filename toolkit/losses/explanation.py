@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from toolkit.functional.kl_facts import KL_NAMES, expected_gradient_facts
+from toolkit.functional.kl_facts import KL_NAMES, MAX_K3, MAX_LOG_DIFF, expected_gradient_facts
 from toolkit.functional.registry import PolicyLoss
 from toolkit.losses.config import CE_AGGREGATIONS, BaseLossConfig, BaseRLLossConfig, CELossConfig, GRPOLossConfig
 from toolkit.losses.correction import CLAMPS, CorrectionConfig
@@ -23,11 +23,10 @@ from toolkit.losses.facts import (
     title_of,
 )
 from toolkit.losses.lint import warnings_for
+from toolkit.losses.term import checked_terms
 
 Sections = Iterable[tuple[str, list[str]]]
 WIDTH, INDENT = 112, 13
-K3_INPUT_CLAMP, K3_OUTPUT_CLAMP = 20.0, 10.0
-"""What ``auto`` means for k3, in nats; for the other estimators it is none."""
 UNITS = {"token": "token", "segment": "turn", "sequence": "sequence"}
 STATISTICS = {
     "ratio": "pi_{p} / pi_{q}",
@@ -69,7 +68,7 @@ def explain_loss(cfg: BaseLossConfig, about: Sections = (), **context: Any) -> s
     elif isinstance(cfg, CELossConfig):
         sections = _ce_sections(cfg)
     else:
-        sections = iter([("loss", [f"{type(cfg).__name__}: {title_of(type(cfg))}"])])
+        sections = _own_sections(cfg)
     lines = [line for name, texts in (*sections, *about) for line in _section(name, texts)]
     lines += _section("head", _head(cfg))
     warnings = warnings_for(cfg, **context)
@@ -86,6 +85,20 @@ def _section(name: str, texts: list[str]) -> list[str]:
         )
     ]
     return [f"{name if index == 0 else '':<{INDENT}}{line}" for index, line in enumerate(lines)]
+
+
+def _own_sections(cfg: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
+    """Say of a loss of the user's own what its config lists."""
+    has_title = type(cfg).__doc__ not in (None, BaseLossConfig.__doc__)
+    yield "loss", [f"{type(cfg).__name__}: {title_of(type(cfg))}" if has_title else type(cfg).__name__]
+    lines = []
+    for term in checked_terms(cfg.terms, type(cfg).__name__):
+        numbers = {name: shown(value) for name, value in term.average.model_dump().items()}
+        chosen = "" if term.token_filter is None else ", over the tokens that its filter chooses"
+        weight = _aggregation_lines(term.average.name, numbers)[0]
+        lines.append(f"{shown(float(term.coef))} x {term.name}{chosen}; {weight}")
+    yield "terms", lines
+    yield "computed by", [f"{cfg.loss_ctx_cls.__module__}.{cfg.loss_ctx_cls.__qualname__}"]
 
 
 # -------------------------------------------------------------------- policy losses
@@ -156,8 +169,8 @@ def _kl_term(cfg: BaseRLLossConfig) -> list[str]:
     fact = expected_gradient_facts(cfg.kl_loss_type, cfg.kl_gradient)
     is_k3 = fact.estimator == "k3"
     bounds = [
-        _bound("d", cfg.kl_input_clamp, K3_INPUT_CLAMP if is_k3 else None),
-        _bound("the estimate", cfg.kl_output_clamp, K3_OUTPUT_CLAMP if is_k3 else None),
+        _bound("d", cfg.kl_input_clamp, MAX_LOG_DIFF if is_k3 else None),
+        _bound("the estimate", cfg.kl_output_clamp, MAX_K3 if is_k3 else None),
     ]
     whose = {
         "reverse": "that of the reverse KL(policy || reference)",

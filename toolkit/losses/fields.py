@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from pydantic import ConfigDict
@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import sp_split
-from toolkit.errors import DataError, ToolkitError
+from toolkit.errors import ConfigError, DataError, ToolkitError, listed
+from toolkit.metrics import wide_dtype
 from toolkit.schema import Model
+
+Kind = Literal["any", "float", "integer", "bool"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,15 @@ class PerToken:
     """What stands where there is no token; 0 is False."""
     trailing: int = 0
     """1 where a position has K values, [B, T, K]."""
-    kind: Literal["any", "float", "integer", "bool"] = "any"
+    kind: Kind = "any"
     """What its values must be; integers become int64."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind) or self.trailing not in (0, 1):
+            raise ConfigError(
+                f"PerToken(kind={self.kind!r}, trailing={self.trailing!r}): kind is {listed(get_args(Kind))}, trailing "
+                "0 or 1"
+            )
 
     @property
     def dim(self) -> int:
@@ -166,8 +176,7 @@ def check_finite(name: str, values: Tensor | None, labels: Tensor, ignore_idx: i
     if values is None:
         return
     is_scored = labels != ignore_idx
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
-    if bool(values.detach().where(is_scored, 0.0).sum(dtype=wide).isfinite()):
+    if bool(values.detach().where(is_scored, 0.0).sum(dtype=wide_dtype(values)).isfinite()):
         return  # a sum that is finite has finite parts; one that is not may have overflowed
     broken = ~values.isfinite() & is_scored
     if bool(broken.any()):

@@ -5,7 +5,7 @@ Legend: B rows, T positions of a row, K columns of weights.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -23,3 +23,11 @@ class BaseLossKwargs(TensorRecord):
     """[.., T, K] the same for each way in which terms count; None: there is one, and `loss_weight` has it."""
     importance: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     """Factor of the terms with ``use_correction``, 0 for a rejected token, without gradient; None: 1 everywhere."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            return super().__getattr__(name)  # type: ignore[misc]
+        raise AttributeError(
+            f"{type(self).__name__} has no field {name!r}; declare {name}: Annotated[Tensor, PerToken(pad=0.0)] in the "
+            "kwargs_cls of the context, and in its item_cls"
+        )

@@ -203,7 +203,13 @@ class Step:
             return self.labels
         found = []
         for index, (item, labels) in enumerate(zip(self.items, self.labels, strict=True)):
-            chosen = term.token_filter(item)
+            try:
+                chosen = term.token_filter(item)
+            except Exception as error:  # the user's function may raise anything
+                raise DataError(
+                    f"the token_filter of term {term.name!r} failed on data_batches[{index}]: {type(error).__name__}: "
+                    f"{str(error).splitlines()[0] if str(error) else ''}; are the fields that it reads given?"
+                ) from error
             if not isinstance(chosen, Tensor) or chosen.shape != labels.shape or chosen.dtype != torch.bool:
                 given = f"{chosen.dtype} {list(chosen.shape)}" if isinstance(chosen, Tensor) else type(chosen).__name__
                 raise DataError(
@@ -260,7 +266,8 @@ def step_weights(
 
     The loss of a micro-batch is then ``(weights * values).sum()``, with values that are not averaged: added up over
     micro-batches, and averaged (or summed) over ranks by the back-end, losses and gradients are those of the whole
-    step. Every rank must call it together, once for each optimizer step.
+    step. Where values may be NaN or inf at masked positions, write ``values.where(weights != 0, 0)``. Every rank must
+    call it together, once for each optimizer step.
 
     Args:
         items_or_labels: for each micro-batch of this rank an item, or its shifted labels, [1, T] or [B, T] int64; this

@@ -61,10 +61,11 @@ def term_sums(
 
 
 def _weighted_sum(term: LossTerm, weights: Tensor, values: Tensor, importance: Tensor | None, owner: str) -> Tensor:
-    if values.shape != weights.shape:
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.shape != weights.shape:
+        given = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise DataError(
-            f"{owner} returned {list(values.shape)} for term {term.name!r}; return the value of each token, "
-            f"{list(weights.shape)}, without a mean or sum"
+            f"{owner} returned {given} for term {term.name!r}; return the value of each token, "
+            f"{list(weights.shape)} floating-point, without a mean or sum"
         )
     weights = as_loss_dtype(weights, values)
     if importance is not None and term.use_correction:

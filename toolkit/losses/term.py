@@ -6,6 +6,7 @@ weight for each token and term (`losses.step`); the context returns the values b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,13 +32,23 @@ class LossTerm:
     """How the values of its tokens become one number; a name, or `AggregationConfig` with settings."""
     token_filter: Callable[[Any], Any] | None = None
     """``f(item) -> [B, T] bool``: which of the scored tokens the term counts; None: all. Its sequences and prompts are
-    then those with such a token."""
+    then those with such a token. The values of the others must be finite, too, and have a finite gradient."""
     use_correction: bool = False
-    """Whether importance weights (``importance`` of the kwargs) multiply it, as those of rollout corrections do."""
+    """Whether ``importance`` of the kwargs multiplies it: policy losses fill it from rollout corrections, a context of
+    yours in `fields_of`."""
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier():
+        if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ConfigError(f"LossTerm(name={self.name!r}): the name becomes a metric's, so it must be an identifier")
+        is_number = isinstance(self.coef, (int, float)) and not isinstance(self.coef, bool)
+        if not is_number or not math.isfinite(self.coef):
+            raise ConfigError(f"LossTerm(name={self.name!r}, coef={self.coef!r}): coef must be a finite number")
+        if self.token_filter is not None and not callable(self.token_filter):
+            kind = type(self.token_filter).__name__
+            raise ConfigError(
+                f"LossTerm(name={self.name!r}): token_filter is a {kind}; give a function, "
+                "token_filter=lambda item: item.advantages > 0"
+            )
         given = aggregation_from(self.aggregation)
         chosen = given if isinstance(given, AggregationConfig) else AggregationConfig(**given)
         if chosen.name == PER_COMPONENT:
@@ -54,20 +65,21 @@ class LossTerm:
         return self.aggregation
 
 
-def checked_terms(terms: Sequence[LossTerm], owner: str) -> tuple[LossTerm, ...]:
+def checked_terms(given: Any, owner: str) -> tuple[LossTerm, ...]:
     """Return the terms of a loss.
 
     Args:
-        terms: what the config lists.
+        given: what the config lists.
         owner: the config's class, for messages.
 
     Raises:
         ConfigError: there is none, something else is among them, or two have one name.
     """
-    terms = tuple(terms)
+    terms: tuple[LossTerm, ...] = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     strange = next((term for term in terms if not isinstance(term, LossTerm)), None)
     if not terms or strange is not None:
-        raise ConfigError(f"{owner}.terms must be a tuple of at least one LossTerm, not {strange or terms!r}")
+        hint = "; write @property above it" if callable(strange) else ""
+        raise ConfigError(f"{owner}.terms must be a tuple of at least one LossTerm, not {strange or terms!r}{hint}")
     names = [term.name for term in terms]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

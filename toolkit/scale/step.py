@@ -58,11 +58,11 @@ def numbers_counted(*, terms: int = 1, corrections: int = 0) -> int:
     """Return K, the numbers that a policy loss counts.
 
     Args:
-        terms: with a mean of their own: the policy loss, and a likelihood of good tokens (``positive_nll_coef``), KL
-            and entropy beside an aggregation ``per_component``.
+        terms: that count in ways of their own: the policy loss (two under the aggregation ``per_component``), KL and
+            entropy beside the latter, a likelihood of good tokens beside another one, a ``kl_aggregation``.
         corrections: of sampler and trainer, whether their weights are divided by a mean or not.
     """
-    return CENSUS_HEADS + 2 * terms + 2 * corrections
+    return CENSUS_HEADS + terms + 2 * corrections
 
 
 def metrics(ranks: int, *, numbers: int) -> list[Collective]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from toolkit.losses.config import BaseRLLossConfig
 from toolkit.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Summary:
     ) -> Summary:
         """Return the summary of a finished or interrupted run."""
         loss = trainer.config.loss
-        policy_loss = getattr(loss, "policy_loss_cfg", {}).get("loss_type")
+        policy_loss = loss.policy.name if isinstance(loss, BaseRLLossConfig) else None
         return cls(
             accuracy_before=before,
             accuracy_after=after,

@@ -220,7 +220,15 @@ def _run_phase(
 
 
 def rehearse(loss_cfg: BaseLossConfig) -> None:
-    """Call a policy loss once on two made-up tokens, so that a slip in one of your own shows before the warm-up."""
+    """Call a loss once on two made-up tokens, so that a slip in one of your own shows before the warm-up."""
+    if not isinstance(loss_cfg, (BaseRLLossConfig, CELossConfig)):
+        try:
+            _rehearse(loss_cfg)
+        except ToolkitError:
+            raise
+        except Exception as error:  # the user's context may raise anything
+            said = str(error).splitlines()[0] if str(error) else ""
+            raise ConfigError(f"loss {type(loss_cfg).__name__}: it raised {type(error).__name__}: {said}") from error
     if isinstance(loss_cfg, BaseRLLossConfig):
         chosen, options = loss_cfg.policy, loss_cfg.policy_options
         try:
@@ -238,9 +246,12 @@ def rehearse(loss_cfg: BaseLossConfig) -> None:
             raise ConfigError(f"policy loss {chosen.name!r}: {words}") from None
 
 
-def _rehearse(loss_cfg: BaseRLLossConfig) -> None:
+def _rehearse(loss_cfg: BaseLossConfig) -> None:
     """Run forward and backward with no more than is declared: what is read beyond it may be missing later."""
-    wanted = {"old_logprobs", *loss_cfg.required_fields, *fields_declared(loss_cfg.policy, loss_cfg.policy_options)}
+    wanted = {"old_logprobs", "rollout_logprobs", "group_ids"}  # of a loss of one's own: what the trainer makes
+    if isinstance(loss_cfg, BaseRLLossConfig):
+        declared = fields_declared(loss_cfg.policy, loss_cfg.policy_options)
+        wanted = {"old_logprobs", *loss_cfg.required_fields, *declared}
     if loss_cfg.needs_current(num_parts=2):  # the trainer gives them, too
         wanted.add("current_logprobs")
     materials: dict[str, Any] = {

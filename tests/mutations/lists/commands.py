@@ -99,7 +99,7 @@ MUTATIONS = (
     Mutation(
         name="rows-taken-for-positions",
         file="toolkit/runner.py",
-        line="if labels.shape[0] == labels.shape[1]:",
+        line="if labels.shape[0] == labels.shape[1] > 1:",
         becomes="if labels.shape[0] > labels.shape[1] > labels.shape[0]:",
         tests=("tests/test_runner.py::test_one_advantage_a_row_is_ambiguous_when_rows_and_positions_agree",),
     ),

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from tests.losses.test_custom_loss import FocalLossConfig
 from tests.processes import run_processes
 from toolkit import (
     AggregationConfig,
@@ -26,6 +28,7 @@ from toolkit import (
     ScoredLossContext,
     step_weights,
 )
+from toolkit.distributed import counting_over
 from toolkit.losses.term import checked_terms, weight_columns
 from toolkit.metrics import to_floats
 from toolkit.testing import Batch, assert_layout_invariant, random_batch
@@ -246,6 +249,10 @@ def spread(rank: int, world: int) -> None:
     assert [float(weights.sum()) for weights in averaged] == pytest.approx([world * float(w.sum()) for w in own])
     with pytest.raises(DataError, match="refused the items" if rank == 0 else "shifted_labels has shape"):
         step_weights(mine if rank == 0 else [SHORT.float()])
+    # A field that one rank's items lack: the other must not wait for it in backward.
+    item = MarkedItem(shifted_labels=SHORT, choices=torch.ones(1, 2, 2) if rank == 0 else None)
+    with pytest.raises(DataError, match="refused the items" if rank == 0 else "choices is missing, but MarkedContext"):
+        MarkedContext.build_batches_loss_kwargs([item], MarkedConfig())
 
 
 def sharded(rank: int, world: int) -> None:
@@ -260,9 +267,24 @@ def sharded(rank: int, world: int) -> None:
     assert torch.equal(kwargs.choices, choices[:, here])
 
 
+def distributed_head(rank: int, world: int) -> None:
+    """A head that is a DTensor: replicated it is like any other, split it has not all logits."""
+    mesh, cfg = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp")), FocalLossConfig()
+    batch = random_batch(cfg)
+    (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([batch.item], cfg)
+    context = cfg.loss_ctx_cls(cfg, kwargs)
+    plain, _ = context.forward(batch.hidden_states, batch.head_weight)
+    replica = distribute_tensor(batch.head_weight, mesh["tp"], [Replicate()])
+    torch.testing.assert_close(context.forward(batch.hidden_states, replica)[0], plain, rtol=1e-12, atol=0)
+    split = distribute_tensor(batch.head_weight, mesh["tp"], [Shard(0)])
+    with counting_over(mesh["dp"].get_group()), pytest.raises(DataError, match="whole vocabulary, but that is split"):
+        context.forward(batch.hidden_states, split)
+
+
 def all_of_it(rank: int, world: int) -> None:
     spread(rank, world)
     sharded(rank, world)
+    distributed_head(rank, world)
 
 
 def test_over_processes() -> None:

@@ -19,7 +19,7 @@ from toolkit.head.chunked import chunked_loss
 from toolkit.head.inputs import check_head
 from toolkit.head.logits import LogitTransform
 from toolkit.head.plan import HeadPlan, Scope, auto_chunk, autograd_plan, equal_chunks
-from toolkit.head.vocabulary import vocab_group
+from toolkit.head.vocabulary import own_part, replicated, vocab_group
 from toolkit.losses.builder import ItemT, KwargsBuilder
 from toolkit.losses.config import BaseLossConfig
 from toolkit.losses.fields import PerToken
@@ -110,15 +110,16 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         Raises:
             DataError: the vocabulary is split over ranks: each has only its own logits.
         """
-        if vocab_group(head_weight).is_split:
+        weight, bias, vocab = own_part(head_weight, head_bias)
+        if vocab.is_split:
             raise DataError(
                 f"{type(self).__name__} takes logits of the whole vocabulary, but that is split over ranks; gather the "
                 "head, or write the loss of log-probabilities (token_losses of a ScoredLossContext)"
             )
         cfg = self.loss_cfg
         scored = (loss_kwargs.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
-        hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, scored)
-        logits = F.linear(hidden, head_weight, head_bias)
+        hidden = replicated(hidden_states).reshape(-1, hidden_states.shape[-1]).index_select(0, scored)
+        logits = F.linear(hidden, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         taken = loss_kwargs.take(scored)
         transform = LogitTransform(cfg.logit_scale, cfg.softcap, cfg.temperature)

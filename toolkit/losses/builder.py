@@ -76,7 +76,9 @@ class KwargsBuilder(Generic[ItemT]):
         )
 
         def checked() -> list[Any]:
-            return [cls.completed(item, loss_cfg) for item in checked_items(data_batches, cls.item_cls)]
+            items = [cls.completed(item, loss_cfg) for item in checked_items(data_batches, cls.item_cls)]
+            cls._check_fields(items)
+            return items
 
         step.count(checked, device_of(data_batches), prepare=cls.prepare, extra=cls.counted_besides(loss_cfg))
         cls.check_totals(step)
@@ -116,32 +118,29 @@ class KwargsBuilder(Generic[ItemT]):
 
     @classmethod
     def fields_of(cls, row: StepRow) -> dict[str, Any]:
-        """Return labels, weights and every field of `kwargs_cls` that the item has by the same name.
-
-        Raises:
-            DataError: a field that `kwargs_cls` requires is missing in the item.
-            ConfigError: nothing fills a field of `kwargs_cls`, for items have none of this name.
-        """
-        cls._check_fields()
-        found: dict[str, Any] = {"shifted_labels": row.labels, "loss_weight": row.weights[..., 0]}
+        """Return labels, weights and every field of `kwargs_cls` that the item has by the same name."""
+        fields: dict[str, Any] = {"shifted_labels": row.labels, "loss_weight": row.weights[..., 0]}
         if row.weights.shape[-1] > 1:
-            found["term_weights"] = row.weights
-        for name, own in cls.kwargs_cls.model_fields.items():
-            if name in found:
-                continue
+            fields["term_weights"] = row.weights
+        for name in cls.kwargs_cls.model_fields:
             value = row.sequence_ids if name == "sequence_ids" else row.value(name)
-            if value is None and own.is_required():
-                raise DataError(
-                    f"data_batches[{row.index}].{name} is missing, but {cls.__name__} reads it; give it to every item"
-                )
-            if value is not None:
-                found[name] = value
-        return found
+            if name not in fields and value is not None:
+                fields[name] = value
+        return fields
 
     @classmethod
-    def _check_fields(cls) -> None:
-        """Refuse fields that stay empty: a context that fills them itself overrides `fields_of` or `kwargs_of`."""
-        if cls.fields_of.__func__ is not KwargsBuilder.fields_of.__func__:  # type: ignore[attr-defined]
+    def _check_fields(cls, items: Sequence[Any]) -> None:
+        """Refuse kwargs fields that nothing fills; before the exchange, so that the other ranks hear of it.
+
+        Raises:
+            ConfigError: items have no field of this name.
+            DataError: they have, but one of `items` lacks a value that `kwargs_cls` requires.
+        """
+        fills_itself = (
+            cls.fields_of.__func__ is not KwargsBuilder.fields_of.__func__  # type: ignore[attr-defined]
+            or cls.kwargs_of.__func__ is not KwargsBuilder.kwargs_of.__func__  # type: ignore[attr-defined]
+        )
+        if fills_itself:
             return
         known = {*BaseLossKwargs.model_fields, *cls.item_cls.model_fields, "sequence_ids"}
         stray = next((name for name in cls.kwargs_cls.model_fields if name not in known), None)
@@ -151,6 +150,13 @@ class KwargsBuilder(Generic[ItemT]):
                 f"{cls.__name__}, has no field of this name; declare it there, too"
                 + did_you_mean(stray, cls.item_cls.model_fields)
             )
+        required = [name for name, field in cls.kwargs_cls.model_fields.items() if field.is_required()]
+        for index, item in enumerate(items):
+            missing = next((name for name in required if getattr(item, name, item) is None), None)
+            if missing is not None:
+                raise DataError(
+                    f"data_batches[{index}].{missing} is missing, but {cls.__name__} reads it; give it to every item"
+                )
 
     @classmethod
     def of_this_rank(cls, batches: list[Any], step: Step) -> list[Any]:

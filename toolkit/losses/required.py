@@ -24,16 +24,16 @@ class Requirement:
 
 def required_fields(cfg: Any) -> dict[str, Requirement]:
     """Return what every item must have beside labels for a `BaseRLLossConfig`, by the name of the field."""
-    found: dict[str, Requirement] = {}
+    required: dict[str, Requirement] = {}
     for name, reader, remedy in _readers(cfg):
-        known = found.get(name, Requirement((), remedy))
-        found[name] = Requirement((*known.readers, reader), known.remedy)
-    return found
+        known = required.get(name, Requirement((), remedy))
+        required[name] = Requirement((*known.readers, reader), known.remedy)
+    return required
 
 
 def _readers(cfg: Any) -> Iterator[tuple[str, str, str]]:
     policy = f"policy loss {cfg.policy.name!r}"
-    between = {own.between for own in cfg.correction}
+    between = {correction.between for correction in cfg.correction}
     if cfg.reads_advantages:
         yield "advantages", "every policy loss", "give one for each scored token"
     if "old_rollout" in between:
@@ -42,7 +42,7 @@ def _readers(cfg: Any) -> Iterator[tuple[str, str, str]]:
     kl_anchored = cfg.use_kl_loss and cfg.kl_gradient == "is_corrected" and cfg.kl_anchor == "rollout"
     for reader, is_read in (
         (policy, "rollout_logprobs" in cfg.policy.fields_read(cfg.policy_options)),
-        ("a correction", any("rollout" in own for own in between)),
+        ("a correction", any("rollout" in pair for pair in between)),
         ("the KL term's ratio", kl_anchored),
     ):
         if is_read:
@@ -69,7 +69,7 @@ def _readers(cfg: Any) -> Iterator[tuple[str, str, str]]:
         "give one integer for each sequence ([B, 1]), the same for completions of the same prompt, which it looks at "
         "together"
     )
-    if "prompt_mean" in {own.average.name for own in cfg.terms}:
+    if "prompt_mean" in {term.average.name for term in cfg.terms}:
         yield "group_ids", "aggregation 'prompt_mean'", groups
     if cfg.policy.scope == "group":
         yield "group_ids", policy, groups

@@ -95,15 +95,15 @@ def total(
 
 def has_weight(terms: Sequence[LossTerm], loss_kwargs: Any) -> Tensor:
     """Return which tokens have a weight in some term whose coefficient is not 0, bool of the shape of the labels."""
-    found = torch.zeros_like(loss_kwargs.shifted_labels, dtype=torch.bool)
+    is_weighted = torch.zeros_like(loss_kwargs.shifted_labels, dtype=torch.bool)
     for term, weights in weights_of(terms, loss_kwargs):
         if term.coef == 0:
             continue
         counts = weights != 0
         if term.use_correction and loss_kwargs.importance is not None:
             counts = counts & (loss_kwargs.importance != 0)
-        found |= counts
-    return found
+        is_weighted |= counts
+    return is_weighted
 
 
 def as_loss_dtype(weights: Tensor, token_losses: Tensor) -> Tensor:

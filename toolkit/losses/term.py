@@ -90,10 +90,10 @@ def checked_terms(given: Any, owner: str) -> tuple[LossTerm, ...]:
 def weight_columns(terms: Sequence[LossTerm]) -> tuple[int, ...]:
     """Return which column of weights each term reads: terms that count the same tokens the same way share one."""
     kinds: list[tuple[Any, Any]] = []
-    found = []
+    columns = []
     for term in terms:
         kind = (term.average, term.token_filter)
         if kind not in kinds:
             kinds.append(kind)
-        found.append(kinds.index(kind))
-    return tuple(found)
+        columns.append(kinds.index(kind))
+    return tuple(columns)

@@ -105,6 +105,20 @@ MUTATIONS = (
         tests=("tests/losses/test_auxiliary.py::test_factors_by_hand",),
     ),
     Mutation(
+        name="missing-field-noticed-after-the-exchange",
+        file="toolkit/losses/builder.py",
+        line="cls._check_fields(items)",
+        becomes="pass",
+        tests=("tests/losses/test_step.py::test_over_processes",),
+    ),
+    Mutation(
+        name="logits-of-a-split-vocabulary-accepted",
+        file="toolkit/losses/base.py",
+        line="if vocab.is_split:",
+        becomes="if False:",
+        tests=("tests/losses/test_step.py::test_over_processes",),
+    ),
+    Mutation(
         name="filter-of-a-term-ignored",
         file="toolkit/losses/step.py",
         line="found.append(labels.masked_fill(~chosen, self.ignore_idx))",

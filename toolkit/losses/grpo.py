@@ -229,7 +229,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             return _Wide(own, measured, {}, None)
         policy = self._token_losses(everyone, seen, whole.kwargs)
         values = {term.name: policy for term in self._policy_terms}
-        sums = term_sums(self._policy_terms, values, whole.kwargs, importance, owner=type(self).__name__)
+        sums = term_sums(self.terms, values, whole.kwargs, importance, owner=type(self).__name__, partly=True)
         reported = everyone.reported if whole.reports else emptied(everyone.reported)
         return _Wide(own, {**reported, **measured}, sums, policy.detach()[place])
 

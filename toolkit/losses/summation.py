@@ -18,7 +18,12 @@ from toolkit.metrics import Metric
 
 
 def weights_of(terms: Sequence[LossTerm], loss_kwargs: Any) -> Iterator[tuple[LossTerm, Tensor]]:
-    """Yield each term with its weights, of the shape of the labels in `loss_kwargs`; `terms` from the first one on."""
+    """Yield each term with its weights, of the shape of the labels in `loss_kwargs`.
+
+    Args:
+        terms: all of the loss, for together they say which column is whose.
+        loss_kwargs: with the weights.
+    """
     for term, column in zip(terms, weight_columns(terms), strict=True):
         every = loss_kwargs.term_weights
         yield term, loss_kwargs.loss_weight if every is None else every[..., column]
@@ -31,6 +36,7 @@ def term_sums(
     importance: Tensor | None = None,
     *,
     owner: str,
+    partly: bool = False,
 ) -> dict[str, Tensor]:
     """Return the weighted sum of every term, without its coefficient.
 
@@ -40,6 +46,7 @@ def term_sums(
         loss_kwargs: the kwargs of these tokens.
         importance: [n] factor of the terms with ``use_correction``; None: that of the kwargs.
         owner: who returned the values, for messages.
+        partly: sum the terms that have values, and leave the others out.
 
     Raises:
         DataError: values of a term are missing or not one for each token, or the kwargs have no weights.
@@ -48,7 +55,7 @@ def term_sums(
         raise DataError(
             f"{type(loss_kwargs).__name__} has no loss_weight; build it with {owner}.build_batches_loss_kwargs"
         )
-    if values.keys() != {term.name for term in terms}:
+    if not partly and values.keys() != {term.name for term in terms}:
         raise DataError(
             f"{owner} returned values of {sorted(values)}, but its terms are {sorted(term.name for term in terms)}; "
             "return one tensor [n] for each"
@@ -57,6 +64,7 @@ def term_sums(
     return {
         term.name: _weighted_sum(term, weights, values[term.name], importance, owner)
         for term, weights in weights_of(terms, loss_kwargs)
+        if term.name in values
     }
 
 

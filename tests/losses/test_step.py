@@ -29,6 +29,7 @@ from toolkit import (
     step_weights,
 )
 from toolkit.distributed import counting_over
+from toolkit.losses.summation import term_sums
 from toolkit.losses.term import checked_terms, weight_columns
 from toolkit.metrics import to_floats
 from toolkit.testing import Batch, assert_layout_invariant, random_batch
@@ -192,6 +193,16 @@ def test_kl_by_sequence_beside_a_policy_loss_by_token() -> None:
         GRPOLossConfig(**settings, kl_aggregation="per_component")
     with pytest.raises(ConfigError, match=r"kl_aggregation=.* has no effect without use_kl_loss=True"):
         GRPOLossConfig(kl_aggregation="square")
+
+
+def test_a_part_of_the_terms_reads_its_own_columns() -> None:
+    terms = (LossTerm(name="a", token_filter=is_marked), LossTerm(name="b"))
+    weights = torch.tensor([[0.0, 0.25], [1.0, 0.75]], dtype=torch.float64)  # of two tokens, under a and under b
+    kwargs = BaseLossKwargs(shifted_labels=torch.zeros(2).long(), loss_weight=weights[:, 0], term_weights=weights)
+    values = {"b": torch.tensor([8.0, 4.0], dtype=torch.float64)}
+    assert term_sums(terms, values, kwargs, owner="X", partly=True)["b"].item() == 5.0
+    with pytest.raises(DataError, match=r"X returned values of \['b'\], but its terms are \['a', 'b'\]"):
+        term_sums(terms, values, kwargs, owner="X")
 
 
 def test_what_no_term_counts_is_not_learnt_from() -> None:

@@ -119,6 +119,13 @@ MUTATIONS = (
         tests=("tests/losses/test_step.py::test_over_processes",),
     ),
     Mutation(
+        name="a-part-of-the-terms-reads-the-first-columns",
+        file="toolkit/losses/summation.py",
+        line="for term, weights in weights_of(terms, loss_kwargs)",
+        becomes="for term, weights in weights_of([term for term in terms if term.name in values], loss_kwargs)",
+        tests=("tests/losses/test_step.py::test_a_part_of_the_terms_reads_its_own_columns",),
+    ),
+    Mutation(
         name="filter-of-a-term-ignored",
         file="toolkit/losses/step.py",
         line="found.append(labels.masked_fill(~chosen, self.ignore_idx))",

@@ -2,10 +2,34 @@
 
 Knows nothing of RL, configs or ranks: a loss cannot tell which pass served it. `token_logprobs` serves any training
 loop; `fused_loss` computes a loss with the head in 3 matrix products; `explain` says what either will cost.
+
+They are loaded when first used, for configs read `HeadOptions` before torch is imported.
 """
 
-from toolkit.head.engine import explain, fused_loss, token_logprobs
-from toolkit.head.plan import HeadPlan
-from toolkit.head.scores import TokenScores
+from __future__ import annotations
 
-__all__ = ["HeadPlan", "TokenScores", "explain", "fused_loss", "token_logprobs"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from toolkit.head.options import HeadOptions
+
+if TYPE_CHECKING:
+    from toolkit.head.engine import explain, fused_loss, token_logprobs
+    from toolkit.head.plan import HeadPlan
+    from toolkit.head.scores import TokenScores
+
+_HOMES = {
+    "HeadPlan": "plan",
+    "TokenScores": "scores",
+    "explain": "engine",
+    "fused_loss": "engine",
+    "token_logprobs": "engine",
+}
+
+__all__ = ["HeadOptions", "HeadPlan", "TokenScores", "explain", "fused_loss", "token_logprobs"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'toolkit.head' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"toolkit.head.{_HOMES[name]}"), name)

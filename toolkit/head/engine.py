@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import DataError
 from toolkit.head.autograd import not_compiled, quiet
 from toolkit.head.inputs import HeadInputs, head_inputs
-from toolkit.head.logits import LogitTransform
+from toolkit.head.options import HeadOptions, takes_head_options
 from toolkit.head.passes import (
     FusedLoss,
     Job,
@@ -25,7 +25,7 @@ from toolkit.head.passes import (
     score_without_grad,
     total_of,
 )
-from toolkit.head.plan import Entropy, HeadPlan, Needs, PassName, Scope, make_plan
+from toolkit.head.plan import HeadPlan, Needs, PassName, Scope, make_plan
 from toolkit.head.scores import TokenScores
 
 
@@ -50,21 +50,14 @@ def token_logprobs(
     **options: Any,
 ) -> TokenScores: ...
 @not_compiled
+@takes_head_options
 def token_logprobs(
     hidden_states: Tensor,
     head_weight: Tensor,
     labels: Tensor,
     head_bias: Tensor | None = None,
     *,
-    chunk_size: int | Literal["auto"] = "auto",
-    chunk_bytes: int | None = None,
-    ignore_idx: int = -100,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    vocab_mask: Tensor | None = None,
-    entropy: Entropy = False,
-    retain_bytes: int = 0,
+    options: HeadOptions,
 ) -> Tensor | TokenScores:
     """Score each label under the head's softmax, without ever holding the logits of all tokens.
 
@@ -85,16 +78,7 @@ def token_logprobs(
         head_weight: [V, D], or a DTensor of these, see above.
         labels: [...] int64 in 0 .. V - 1, or `ignore_idx`.
         head_bias: [V], optional; a DTensor sharded as the weight, or plain.
-        chunk_size: hold the logits of at most this many tokens; "auto" takes as many as fit `chunk_bytes`.
-        chunk_bytes: memory for a chunk's logits; by default 128 MiB on a CPU, 1 GiB elsewhere.
-        ignore_idx: label of positions that are not scored.
-        temperature: of the sampling that is scored; a number, or [...] one for each token. Not differentiable.
-        softcap: logits become ``softcap * tanh(logits / softcap)``, after `logit_scale` and before `temperature`. In
-            bf16 the gradient of logits far beyond the cap (3 times and more) loses its precision.
-        logit_scale: logits (bias included) are multiplied by it first.
-        vocab_mask: [V] bool, False for entries that cannot be sampled.
-        entropy: True for entropies with gradient, "metric" for entropies without.
-        retain_bytes: memory in which chunks may wait for backward instead of being computed twice.
+        options: fields of `HeadOptions`, given as keywords (``temperature=0.7``) or all at once.
 
     Returns:
         [...] log-probabilities in nats, never above 0, fp32 (float64 for float64 inputs); with `entropy` a
@@ -106,9 +90,8 @@ def token_logprobs(
         ConfigError: an option makes no sense.
         RuntimeError: on a second derivative, which is not implemented.
     """
-    transform = LogitTransform(logit_scale, softcap, temperature, vocab_mask)
-    inputs = head_inputs(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, transform=transform)
-    job = _job(inputs, None, None, chunk_size, chunk_bytes, retain_bytes, _checked_entropy(entropy))
+    inputs = head_inputs(hidden_states, head_weight, labels, head_bias, options)
+    job = _job(inputs, None, None, options)
     _check_ranks(job, labels)
     if job.needs:
         logprobs, entropies = Scores.apply(inputs.hidden, inputs.weight, inputs.bias, job)
@@ -119,6 +102,7 @@ def token_logprobs(
 
 
 @not_compiled
+@takes_head_options
 def fused_loss(
     loss_fn: ScoreLoss,
     hidden_states: Tensor,
@@ -128,15 +112,7 @@ def fused_loss(
     *,
     scope: Scope = "token",
     sequence_ids: Tensor | None = None,
-    chunk_size: int | Literal["auto"] = "auto",
-    chunk_bytes: int | None = None,
-    ignore_idx: int = -100,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    vocab_mask: Tensor | None = None,
-    entropy: Entropy = False,
-    retain_bytes: int = 0,
+    options: HeadOptions,
 ) -> tuple[Tensor, list[Any]]:
     """Compute a loss over log-probabilities together with its gradient: 3 matrix products for most losses.
 
@@ -157,15 +133,8 @@ def fused_loss(
             own sequence; a group holds whole sequences, as many as fit a chunk. "batch": all tokens, one group. Only
             a group larger than a chunk is computed twice, less its last chunk.
         sequence_ids: [...] int64, the sequence of each position; for scope "sequence".
-        chunk_size: tokens whose logits are held at once, or "auto".
-        chunk_bytes: memory for a chunk's logits with "auto".
-        ignore_idx: label of positions that are not scored.
-        temperature: of the softmax.
-        softcap: of the logits.
-        logit_scale: of the logits.
-        vocab_mask: [V] bool.
-        entropy: True to hand `loss_fn` entropies with gradient, "metric" without.
-        retain_bytes: memory for chunks of a group that is larger than a chunk, which are then not computed twice.
+        options: fields of `HeadOptions`, given as keywords or all at once; ``entropy=True`` hands `loss_fn` entropies
+            with gradient, "metric" without.
 
     Returns:
         The summed scalar loss, fp32 or wider, and what `loss_fn` returned besides, a list with one entry a group.
@@ -173,10 +142,9 @@ def fused_loss(
     Raises:
         DataError, ConfigError, RuntimeError: as `token_logprobs`.
     """
-    transform = LogitTransform(logit_scale, softcap, temperature, vocab_mask)
-    inputs = head_inputs(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, transform=transform)
+    inputs = head_inputs(hidden_states, head_weight, labels, head_bias, options)
     inputs, ids = _by_sequence(inputs, scope, sequence_ids, labels)
-    job = _job(inputs, scope, ids, chunk_size, chunk_bytes, retain_bytes, _checked_entropy(entropy))
+    job = _job(inputs, scope, ids, options)
     _check_ranks(job, labels)
     if not job.needs:
         return _loss_without_grad(job, loss_fn)
@@ -193,6 +161,7 @@ def fused_loss(
         return loss, extras
 
 
+@takes_head_options
 def explain(
     hidden_states: Tensor,
     head_weight: Tensor,
@@ -201,15 +170,7 @@ def explain(
     *,
     scope: Scope | None = None,
     sequence_ids: Tensor | None = None,
-    chunk_size: int | Literal["auto"] = "auto",
-    chunk_bytes: int | None = None,
-    ignore_idx: int = -100,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    vocab_mask: Tensor | None = None,
-    entropy: Entropy = False,
-    retain_bytes: int = 0,
+    options: HeadOptions,
 ) -> HeadPlan:
     """Return which pass would serve this call, why, and what it will cost; ``print`` it.
 
@@ -220,43 +181,16 @@ def explain(
         head_bias: [V], optional.
         scope: None for `token_logprobs`, else that of `fused_loss`.
         sequence_ids: [...] int64.
-        chunk_size: tokens or "auto".
-        chunk_bytes: memory for a chunk's logits with "auto".
-        ignore_idx: label of positions that are not scored.
-        temperature: of the softmax.
-        softcap: of the logits.
-        logit_scale: of the logits.
-        vocab_mask: [V] bool.
-        entropy: True, "metric" or False.
-        retain_bytes: memory for retained chunks.
+        options: fields of `HeadOptions`, given as keywords or all at once.
     """
-    transform = LogitTransform(logit_scale, softcap, temperature, vocab_mask)
-    inputs = head_inputs(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx, transform=transform)
+    inputs = head_inputs(hidden_states, head_weight, labels, head_bias, options)
     inputs, ids = _by_sequence(inputs, scope, sequence_ids, labels)
-    return _job(inputs, scope, ids, chunk_size, chunk_bytes, retain_bytes, _checked_entropy(entropy)).plan
+    return _job(inputs, scope, ids, options).plan
 
 
-def _job(
-    inputs: HeadInputs,
-    scope: Scope | None,
-    ids: Tensor | None,
-    chunk_size: int | str,
-    chunk_bytes: int | None,
-    retain_bytes: int,
-    entropy: Entropy,
-) -> Job:
+def _job(inputs: HeadInputs, scope: Scope | None, ids: Tensor | None, options: HeadOptions) -> Job:
     needs = Needs.of(inputs)
-    plan = make_plan(
-        inputs,
-        needs,
-        scope=scope,
-        sequence_ids=ids,
-        chunk_size=chunk_size,
-        chunk_bytes=chunk_bytes,
-        retain_bytes=retain_bytes,
-        entropy=entropy,
-    )
-    return Job(inputs, plan, needs, entropy)
+    return Job(inputs, make_plan(inputs, needs, options, scope=scope, sequence_ids=ids), needs, options.entropy)
 
 
 def _check_ranks(job: Job, labels: Tensor) -> None:
@@ -303,9 +237,3 @@ def _scattered(values: Tensor, inputs: HeadInputs, labels: Tensor) -> Tensor:
     if len(values) == labels.numel():
         return values.reshape(labels.shape)
     return values.new_zeros(labels.numel()).index_copy(0, inputs.positions, values).reshape(labels.shape)
-
-
-def _checked_entropy(entropy: Any) -> Entropy:
-    if not (isinstance(entropy, bool) or entropy == "metric"):
-        raise ConfigError(f"entropy={entropy!r} is unknown; choose True (with gradient), 'metric' (without) or False")
-    return entropy

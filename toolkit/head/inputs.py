@@ -13,6 +13,7 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
 from toolkit.head.logits import LogitTransform
+from toolkit.head.options import HeadOptions
 from toolkit.head.vocabulary import VocabGroup, own_part, replicated
 
 
@@ -56,17 +57,16 @@ def head_inputs(
     head_weight: Tensor,
     labels: Tensor,
     head_bias: Tensor | None,
-    *,
-    ignore_idx: int,
-    transform: LogitTransform,
+    options: HeadOptions,
 ) -> HeadInputs:
-    """Check and flatten; positions whose label is `ignore_idx` are left out here and never touched again.
+    """Check and flatten; positions whose label is ``options.ignore_idx`` are left out here and never touched again.
 
     Raises:
         DataError: shapes or dtypes do not fit, or a label lies outside the vocabulary or its mask.
         ConfigError: a scale, soft cap or temperature makes no sense.
     """
-    hidden_states = replicated(hidden_states)
+    hidden_states, ignore_idx = replicated(hidden_states), options.ignore_idx
+    transform = LogitTransform(options.logit_scale, options.softcap, options.temperature, options.vocab_mask)
     check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx)
     weight, bias, vocab = own_part(head_weight, head_bias)
     labels = labels.long()

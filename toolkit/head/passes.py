@@ -25,7 +25,8 @@ from toolkit.head.cost import Group, kept_of
 from toolkit.head.gradients import leaves_of
 from toolkit.head.inputs import HeadInputs
 from toolkit.head.kernel import RowStats
-from toolkit.head.plan import Entropy, HeadPlan, Needs, has_free_entropy
+from toolkit.head.options import Entropy
+from toolkit.head.plan import HeadPlan, Needs, has_free_entropy
 from toolkit.head.scores import TokenScores
 from toolkit.head.work import Chunk, HeadWork
 

@@ -6,7 +6,6 @@ Legend: T positions, N scored tokens, D hidden width, V vocabulary (own rows, wh
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,13 +17,12 @@ from torch import Tensor
 from toolkit.errors import ConfigError, listed
 from toolkit.head.cost import Course, Group, gradient_bytes, length_of, peak_bytes, products_of, sent_bytes
 from toolkit.head.inputs import HeadInputs
+from toolkit.head.options import Entropy, HeadOptions
 from toolkit.head.vocabulary import vocab_group
 
 Scope = Literal["token", "sequence", "batch"]
 """What one token's loss depends on: itself, its whole sequence, or all tokens."""
 PassName = Literal["no-grad", "frozen", "one-pass", "two-pass", "general", "eager"]
-Entropy = Literal[False, "metric", True]
-"""No entropies, entropies without gradient, or with."""
 
 CHUNK_BYTES = {"cpu": 128 * 2**20}
 GPU_CHUNK_BYTES = 2**30
@@ -119,38 +117,30 @@ class Needs:
 def make_plan(
     inputs: HeadInputs,
     needs: Needs,
+    options: HeadOptions,
     *,
     scope: Scope | None,
     sequence_ids: Tensor | None,
-    chunk_size: int | str,
-    chunk_bytes: int | None,
-    retain_bytes: int,
-    entropy: Entropy,
 ) -> HeadPlan:
     """Choose the pass and its chunks.
 
     Args:
         inputs: of the call.
         needs: which of them want a gradient.
+        options: of the call; sizes of chunks and entropies are read here.
         scope: of the loss that is computed with the head; None when the caller takes log-probabilities away and
             differentiates later.
         sequence_ids: [N] sequence of each scored token, not decreasing; for scope "sequence".
-        chunk_size: tokens, or "auto".
-        chunk_bytes: memory for the logits of a chunk with "auto".
-        retain_bytes: memory for chunks that are kept instead of computed twice.
-        entropy: whether entropies are wanted, with gradient or without.
     """
-    tokens = len(inputs.positions)
-    if not is_count(retain_bytes) and retain_bytes != 0:
-        raise ConfigError(f"retain_bytes={retain_bytes!r} must be a number of bytes, 0 or more")
-    size, merged = _chunk_size(inputs, needs, tokens, chunk_size, chunk_bytes)
+    tokens, entropy = len(inputs.positions), options.entropy
+    size, merged = _chunk_size(inputs, needs, tokens, options)
     groups = tuple(_groups(tokens, size, scope or "token", sequence_ids))
     name, why = _choose(needs, scope, entropy, fits=all(len(group) == 1 for group in groups))
     if merged:
         why += "; all tokens in one chunk, for a second one would need an fp32 weight gradient as large"
     largest = max(span.stop - span.start for group in groups for span in group)
     chunk_cost = max(1, largest) * inputs.vocab.most_rows * inputs.compute_dtype.itemsize
-    retained = retain_bytes // chunk_cost if name == "two-pass" else 0
+    retained = options.retain_bytes // chunk_cost if name == "two-pass" else 0
     gradients, is_free = (needs.hidden, needs.weight, needs.bias), has_free_entropy(inputs, name, entropy)
     course = Course(
         name=name,
@@ -209,21 +199,13 @@ def _choose(needs: Needs, scope: Scope | None, entropy: Entropy, *, fits: bool) 
     return "one-pass", f"{reasons[scope or 'token']}, so a chunk's gradient is taken while its logits are there"
 
 
-def _chunk_size(
-    inputs: HeadInputs, needs: Needs, tokens: int, chunk_size: int | str, chunk_bytes: int | None
-) -> tuple[int, bool]:
+def _chunk_size(inputs: HeadInputs, needs: Needs, tokens: int, options: HeadOptions) -> tuple[int, bool]:
     """Return the tokens of a chunk, and whether all were merged into one."""
-    vocabulary, width = inputs.vocab.most_rows, inputs.weight.shape[1]
-    if chunk_size == "auto":
-        size = auto_chunk(vocabulary, inputs.compute_dtype, inputs.hidden.device, chunk_bytes)
-        if chunk_bytes is not None and not is_count(chunk_bytes):
-            raise ConfigError(f"chunk_bytes={chunk_bytes!r} must be a number of bytes above 0")
-    elif chunk_bytes is not None:
-        raise ConfigError(f"chunk_bytes={chunk_bytes!r} goes with chunk_size='auto', not with {chunk_size!r}")
-    elif is_count(chunk_size):
-        size = int(chunk_size)
+    width, dtype = inputs.weight.shape[1], inputs.compute_dtype
+    if options.chunk_size == "auto":
+        size = auto_chunk(inputs.vocab.most_rows, dtype, inputs.hidden.device, options.chunk_bytes)
     else:
-        raise ConfigError(f"chunk_size={chunk_size!r} must be a number of tokens above 0, or 'auto'")
+        size = int(options.chunk_size)
     # With more than one chunk a low-precision weight gradient is added up in fp32: 4 V D bytes, as many as 2 D more
     # rows of logits take.
     is_low = inputs.compute_dtype.itemsize == 2 and inputs.weight.dtype == inputs.compute_dtype
@@ -232,14 +214,9 @@ def _chunk_size(
     return size, False
 
 
-def is_count(value: object) -> bool:
-    """Whether `value` is an integer above 0."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
-
-
 def auto_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None = None) -> int:
     """Return how many rows of logits fit `chunk_bytes`, or the device's budget (then at least `MIN_AUTO_CHUNK`)."""
-    if chunk_bytes is not None and is_count(chunk_bytes):
+    if chunk_bytes is not None:
         return max(1, chunk_bytes // (vocabulary * dtype.itemsize))
     budget = CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES)
     return max(MIN_AUTO_CHUNK, budget // (vocabulary * dtype.itemsize))

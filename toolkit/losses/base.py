@@ -116,14 +116,17 @@ class BaseLossContext(KwargsBuilder[ItemT]):
                 f"{type(self).__name__} takes logits of the whole vocabulary, but that is split over ranks; gather the "
                 "head, or write the loss of log-probabilities (token_losses of a ScoredLossContext)"
             )
-        cfg = self.loss_cfg
-        scored = (loss_kwargs.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
+        scored = (loss_kwargs.shifted_labels != self.loss_cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
         hidden = replicated(hidden_states).reshape(-1, hidden_states.shape[-1]).index_select(0, scored)
         logits = F.linear(hidden, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         taken = loss_kwargs.take(scored)
-        transform = LogitTransform(cfg.logit_scale, cfg.softcap, cfg.temperature)
-        return self.summed(self.losses_from_logits(transform(logits), taken), taken)
+        return self.summed(self.losses_from_logits(self.transform(logits), taken), taken)
+
+    @property
+    def transform(self) -> LogitTransform:
+        """What the config does to logits before the softmax."""
+        return LogitTransform(self.loss_cfg.logit_scale, self.loss_cfg.softcap, self.loss_cfg.temperature)
 
     @property
     def scope(self) -> Scope:

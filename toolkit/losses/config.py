@@ -13,6 +13,7 @@ from toolkit.functional.kl_facts import kl_warning
 from toolkit.functional.names import EXACT_KL, MAX_LOG_RATIO, KLDirection, KLGradient, KLTail, KLTerm
 from toolkit.functional.options import NotNegative
 from toolkit.functional.registry import PolicyLoss, Scope, policy_loss
+from toolkit.head.options import HeadOptions
 from toolkit.losses.aggregation import PER_COMPONENT, AggregationConfig, aggregation_from
 from toolkit.losses.required import Requirement, required_fields
 from toolkit.losses.term import LossTerm
@@ -96,6 +97,18 @@ class BaseLossConfig(Config):
                 "annotation), or where it is: context = 'my_module:YourContext'"
             )
         return named
+
+    @property
+    def head_options(self) -> HeadOptions:
+        """What the head is told because of this config."""
+        return HeadOptions(
+            chunk_size=self.chunk_size or "auto",
+            ignore_idx=self.ignore_idx,
+            temperature=self.temperature,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            retain_bytes=self.retain_bytes,
+        )
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:

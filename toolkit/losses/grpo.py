@@ -19,7 +19,8 @@ from toolkit.functional.kl_exact import top_k_kl
 from toolkit.functional.mismatch import LARGEST_WEIGHT
 from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
-from toolkit.head.plan import Entropy, Scope
+from toolkit.head.options import Entropy
+from toolkit.head.plan import Scope
 from toolkit.losses import grpo_kwargs
 from toolkit.losses.calibration import loss_metric
 from toolkit.losses.candidates import check_vocabulary

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError
 from toolkit.head import HeadPlan, TokenScores, explain, fused_loss
-from toolkit.head.logits import LogitTransform
-from toolkit.head.plan import Entropy, Scope
+from toolkit.head.options import Entropy, HeadOptions
+from toolkit.head.plan import Scope
 from toolkit.head.scores import eager_scores
 from toolkit.head.vocabulary import vocab_group
 from toolkit.losses.base import BaseLossContext, merge_extras
@@ -106,15 +106,13 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         flat = labels.reshape(-1)
         positions = (flat != self.loss_cfg.ignore_idx).nonzero().squeeze(-1)
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, positions)
-        cfg = self.loss_cfg
-        transform = LogitTransform(cfg.logit_scale, cfg.softcap, cfg.temperature)
         taken = loss_kwargs.take(positions)
         scores = eager_scores(
             hidden,
             head_weight,
             flat.index_select(0, positions),
             head_bias,
-            transform,
+            self.transform,
             with_entropy=bool(self.entropy),
             candidate_ids=self.candidate_ids(taken),
         )
@@ -143,15 +141,6 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         return type(self).loss_fn is not ScoredLossContext.loss_fn or self.candidate_ids(self.loss_kwargs) is not None
 
     def _head_options(self) -> dict[str, Any]:
-        cfg = self.loss_cfg
-        return {
-            "scope": self.scope,
-            "sequence_ids": self.sequence_ids() if self.scope == "sequence" else None,
-            "chunk_size": cfg.chunk_size,
-            "ignore_idx": cfg.ignore_idx,
-            "temperature": cfg.temperature,
-            "softcap": cfg.softcap,
-            "logit_scale": cfg.logit_scale,
-            "entropy": self.entropy,
-            "retain_bytes": cfg.retain_bytes,
-        }
+        ids = self.sequence_ids() if self.scope == "sequence" else None
+        options: HeadOptions = self.loss_cfg.head_options
+        return {"scope": self.scope, "sequence_ids": ids, "options": options, "entropy": self.entropy}

@@ -145,7 +145,7 @@ def _plan(
     )
     labels = torch.zeros(tokens, dtype=torch.int64)
     ids = torch.zeros_like(labels) if scope == "sequence" else None
-    return explain(hidden, weight, labels, scope=scope, sequence_ids=ids, **size)  # type: ignore[arg-type]
+    return explain(hidden, weight, labels, scope=scope, sequence_ids=ids, **size)
 
 
 def weightless(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

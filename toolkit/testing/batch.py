@@ -85,10 +85,7 @@ class Batch:
             self.head_weight.detach(),
             self.item.shifted_labels,
             None if self.head_bias is None else self.head_bias.detach(),
-            ignore_idx=cfg.ignore_idx,
-            temperature=cfg.temperature,
-            softcap=cfg.softcap,
-            logit_scale=cfg.logit_scale,
+            options=cfg.head_options,
         )
         own = found.masked_fill(self.item.shifted_labels == cfg.ignore_idx, self.garbage)
         item = self.item.replace(current_logprobs=own.detach())

@@ -216,8 +216,8 @@ MUTATIONS = (
     Mutation(
         name="head-budget-overdrawn-by-one-chunk",
         file=f"{HEAD}/plan.py",
-        line='retained = retain_bytes // chunk_cost if name == "two-pass" else 0',
-        becomes='retained = -(-retain_bytes // chunk_cost) if name == "two-pass" else 0',
+        line='retained = options.retain_bytes // chunk_cost if name == "two-pass" else 0',
+        becomes='retained = -(-options.retain_bytes // chunk_cost) if name == "two-pass" else 0',
         tests=(f"{TESTS}/test_passes.py::test_retained_chunks_are_what_the_budget_holds",),
     ),
     Mutation(

@@ -268,9 +268,9 @@ MUTATIONS = (
     ),
     Mutation(
         name="chunks-ignore-the-temperature",
-        file="toolkit/losses/scored.py",
-        line='"temperature": cfg.temperature,',
-        becomes='"temperature": 1.0,',
+        file="toolkit/losses/config.py",
+        line="temperature=self.temperature,",
+        becomes="temperature=1.0,",
         tests=("tests/losses/test_precision.py::test_temperature_is_that_of_the_sampling",),
     ),
     Mutation(

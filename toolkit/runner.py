@@ -20,23 +20,12 @@ from toolkit.losses.base import BaseLossContext
 from toolkit.losses.builder import item_class
 from toolkit.losses.calibration import loss_metric
 from toolkit.losses.config import BaseLossConfig, CELossConfig
-from toolkit.losses.items import LossContextInputItem
+from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
 from toolkit.losses.provenance import LogprobSpec
 from toolkit.losses.shift import shift_labels
 from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
 
-TOPK_FIELDS = ("teacher_topk_ids", "teacher_topk_logprobs", "ref_topk_ids", "ref_topk_logprobs")
-RL_FIELDS = (
-    "advantages",
-    "old_logprobs",
-    "current_logprobs",
-    "ref_logprobs",
-    "rollout_logprobs",
-    "teacher_logprobs",
-    "group_ids",
-    "rollout_spec",
-    *TOPK_FIELDS,
-)
+RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
 FIELDS = ("input_ids", "shifted_labels", "loss_mask", "cu_seq_lens", *RL_FIELDS)
 """What a batch may hold for the loss; whatever else it holds is for the caller's own forward."""
 Forward = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from toolkit.benchmark.config import BenchConfig
-from toolkit.losses.config import BaseLossConfig, CELossConfig
-from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.builder import item_class
+from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.items import LossContextInputItem
+from toolkit.losses.samples import sample_fields
 
 Step = Callable[[], Tensor | None]
 """One forward and backward; the loss, if there is one."""
@@ -70,18 +72,15 @@ def make_problem(config: BenchConfig, loss_cfg: BaseLossConfig, *, dtype: torch.
     labels[:, : round(config.ignored * config.sequence_length)] = -100
     advantages = torch.randn(count, 1, generator=generator)
     advantages[: round(config.zero_advantage * count)] = 0
-    noise = [NEAR * torch.randn(labels.shape, generator=generator) for _ in range(2)]
-    with torch.no_grad():
-        level = _logprobs(hidden, weight, labels.to(device), config).cpu()
     labels = labels.to(device)
-    item: LossContextInputItem
-    if isinstance(loss_cfg, CELossConfig):
-        item = CELossContextInputItem(shifted_labels=labels)
-    else:
-        old, ref = ((level + part).to(device) for part in noise)
-        item = RLLossContextInputItem(
-            shifted_labels=labels, advantages=advantages.to(device), old_logprobs=old, ref_logprobs=ref
-        )
+    item_cls, fields = item_class(loss_cfg.loss_ctx_cls), dict[str, Tensor]()
+    if "advantages" in item_cls.model_fields:
+        with torch.no_grad():
+            logprobs = _logprobs(hidden, weight, labels, config).cpu()
+        names = ("old_logprobs", "ref_logprobs")
+        fields = sample_fields(item_cls, logprobs, draw=generator, names=names, spread=NEAR)
+        fields["advantages"] = advantages
+    item: LossContextInputItem = item_cls(shifted_labels=labels.cpu(), **fields).to(device)
     return Problem(
         config,
         loss_cfg,

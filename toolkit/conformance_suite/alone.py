@@ -80,7 +80,7 @@ def gradient_sign(s: Subject) -> None:
     terms = replace(terms, old_logprobs=same, rollout_logprobs=same, advantages=advantages)
     _, grads = s(terms)
     if _ignores_advantages(s, terms):
-        given = [need for need in s.loss.needs if need in ("teacher_logprobs", "ref_logprobs")]
+        given = [need for need in s.loss.needs if need.endswith("logprobs") and need != "rollout_logprobs"]
         if given:
             raise NotApplicable(f"it learns from {given[0]} and does not read t.advantages")
         raise Failed(
@@ -213,7 +213,7 @@ def finite(s: Subject) -> None:
         # Both log-probabilities stay below 0: the smaller one is `size` further down.
         apart = -0.01 - size * (shift < 0)
         others = apart - size * shift
-        names = ("old_logprobs", "rollout_logprobs", "ref_logprobs", "teacher_logprobs")
+        names = [name for name, _ in tensors_of(base) if name.endswith("_logprobs")]
         tensors: dict[str, Any] = dict.fromkeys(names, others)
         terms = replace(base, logprobs=apart, advantages=2 * sign, entropies=torch.ones(count), **tensors)
         for what, found in zip(("loss", "gradient"), s(terms), strict=True):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
-from toolkit.functional.registry import PolicyLoss, policy_loss
+from toolkit.functional.registry import Need, PolicyLoss, policy_loss
 from toolkit.functional.terms import PolicyTerms
 
 LENGTHS = (3, 5, 1, 4)
@@ -166,15 +166,17 @@ def made_up_terms(spread: float) -> PolicyTerms:
     unequal = torch.tensor(UNEQUAL, dtype=torch.float64).repeat_interleave(lengths)
     sequences = torch.arange(len(LENGTHS)).repeat_interleave(lengths)
     # Of every sequence of 3 tokens and more the last two are a turn of their own.
+    old, advantages = logprobs + noise(spread) * unequal, noise(1.0)
+    others: dict[str, Any] = {
+        name: logprobs + noise(spread) * unequal for name in get_args(Need) if name != "entropies"
+    }
     places = torch.cat([torch.arange(length) for length in LENGTHS])
     turns = 2 * sequences + ((places >= lengths[sequences] - 2) & (lengths[sequences] > 2))
     return PolicyTerms(
         logprobs=logprobs,
-        old_logprobs=logprobs + noise(spread) * unequal,
-        advantages=noise(1.0),
-        ref_logprobs=logprobs + noise(0.3),
-        rollout_logprobs=logprobs + noise(spread) * unequal,
-        teacher_logprobs=logprobs + noise(0.3),
+        old_logprobs=old,
+        advantages=advantages,
+        **others,
         entropies=noise(1.0).abs(),
         sequence_ids=sequences,
         num_sequences=len(LENGTHS),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from toolkit.functional.conformance import check_token_losses
 from toolkit.functional.kl import k1, k3, kl_estimate
 from toolkit.functional.kl_exact import top_k_kl
 from toolkit.functional.mismatch import LARGEST_WEIGHT
+from toolkit.functional.registry import Need
 from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
 from toolkit.head.options import Entropy
@@ -37,6 +38,10 @@ from toolkit.losses.whole import Whole, emptied, with_gradient_of
 from toolkit.metrics import Max, Mean, Metric, Min, Sum
 
 __all__ = ["GRPOLossContext", "GRPOLossKwargs"]
+
+_NEEDED = [name for name in get_args(Need) if name in GRPOLossKwargs.model_fields]
+FIELDS_OF_TERMS = ("advantages", "old_logprobs", *_NEEDED)
+"""What `PolicyTerms` has by the names of the kwargs."""
 
 
 class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
@@ -255,7 +260,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         logprobs = scores.logprobs
         given: dict[str, Any] = {
             name: _constant(values, logprobs)
-            for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "teacher_logprobs", "advantages")
+            for name in FIELDS_OF_TERMS
             if (values := getattr(loss_kwargs, name)) is not None
         }
         given.setdefault("old_logprobs", logprobs.detach())

@@ -21,6 +21,7 @@ from toolkit.losses.aggregation import AggregationConfig
 from toolkit.losses.config import BaseRLLossConfig
 from toolkit.losses.grpo import GRPOLossConfig
 from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.samples import sample_fields
 from toolkit.metrics import Metric, metrics_in
 from toolkit.scale import step
 from toolkit.scale.collectives import Collective
@@ -167,14 +168,12 @@ def _forwards(cfg: BaseRLLossConfig, batches: list[Any], weight: torch.Tensor) -
 
 
 def _items(number: int, *, positions: int = POSITIONS, with_current: bool = False) -> list[RLLossContextInputItem]:
-    shape = (ROWS, positions)
-    return [
-        RLLossContextInputItem(
-            shifted_labels=torch.randint(0, VOCABULARY, shape),
-            advantages=torch.randn(shape),
-            old_logprobs=-3 + 0.1 * torch.randn(shape),
-            current_logprobs=-3 + 0.1 * torch.randn(shape) if with_current else None,
-            group_ids=ROWS * index + torch.arange(ROWS).unsqueeze(-1),
-        )
-        for index in range(number)
-    ]
+    names = {"advantages", "old_logprobs", *(["current_logprobs"] if with_current else [])}
+    logprobs, draw = torch.full((ROWS, positions), -3.0), torch.Generator().manual_seed(0)
+    items = []
+    for index in range(number):
+        fields: dict[str, Any] = sample_fields(RLLossContextInputItem, logprobs, draw=draw, names=names)
+        fields["shifted_labels"] = torch.randint(0, VOCABULARY, logprobs.shape, generator=draw)
+        fields["group_ids"] = ROWS * index + torch.arange(ROWS).unsqueeze(-1)
+        items.append(RLLossContextInputItem(**fields))
+    return items

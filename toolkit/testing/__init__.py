@@ -13,8 +13,8 @@ import torch
 from toolkit.distributed import all_gather_objects, rank, world_size
 from toolkit.errors import ConfigError
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
+from toolkit.losses.samples import Batch, random_batch
 from toolkit.testing.arguments import check_objects, flags_of, modes_of, numbers_of
-from toolkit.testing.batch import Batch, random_batch
 from toolkit.testing.evaluation import REFERENCE, Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop
 from toolkit.testing.layout import Layout, Part, layouts_of
 from toolkit.testing.processes import check_can_start, run_processes

@@ -7,7 +7,7 @@ from typing import Any
 
 from toolkit.errors import ConfigError
 from toolkit.losses.config import BaseLossConfig
-from toolkit.testing.batch import Batch
+from toolkit.losses.samples import Batch
 from toolkit.testing.evaluation import in_mode
 
 

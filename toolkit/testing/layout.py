@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import all_reduce_sum, sp_split, world_size
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
+from toolkit.losses.fields import PerToken
 from toolkit.losses.items import LossContextInputItem
-from toolkit.testing.batch import Batch, token_axis
+from toolkit.losses.samples import Batch
 
 NOWHERE = -1
 """Index of a position that is padding."""
@@ -216,3 +217,9 @@ def _idle(
     hidden = torch.full_like(batch.hidden_states[:1, :2].detach(), batch.garbage)
     edges = torch.tensor([0, 2], device=everywhere.device) if is_packed else None
     return batch.item.replace(**changes), hidden, torch.full_like(everywhere[:1, :2], NOWHERE), edges
+
+
+def token_axis(item: LossContextInputItem, name: str) -> int | None:
+    """Return the axis of the tokens of a field, counted from the end; None: the field belongs to all tokens alike."""
+    mark = item.layout(name)
+    return mark.dim if isinstance(mark, PerToken) else None

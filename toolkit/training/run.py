@@ -24,6 +24,7 @@ from toolkit.errors import ConfigError, LaunchError, ToolkitError
 from toolkit.functional.declared import fields_declared, has_gradient, place_of, undeclared
 from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
 from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.samples import sample_fields
 from toolkit.metrics import Max
 from toolkit.training import checkpoint
 from toolkit.training.config import TrainingConfig
@@ -254,16 +255,13 @@ def _rehearse(loss_cfg: BaseLossConfig) -> None:
         wanted = {"old_logprobs", *loss_cfg.required_fields, *declared}
     if loss_cfg.needs_current(num_parts=2):  # the trainer gives them, too
         wanted.add("current_logprobs")
-    materials: dict[str, Any] = {
-        name: torch.tensor([[-1.0, -1.0]])
-        for name in ("old_logprobs", "current_logprobs", "ref_logprobs", "rollout_logprobs", "teacher_logprobs")
-    }
-    materials["group_ids"] = torch.tensor([[rank()]])  # they are numbered over all processes
-    item = RLLossContextInputItem(
-        shifted_labels=torch.tensor([[0, 1]]),
-        advantages=torch.tensor([1.0, -1.0]),
-        **{name: value for name, value in materials.items() if name in wanted},
-    )
+    logprobs = torch.full((1, 2), -1.0)
+    draw = torch.Generator().manual_seed(0)
+    fields: dict[str, Any] = sample_fields(RLLossContextInputItem, logprobs, draw=draw, names=wanted - {"advantages"})
+    if "group_ids" in fields:
+        fields["group_ids"] += rank()  # they are numbered over all processes
+    labels, advantages = torch.tensor([[0, 1]]), torch.tensor([1.0, -1.0])
+    item = RLLossContextInputItem(shifted_labels=labels, advantages=advantages, **fields)
     hidden, weight = torch.zeros(1, 2, 2, requires_grad=True), torch.eye(2)
     context = loss_cfg.loss_ctx_cls
     batches_kwargs = context.build_batches_loss_kwargs([item], loss_cfg)

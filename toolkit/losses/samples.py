@@ -1,12 +1,15 @@
-"""A whole optimizer step as one padded batch under a small LM head, from which every layout is cut.
+"""Made-up items and batches, the one maker of them: for layouts, checks, the rehearsal, measurements.
+
+What a field gets follows from its declaration (`PerToken`) and, for log-probabilities and candidates, from the end of
+its name: a field that is declared is made up, a user's own included.
 
 Legend: B rows (a sequence each), T positions of a row, K candidates, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +25,13 @@ GARBAGE = 3.0
 """What stands at positions that are not scored unless the caller wants something else, such as NaN."""
 HOLES = 0.25
 """Share of the positions inside a sequence that are not scored, such as a tool's answer."""
-SPREADS = {"old_logprobs": 0.4, "rollout_logprobs": 0.4, "ref_logprobs": 0.2, "teacher_logprobs": 0.3}
-"""In nats, around the policy's own log-probabilities: wide enough for clips, masks and vetoes to bind."""
+SPREAD = 0.4
+"""Of log-probabilities around the policy's own, in nats: wide enough for clips, masks and vetoes to bind."""
 NUM_VALUES = 2
 """Values of one position where a field of the user's own has several."""
 NEAR = 1e-4
-"""Of these spreads in the first sequence."""
+"""Factor of the spread in the first sequence."""
+LARGEST_LOGPROB = -1e-3
 ONE, TWIN = 1, 3
 """Rows of the sequence of one token, and of another one with the same label and everything else its own: who sorts
 sequences by their tokens alone meets a tie."""
@@ -133,21 +137,105 @@ def random_batch(
             f"num_candidates={num_candidates}: give at least 3 of each, and 1 to vocabulary candidates"
         )
     draw = torch.Generator().manual_seed(seed)
+    ignore_idx = -100 if loss_cfg is None else loss_cfg.ignore_idx
     drawn = torch.randint(1, longest + 1, (num_sequences - 2,), generator=draw).tolist()
     if num_sequences > TWIN + 1:
         drawn[TWIN - 2] = 1
     lengths = (longest, 1, *drawn)
-    labels = _labels(lengths, longest, vocabulary, draw, -100 if loss_cfg is None else loss_cfg.ignore_idx)
-    is_scored = labels != (-100 if loss_cfg is None else loss_cfg.ignore_idx)
+    labels = _labels(lengths, longest, vocabulary, draw, ignore_idx)
+    is_scored = labels != ignore_idx
     hidden = torch.randn(num_sequences, longest, width, generator=draw, dtype=torch.float64)
     weight = 0.7 * torch.randn(vocabulary, width, generator=draw, dtype=torch.float64)
     bias = 0.3 * torch.randn(vocabulary, generator=draw, dtype=torch.float64)
     item_cls = RLLossContextInputItem if loss_cfg is None else item_class(loss_cfg.loss_ctx_cls)
-    values = _rl_values(labels, is_scored, (hidden, weight, bias), num_candidates, draw, garbage, loss_cfg)
-    values = {name: own for name, own in values.items() if name in item_cls.model_fields}
-    item = item_cls(shifted_labels=labels, **values, **_own_values(item_cls, is_scored, draw, garbage))
+    logprobs = (hidden @ weight.T + bias).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    candidates = {"teacher": num_candidates, "ref": num_candidates}
+    if getattr(loss_cfg, "kl_loss_type", None) == "full":
+        candidates["ref"] = vocabulary
+    values = sample_fields(item_cls, logprobs, draw=draw, vocabulary=vocabulary, candidates=candidates)
+    values.pop("current_logprobs", None)  # they follow from the head: `Batch.with_current_logprobs`
+    if "advantages" in values:
+        values["advantages"][2] = 0.0
+    item = item_cls(shifted_labels=labels, **_with_garbage(item_cls, values, is_scored, garbage))
     hidden = hidden.masked_fill(~is_scored.unsqueeze(-1), garbage)
     return Batch(item, hidden, weight, bias, lengths, garbage).with_dtype(dtype)
+
+
+def sample_fields(
+    item_cls: type[LossContextInputItem],
+    logprobs: Tensor,
+    *,
+    draw: torch.Generator,
+    names: Collection[str] | None = None,
+    spread: float = SPREAD,
+    vocabulary: int = 2,
+    candidates: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """Make up the per-token fields that a class of items declares, beside the labels.
+
+    Names that end in ``_topk_logprobs`` get log-probabilities of candidates over the whole vocabulary, those in
+    ``_topk_ids`` the candidates; in ``logprobs`` values near `logprobs`, in the first row nearer than any clip range;
+    ``group_ids`` number pairs of rows. Everything else follows from the declared kind.
+
+    Args:
+        item_cls: whose fields are made up.
+        logprobs: [B, T] of the policy itself, in nats.
+        draw: where random numbers come from.
+        names: of the fields that are wanted; None: all.
+        spread: of log-probabilities, in nats.
+        vocabulary: V.
+        candidates: K of each owner of candidates, such as ``{"ref": 3}``; V: the whole vocabulary, without ids.
+
+    Returns:
+        [B, T] or [B, T, K] each; floating-point ones in the dtype of `logprobs`.
+    """
+    rows = torch.full((len(logprobs), 1), spread, dtype=logprobs.dtype)
+    rows[:1] *= NEAR
+
+    def noise(*trailing: int) -> Tensor:
+        return torch.randn(*logprobs.shape, *trailing, generator=draw, dtype=logprobs.dtype)
+
+    values: dict[str, Tensor] = {}
+    for name in item_cls.model_fields:
+        if name == "shifted_labels" or not (names is None or name in names) or not item_cls.is_per_token(name):
+            continue
+        mark = item_cls.layout(name)
+        assert isinstance(mark, PerToken)
+        if name.endswith("_topk_ids"):
+            continue  # beside their log-probabilities
+        if name.endswith("_topk_logprobs"):
+            owner = name.removesuffix("_topk_logprobs")
+            of_all = noise(vocabulary).log_softmax(-1)
+            number = (candidates or {}).get(owner, vocabulary)
+            if number == vocabulary:
+                values[name] = of_all
+                continue
+            ids = torch.rand(of_all.shape, generator=draw).argsort(-1)[..., :number]
+            values[name] = of_all.gather(-1, ids)
+            if number > 1:
+                ids[1::2, :, -1] = -1  # some are missing
+            values[f"{owner}_topk_ids"] = ids
+        elif name.endswith("logprobs") and not mark.trailing:
+            values[name] = (logprobs + rows * noise()).clamp(max=LARGEST_LOGPROB)
+        elif name == "group_ids":
+            values[name] = (torch.arange(len(logprobs)) // 2).unsqueeze(-1)
+        else:
+            drawn = noise(*(NUM_VALUES,) * mark.trailing)
+            values[name] = {"bool": drawn > 0, "integer": (drawn > 0).long()}.get(mark.kind, drawn)
+    return values
+
+
+def _with_garbage(
+    item_cls: type[LossContextInputItem], values: Mapping[str, Tensor], is_scored: Tensor, garbage: float
+) -> dict[str, Tensor]:
+    """Return the fields with `garbage` wherever nothing is scored and a field can hold it."""
+
+    def filled(name: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point() or name.endswith("_topk_logprobs"):
+            return value
+        return value.masked_fill(~is_scored.reshape(*is_scored.shape, *(1,) * (value.dim() - 2)), garbage)
+
+    return {name: filled(name, value) for name, value in values.items()}
 
 
 def _labels(lengths: tuple[int, ...], longest: int, vocabulary: int, draw: torch.Generator, ignore_idx: int) -> Tensor:
@@ -161,70 +249,3 @@ def _labels(lengths: tuple[int, ...], longest: int, vocabulary: int, draw: torch
     is_hole[-1] = True
     is_padding = torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)
     return labels.masked_fill(is_hole | is_padding, ignore_idx)
-
-
-def _own_values(
-    item_cls: type[LossContextInputItem], is_scored: Tensor, draw: torch.Generator, garbage: float
-) -> dict[str, Tensor]:
-    """Make up the per-token fields that a user's class of items declares, as their kind says."""
-    found: dict[str, Tensor] = {}
-    for name in item_cls.model_fields:
-        if name in RLLossContextInputItem.model_fields or not item_cls.is_per_token(name):
-            continue
-        mark = item_cls.layout(name)
-        assert isinstance(mark, PerToken)
-        shape = (*is_scored.shape, *(NUM_VALUES,) * mark.trailing)
-        drawn = torch.randn(shape, generator=draw, dtype=torch.float64)
-        is_filler = ~is_scored.reshape(*is_scored.shape, *(1,) * mark.trailing)
-        if mark.kind == "bool":
-            found[name] = drawn > 0
-        elif mark.kind == "integer":
-            found[name] = (drawn > 0).long()
-        else:
-            found[name] = drawn.masked_fill(is_filler, garbage)
-    return found
-
-
-def _rl_values(
-    labels: Tensor,
-    is_scored: Tensor,
-    head: tuple[Tensor, Tensor, Tensor],
-    num_candidates: int,
-    draw: torch.Generator,
-    garbage: float,
-    cfg: BaseLossConfig | None,
-) -> dict[str, Tensor]:
-    """Make up every field that some loss of this package reads."""
-    hidden, weight, bias = head
-    scored = (hidden @ weight.T + bias).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-
-    def noise() -> Tensor:
-        return torch.randn(labels.shape, generator=draw, dtype=torch.float64)
-
-    spreads = torch.ones(len(labels), 1, dtype=torch.float64)
-    spreads[0] = NEAR  # inside every clip range
-    values: dict[str, Any] = {
-        name: (scored + spread * spreads * noise()).clamp(max=-1e-3) for name, spread in SPREADS.items()
-    }
-    values["advantages"] = noise()
-    values["advantages"][2] = 0.0
-    values = {name: own.masked_fill(~is_scored, garbage) for name, own in values.items()}
-    wants_all = getattr(cfg, "kl_loss_type", None) == "full"
-    for who in ("teacher", "ref"):
-        own_logprobs = torch.randn(*labels.shape, weight.shape[0], generator=draw, dtype=torch.float64).log_softmax(-1)
-        if who == "ref" and wants_all:
-            values["ref_topk_logprobs"] = own_logprobs
-            continue
-        ids = torch.rand(own_logprobs.shape, generator=draw).argsort(-1)[..., :num_candidates]
-        values[f"{who}_topk_logprobs"] = own_logprobs.gather(-1, ids)
-        if num_candidates > 1:
-            ids[1::2, :, -1] = -1
-        values[f"{who}_topk_ids"] = ids
-    values["group_ids"] = (torch.arange(len(labels)) // 2).unsqueeze(-1)
-    return values
-
-
-def token_axis(item: LossContextInputItem, name: str) -> int | None:
-    """Return the axis of the tokens of a field, counted from the end; None: the field belongs to all tokens alike."""
-    mark = item.layout(name)
-    return mark.dim if isinstance(mark, PerToken) else None

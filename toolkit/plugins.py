@@ -9,8 +9,9 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.functional.advantages import advantage_names
@@ -64,7 +65,7 @@ def _load_file(given: Path) -> None:
         return
     # A name of its own: a plugin called random.py must neither hide nor be taken for the standard module.
     name = f"toolkit_plugin_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_FromSource(name, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -72,6 +73,13 @@ def _load_file(given: Path) -> None:
     spec.loader.exec_module(module)
     _loaded[path] = changed
     _modules[path.stem] = module
+
+
+class _FromSource(SourceFileLoader):
+    """Compiles a file each time: compiled files are told apart by seconds and sizes, which an edit may leave alike."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def class_at(path: str) -> type:

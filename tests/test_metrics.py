@@ -77,7 +77,7 @@ def many_metrics() -> dict[str, Metric]:
         "low": Min.of(values),
         "high": Max.of(values),
         "ess": EffectiveSampleSize.of(values),
-        **terms.reported,
+        **terms.reports(),
     }
 
 
@@ -144,6 +144,7 @@ def test_float32_where_there_is_nothing_wider() -> None:
 
     class OnMps:
         device = torch.device("mps")
+        requires_grad = True
 
         def detach(self) -> "OnMps":
             return self

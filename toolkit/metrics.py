@@ -75,14 +75,16 @@ class Mean(Metric):
     @classmethod
     def of(cls, values: Tensor) -> Mean:
         """Return the mean of all elements of `values`, which may be empty."""
-        values = _whole(values.detach())
+        values = _whole(without_graph(values))
         return cls(_wide_sum(values), _count(values))
 
     @classmethod
     def of_each(cls, values: Mapping[str, Tensor]) -> dict[str, Mean]:
-        """Return the mean of every tensor, all of one shape and dtype, by its name; a few operations for all."""
-        rows = _whole(torch.stack([own.detach() for own in values.values()]).reshape(len(values), -1))
-        count = _count(rows[0])
+        """Return the mean of every tensor, all of one shape, by its name; a few operations for all."""
+        if not values:
+            return {}
+        rows = _whole(torch.stack([without_graph(own).reshape(-1) for own in values.values()]))
+        count = _count(rows, rows.shape[1])
         return {name: cls(total, count) for name, total in zip(values, _wide_sum(rows, -1), strict=True)}
 
     @classmethod
@@ -178,15 +180,29 @@ def metrics_in(extra: object) -> dict[str, Metric]:
     return {name: value for name, value in extra.items() if isinstance(value, KINDS)}
 
 
+def extremes(values: Tensor) -> tuple[Min, Max]:
+    """Return the smallest and the largest of all elements of `values`, which may be empty, in one pass."""
+    if not values.numel():
+        return Min.of(values), Max.of(values)
+    low, high = _whole(without_graph(values)).aminmax()
+    dtype = wide_dtype(values)
+    return Min(low.to(dtype)), Max(high.to(dtype))
+
+
 def to_floats(metrics: Metrics) -> dict[str, float]:
     """Return the number of each metric. Waits for the device once, whatever their number: call it once per step."""
     numbers = iter(fetch([part for metric in metrics.values() for part in metric.parts]))
     return {name: metric.number(_next(numbers, len(metric.parts))) for name, metric in metrics.items()}
 
 
+def without_graph(values: Tensor) -> Tensor:
+    """Return `values` cut off from any graph; as they are if there is none, which costs no call of torch."""
+    return values.detach() if values.requires_grad else values
+
+
 def widened(values: Tensor) -> Tensor:
     """Return `values` without graph in float64; float32 on mps, which has nothing wider."""
-    values = _whole(values.detach())
+    values = _whole(without_graph(values))
     return values.to(wide_dtype(values))
 
 
@@ -222,9 +238,9 @@ def _wide_sum(values: Tensor, *dim: int) -> Tensor:
     return values.sum(*dim, dtype=wide_dtype(values))
 
 
-def _count(values: Tensor) -> Tensor:
+def _count(values: Tensor, number: int | None = None) -> Tensor:
     # Filled on the device: a number sent from the host would wait for it.
-    return values.new_full((), float(values.numel()), dtype=wide_dtype(values))
+    return values.new_full((), float(values.numel() if number is None else number), dtype=wide_dtype(values))
 
 
 def _whole(values: Any) -> Tensor:

@@ -6,9 +6,10 @@ Imports no torch: the command line checks a whole configuration with these class
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -70,10 +71,41 @@ class FrozenDict(dict[str, Any]):
         return self
 
 
+def _answer(function: Callable[[Any], Any]) -> property:
+    """Make a property of a config that is computed once: the fields that it follows from never change."""
+
+    @functools.wraps(function)
+    def once(config: Any) -> Any:
+        answers = config.__dict__.setdefault(ANSWERS, {})
+        if function not in answers:
+            answers[function] = function(config)
+        return answers[function]
+
+    return property(once)
+
+
+if TYPE_CHECKING:
+    answer = property  # type checkers know no other
+else:
+    answer = _answer
+ANSWERS = "_answers"
+"""Where a config keeps them."""
+
+
 class Config(Model):
     """Base of every config. Each field carries its meaning, unit and the source of its default beneath it."""
 
     model_config = ConfigDict(frozen=True, validate_default=True, allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with some fields changed, which are not checked."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop(ANSWERS, None)
+        return copied
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        return {**state, "__dict__": {key: value for key, value in state["__dict__"].items() if key != ANSWERS}}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

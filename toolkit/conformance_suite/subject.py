@@ -44,7 +44,7 @@ class Subject:
         with torch.enable_grad():
             copies["logprobs"] = leaf * 1  # a function of the leaf: an in-place change of it is seen, not refused
             chosen = self.options if options is None else options
-            given = replace(terms, reported={}, **copies)
+            given = replace(terms, reported={}, reported_means={}, **copies)
             try:
                 values = self.loss.function(self.declared(given, chosen), **chosen)
             except Exception:  # the user's function may raise anything

@@ -32,6 +32,9 @@ from torch import Tensor
 
 from toolkit.functional.segments import segment_sum
 
+BY_TOKEN = ("token_mean", "token_sum", "prompt_mean")
+"""Aggregations that do not ask which sequence a token belongs to."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -46,12 +49,12 @@ class Share:
 
     def divided(self, denominator: Tensor) -> Tensor:
         """Return the weights over their denominator (0-dim); 0 where that is 0."""
-        return self.weights * torch.where(denominator > 0, 1 / denominator, 0.0).to(self.weights.dtype)
+        return self.weights * denominator.reciprocal().nan_to_num(posinf=0.0).to(self.weights.dtype)
 
 
 def share(
     is_active: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     aggregation: str,
     *,
     length: float | None = None,
@@ -64,7 +67,7 @@ def share(
 
     Args:
         is_active: bool, [1, T] or [B, T]; True where the position is scored.
-        ids: int64 of the same shape; the sequence of each position, negative for none.
+        ids: int64 of the same shape; the sequence of each position, negative for none. None: see `BY_TOKEN`.
         aggregation: one of the table above.
         length: L of "constant", in tokens.
         count_empty: whether sequences without a scored token count where sequences are counted (peers differ).
@@ -83,6 +86,7 @@ def share(
     if aggregation == "prompt_mean":
         assert prompt_tokens is not None
         return Share(active / prompt_tokens.clamp(min=1).to(dtype), active.new_tensor(float(num_prompts)))
+    assert ids is not None
     lengths, counted = _lengths(active, ids)
     if count_empty and num_sequences is not None:
         counted = active.new_tensor(float(num_sequences))

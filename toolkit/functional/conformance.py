@@ -129,7 +129,7 @@ def _values_and_grads(loss: PolicyLoss, options: Mapping[str, Any], terms: Polic
     """Return the token losses and the gradient of a weighted sum of them, [N] each."""
     with torch.enable_grad():
         logprobs = terms.logprobs.detach().requires_grad_()
-        values = loss.function(replace(terms, logprobs=logprobs, reported={}), **options)
+        values = loss.function(replace(terms, logprobs=logprobs, reported={}, reported_means={}), **options)
         check_token_losses(values, logprobs, loss.name)
         # Unequal weights that travel with their token: neighbours cannot cancel by accident.
         total = (values * (1 + terms.old_logprobs.square())).sum()

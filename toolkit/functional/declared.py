@@ -36,7 +36,7 @@ def declared(
     """Return `terms` without the fields that `loss` does not ask for, except those named in `also`."""
     kept = fields_declared(loss, options).union(also)
     missing: dict[str, Any] = {name: None for name in OPTIONAL if name not in kept}
-    return replace(terms, reported={}, **missing)
+    return replace(terms, reported={}, reported_means={}, **missing)
 
 
 def undeclared(loss: PolicyLoss, options: Mapping[str, Any], terms: PolicyTerms | None = None) -> str | None:

@@ -56,11 +56,20 @@ class PolicyTerms:
     log_ratio_range: LogRatioRange = (-MAX_LOG_RATIO, MAX_LOG_RATIO)
     """Bounds of every log ratio in nats, before exp; the gradient is 0 outside. None: no bound."""
     reported: dict[str, Metric] = field(default_factory=dict)
-    """What the policy loss reported of itself."""
+    """What the policy loss reported of itself, means over all N tokens apart; `reports` has all of it."""
+    reported_means: dict[str, Tensor] = field(default_factory=dict)
+    """[N] each, without gradient: they are summed together."""
 
     def report(self, name: str, values: Tensor, kind: Literal["mean", "min", "max"] = "mean") -> None:
         """Show the mean (or smallest, or largest) of `values` [n], over all of them in the step, as metric `name`."""
-        self.reported[name] = KINDS[kind].of(values)
+        if kind == "mean" and values.shape == self.logprobs.shape:
+            self.reported_means[name] = values.detach()
+        else:
+            self.reported[name] = KINDS[kind].of(values)
+
+    def reports(self) -> dict[str, Metric]:
+        """Return what the policy loss reported of itself."""
+        return {**Mean.of_each(self.reported_means), **self.reported}
 
     # ------------------------------------------------------------------ ratios
 

@@ -124,13 +124,18 @@ def check_head(
         raise DataError(f"head_bias has dtype {head_bias.dtype}; it must be a floating-point tensor")
     if head_bias is not None and head_bias.shape != (vocabulary,):
         raise DataError(f"head_bias has shape {list(head_bias.shape)}; it must be [{vocabulary}]")
-    outside = (labels != ignore_idx) & ((labels < 0) | (labels >= vocabulary))
-    if bool(outside.any()):
-        where = outside.nonzero()[0].tolist()
+    ids = labels.masked_fill(labels == ignore_idx, 0)
+    if labels.numel() and not _are_inside(ids, vocabulary):
+        where = ((ids < 0) | (ids >= vocabulary)).nonzero()[0].tolist()
         raise DataError(
             f"{labels_name}{where} = {int(labels[tuple(where)])} lies outside the vocabulary of {vocabulary} "
             f"(0 .. {vocabulary - 1}); positions that are not scored carry ignore_idx = {ignore_idx}"
         )
+
+
+def _are_inside(ids: Tensor, vocabulary: int) -> bool:
+    lowest, highest = torch.stack(ids.aminmax()).tolist()  # waits for the device once
+    return lowest >= 0 and highest < vocabulary
 
 
 def _checked_transform(

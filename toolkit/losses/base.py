@@ -241,9 +241,7 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         check_head(hidden_states, head_weight, tokens, head_bias, ignore_idx=ignore_idx, labels_name="shifted_labels")
         check_counted_once(vocab_group(head_weight).group)
         for name, value in self.loss_kwargs.tensors():
-            if not self.loss_kwargs.is_per_token(name):
-                continue
-            mark = self.loss_kwargs.layout(name)
+            mark = self.loss_kwargs.layout(name) if self.loss_kwargs.is_per_token(name) else None
             if isinstance(mark, PerToken) and mark.positions(value) != labels.shape:
                 raise DataError(
                     f"{type(self.loss_kwargs).__name__}.{name} has shape {list(value.shape)}, but shifted_labels has "

@@ -122,11 +122,17 @@ class KwargsBuilder(Generic[ItemT]):
         fields: dict[str, Any] = {"shifted_labels": row.labels, "loss_weight": row.weights[..., 0]}
         if row.weights.shape[-1] > 1:
             fields["term_weights"] = row.weights
+        if "sequence_ids" in cls.kwargs_cls.model_fields and cls.reads_sequences(row.step.loss_cfg):
+            fields["sequence_ids"] = row.sequence_ids
         for name in cls.kwargs_cls.model_fields:
-            value = row.sequence_ids if name == "sequence_ids" else row.value(name)
-            if name not in fields and value is not None:
+            if name not in fields and (value := row.value(name)) is not None:
                 fields[name] = value
         return fields
+
+    @classmethod
+    def reads_sequences(cls, loss_cfg: Any) -> bool:
+        """Whether the kwargs' field `sequence_ids` is filled, where `kwargs_cls` has one."""
+        return True
 
     @classmethod
     def _check_fields(cls, items: Sequence[Any]) -> None:

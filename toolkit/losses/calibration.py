@@ -89,13 +89,13 @@ def sequence_ids_of_batches(
 
 
 def aggregated(
-    labels: Sequence[Tensor], ids: Sequence[Tensor], aggregation: str, *, ignore_idx: int, **options: Any
+    labels: Sequence[Tensor], ids: Sequence[Tensor | None], aggregation: str, *, ignore_idx: int, **options: Any
 ) -> list[Share]:
     """Return the share of every micro-batch of this rank under `aggregation`.
 
     Args:
         labels: shifted labels of each micro-batch, [1, T] or [B, T], whole rows.
-        ids: from `sequence_ids_of_batches`.
+        ids: from `sequence_ids_of_batches`; None where the aggregation does not ask for sequences.
         aggregation: see `functional.aggregation`.
         ignore_idx: label of positions that are not scored.
         options: of `functional.aggregation.share`; a list has one entry for each micro-batch.
@@ -113,7 +113,9 @@ def aggregated(
 
 def count_of(shares: Sequence[Share], device: torch.device) -> Tensor:
     """Return what the micro-batches of this rank add to the denominator of one term, 0-dim float64."""
-    return sum((own.count for own in shares), torch.zeros((), dtype=torch.float64, device=device))
+    if not shares:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return sum((own.count for own in shares[1:]), shares[0].count)
 
 
 def calibrated(shares: Sequence[Share], denominator: Tensor, *, gradient_reduction: str) -> list[Tensor]:
@@ -127,8 +129,10 @@ def calibrated(shares: Sequence[Share], denominator: Tensor, *, gradient_reducti
     Returns:
         float64 weights, [B, T] for each micro-batch, 0 where nothing is scored.
     """
-    factor = world_size() if gradient_reduction == "mean" else 1
-    return [own.weights * factor if own.is_sum else own.divided(denominator / factor) for own in shares]
+    factor = _ranks_in(gradient_reduction)
+    if factor != 1:
+        denominator = denominator / factor
+    return [own.weights * factor if own.is_sum else own.divided(denominator) for own in shares]
 
 
 def counts_here(sp_mesh: DeviceMesh | None) -> bool:
@@ -143,4 +147,11 @@ def loss_metric(loss: Tensor, gradient_reduction: str) -> Sum:
         loss: scalar, from calibrated weights; with "mean" these carry a factor R, which is taken out here.
         gradient_reduction: "mean" or "sum", as the weights were made.
     """
-    return Sum(loss.detach().double() / (world_size() if gradient_reduction == "mean" else 1))
+    factor = _ranks_in(gradient_reduction)
+    value = loss.detach().double()
+    return Sum(value if factor == 1 else value / factor)
+
+
+def _ranks_in(gradient_reduction: str) -> int:
+    """Return by how many ranks the back-end divides the sum of their gradients."""
+    return world_size() if gradient_reduction == "mean" else 1

@@ -17,7 +17,7 @@ from toolkit.head.options import HeadOptions
 from toolkit.losses.aggregation import PER_COMPONENT, AggregationConfig, aggregation_from
 from toolkit.losses.required import Requirement, required_fields
 from toolkit.losses.term import LossTerm
-from toolkit.schema import Config, FrozenDict, checked_chunk_size
+from toolkit.schema import Config, FrozenDict, answer, checked_chunk_size
 
 if TYPE_CHECKING:
     from toolkit.losses.base import BaseLossContext
@@ -272,7 +272,7 @@ class BaseRLLossConfig(BaseLossConfig):
             raise ValueError("a KL term has one mean over all tokens, whatever their advantage; e.g. token_mean")
         return given
 
-    @property
+    @answer
     def terms(self) -> tuple[LossTerm, ...]:
         """The policy loss, and KL, negative log-likelihood of good tokens and entropy where they are asked for.
 
@@ -312,22 +312,32 @@ class BaseRLLossConfig(BaseLossConfig):
         """The chosen policy loss."""
         return policy_loss(self.policy_loss_cfg["loss_type"])
 
-    @property
+    @answer
     def policy_options(self) -> dict[str, Any]:
         """Its options."""
-        return {name: value for name, value in self.policy_loss_cfg.items() if name != "loss_type"}
+        return FrozenDict({name: value for name, value in self.policy_loss_cfg.items() if name != "loss_type"})
 
     @property
     def scope(self) -> Scope:
         """What one token's loss depends on: the wider of the policy loss and of corrections in the forward."""
         scope = self.policy.scope
-        needs_sequences = any(own.needs_sequences for own in self.correction if own.needs_current)
-        return "sequence" if scope == "token" and needs_sequences else scope
+        return "sequence" if scope == "token" and self._has_wide_correction else scope
+
+    @answer
+    def _has_wide_correction(self) -> bool:
+        return any(own.needs_sequences for own in self.correction if own.needs_current)
 
     @property
     def required_fields(self) -> dict[str, Requirement]:
         """What every item must have beside labels, by the name of the field: who reads it, and what to do without."""
-        return required_fields(self)
+        known, policy = self._requirements, self.policy
+        if known.get("of") is not policy:  # another of this name may have been registered since
+            known.update({"of": policy, "fields": required_fields(self)})
+        return known["fields"]
+
+    @answer
+    def _requirements(self) -> dict[str, Any]:
+        return {}
 
     @property
     def reads_advantages(self) -> bool:

@@ -6,7 +6,8 @@ Legend: B rows, T positions of a row, K values of one position. A per-token fiel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -70,8 +71,7 @@ class TensorRecord(Model):
         Raises:
             DataError: nobody declared it.
         """
-        mark = _mark_of(cls, name)
-        if mark is not None:
+        if (mark := _mark_of(cls, name)) is not None:
             return mark
         raise DataError(
             f"{cls.__name__}.{name} is a tensor, but how it lies over the tokens is not declared; write "
@@ -109,7 +109,8 @@ class TensorRecord(Model):
         for name, value in self.tensors():
             mark = self.layout(name)
             if isinstance(mark, PerToken):
-                own = value.reshape(-1, *value.shape[value.dim() - mark.trailing :]).index_select(0, positions)
+                flat = value.reshape(-1, *value.shape[-mark.trailing :]) if mark.trailing else value.reshape(-1)
+                own = flat.index_select(0, positions)
                 taken[name] = own.unsqueeze(0) if as_row else own
         return self.model_copy(update=taken)  # what was checked once is right in part, too
 
@@ -167,21 +168,26 @@ def _mark_of(record: type[TensorRecord], name: str) -> PerToken | Shared | None:
     return None
 
 
-def check_finite(name: str, values: Tensor | None, labels: Tensor, ignore_idx: int) -> None:
-    """Refuse NaN and inf at scored positions.
+def check_finite(fields: Mapping[str, Tensor], labels: Tensor, ignore_idx: int) -> None:
+    """Refuse NaN and inf at scored positions. Waits for the device once, whatever the number of fields.
+
+    Args:
+        fields: [B, T] each, by the names that messages use.
+        labels: [B, T].
+        ignore_idx: label of positions that may hold anything.
 
     Raises:
-        DataError: names the field and the first such position.
+        DataError: names the first such field and position.
     """
-    if values is None:
-        return
-    is_scored = labels != ignore_idx
-    if bool(values.detach().where(is_scored, 0.0).sum(dtype=wide_dtype(values)).isfinite()):
+    is_free = labels == ignore_idx
+    sums = [own.detach().masked_fill(is_free, 0.0).sum(dtype=wide_dtype(own)) for own in fields.values()]
+    if not sums or math.isfinite(torch.stack(sums).sum().item()):
         return  # a sum that is finite has finite parts; one that is not may have overflowed
-    broken = ~values.isfinite() & is_scored
-    if bool(broken.any()):
-        where = broken.nonzero()[0].tolist()
-        raise DataError(
-            f"{name}{where} = {float(values[tuple(where)])} at a scored position; only positions whose label is "
-            f"ignore_idx = {ignore_idx} may hold NaN or inf. Mask the position or repair the value"
-        )
+    for name, values in fields.items():
+        broken = ~values.isfinite() & ~is_free
+        if bool(broken.any()):
+            where = broken.nonzero()[0].tolist()
+            raise DataError(
+                f"{name}{where} = {float(values[tuple(where)])} at a scored position; only positions whose label is "
+                f"ignore_idx = {ignore_idx} may hold NaN or inf. Mask the position or repair the value"
+            )

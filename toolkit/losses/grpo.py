@@ -35,7 +35,7 @@ from toolkit.losses.step import Extra, Step, StepRow
 from toolkit.losses.summation import as_loss_dtype, term_sums, total, weighted
 from toolkit.losses.term import LossTerm
 from toolkit.losses.whole import Whole, emptied, with_gradient_of
-from toolkit.metrics import Max, Mean, Metric, Min, Sum
+from toolkit.metrics import Mean, Metric, Sum, extremes, without_graph
 
 __all__ = ["GRPOLossContext", "GRPOLossKwargs"]
 
@@ -87,6 +87,11 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     def fields_of(cls, row: StepRow) -> dict[str, Any]:
         """Return the fields of the kwargs: the item's by name, corrections, and what a wider scope looks at."""
         return {**super().fields_of(row), **grpo_kwargs.fields_of(row)}
+
+    @classmethod
+    def reads_sequences(cls, loss_cfg: BaseRLLossConfig) -> bool:
+        """Whether the policy loss or a correction looks at more than single tokens."""
+        return loss_cfg.scope != "token"
 
     @classmethod
     def of_this_rank(cls, batches: list[Any], step: Step) -> list[Any]:
@@ -236,7 +241,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         policy = self._token_losses(everyone, seen, whole.kwargs)
         values = {term.name: policy for term in self._policy_terms}
         sums = term_sums(self.terms, values, whole.kwargs, importance, owner=type(self).__name__, partly=True)
-        reported = everyone.reported if whole.reports else emptied(everyone.reported)
+        reported = everyone.reports() if whole.reports else emptied(everyone.reports())
         return _Wide(own, {**reported, **measured}, sums, policy.detach()[place])
 
     def _token_losses(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
@@ -304,27 +309,30 @@ def _sampled_kl(terms: PolicyTerms, cfg: BaseRLLossConfig) -> Tensor:
 
 def _constant(values: Tensor, like: Tensor) -> Tensor:
     """Cut `values` off from any graph: a live old_logprobs would cancel the policy's own gradient."""
-    return values.detach().to(like.dtype)
+    return without_graph(values).to(like.dtype)
 
 
 @torch.no_grad()
 def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
     """Ratio statistics between the policy now and before the step, and against the sampler if it reported."""
-    log_ratio = terms.log_ratio()
+    difference = terms.logprobs - terms.old_logprobs
+    log_ratio = terms.bounded(difference)
     ratio = log_ratio.exp()
     means = Mean.of_each(
         {
+            **terms.reported_means,
             "ratio": ratio,
-            "log_ratio_clamped": ((terms.logprobs - terms.old_logprobs) != log_ratio).to(ratio.dtype),
+            "log_ratio_clamped": difference != log_ratio,
             "kl_old": k3(terms.old_logprobs, terms.logprobs),
             "kl_old_k1": k1(terms.old_logprobs, terms.logprobs),
-            "non_finite_tokens": (~terms.logprobs.isfinite()).to(ratio.dtype),
+            "non_finite_tokens": (terms.logprobs - terms.logprobs) != 0,  # inf - inf is NaN, too
         }
     )
+    lowest, highest = extremes(ratio)
     metrics: dict[str, Metric] = {
         **means,
-        "ratio_min": Min.of(ratio),
-        "ratio_max": Max.of(ratio),
+        "ratio_min": lowest,
+        "ratio_max": highest,
         "active_tokens": Sum(means["ratio"].den),
         "non_finite_tokens": Sum(means["non_finite_tokens"].num),
     }

@@ -27,6 +27,7 @@ from toolkit.functional.terms import PolicyTerms
 from toolkit.losses.config import BaseRLLossConfig
 from toolkit.losses.correction import CorrectionConfig
 from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.step import Step
 from toolkit.metrics import Metric
 
 
@@ -56,17 +57,17 @@ class EarlyCorrections:
 
     def __init__(
         self,
-        items: Sequence[RLLossContextInputItem],
-        ids: Sequence[Tensor],
+        step: Step,
         turns: Sequence[Tensor] | None,
         cfg: BaseRLLossConfig,
         *,
         has_current: bool,
     ) -> None:
+        items: list[RLLossContextInputItem] = step.items
         self._cfg, self._items = cfg, items
         self._chosen = early(cfg, has_current=has_current)
         each = [None] * len(items) if turns is None else turns
-        found = [_mismatch_terms(*own, cfg) for own in zip(items, ids, each, strict=True)]
+        found = [_mismatch_terms(step, index, own, cfg) for index, own in enumerate(each)]
         self._scored, self._terms = [own[0] for own in found], [own[1] for own in found]
 
     def normalizer_parts(self) -> Tensor:
@@ -85,12 +86,13 @@ class EarlyCorrections:
         sums = torch.ones(len(self._chosen), 2, dtype=torch.float64)
         return [self.batch(index, sums).labels for index in range(len(self._items))]
 
-    def batch(self, index: int, normalizer_sums: Tensor) -> CorrectedBatch:
+    def batch(self, index: int, normalizer_sums: Tensor | None) -> CorrectedBatch:
         """Return a micro-batch after the corrections.
 
         Args:
             index: which one.
-            normalizer_sums: [C, 2] the `normalizer_parts` of all ranks; ones: no weight is divided by a mean.
+            normalizer_sums: [C, 2] the `normalizer_parts` of all ranks; ones: no weight is divided by a mean;
+                None: there is no correction.
         """
         item, positions, terms = self._items[index], self._scored[index], self._terms[index]
         return _corrected_batch(item, positions, terms, self._chosen, normalizer_sums, self._cfg)
@@ -104,9 +106,10 @@ def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> T
 
 
 def _mismatch_terms(
-    item: RLLossContextInputItem, ids: Tensor, turns: Tensor | None, cfg: BaseRLLossConfig
+    step: Step, index: int, turns: Tensor | None, cfg: BaseRLLossConfig
 ) -> tuple[Tensor | None, MismatchTerms | None]:
     """Return where the scored tokens are and what corrections look at; None where nothing can be compared."""
+    item: RLLossContextInputItem = step.items[index]
     old = item.current_logprobs if item.old_logprobs is None else item.old_logprobs
     rollout = comparable_rollout(item, cfg)
     if old is None or (rollout is None and any("rollout" in own.between for own in cfg.correction)):
@@ -114,6 +117,7 @@ def _mismatch_terms(
     if rollout is None and item.current_logprobs is None:
         return None, None
     assert item.advantages is not None
+    ids = step.sequence_ids[index]
     positions = (item.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
 
     def own(values: Tensor) -> Tensor:
@@ -137,13 +141,13 @@ def _corrected_batch(
     positions: Tensor | None,
     terms: MismatchTerms | None,
     corrections: tuple[CorrectionConfig, ...],
-    sums: Tensor,
+    sums: Tensor | None,
     cfg: BaseRLLossConfig,
 ) -> CorrectedBatch:
     labels = item.shifted_labels
     if terms is None or positions is None:
         return CorrectedBatch(labels, None, {})
-    result = corrected(corrections, terms, sums) if corrections else _untouched(terms)
+    result = _untouched(terms) if not corrections or sums is None else corrected(corrections, terms, sums)
     assert terms.old_logprobs is not None
     metrics: dict[str, Metric] = {}
     if comparable_rollout(item, cfg) is not None:

@@ -69,9 +69,10 @@ def check_item(item: RLLossContextInputItem, cfg: BaseRLLossConfig, where: str) 
     for name, requirement in required.items():
         if name not in CHECKED_LATER and getattr(item, name) is None:
             raise DataError(f"{where}.{name} is missing, but {requirement.why}; {requirement.remedy}")
-    for name in {"advantages": None, **required, "old_logprobs": None, "current_logprobs": None}:
-        if name != "group_ids" and name not in CHECKED_LATER[1:]:
-            check_finite(f"{where}.{name}", getattr(item, name), item.shifted_labels, cfg.ignore_idx)
+    read = {"advantages": None, **required, "old_logprobs": None, "current_logprobs": None}
+    given = {name: getattr(item, name) for name in read if name != "group_ids" and name not in CHECKED_LATER[1:]}
+    present = {f"{where}.{name}": values for name, values in given.items() if values is not None}
+    check_finite(present, item.shifted_labels, cfg.ignore_idx)
     if item.rollout_spec is not None and not cfg.accept_mismatch and "rollout_logprobs" in required:
         reason = item.rollout_spec.mismatch(cfg.temperature)
         if reason is not None:

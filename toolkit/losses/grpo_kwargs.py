@@ -76,8 +76,9 @@ class Prepared:
 
 def counted_besides(cfg: BaseRLLossConfig) -> dict[str, int | None]:
     """Return what `prepare` counts; see `KwargsBuilder`."""
+    means = {"normalizers": 2 * len(cfg.correction)} if cfg.correction else {}
     tables = {"pieces": None} if cfg.scope == "group" else {}
-    return {"micro_batches": 1, "with_current": 1, "with_tokens": 1, "normalizers": 2 * len(cfg.correction), **tables}
+    return {"micro_batches": 3, **means, **tables}
 
 
 def prepare(step: Step) -> Extra:
@@ -91,17 +92,16 @@ def prepare(step: Step) -> Extra:
     if cfg.scope != "token" or cfg.correction:
         turns = [turn_ids(own != cfg.ignore_idx, ids) for own, ids in zip(labels, step.sequence_ids, strict=True)]
     with_current = sum(item.current_logprobs is not None for item in step.items)
-    corrections = EarlyCorrections(
-        step.items, step.sequence_ids, turns, cfg, has_current=with_current == len(step.items) > 0
-    )
+    corrections = EarlyCorrections(step, turns, cfg, has_current=with_current == len(step.items) > 0)
     step.prepared = Prepared(corrections, turns, candidates)
     step.labels = corrections.labels()
-    found: dict[str, Any] = {
-        "micro_batches": len(step.items),
-        "with_current": with_current,
-        "with_tokens": torch.stack([(own != cfg.ignore_idx).any() for own in labels]).sum() if labels else 0,
-        "normalizers": corrections.normalizer_parts(),
-    }
+    # Those with a scored token are asked for only where losses look at several tokens.
+    with_tokens = 0
+    if cfg.scope != "token" and labels:
+        with_tokens = int(torch.stack([(own != cfg.ignore_idx).any() for own in labels]).sum())
+    found: dict[str, Any] = {"micro_batches": (len(step.items), with_current, with_tokens)}
+    if cfg.correction:
+        found["normalizers"] = corrections.normalizer_parts()
     if cfg.scope == "group":
         groups = [item.group_ids for item in step.items]
         found["pieces"] = pieces_of_groups(labels, groups, ignore_idx=cfg.ignore_idx)
@@ -110,8 +110,7 @@ def prepare(step: Step) -> Extra:
 
 def check_totals(step: Step) -> None:
     """Raise where a loss of several tokens cannot see them; see `KwargsBuilder`."""
-    names = ("micro_batches", "with_current", "with_tokens")
-    numbers = torch.cat([_totals(step).numbers[name] for name in names]).tolist()  # waits for the device once
+    numbers = _totals(step).numbers["micro_batches"].tolist()  # waits for the device once
     num_items, num_with_current, num_scored = map(int, numbers)
     check_step(
         step.items,
@@ -128,7 +127,7 @@ def fields_of(row: StepRow) -> dict[str, Any]:
     """Return what the kwargs of a micro-batch hold beside what its item has by the same name, and instead of that."""
     cfg, scope = row.step.loss_cfg, row.step.loss_cfg.scope
     prepared: Prepared = row.step.prepared
-    sums = _totals(row.step).numbers["normalizers"].reshape(-1, 2)
+    sums = _totals(row.step).numbers["normalizers"].reshape(-1, 2) if cfg.correction else None
     batch = prepared.corrections.batch(row.index, sums)
     metrics = {**batch.metrics, **(_step_metrics(row.step) if row.index == 0 else {})}
     is_wide = scope != "token"
@@ -177,14 +176,14 @@ def _step_metrics(step: Step) -> dict[str, Metric]:
     tokens, sequences = [], []
     for index, (item, own) in enumerate(zip(step.items, step.labels, strict=True)):
         is_scored = own != step.ignore_idx
-        is_idle = is_scored & (item.advantages == 0)
-        tokens.append(Mean.share(is_idle, is_scored))
+        is_taught = is_scored & (item.advantages != 0)
+        tokens.append(Mean.share(is_scored & ~is_taught, is_scored))
         if step.cu_seq_lens_list is None:  # a row is a sequence
-            is_taught, is_there = (is_scored & ~is_idle).any(-1), is_scored.any(-1)
+            is_reached, is_there = is_taught.any(-1), is_scored.any(-1)
         else:
             ids = (step.sequence_ids[index] + 1).reshape(-1)  # 0 collects what belongs to none
-            is_taught, is_there = (ids.bincount(chosen.reshape(-1)) > 0 for chosen in (is_scored & ~is_idle, is_scored))
-        sequences.append(Mean.share(is_there & ~is_taught, is_there))
+            is_reached, is_there = (ids.bincount(chosen.reshape(-1)) > 0 for chosen in (is_taught, is_scored))
+        sequences.append(Mean.share(is_there & ~is_reached, is_there))
     return {
         "zero_advantage_tokens": _merged(tokens),
         "zero_advantage_sequences": _merged(sequences),

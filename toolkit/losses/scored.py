@@ -110,7 +110,7 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         scores = eager_scores(
             hidden,
             head_weight,
-            flat.index_select(0, positions),
+            taken.shifted_labels,
             head_bias,
             self.transform,
             with_entropy=bool(self.entropy),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import sp_split
 from toolkit.errors import ConfigError, DataError
-from toolkit.functional.aggregation import Share
+from toolkit.functional.aggregation import BY_TOKEN, Share
 from toolkit.losses.aggregation import AggregationConfig
 from toolkit.losses.calibration import (
     aggregated,
@@ -64,11 +65,14 @@ class StepRow:
     """The same as given: under sequence parallelism this rank's shard."""
     labels: Tensor
     """[B, T], `ignore_idx` where a token counts nowhere."""
-    sequence_ids: Tensor
-    """[B, T] int64, the sequence of each position, negative for none."""
     weights: Tensor
     """[B, T, K] float64, a column for all terms that count alike; 0 where a term does not count a token."""
     step: Step
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        """[B, T] int64, the sequence of each position, negative for none."""
+        return self.step.sequence_ids[self.index]
 
     def value(self, name: str) -> Any:
         """Return the item's field of that name, None where it has none.
@@ -76,7 +80,9 @@ class StepRow:
         Fields with a trailing axis are not joined over shards: there they are empty, to be filled with the piece's own.
         """
         whole = self.item.__dict__.get(name)  # of a name that is no field, too: dozens are asked for
-        if whole is None and isinstance(own := self.piece.__dict__.get(name), Tensor):
+        if whole is not None or self.piece is self.item:
+            return whole
+        if isinstance(own := self.piece.__dict__.get(name), Tensor):
             return own.new_zeros(*self.labels.shape, 0)
         return whole
 
@@ -99,8 +105,6 @@ class Step:
     """Items as given: under sequence parallelism this rank's shards."""
     items: list[Any] = field(default_factory=list)
     """Items of whole rows."""
-    sequence_ids: list[Tensor] = field(default_factory=list)
-    """[B, T] the sequence of each position."""
     labels: list[Tensor] = field(default_factory=list)
     """[B, T], `ignore_idx` where a token counts nowhere; who prepares the step may leave out more."""
     prepared: Any = None
@@ -135,7 +139,8 @@ class Step:
         def count_here() -> Counts:
             self.pieces, self.items = given_and_whole(checked, self.sp_mesh)
             self.labels = [item.shifted_labels for item in self.items]
-            self.sequence_ids = sequence_ids_of_batches(self.labels, self.cu_seq_lens_list, ignore_idx=self.ignore_idx)
+            if self.cu_seq_lens_list is not None:
+                _ = self.sequence_ids  # boundaries that do not fit must reach the other ranks, too
             given = dict(prepare(self)) if prepare is not None else {}
             if given.keys() != extra.keys():
                 raise ConfigError(f"prepare counted {sorted(given)}, but {sorted(extra)} was announced")
@@ -160,7 +165,7 @@ class Step:
             calibrated(own, denominator, gradient_reduction=self.gradient_reduction)
             for own, denominator in zip(shares, denominators, strict=True)
         ]
-        self.weights = [torch.stack(own, -1) for own in zip(*each, strict=True)]
+        self.weights = [torch.stack(own, -1) if own[1:] else own[0].unsqueeze(-1) for own in zip(*each, strict=True)]
         self.totals = StepTotals(
             {
                 term.name: torch.ones_like(denominators[column])
@@ -173,9 +178,15 @@ class Step:
         )
         return self.totals
 
+    @cached_property
+    def sequence_ids(self) -> list[Tensor]:
+        """[B, T] int64 for each micro-batch, the sequence of each position; computed where something asks for it."""
+        labels = [item.shifted_labels for item in self.items]
+        return sequence_ids_of_batches(labels, self.cu_seq_lens_list, ignore_idx=self.ignore_idx)
+
     def rows(self) -> list[StepRow]:
         """Return every micro-batch of this rank with its weights."""
-        each = zip(self.items, self.pieces, self.labels, self.sequence_ids, self.weights, strict=True)
+        each = zip(self.items, self.pieces, self.labels, self.weights, strict=True)
         return [StepRow(index, *own, self) for index, own in enumerate(each)]
 
     def filled(self, kwargs: Sequence[Any]) -> list[Any]:
@@ -238,7 +249,8 @@ class Step:
                 for ids, bounds in zip(self.sequence_ids, self.cu_seq_lens_list, strict=True)
             ]
         counted = self._counted(term)
-        return aggregated(counted, self.sequence_ids, chosen.name, ignore_idx=self.ignore_idx, **options)
+        ids = [None] * len(counted) if chosen.name in BY_TOKEN else self.sequence_ids
+        return aggregated(counted, ids, chosen.name, ignore_idx=self.ignore_idx, **options)
 
 
 def _as_numbers(given: Any, size: int, device: torch.device) -> Tensor:

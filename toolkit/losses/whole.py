@@ -120,7 +120,7 @@ def with_whole(
         is_step_wide: whether the loss looks at all micro-batches and ranks; all must call it together then.
     """
     if cfg.scope == "token" or (sp_mesh is None and not is_step_wide):
-        return [own.replace(group_ids=_from_zero(own.group_ids)) for own in batches]
+        return [own if own.group_ids is None else own.replace(group_ids=_from_zero(own.group_ids)) for own in batches]
     batches = [own.replace(shifted_labels=scored_labels(own, cfg)) for own in batches]
     parts = [own.take(_scored(own, cfg)) for own in batches]
     if is_step_wide:

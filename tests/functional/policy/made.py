@@ -105,7 +105,7 @@ def ratios(*values: float) -> list[float]:
 def values_and_grads(
     name: str, terms: PolicyTerms, weights: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The token losses, and the gradient of their (weighted) sum: [N] each. Reports are left in ``terms.reported``."""
+    """The token losses, and the gradient of their (weighted) sum: [N] each. Reports are in ``terms.reports()``."""
     loss = policy_loss(name)
     logprobs = terms.logprobs.detach().requires_grad_()
     losses = loss.function(replace(terms, logprobs=logprobs), **loss.options(options))
@@ -124,7 +124,7 @@ def check(name: str, terms: PolicyTerms, losses: Sequence[float], grads: Sequenc
 
 def reports(terms: PolicyTerms) -> dict[str, float]:
     """What the loss reported of itself."""
-    return {name: metric.value() for name, metric in terms.reported.items()}
+    return {name: metric.value() for name, metric in terms.reports().items()}
 
 
 def from_sample(sample: Sample, dtype: torch.dtype = torch.float64) -> PolicyTerms:

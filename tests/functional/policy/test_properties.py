@@ -73,7 +73,7 @@ def test_finite_and_inputs_stay(name: str, options: dict[str, Any], sample: Any,
     assert grads.isfinite().all()
     after = [v for f in fields(terms) if isinstance(v := getattr(terms, f.name), Tensor)]
     assert all(map(torch.equal, before, after))
-    assert all(0 <= m.value() <= 1 for key, m in terms.reported.items() if "fraction" in key)
+    assert all(0 <= m.value() <= 1 for key, m in terms.reports().items() if "fraction" in key)
 
 
 @pytest.mark.parametrize(("name", "options"), [c for c in CASES if c != ("clip_cov", {})], ids=str)

@@ -119,5 +119,5 @@ def test_clip_fractions_count_only_where_the_bound_binds(
     # R23: a ratio of 1.5 with A < 0 is not clipped above.
     t = terms(ratio, advantage)
     vanilla(t)
-    found = {name: metric.value() for name, metric in t.reported.items()}
+    found = {name: metric.value() for name, metric in t.reports().items()}
     assert found == {"clip_fraction_low": low, "clip_fraction_high": high, "dual_clip_fraction": dual}

@@ -48,17 +48,15 @@ MUTATIONS = (
     Mutation(
         name="clip-takes-the-smaller-loss",
         file=f"{POLICY}/clip.py",
-        line="losses = (-advantages * capped).maximum"
-        "(-advantages * ratio.clamp(1 - cliprange_low, 1 + cliprange_high))",
-        becomes="losses = (-advantages * capped).minimum"
-        "(-advantages * ratio.clamp(1 - cliprange_low, 1 + cliprange_high))",
+        line="losses = (harm * capped).maximum(harm * ratio.clamp(1 - cliprange_low, 1 + cliprange_high))",
+        becomes="losses = (harm * capped).minimum(harm * ratio.clamp(1 - cliprange_low, 1 + cliprange_high))",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_hand_worked",),
     ),
     Mutation(
         name="clip-dual-clip-of-all-advantages",
         file=f"{POLICY}/clip.py",
-        line="return losses.minimum(-clip_ratio_c * advantages).where(is_negative, losses)",
-        becomes="return losses.minimum(-clip_ratio_c * advantages)",
+        line="return losses.minimum(clip_ratio_c * harm).where(is_negative, losses)",
+        becomes="return losses.minimum(clip_ratio_c * harm)",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_dual_clip_only_for_negative_advantages",),
     ),
     Mutation(
@@ -334,8 +332,8 @@ MUTATIONS = (
     Mutation(
         name="aggregation-nothing-scored-is-nan",
         file=f"{FUNCTIONAL}/aggregation.py",
-        line="return self.weights * torch.where(denominator > 0, 1 / denominator, 0.0).to(self.weights.dtype)",
-        becomes="return self.weights * (1 / denominator).to(self.weights.dtype)",
+        line="return self.weights * denominator.reciprocal().nan_to_num(posinf=0.0).to(self.weights.dtype)",
+        becomes="return self.weights * denominator.reciprocal().to(self.weights.dtype)",
         tests=(f"{TESTS}/test_aggregation.py::test_nothing_scored_is_exactly_zero",),
     ),
     Mutation(

@@ -30,8 +30,8 @@ MUTATIONS = (
     Mutation(
         name="head-label-after-the-last-accepted",
         file=f"{HEAD}/inputs.py",
-        line="outside = (labels != ignore_idx) & ((labels < 0) | (labels >= vocabulary))",
-        becomes="outside = (labels != ignore_idx) & ((labels < 0) | (labels > vocabulary))",
+        line="return lowest >= 0 and highest < vocabulary",
+        becomes="return lowest >= 0 and highest <= vocabulary",
         tests=(f"{REFUSALS}::test_labels_outside_the_vocabulary",),
     ),
     Mutation(

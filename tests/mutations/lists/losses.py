@@ -7,15 +7,15 @@ MUTATIONS = (
     Mutation(
         name="calibration-forgets-the-world",
         file="toolkit/losses/calibration.py",
-        line='factor = world_size() if gradient_reduction == "mean" else 1',
-        becomes="factor = 1",
+        line='return world_size() if gradient_reduction == "mean" else 1',
+        becomes="return 1",
         tests=("tests/test_distributed.py::test_sequence_parallel_equals_one_process",),
     ),
     Mutation(
         name="loss-metric-keeps-the-world",
         file="toolkit/losses/calibration.py",
-        line='return Sum(loss.detach().double() / (world_size() if gradient_reduction == "mean" else 1))',
-        becomes="return Sum(loss.detach().double())",
+        line="return Sum(value if factor == 1 else value / factor)",
+        becomes="return Sum(value)",
         tests=("tests/test_distributed.py::test_runner_step_over_two_processes",),
     ),
     Mutation(
@@ -227,7 +227,7 @@ MUTATIONS = (
     Mutation(
         name="fields-keep-their-graph",
         file="toolkit/losses/grpo.py",
-        line="return values.detach().to(like.dtype)",
+        line="return without_graph(values).to(like.dtype)",
         becomes="return values.to(like.dtype)",
         tests=("tests/losses/test_precision.py::test_fields_with_a_live_graph_are_constants",),
     ),
@@ -276,8 +276,8 @@ MUTATIONS = (
     Mutation(
         name="infinite-fields-pass",
         file="toolkit/losses/fields.py",
-        line="broken = ~values.isfinite() & is_scored",
-        becomes="broken = values.isnan() & is_scored",
+        line="broken = ~values.isfinite() & ~is_free",
+        becomes="broken = values.isnan() & ~is_free",
         tests=("tests/losses/test_grpo.py::test_non_finite_at_a_scored_position_is_named",),
     ),
     Mutation(

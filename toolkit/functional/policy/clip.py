@@ -44,8 +44,9 @@ def clipped_surrogate(
     if delta is not None:
         t.report("delta_clip_fraction", (ratio > max(delta, 1 + cliprange_high)) & is_negative)
         capped = ratio.clamp(max=delta)
-    losses = (-advantages * capped).maximum(-advantages * ratio.clamp(1 - cliprange_low, 1 + cliprange_high))
+    harm = -advantages
+    losses = (harm * capped).maximum(harm * ratio.clamp(1 - cliprange_low, 1 + cliprange_high))
     if clip_ratio_c is None:
         return losses
     t.report("dual_clip_fraction", (ratio > clip_ratio_c) & is_negative)
-    return losses.minimum(-clip_ratio_c * advantages).where(is_negative, losses)
+    return losses.minimum(clip_ratio_c * harm).where(is_negative, losses)

@@ -29,11 +29,13 @@ from toolkit.testing.verdict import compare
 
 WORLDS = (1, 2, 4)
 MICRO_BATCHES, SHARDS, PACKED, MODES = (1, 2, 4), (1, 2), (False, True), ("eager", "chunk")
-RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}
-REFERENCE_ERRORS = 8
-"""In float32 a layout may be off by this many errors of the reference: both are rounded, so their distance is at most
-the sum of two errors, and where the reference was lucky the error of another order of sums is a few times as large (4.3
-errors is the most that all of the full matrix showed)."""
+RTOL = {torch.float64: 1e-12, torch.float32: 5e-6}
+"""A ratio in float32 is off by the rounding of two log-probabilities of some 4 nats, 4 x 2^-23 each, and sums by as much
+again."""
+REFERENCE_ERRORS = 4
+"""In float32 a layout may be off by this many errors of the reference, where that is more: both are rounded, so their
+distance is at most the sum of two errors, and the error of another order of sums may be twice that of the one that was
+measured."""
 FULL = "TOOLKIT_FULL_MATRIX"
 """Environment variable; 1: the slow tests run every layout of every pair in both dtypes, which takes half an hour."""
 PART = {1: 4, 2: 4, 4: 1}

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from toolkit import BaseLossConfig, CELossConfig, GRPOLossConfig, LossRunner, OPDLossConfig, OrealLossConfig
 from toolkit.errors import ConfigError
 from toolkit.functional.names import Aggregation
-from toolkit.functional.registry import policy_loss_names
+from toolkit.functional.policy.registry import policy_loss_names
 from toolkit.losses.auxiliary import auxiliary_weights
 from toolkit.testing import Batch, Layout, Part, _with_current, differences, random_batch
 from toolkit.testing.evaluation import REFERENCE, Meshes, alone, evaluate, reference
@@ -30,7 +30,7 @@ from toolkit.testing.verdict import compare
 WORLDS = (1, 2, 4)
 MICRO_BATCHES, SHARDS, PACKED, MODES = (1, 2, 4), (1, 2), (False, True), ("eager", "chunk")
 RTOL = {torch.float64: 1e-12, torch.float32: 5e-6}
-"""A ratio in float32 is off by the rounding of two log-probabilities of some 4 nats, 4 x 2^-23 each, and sums by as much
+"""A ratio in float32 is off by the rounding of two log-probabilities of some 4 nats, 4 x 2^-23 each; sums by as much
 again."""
 REFERENCE_ERRORS = 4
 """In float32 a layout may be off by this many errors of the reference, where that is more: both are rounded, so their

@@ -12,24 +12,25 @@ import torch
 from PIL import Image
 
 from toolkit import ConfigError
-from toolkit.benchmark import measure, report
-from toolkit.benchmark.config import BenchConfig
-from toolkit.benchmark.overhead import BUILDERS
-from toolkit.benchmark.peers import PEERS
-from toolkit.benchmark.problem import make_problem
-from toolkit.benchmark.variants import FLOOR, variants
-from toolkit.config import build_bench, compose_config
+from toolkit.bench import measure, report
+from toolkit.bench.build import BENCH, build_bench
+from toolkit.bench.config import BenchConfig
+from toolkit.bench.overhead import BUILDERS
+from toolkit.bench.peers import PEERS
+from toolkit.bench.problem import make_problem
+from toolkit.bench.variants import FLOOR, variants
+from toolkit.compose.schemas import conf_dir
+from toolkit.compose.tree import compose_config
 from toolkit.losses import scored
-from toolkit.schemas import conf_dir
 
 
 def toy(*overrides: str):
-    return build_bench(compose_config(["bench=toy", "bench.rounds=1", *overrides], root="bench"))
+    return build_bench(compose_config(["bench=toy", "bench.rounds=1", *overrides], root=BENCH))
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in Path(conf_dir(), "bench").glob("*.yaml")))
 def test_every_preset_composes(preset: str) -> None:
-    config, loss_cfg = build_bench(compose_config([f"bench={preset}"], root="bench"))
+    config, loss_cfg = build_bench(compose_config([f"bench={preset}"], root=BENCH))
     assert isinstance(config, BenchConfig)
     assert (loss_cfg.mode, loss_cfg.chunk_size) == ("chunk", config.chunk_size)
 
@@ -51,7 +52,7 @@ def test_every_preset_composes(preset: str) -> None:
 )
 def test_mistakes_are_named(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as error:
-        build_bench(compose_config(overrides, root="bench"))
+        build_bench(compose_config(overrides, root=BENCH))
     assert words in str(error.value)
 
 
@@ -84,8 +85,8 @@ def test_an_absent_peer_is_named_and_a_failing_one_stops_nobody(monkeypatch: pyt
     def breaks(problem):
         raise RuntimeError("out of luck\nand more")
 
-    from toolkit.benchmark import variants as module
-    from toolkit.benchmark.peers import Peer
+    from toolkit.bench import variants as module
+    from toolkit.bench.peers import Peer
 
     absent = Peer("absent", breaks, lambda config, loss_cfg: "absent-peer is not installed")
     broken = Peer("broken", breaks, lambda config, loss_cfg: None)
@@ -154,7 +155,7 @@ def test_peak_memory_is_that_of_the_buffer_and_the_gradients() -> None:
 def test_overhead_is_measured_over_the_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """All five compute the same; chunk mode is the same as eager mode on so small a batch."""
     monkeypatch.setattr(scored, "SMALL_LOGITS", 2**20)
-    config, loss_cfg = build_bench(compose_config(["bench=overhead", "bench.rounds=2"], root="bench"))
+    config, loss_cfg = build_bench(compose_config(["bench=overhead", "bench.rounds=2"], root=BENCH))
     results = {result.name: result for result in measure.measure_all(config, loss_cfg, [], say=lambda _: None)}
     assert list(results) == list(BUILDERS)
     for result in results.values():
@@ -165,6 +166,6 @@ def test_overhead_is_measured_over_the_loss_by_hand(monkeypatch: pytest.MonkeyPa
 
 
 def test_overhead_compares_one_loss_only() -> None:
-    config, loss_cfg = build_bench(compose_config(["bench=overhead", "policy_loss=gspo"], root="bench"))
+    config, loss_cfg = build_bench(compose_config(["bench=overhead", "policy_loss=gspo"], root=BENCH))
     with pytest.raises(ConfigError, match="bench=overhead compares with PPO's clipped loss written by hand"):
         measure.measure_all(config, loss_cfg, [], say=lambda _: None)

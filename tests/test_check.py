@@ -14,12 +14,14 @@ import torch
 from tests.conftest import slow_unless
 from tests.processes import run_module
 from toolkit import GRPOLossConfig
-from toolkit.check import main
-from toolkit.conformance_suite import Outcome, Subject, load_subject, report, run_suite, spread
+from toolkit.check import process_checks as spread
+from toolkit.check.__main__ import main
+from toolkit.check.suite import Outcome, Subject, load_subject, report, run_suite
 from toolkit.errors import ConfigError
-from toolkit.functional import conformance, registry
-from toolkit.functional.declared import undeclared
-from toolkit.functional.registry import policy_loss, policy_loss_names, register_policy_loss
+from toolkit.functional import scope_check
+from toolkit.functional.declared_fields import undeclared
+from toolkit.functional.policy import registry
+from toolkit.functional.policy.registry import policy_loss, policy_loss_names, register_policy_loss
 from toolkit.training.run import rehearse
 
 NAMES = slow_unless(lambda _, name: name in spread.REPRESENTATIVE, policy_loss_names())
@@ -51,7 +53,7 @@ def raises(t):
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.policy_loss_names()
     monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
-    monkeypatch.setattr(conformance, "_passed", set())
+    monkeypatch.setattr(scope_check, "_passed", set())
 
 
 def outcomes_of(function: Callable, **declared) -> dict[str, Outcome]:
@@ -432,7 +434,7 @@ def test_a_reader_that_stops_early() -> None:
 
 def test_a_subject_is_called_on_copies() -> None:
     register_policy_loss("mine")(in_place_on_advantages)
-    terms = conformance.made_up_terms(0.3)
+    terms = scope_check.made_up_terms(0.3)
     before = terms.advantages.clone()
     Subject(policy_loss("mine"), {})(terms)
     assert torch.equal(terms.advantages, before)
@@ -478,7 +480,7 @@ def test_outcomes_over_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "it must return one loss for each of the" in said
 
     register_policy_loss("mine", overwrite=True)(of_the_batch)
-    monkeypatch.setattr("toolkit.losses.grpo_items.check_scope", lambda *_: None)  # it would be told there
+    monkeypatch.setattr("toolkit.losses.step.item_checks.check_scope", lambda *_: None)  # it would be told there
     outcome, *_ = spread.run_spread(2, "mine")
     assert outcome.status == "failed"
     assert "likely cause: " in outcome.words
@@ -501,7 +503,7 @@ def test_numbers_of_processes_that_cannot_be(
 def test_help_and_wrong_numbers_need_no_torch() -> None:
     for arguments in (["--help"], ["--distributed", "x"], ["--distributed"]):
         code = (
-            f"import sys; sys.argv = ['toolkit-check', *{arguments!r}]\nfrom toolkit.check import main\n"
+            f"import sys; sys.argv = ['toolkit-check', *{arguments!r}]\nfrom toolkit.check.__main__ import main\n"
             "try:\n    main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -514,7 +516,7 @@ def test_a_file_that_cannot_be_read_is_found_before_torch(
 ) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("def mine(t:\n")
-    monkeypatch.setattr("toolkit.conformance_suite.load_subject", None)
+    monkeypatch.setattr("toolkit.check.suite.load_subject", None)
     for source, words in (
         (tmp_path / "nowhere.py", f"error: there is no file '{tmp_path / 'nowhere.py'}' (looked for"),
         (broken, f"error: '{broken}' is no Python: '(' was never closed ({broken}:1)"),

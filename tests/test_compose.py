@@ -15,14 +15,16 @@ from hydra._internal.utils import get_args_parser
 from tests.conftest import slow_unless
 from tests.processes import run_module
 from toolkit import ConfigError, LossRunner
-from toolkit.config import build_loss, check_command_line, check_overrides, compose_config, compose_loss, load_loss
-from toolkit.explain import main as explain
-from toolkit.functional import registry
-from toolkit.help_text import help_text
-from toolkit.overrides import options_first
-from toolkit.plugins import class_at, load_plugins
-from toolkit.schemas import conf_dir
-from toolkit.settings import settings_in
+from toolkit.bench.build import BENCH
+from toolkit.compose.build import build_loss
+from toolkit.compose.help_text import help_text
+from toolkit.compose.overrides import options_first
+from toolkit.compose.plugins import class_at, load_plugins
+from toolkit.compose.schemas import conf_dir
+from toolkit.compose.settings import settings_in
+from toolkit.compose.tree import TRAIN, check_command_line, check_overrides, compose_config, compose_loss, load_loss
+from toolkit.explain.__main__ import main as explain
+from toolkit.functional.policy import registry
 
 CONF = Path(conf_dir())
 GRPO = "toolkit.losses.config.GRPOLossConfig"
@@ -72,7 +74,7 @@ def test_settings_of_your_own_for_every_run_are_part_of_the_loss(monkeypatch: py
 
 def test_the_same_overrides_again_are_not_composed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_loss(["kl=k2", "loss.kl_loss_coef=0.125"])
-    monkeypatch.setattr("toolkit.config.compose", None)
+    monkeypatch.setattr("toolkit.compose.tree.compose", None)
     assert load_loss(["kl=k2", "loss.kl_loss_coef=0.125"]) is first
     assert LossRunner.from_overrides(["kl=k2", "loss.kl_loss_coef=0.125"]).loss_cfg is first
     with pytest.raises(TypeError):
@@ -295,7 +297,7 @@ def test_a_mistake_beside_a_part_without_a_class() -> None:
     with pytest.raises(ConfigError, match=r"try: loss\.entropy_coef=1"):
         load_loss(["rollout.temperature=0.5", "loss.entropy_cof=1"])
     with pytest.raises(ConfigError, match=r"try: rollout\.temperature=2"):
-        compose_config(["rollout.temprature=2"], root="bench")
+        compose_config(["rollout.temprature=2"], root=BENCH)
 
 
 def test_a_module_of_the_current_folder_is_a_plugin(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,8 +338,8 @@ def test_options_between_overrides_of_the_commands(own: Path) -> None:
 
 def test_help_says_what_each_setting_is() -> None:
     cfg = compose_config([])
-    text = help_text(cfg, root="config", purpose="Train.", examples={"a b": "", "c": "what it does"})
-    for every in (cfg, compose_config([], root="bench")):
+    text = help_text(cfg, root=TRAIN, purpose="Train.", examples={"a b": "", "c": "what it does"})
+    for every in (cfg, compose_config([], root=BENCH)):
         assert [setting.key for setting in settings_in(every) if not setting.meaning] == []
     assert "None" not in text
     joined = " ".join(text.split())
@@ -352,12 +354,12 @@ def test_help_says_what_each_setting_is() -> None:
 
 
 def test_help_shows_the_choices_that_were_made(own: Path) -> None:
-    preset = help_text(compose_config(["loss=preset/verl/gspo"]), root="config", purpose="", examples={"a": ""})
+    preset = help_text(compose_config(["loss=preset/verl/gspo"]), root=TRAIN, purpose="", examples={"a": ""})
     assert "loss.policy_loss_cfg.cliprange_low=0.2" in preset
     assert "loss.policy_loss_cfg.loss_type=gspo_token" in preset
     assert "\npolicy_loss." not in preset
     cfg = compose_config(["task=own"], config_dir=own)
-    listed = help_text(cfg, root="config", purpose="", examples={"a": ""}, folders=[str(own)])
+    listed = help_text(cfg, root=TRAIN, purpose="", examples={"a": ""}, folders=[str(own)])
     assert "task: own, spell_backward" in listed
     assert "task.extra=3" in listed
     assert "loss: ce, grpo, opd, oreal, own, preset/<peer>/<name>" in listed

@@ -13,13 +13,15 @@ from omegaconf import OmegaConf
 from tests.conftest import slow_unless
 from tests.processes import run_module
 from toolkit import ConfigError, GRPOLossConfig
-from toolkit.config import RunConfig, build_config, build_loss, check_overrides, compose_config, load_loss
-from toolkit.functional import registry
+from toolkit.compose.build import build_config, build_loss
+from toolkit.compose.overrides import LOSS_GROUPS
+from toolkit.compose.plugins import load_plugins
+from toolkit.compose.schemas import BEHAVIOUR, SCHEMAS, conf_dir
+from toolkit.compose.tree import check_overrides, compose_config, load_loss
 from toolkit.functional.advantages import advantage, advantage_names
-from toolkit.overrides import LOSS_GROUPS
-from toolkit.plugins import load_plugins
-from toolkit.schemas import BEHAVIOUR, SCHEMAS, conf_dir
+from toolkit.functional.policy import registry
 from toolkit.training.config import TRAINING_HAS
+from toolkit.training.run_config import RunConfig
 
 CONF = Path(conf_dir())
 EXPERIMENTS = [
@@ -242,7 +244,7 @@ def test_process_ends_with_one_readable_message(wrong: str) -> None:
 
 def test_errors_need_no_torch() -> None:
     code = (
-        "import sys; from toolkit.config import check_overrides\n"
+        "import sys; from toolkit.compose.tree import check_overrides\n"
         "try: check_overrides(['loss=grpo', 'policy_loss.cliprange_low=-1'])\n"
         "except ValueError: print('torch' in sys.modules, 'transformers' in sys.modules)"
     )

@@ -16,20 +16,20 @@ import torch
 import toolkit
 from tests.processes import run_module
 from toolkit import errors
-from toolkit.catalogue import BEGIN, END, listing, with_markdown
-from toolkit.config import load_loss
+from toolkit.compose.schemas import conf_dir
+from toolkit.compose.tree import load_loss
 from toolkit.errors import ConfigError, DataError
-from toolkit.explain import main
-from toolkit.functional import registry
+from toolkit.explain.__main__ import main
+from toolkit.explain.catalogue import BEGIN, END, listing, with_markdown
+from toolkit.explain.facts import LARGEST_LOG_RATIO, POLICY_FACTS, equation, filled, source_of, title_of
+from toolkit.explain.formula import explain_loss
+from toolkit.functional.policy import registry
+from toolkit.functional.policy.registry import policy_loss, policy_loss_names, register_policy_loss
 from toolkit.functional.ratios import bounded
-from toolkit.functional.registry import policy_loss, policy_loss_names, register_policy_loss
-from toolkit.losses.config import GRPOLossConfig
-from toolkit.losses.config_opd import OPDLossConfig
-from toolkit.losses.config_oreal import OrealLossConfig
-from toolkit.losses.explanation import explain_loss
-from toolkit.losses.facts import LARGEST_LOG_RATIO, POLICY_FACTS, equation, filled, source_of, title_of
+from toolkit.losses.config.opd import OPDLossConfig
+from toolkit.losses.config.oreal import OrealLossConfig
+from toolkit.losses.config.policy import GRPOLossConfig
 from toolkit.losses.items import RLLossContextInputItem
-from toolkit.schemas import conf_dir
 
 README = Path(toolkit.__file__).parents[1] / "README.md"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -324,7 +324,7 @@ def test_settings_that_nothing_reads_end_in_one_line(
 def test_the_command_is_quick_and_loads_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['explain', 'policy_loss=gspo', 'kl=k1']\n"
-        "from toolkit.explain import main; main(); sys.stderr.write(str('torch' in sys.modules))"
+        "from toolkit.explain.__main__ import main; main(); sys.stderr.write(str('torch' in sys.modules))"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

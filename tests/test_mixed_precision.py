@@ -85,7 +85,8 @@ def trainer_with(scaler: torch.amp.GradScaler | None, *overrides: str) -> Any:
     pytest.importorskip("reasoning_gym")
     from accelerate import Accelerator
 
-    from toolkit.config import build_config, compose_config
+    from toolkit.compose.build import build_config
+    from toolkit.compose.tree import compose_config
     from toolkit.training.trainer import Trainer
 
     config = build_config(compose_config(["debug=smoke", *overrides]))
@@ -152,7 +153,8 @@ def test_the_reference_is_not_the_policy_under_autocast() -> None:
     pytest.importorskip("reasoning_gym")
     from accelerate import Accelerator
 
-    from toolkit.config import build_config, compose_config
+    from toolkit.compose.build import build_config
+    from toolkit.compose.tree import compose_config
     from toolkit.training.trainer import Trainer
 
     config = build_config(compose_config(["debug=smoke", "kl=k3"]))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import toolkit
-from toolkit.config import check_overrides
+from toolkit.compose.tree import check_overrides
 from toolkit.errors import ConfigError
-from toolkit.functional import registry
+from toolkit.functional.policy import registry
 
 ROOT = Path(toolkit.__file__).parents[1]
 README = (ROOT / "README.md").read_text()

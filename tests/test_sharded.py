@@ -21,6 +21,15 @@ from toolkit import CELossConfig, GRPOLossConfig, RLLossContextInputItem
 from toolkit.errors import ConfigError, DataError, LaunchError
 from toolkit.head.adapters import find_head
 from toolkit.models.policy import Policy
+from toolkit.training.full_state import (
+    check_optimizer,
+    full_optimizer_state,
+    full_state_dict,
+    load_full_optimizer_state,
+    load_full_state_dict,
+    load_weights,
+    save_weights,
+)
 from toolkit.training.sharding import (
     accumulating,
     blocks_of,
@@ -30,15 +39,6 @@ from toolkit.training.sharding import (
     own_parameters,
     prepare_policy,
     unwrapped,
-)
-from toolkit.training.whole_state import (
-    check_optimizer,
-    full_optimizer_state,
-    full_state_dict,
-    load_full_optimizer_state,
-    load_full_state_dict,
-    load_weights,
-    save_weights,
 )
 
 ROWS, LENGTH, STEPS, MAX_NORM = 4, 9, 3, 0.5

@@ -37,7 +37,7 @@ def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest) ->
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     subprocess.run([home / "bin/pip", "install", "-q", "--no-deps", wheel], check=True, capture_output=True)
     where = subprocess.run(
-        [home / "bin/python", "-c", "import toolkit.schemas as c; print(c.__file__, c.conf_dir())"],
+        [home / "bin/python", "-c", "import toolkit.compose.schemas as c; print(c.__file__, c.conf_dir())"],
         capture_output=True, text=True, check=True, cwd=tmp_path,
     ).stdout.split()  # fmt: skip
     assert all(path.startswith(str(home)) for path in where)

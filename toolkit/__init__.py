@@ -11,25 +11,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toolkit.errors import ConfigError, DataError, LaunchError, ToolkitError
     from toolkit.functional.advantages import register_advantage
-    from toolkit.functional.registry import register_policy_loss
+    from toolkit.functional.policy.registry import register_policy_loss
     from toolkit.functional.terms import PolicyTerms
-    from toolkit.losses.aggregation import AggregationConfig
-    from toolkit.losses.base import BaseLossContext
     from toolkit.losses.ce import CELossContext, CELossKwargs
-    from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig, GRPOLossConfig
-    from toolkit.losses.config_opd import OPDLossConfig
-    from toolkit.losses.config_oreal import OrealLossConfig
-    from toolkit.losses.correction import CorrectionConfig
-    from toolkit.losses.fields import PerToken, Shared
+    from toolkit.losses.config.aggregation import AggregationConfig
+    from toolkit.losses.config.base import BaseLossConfig
+    from toolkit.losses.config.ce import CELossConfig
+    from toolkit.losses.config.correction import CorrectionConfig
+    from toolkit.losses.config.logprob_spec import LogprobSpec
+    from toolkit.losses.config.opd import OPDLossConfig
+    from toolkit.losses.config.oreal import OrealLossConfig
+    from toolkit.losses.config.policy import BaseRLLossConfig, GRPOLossConfig
+    from toolkit.losses.config.term import LossTerm
+    from toolkit.losses.context import BaseLossContext
     from toolkit.losses.grpo import GRPOLossContext, GRPOLossKwargs
     from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
     from toolkit.losses.kwargs import BaseLossKwargs
     from toolkit.losses.opd import OPDLossContext
     from toolkit.losses.oreal import OrealLossContext
-    from toolkit.losses.provenance import LogprobSpec
+    from toolkit.losses.record import PerToken, Shared
     from toolkit.losses.scored import ScoredLossContext
-    from toolkit.losses.step import step_weights
-    from toolkit.losses.term import LossTerm
+    from toolkit.losses.step.step import step_weights
     from toolkit.runner import LossResult, LossRunner
 
 __version__ = "0.1.0"
@@ -39,22 +41,22 @@ _HOMES = {
     "ConfigError": "errors",
     "DataError": "errors",
     "LaunchError": "errors",
-    "register_policy_loss": "functional.registry",
+    "register_policy_loss": "functional.policy.registry",
     "register_advantage": "functional.advantages",
     "PolicyTerms": "functional.terms",
-    "BaseLossConfig": "losses.config",
-    "CELossConfig": "losses.config",
-    "BaseRLLossConfig": "losses.config",
-    "GRPOLossConfig": "losses.config",
-    "OPDLossConfig": "losses.config_opd",
-    "OrealLossConfig": "losses.config_oreal",
-    "AggregationConfig": "losses.aggregation",
-    "CorrectionConfig": "losses.correction",
-    "LogprobSpec": "losses.provenance",
-    "BaseLossContext": "losses.base",
+    "BaseLossConfig": "losses.config.base",
+    "CELossConfig": "losses.config.ce",
+    "BaseRLLossConfig": "losses.config.policy",
+    "GRPOLossConfig": "losses.config.policy",
+    "OPDLossConfig": "losses.config.opd",
+    "OrealLossConfig": "losses.config.oreal",
+    "AggregationConfig": "losses.config.aggregation",
+    "CorrectionConfig": "losses.config.correction",
+    "LogprobSpec": "losses.config.logprob_spec",
+    "BaseLossContext": "losses.context",
     "BaseLossKwargs": "losses.kwargs",
-    "PerToken": "losses.fields",
-    "Shared": "losses.fields",
+    "PerToken": "losses.record",
+    "Shared": "losses.record",
     "LossContextInputItem": "losses.items",
     "CELossContextInputItem": "losses.items",
     "RLLossContextInputItem": "losses.items",
@@ -64,9 +66,9 @@ _HOMES = {
     "GRPOLossKwargs": "losses.grpo",
     "OPDLossContext": "losses.opd",
     "OrealLossContext": "losses.oreal",
-    "LossTerm": "losses.term",
+    "LossTerm": "losses.config.term",
     "ScoredLossContext": "losses.scored",
-    "step_weights": "losses.step",
+    "step_weights": "losses.step.step",
     "LossRunner": "runner",
     "LossResult": "runner",
 }

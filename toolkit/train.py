@@ -1,4 +1,4 @@
-"""``python -m toolkit.train``: train a policy; ``--help`` lists every choice.
+"""``python -m toolkit.train``: train a policy; ``--help`` lists every choice. `train` is the same for notebooks.
 
 Checks the whole command line before torch is imported, then hands over to `toolkit.training.run`.
 """
@@ -15,19 +15,27 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from toolkit.config import RunConfig, build_config, check_command_line, compose_config
+from toolkit.compose.build import build_config
+from toolkit.compose.overrides import options_first, output_dir_in, own_folders, parse, with_folder
+from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
+from toolkit.compose.tree import TRAIN, check_command_line, compose_config
 from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, say_warnings_plainly
-from toolkit.losses.lint import warnings_for
-from toolkit.overrides import options_first, output_dir_in, own_folders, parse, with_folder
-from toolkit.schemas import BEHAVIOUR, conf_dir, register_schemas
-from toolkit.training.doors import check_environment, make_output_dir
+from toolkit.explain.lint import warnings_for
+from toolkit.training.run_config import RunConfig
+from toolkit.training.startup import check_environment, make_output_dir
+
+if TYPE_CHECKING:
+    from toolkit.training.report import Summary
 
 PURPOSE = "Train a policy with the losses of this toolkit."
 EXAMPLES = {
@@ -91,12 +99,55 @@ def main() -> None:
         raise SystemExit(INTERRUPTED) from None
 
 
+def train(overrides: Sequence[str] = ()) -> Summary:
+    """Train as ``toolkit-train`` does with the same overrides, and return the summary; needs the extra [train].
+
+    In a notebook ``train(["kl=k3", "seed=1"])`` runs in its process. ``accelerate.notebook_launcher(train, (["kl=k3",
+    "seed=1"],), num_processes=2)`` runs it in two and returns nothing: read summary.json in the output directory.
+
+    Args:
+        overrides: as on the command line; ``hydra.run.dir=...`` names the output directory.
+
+    Raises:
+        ConfigError: an override is wrong; nothing has been started yet.
+        LaunchError: the processes do not work together, or would change the scale of the loss.
+    """
+    if isinstance(overrides, str):
+        raise ConfigError(f"train() takes a list of overrides, not a string: train([{overrides!r}])")
+    started = time.time()
+    cfg = compose_config(overrides)
+    config = build_config(cfg)
+    check_environment(config)
+    output_dir = _output_dir(overrides, cfg)
+    if int(os.environ.get("RANK", "0")) == 0:  # the others are told which one it is
+        make_output_dir(output_dir)
+    from accelerate.state import AcceleratorState, GradientState  # loads torch
+
+    from toolkit.training.run import run
+
+    try:
+        return run(config, cfg, started=started, output_dir=output_dir)
+    finally:  # the next run may have other settings; notebook_launcher wants no trace of an earlier one
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def _output_dir(overrides: Sequence[str], cfg: DictConfig) -> str:
+    """Return the output directory that Hydra would make: as the overrides say, else as ``conf/config.yaml`` does."""
+    given = [override.value() for override in parse(overrides) if override.key_or_group == "hydra.run.dir"]
+    if not given:
+        return str(OmegaConf.load(Path(conf_dir(), "config.yaml")).hydra.run.dir)
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    return str(OmegaConf.create({**settings, "output_dir": str(given[-1])}).output_dir)
+
+
 def _print_help(arguments: argparse.Namespace) -> None:
-    from toolkit.help_text import help_text
+    from toolkit.compose.help_text import help_text
 
     overrides = with_folder(arguments.overrides, arguments.config_dir)
     folders = own_folders(parse(overrides))
-    print_text(help_text(compose_config(overrides), root="config", purpose=PURPOSE, examples=EXAMPLES, folders=folders))
+    print_text(help_text(compose_config(overrides), root=TRAIN, purpose=PURPOSE, examples=EXAMPLES, folders=folders))
 
 
 def _checked(arguments: argparse.Namespace) -> list[str]:

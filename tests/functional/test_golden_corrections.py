@@ -28,7 +28,7 @@ from tests.golden_data import (
 )
 from toolkit.functional.mismatch import MismatchTerms, corrected, mismatch_metrics, normalizer_parts
 from toolkit.functional.segments import turn_ids
-from toolkit.losses.correction import CorrectionConfig
+from toolkit.losses.config.correction import CorrectionConfig
 from toolkit.metrics import to_floats
 
 Fields = dict[str, Any]

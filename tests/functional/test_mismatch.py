@@ -23,7 +23,7 @@ from toolkit.functional.mismatch import (
     unit_statistic,
 )
 from toolkit.functional.segments import turn_ids
-from toolkit.losses.correction import CorrectionConfig, corrections_from
+from toolkit.losses.config.correction import CorrectionConfig, corrections_from
 from toolkit.metrics import EffectiveSampleSize, Mean, merge_metrics, metrics_in, to_floats
 
 PRESETS = Path(__file__).parents[2] / "conf" / "correction"

@@ -6,7 +6,7 @@ import pytest
 from annotated_types import Ge
 
 from toolkit import ConfigError, GRPOLossConfig, register_policy_loss
-from toolkit.functional import registry
+from toolkit.functional.policy import registry
 
 
 @pytest.fixture(autouse=True)

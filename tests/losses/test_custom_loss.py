@@ -26,8 +26,8 @@ from toolkit import (
     ScoredLossContext,
     register_policy_loss,
 )
-from toolkit.functional import registry
-from toolkit.losses.explanation import explain_loss
+from toolkit.explain.formula import explain_loss
+from toolkit.functional.policy import registry
 from toolkit.testing import assert_layout_invariant, random_batch
 from toolkit.training.run import rehearse
 

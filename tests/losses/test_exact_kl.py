@@ -9,7 +9,8 @@ from torch import Tensor
 from tests.conftest import random_head, random_labels
 from tests.losses.evaluation import assert_same, cut, evaluate
 from toolkit import ConfigError, DataError, GRPOLossConfig, GRPOLossContext, LossRunner, RLLossContextInputItem
-from toolkit.config import build_loss, check_overrides, compose_config
+from toolkit.compose.build import build_loss
+from toolkit.compose.tree import check_overrides, compose_config
 from toolkit.losses import scored
 
 VOCABULARY, K = 11, 4

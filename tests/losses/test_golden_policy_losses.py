@@ -13,7 +13,7 @@ from tests.dialects import Run
 from tests.dialects.parts import shrunk
 from tests.golden_data import IS_SHIPPED, Case, Exclusion, all_params_read, cases, relative_error, tolerance
 from toolkit import GRPOLossConfig, RLLossContextInputItem
-from toolkit.config import load_loss
+from toolkit.compose.tree import load_loss
 from toolkit.head import TokenScores
 
 CASES = list(cases("policy_loss"))
@@ -120,7 +120,7 @@ def test_each_ignored_parameter_has_a_reason() -> None:
 def test_every_preset_uses_a_registered_loss() -> None:
     from pathlib import Path
 
-    from toolkit.schemas import conf_dir
+    from toolkit.compose.schemas import conf_dir
 
     found = sorted(Path(conf_dir(), "loss", "preset").glob("*/*.yaml"))
     assert found

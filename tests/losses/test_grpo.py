@@ -8,7 +8,7 @@ import torch
 from tests.conftest import random_head, random_item
 from tests.losses.evaluation import evaluate
 from toolkit import ConfigError, DataError, GRPOLossConfig, GRPOLossContext, RLLossContextInputItem, errors
-from toolkit.functional.registry import policy_loss, policy_loss_names
+from toolkit.functional.policy.registry import policy_loss, policy_loss_names
 
 KL_TYPES = [None, "k1", "abs", "k2", "k3"]
 CHUNK_SIZES = [1, 4, 13, 1024]

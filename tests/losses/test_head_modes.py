@@ -22,8 +22,8 @@ from toolkit import (
     RLLossContextInputItem,
     register_policy_loss,
 )
-from toolkit.functional import registry
-from toolkit.functional.registry import policy_loss_names
+from toolkit.functional.policy import registry
+from toolkit.functional.policy.registry import policy_loss_names
 from toolkit.head import fused_loss
 from toolkit.losses import scored
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from toolkit import BaseLossConfig, CELossConfig, CELossContextInputItem, GRPOLossConfig, RLLossContextInputItem
-from toolkit.functional.registry import policy_loss, policy_loss_names
+from toolkit.functional.policy.registry import policy_loss, policy_loss_names
 
 WIDTH, VOCABULARY = 3, 7
 CONFIGS: list[BaseLossConfig] = [

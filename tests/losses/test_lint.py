@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from toolkit import errors
+from toolkit.explain import lint
+from toolkit.explain.lint import CHECKS, warnings_for
 from toolkit.functional.kl_facts import kl_warning
-from toolkit.losses import lint
-from toolkit.losses.config import CELossConfig, GRPOLossConfig
-from toolkit.losses.config_oreal import OrealLossConfig
-from toolkit.losses.lint import CHECKS, warnings_for
+from toolkit.losses.config.ce import CELossConfig
+from toolkit.losses.config.oreal import OrealLossConfig
+from toolkit.losses.config.policy import GRPOLossConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

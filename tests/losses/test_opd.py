@@ -19,7 +19,8 @@ from toolkit import (
     OPDLossContext,
     RLLossContextInputItem,
 )
-from toolkit.config import build_loss, check_overrides, compose_config
+from toolkit.compose.build import build_loss
+from toolkit.compose.tree import check_overrides, compose_config
 
 VOCABULARY, K = 11, 4
 DIRECTIONS = ["reverse", "forward", "jensen_shannon"]

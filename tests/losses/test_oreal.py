@@ -18,7 +18,8 @@ from toolkit import (
     OrealLossContext,
     RLLossContextInputItem,
 )
-from toolkit.config import build_loss, compose_config
+from toolkit.compose.build import build_loss
+from toolkit.compose.tree import compose_config
 
 FACTORS = {
     "positive_loss_factor": 2.0,

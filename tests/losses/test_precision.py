@@ -16,7 +16,7 @@ from toolkit import (
     LossRunner,
     register_policy_loss,
 )
-from toolkit.functional import registry
+from toolkit.functional.policy import registry
 
 
 def gradients(mode: str, head: tuple, fields: dict, scale: float = 1.0, **options) -> list[Tensor]:

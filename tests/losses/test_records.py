@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import random_item
 from toolkit import ConfigError, DataError, GRPOLossConfig, GRPOLossContext, RLLossContextInputItem
-from toolkit.losses.fields import PerToken
 from toolkit.losses.grpo import GRPOLossKwargs
+from toolkit.losses.record import PerToken
 
 LABELS = torch.tensor([[1, 2, -100, 3]])
 

@@ -29,8 +29,8 @@ from toolkit import (
     step_weights,
 )
 from toolkit.distributed import counting_over
+from toolkit.losses.config.term import checked_terms, weight_columns
 from toolkit.losses.summation import term_sums
-from toolkit.losses.term import checked_terms, weight_columns
 from toolkit.metrics import to_floats
 from toolkit.testing import Batch, assert_layout_invariant, random_batch
 

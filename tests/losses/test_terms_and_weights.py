@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from toolkit import ConfigError, DataError, GRPOLossConfig, GRPOLossContext, RLLossContextInputItem
-from toolkit.functional.registry import policy_loss_names
+from toolkit.functional.policy.registry import policy_loss_names
 from toolkit.head import TokenScores
-from toolkit.losses.aggregation import AggregationConfig
-from toolkit.losses.provenance import LogprobSpec
+from toolkit.losses.config.aggregation import AggregationConfig
+from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.metrics import merge_metrics, to_floats
 
 SCORE = 0

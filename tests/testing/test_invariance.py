@@ -27,7 +27,7 @@ from toolkit import (
     register_policy_loss,
 )
 from toolkit.errors import ConfigError, DataError, LaunchError
-from toolkit.functional import registry
+from toolkit.functional.policy import registry
 from toolkit.testing import Batch, Finding, Layout, LayoutError, assert_layout_invariant, differences, random_batch
 from toolkit.testing.evaluation import BIAS, HEAD, HIDDEN, Meshes, Result
 from toolkit.testing.layout import layouts_of
@@ -168,7 +168,7 @@ def test_a_loop_that_returns_nothing() -> None:
 
 def test_a_loss_that_looks_beyond_its_scope(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
-    monkeypatch.setattr("toolkit.losses.grpo_items.check_scope", lambda *_: None)  # it would be told there
+    monkeypatch.setattr("toolkit.losses.step.item_checks.check_scope", lambda *_: None)  # it would be told there
     register_policy_loss("shared")(lambda t: -t.ratio() * (t.advantages - t.advantages.mean()))
     error = refused(None, GRPOLossConfig(policy_loss_cfg={"loss_type": "shared"}))
     assert "1 process, 1 micro-batch, padded, chunk" in str(error)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from toolkit import ConfigError, GRPOLossConfig
-from toolkit.config import build_config, compose_config
+from toolkit.compose.build import build_config
+from toolkit.compose.tree import compose_config
 from toolkit.metrics import to_floats
 from toolkit.training.config import KLControlConfig
 from toolkit.training.kl_penalty import KLPenalty

@@ -16,12 +16,13 @@ pytest.importorskip("reasoning_gym")
 
 from tests.training.test_processes import close
 from tests.training.test_train import LAUNCHERS, lines, summary, train
-from toolkit.config import build_config, compose_config
-from toolkit.diagnosis import groups_in
+from toolkit import train as command
+from toolkit.compose.build import build_config
+from toolkit.compose.diagnosis import groups_in
+from toolkit.compose.schemas import conf_dir
+from toolkit.compose.tree import compose_config
 from toolkit.errors import ConfigError, LaunchError
-from toolkit.schemas import conf_dir
-from toolkit.training import launch
-from toolkit.training.doors import check_environment
+from toolkit.training.startup import check_environment
 
 FILES = sorted(Path(conf_dir(), "launch").glob("*.yaml"))
 SHORT = ["debug=smoke", "model.dtype=float64", "warmup.steps=2", "training.steps=1", "training.log_every=1"]
@@ -75,21 +76,21 @@ def test_engines_that_would_take_over_are_refused(engine: str, monkeypatch: pyte
 def test_train_is_a_function_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # the second run finds nothing that the first one left
-        done = launch.train([*SHORT, "seed=3", "hydra.run.dir=own/${seed}"])
+        done = command.train([*SHORT, "seed=3", "hydra.run.dir=own/${seed}"])
     assert (done.seed, done.num_processes, done.output_dir) == (3, 1, "own/3")
     assert len(lines(tmp_path / "own/3")) == 3
-    assert launch.train([*SHORT, "training.steps=0"]).output_dir.startswith("outputs/2")
+    assert command.train([*SHORT, "training.steps=0"]).output_dir.startswith("outputs/2")
     with pytest.raises(ConfigError, match=r"train\(\['seed=1'\]\)"):
-        launch.train("seed=1")
+        command.train("seed=1")
     with pytest.raises(ConfigError, match="did you mean"):
-        launch.train(["sed=1"])
+        command.train(["sed=1"])
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_notebook_launcher(tmp_path: Path) -> None:
     (tmp_path / "cell.py").write_text(
-        "import accelerate\nfrom toolkit.training.launch import train\n"
+        "import accelerate\nfrom toolkit.train import train\n"
         f"alone = train({[*SHORT, 'hydra.run.dir=alone']})\n"  # a run before it must not be in its way
         f"accelerate.notebook_launcher(train, ({[*SHORT, 'hydra.run.dir=both']},), num_processes=2)\n"
     )

@@ -71,7 +71,8 @@ def _train(rank: int, world: int, folder: str, names: list[str], steps: int) -> 
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    from toolkit.config import build_config, compose_config
+    from toolkit.compose.build import build_config
+    from toolkit.compose.tree import compose_config
     from toolkit.training.trainer import Trainer
 
     warnings.simplefilter("ignore")

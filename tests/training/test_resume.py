@@ -17,9 +17,11 @@ pytest.importorskip("reasoning_gym")
 from tests.test_mixed_precision import trainer_with
 from tests.training.test_train import lines, summary
 from toolkit import ConfigError
-from toolkit.config import build_config, compose_config
-from toolkit.training import checkpoint, launch, run
-from toolkit.training.doors import identity, read_state
+from toolkit import train as command
+from toolkit.compose.build import build_config
+from toolkit.compose.tree import compose_config
+from toolkit.training import checkpoint, run
+from toolkit.training.startup import identity, read_state
 
 SETTINGS = [
     *("debug=smoke", "seed=9", "warmup.steps=2", "warmup.stop_accuracy=null", "training.steps=4"),
@@ -36,7 +38,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch
     monkeypatch.setattr("toolkit.tasks.spell_backward.POOL_SIZE", 100)
     monkeypatch.setattr("toolkit.training.report.draw_curves", lambda *_: None)
     whole = tmp_path / "whole"
-    launch.train([*SETTINGS, f"hydra.run.dir={whole}"])
+    command.train([*SETTINGS, f"hydra.run.dir={whole}"])
     assert len({row["kl_coef"] for row in lines(whole) if row["phase"] == "main"}) > 2
     assert 0 < summary(whole)["skipped_updates"] < 8
     for steps in (1, 5):  # in the warm-up, and in the main phase
@@ -44,11 +46,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch
         answers = iter([False] * steps + [True])
         with monkeypatch.context() as patch:
             patch.setattr(run.StopFlag, "agreed", lambda flag, answers=answers: next(answers))
-            launch.train([*SETTINGS, f"hydra.run.dir={cut}"])
+            command.train([*SETTINGS, f"hydra.run.dir={cut}"])
         assert summary(cut)["interrupted"]
         with (cut / "metrics.jsonl").open("a") as file:  # as a crash leaves it, between two checkpoints
             file.write(json.dumps(lines(whole)[steps]) + "\n")
-        launch.train([*SETTINGS, f"training.resume={cut}", f"hydra.run.dir={resumed}"])
+        command.train([*SETTINGS, f"training.resume={cut}", f"hydra.run.dir={resumed}"])
         rows = [[{k: v for k, v in row.items() if k not in TIMED} for row in lines(own)] for own in (whole, resumed)]
         assert rows[0] == rows[1]
         for name in ("model", "reference"):

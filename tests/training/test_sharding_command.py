@@ -33,7 +33,7 @@ RUNS = {
 
 
 def _run_all(rank: int, folder: str, ports: list[int]) -> None:
-    from toolkit.training.launch import train
+    from toolkit.train import train
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -32,7 +32,7 @@ CLAMPS = ("clamp", "clamp_upper")
 
 
 class Correction(Protocol):
-    """What a correction says; `toolkit.losses.correction.CorrectionConfig` documents each word and its choices."""
+    """What a correction says; `CorrectionConfig` documents each field and its choices."""
 
     granularity: Any
     statistic: Any

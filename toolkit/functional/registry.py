@@ -1,115 +1,106 @@
-"""The registry of policy losses: one decorated function each, with its own typed hyper-parameters.
+"""Functions registered by name, each with typed options: what policy losses and advantage estimators share.
 
-A policy loss is a function ``f(t, *, option=default, ...) -> [N] token losses``: no mask, no mean, no rank. What it
-declares in its signature becomes its validated options, its Hydra schema and its documentation.
-
-This module and the built-in losses import no torch, so that the command line knows every option without loading it.
+No torch here: the command line knows every name and option without loading it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Generic, TypeVar
 
-from toolkit.errors import ConfigError, listed
-from toolkit.functional.options import options_model
-from toolkit.functional.registered import Registered, Registry, check_needs
-
-Scope = Literal["token", "sequence", "group", "batch"]
-"""What one token's loss depends on: itself, its sequence, its group (a prompt's sequences), or the whole step."""
-Need = Literal["ref_logprobs", "rollout_logprobs", "teacher_logprobs", "entropies"]
-"""What a loss may need beside log-probabilities, old log-probabilities and advantages."""
+from toolkit.errors import ConfigError, did_you_mean, listed
+from toolkit.functional.options import is_same_source
+from toolkit.schema import Config, located
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyLoss(Registered):
-    """A registered policy loss."""
+class Registered:
+    """A registered function."""
 
-    place: ClassVar[str] = "policy_loss_cfg"
+    place: ClassVar[str]
+    """Where its options stand in a config, for messages."""
 
-    scope: Scope
-    needs: tuple[Need, ...] = ()
-    """What every item must have for it."""
-    aggregation: str | None = None
-    """The aggregation of its paper, where another one is known to be wrong or to change what it does."""
-    formula: str = ""
-    """One token's loss in plain characters, ``{option}`` standing for the value of an option. ``[a // b]`` reads a,
-    or b where an option in a is None; ``[a]`` is then left out. ``[<?flag>a // b]`` reads a where an option is true;
-    `toolkit.losses.facts.filled` has all of it."""
+    name: str
+    function: Callable[..., Any]
+    options_model: type[Config]
+    """Validates the keyword-only parameters of `function`."""
 
-    def fields_read(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return what it reads beside log-probabilities, old ones and advantages: `needs`, and what options ask for."""
-        divides = options.get("anchor") == "rollout" or options.get("use_rollout_weight")
-        own = () if "rollout_logprobs" in self.needs or not divides else ("rollout_logprobs",)
-        return (*self.needs, *own)
+    def options(self, given: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
+        """Validate `given` and fill in the defaults.
 
+        Args:
+            given: options by name.
+            where: what messages call the place; None: `place`.
 
-POLICY_LOSSES: Registry[PolicyLoss] = Registry(
-    "policy loss",
-    package="toolkit.functional.policy",
-    key="loss_type",
-    how="a loss of your own is registered with @toolkit.register_policy_loss",
-)
+        Raises:
+            ConfigError: an option is unknown, of the wrong type or out of range.
+        """
+        with located(where or self.place):
+            return self.options_model(**given).model_dump()
 
 
-def register_policy_loss(
-    name: str,
-    *,
-    scope: Scope = "token",
-    needs: tuple[Need, ...] = (),
-    aggregation: str | None = None,
-    formula: str = "",
-    overwrite: bool = False,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function selectable as ``policy_loss=<name>`` and ``policy_loss_cfg=dict(loss_type="<name>")``.
-
-    Args:
-        name: how it is picked.
-        scope: "token" when one token's loss depends on that token alone: only then may the tokens be processed in
-            chunks, each with its own backward. "sequence", "group" or "batch" when it uses statistics of other tokens
-            (``t.segment_mean`` and its kin, or a mean over everything).
-        needs: what every item must have for it, such as "ref_logprobs"; checked before the first forward.
-        aggregation: the one of its paper; ``python -m toolkit.explain`` warns when another one is chosen.
-        formula: one token's loss for ``explain``, e.g. ``"-min(r A, clip(r, 1 - {eps}, 1 + {eps}) A)"``.
-        overwrite: replace a loss of the same name instead of refusing (use it when you re-run a notebook cell).
-
-    Returns:
-        A decorator that gives the function back unchanged.
-
-    Raises:
-        ConfigError: the name is taken by another function, the scope is unknown, or a parameter of the function
-            has no default or may be passed by position.
-    """
-    if scope not in get_args(Scope):
-        raise ConfigError(f"scope={scope!r} of policy loss {name!r} is unknown; choose {listed(get_args(Scope))}")
-    check_needs(f"policy loss {name!r}", needs, get_args(Need), "no item has")
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        loss = PolicyLoss(
-            name=name,
-            function=function,
-            options_model=options_model("policy loss", name, function, reserved=("loss_type",)),
-            scope=scope,
-            needs=needs,
-            aggregation=aggregation,
-            formula=formula,
-        )
-        POLICY_LOSSES.add(loss, overwrite=overwrite)
-        return function
-
-    return decorate
+EntryT = TypeVar("EntryT", bound=Registered)
 
 
-def policy_loss(name: str) -> PolicyLoss:
-    """Return the registered policy loss called `name`.
+class Registry(Generic[EntryT]):
+    """Registered functions of one kind, those of a package among them: its modules are imported when one is missing."""
 
-    Raises:
-        ConfigError: there is none; the message lists those that exist.
-    """
-    return POLICY_LOSSES.get(name)
+    def __init__(self, kind: str, *, package: str, key: str, how: str) -> None:
+        """Make an empty one.
+
+        Args:
+            kind: what its functions are, such as "policy loss".
+            package: dotted; its modules register the built-in ones.
+            key: what a name is given for, such as "loss_type".
+            how: a clause that says how one's own is registered.
+        """
+        self._kind, self._package, self._key, self._how = kind, package, key, how
+        self.entries: dict[str, EntryT] = {}
+
+    def add(self, entry: EntryT, *, overwrite: bool) -> None:
+        """Register a function.
+
+        Raises:
+            ConfigError: another one has its name, and is not to be replaced.
+        """
+        known = self.entries.get(entry.name)
+        if known is not None and not overwrite and not is_same_source(known.function, entry.function):
+            raise ConfigError(
+                f"{self._kind} {entry.name!r} is already registered by {known.function.__module__}."
+                f"{known.function.__name__}; choose another name, or pass overwrite=True"
+            )
+        self.entries[entry.name] = entry
+
+    def get(self, name: str) -> EntryT:
+        """Return the function called `name`.
+
+        Raises:
+            ConfigError: there is none; the message lists those that exist.
+        """
+        if name in self.entries:  # it is asked for in every chunk; listing the modules takes longer
+            return self.entries[name]
+        names = self.names()
+        if name not in names:
+            article = "an" if self._kind[0] in "aeiou" else "a"
+            hint = did_you_mean(str(name), names)
+            raise ConfigError(
+                f"{self._key}={name!r} is not {article} {self._kind}; choose {listed(names)}{hint}; {self._how}"
+            )
+        return self.entries[name]
+
+    def names(self) -> list[str]:
+        """Return all names, built-in ones included, sorted."""
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self._package}.{module.name}")
+        return sorted(self.entries)
 
 
-def policy_loss_names() -> list[str]:
-    """Return the names of all registered policy losses, built-in ones included, sorted."""
-    return POLICY_LOSSES.names()
+def check_needs(who: str, needs: Sequence[str], known: Sequence[str], lacking: str) -> None:
+    """Raise `ConfigError` if a function that is to be registered needs what nobody has."""
+    unknown = next((need for need in needs if need not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"{who} needs {unknown!r}, which {lacking}; choose {listed(known)}")

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import world_size
 from toolkit.errors import ConfigError, DataError
-from toolkit.losses.calibration import counts_here
-from toolkit.losses.census import Counts, census
+from toolkit.losses.step.totals import Counts, census
+from toolkit.losses.step.weights import counts_here
 from toolkit.metrics import widened
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from toolkit.head import TokenScores
-from toolkit.losses.config import CELossConfig
+from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.losses.kwargs import BaseLossKwargs
 from toolkit.losses.scored import ScoredLossContext

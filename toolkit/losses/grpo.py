@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.functional.conformance import check_token_losses
 from toolkit.functional.kl import k1, k3, kl_estimate
 from toolkit.functional.kl_exact import top_k_kl
 from toolkit.functional.mismatch import LARGEST_WEIGHT
-from toolkit.functional.registry import Need
+from toolkit.functional.policy.registry import Need
+from toolkit.functional.scope_check import check_token_losses
 from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
 from toolkit.head.options import Entropy
 from toolkit.head.plan import Scope
-from toolkit.losses import grpo_kwargs
-from toolkit.losses.calibration import loss_metric
-from toolkit.losses.candidates import check_vocabulary
-from toolkit.losses.config import BaseRLLossConfig, GRPOLossConfig
-from toolkit.losses.grpo_correction import late_correction
-from toolkit.losses.grpo_items import check_policy_loss, scored_labels
-from toolkit.losses.grpo_kwargs import GRPOLossKwargs
+from toolkit.losses.config.policy import BaseRLLossConfig, GRPOLossConfig
+from toolkit.losses.config.term import LossTerm
 from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.kwargs import GRPOLossKwargs
 from toolkit.losses.scored import ScoredLossContext
-from toolkit.losses.step import Extra, Step, StepRow
+from toolkit.losses.step import policy_step
+from toolkit.losses.step.candidates import check_vocabulary
+from toolkit.losses.step.corrections import late_correction
+from toolkit.losses.step.global_view import Whole, emptied, with_gradient_of
+from toolkit.losses.step.item_checks import check_policy_loss, scored_labels
+from toolkit.losses.step.step import Extra, Step, StepRow
+from toolkit.losses.step.weights import loss_metric
 from toolkit.losses.summation import as_loss_dtype, term_sums, total, weighted
-from toolkit.losses.term import LossTerm
-from toolkit.losses.whole import Whole, emptied, with_gradient_of
 from toolkit.metrics import Mean, Metric, Sum, extremes, without_graph
 
 __all__ = ["GRPOLossContext", "GRPOLossKwargs"]
@@ -66,7 +66,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     @classmethod
     def counted_besides(cls, loss_cfg: BaseRLLossConfig) -> dict[str, int | None]:
         """Return what `prepare` counts."""
-        return grpo_kwargs.counted_besides(loss_cfg)
+        return policy_step.counted_besides(loss_cfg)
 
     @classmethod
     def prepare(cls, step: Step) -> Extra:
@@ -76,17 +76,17 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             DataError: something that the loss reads is missing (advantages, ref_logprobs with ``use_kl_loss``, ...), or
                 a scored position of it holds NaN or inf.
         """
-        return grpo_kwargs.prepare(step)
+        return policy_step.prepare(step)
 
     @classmethod
     def check_totals(cls, step: Step) -> None:
         """Raise `DataError` where a loss of several tokens cannot see them together."""
-        grpo_kwargs.check_totals(step)
+        policy_step.check_totals(step)
 
     @classmethod
     def fields_of(cls, row: StepRow) -> dict[str, Any]:
         """Return the fields of the kwargs: the item's by name, corrections, and what a wider scope looks at."""
-        return {**super().fields_of(row), **grpo_kwargs.fields_of(row)}
+        return {**super().fields_of(row), **policy_step.fields_of(row)}
 
     @classmethod
     def reads_sequences(cls, loss_cfg: BaseRLLossConfig) -> bool:
@@ -96,8 +96,8 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     @classmethod
     def of_this_rank(cls, batches: list[Any], step: Step) -> list[Any]:
         """Return this rank's kwargs, with what other tokens their loss looks at and with their own candidates."""
-        own = super().of_this_rank(grpo_kwargs.with_wider_views(batches, step), step)
-        return grpo_kwargs.with_own_candidates(own, step)
+        own = super().of_this_rank(policy_step.with_wider_views(batches, step), step)
+        return policy_step.with_own_candidates(own, step)
 
     # ------------------------------------------------------------------ the loss
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.losses.fields import PerToken, TensorRecord
-from toolkit.losses.provenance import LogprobSpec
+from toolkit.losses.config.logprob_spec import LogprobSpec
+from toolkit.losses.record import PerToken, TensorRecord
 from toolkit.losses.shift import has_next, shift_labels, shift_values
 
 

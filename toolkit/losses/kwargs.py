@@ -5,11 +5,13 @@ Legend: B rows, T positions of a row, K columns of weights.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
+import torch
 from torch import Tensor
 
-from toolkit.losses.fields import PerToken, TensorRecord
+from toolkit.functional.segments import NO_SEQUENCE
+from toolkit.losses.record import PerToken, TensorRecord
 
 
 class BaseLossKwargs(TensorRecord):
@@ -31,3 +33,37 @@ class BaseLossKwargs(TensorRecord):
             f"{type(self).__name__} has no field {name!r}; declare {name}: Annotated[Tensor, PerToken(pad=0.0)] in the "
             "kwargs_cls of the context, and in its item_cls"
         )
+
+
+class GRPOLossKwargs(BaseLossKwargs):
+    """Everything the loss of one micro-batch needs; all fields [1, T] or [B, T]."""
+
+    advantages: Annotated[Tensor, PerToken(pad=0.0)]
+    candidate_ids: Annotated[Tensor | None, PerToken(pad=-1, trailing=1)] = None
+    """[.., T, K] tokens whose log-probabilities are compared with another policy's; None: the whole vocabulary."""
+    candidate_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, trailing=1)] = None
+    """[.., T, K] the reference's or the teacher's."""
+    old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    teacher_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    current_logprobs: Annotated[Tensor | None, PerToken(pad=0.0)] = None
+    sequence_ids: Annotated[Tensor | None, PerToken(pad=NO_SEQUENCE)] = None
+    turn_ids: Annotated[Tensor | None, PerToken(pad=NO_SEQUENCE)] = None
+    group_ids: Annotated[Tensor | None, PerToken(pad=NO_SEQUENCE)] = None
+    positions: Annotated[Tensor | None, PerToken(pad=0)] = None
+    step_metrics: Any = None
+    """Metrics that are known before the forward; reported once, by the micro-batch as a whole."""
+    has_current: bool = False
+    """Whether all corrections were applied before the forward, for the items had `current_logprobs`."""
+    num_scored: int | None = None
+    """Tokens that a loss of more than one token must be given together; None: it may be given pieces."""
+    place: Annotated[Tensor | None, PerToken(pad=NO_SEQUENCE)] = None
+    """int64, where each scored token stands among those of `whole`."""
+    whole: Any = None
+    """A `Whole`: the tokens that the loss looks at, where others than this micro-batch's piece are among them."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy with every tensor on `device`, those of `whole` included."""
+        moved = super().to(device)
+        return moved if self.whole is None else moved.replace(whole=self.whole.to(device))

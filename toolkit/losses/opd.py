@@ -10,11 +10,11 @@ from torch import Tensor
 from toolkit.functional.kl_exact import top_k_kl
 from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
-from toolkit.losses.config import BaseRLLossConfig
-from toolkit.losses.config_opd import OPDLossConfig
+from toolkit.losses.config.opd import OPDLossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.grpo import GRPOLossContext
-from toolkit.losses.grpo_kwargs import GRPOLossKwargs
 from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.kwargs import GRPOLossKwargs
 
 __all__ = ["OPDLossConfig", "OPDLossContext"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from toolkit.losses.config import BaseRLLossConfig
-from toolkit.losses.config_oreal import OrealLossConfig
+from toolkit.losses.config.oreal import OrealLossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.grpo import GRPOLossContext
 
 __all__ = ["OrealLossConfig", "OrealLossContext"]

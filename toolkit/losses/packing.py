@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.losses.fields import PerToken
 from toolkit.losses.items import LossContextInputItem
+from toolkit.losses.record import PerToken
 
 ItemT = TypeVar("ItemT", bound=LossContextInputItem)
 

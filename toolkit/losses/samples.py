@@ -16,10 +16,10 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
 from toolkit.head import token_logprobs
-from toolkit.losses.builder import item_class
-from toolkit.losses.config import BaseLossConfig
-from toolkit.losses.fields import PerToken
+from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.record import PerToken
+from toolkit.losses.step.builder import item_class
 
 GARBAGE = 3.0
 """What stands at positions that are not scored unless the caller wants something else, such as NaN."""

@@ -17,9 +17,9 @@ from toolkit.head.options import Entropy, HeadOptions
 from toolkit.head.plan import Scope
 from toolkit.head.scores import eager_scores
 from toolkit.head.vocabulary import vocab_group
-from toolkit.losses.base import BaseLossContext, merge_extras
-from toolkit.losses.builder import ItemT
+from toolkit.losses.context import BaseLossContext, merge_extras
 from toolkit.losses.kwargs import BaseLossKwargs
+from toolkit.losses.step.builder import ItemT
 from toolkit.metrics import Metric
 
 SMALL_LOGITS = 2**20

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.losses.calibration import loss_metric
-from toolkit.losses.term import LossTerm, weight_columns
+from toolkit.losses.config.term import LossTerm, weight_columns
+from toolkit.losses.step.weights import loss_metric
 from toolkit.metrics import Metric
 
 

@@ -58,7 +58,7 @@ class TinyLlamaConfig(ModelConfig):
         """Return a freshly initialised policy; needs the extra [train]."""
         from toolkit.models.tiny import build_tiny_llama
 
-        return build_tiny_llama(self, alphabet)
+        return build_tiny_llama(alphabet, **self.model_dump(exclude={"cpu_threads"}))
 
 
 class PretrainedConfig(ModelConfig):
@@ -77,4 +77,4 @@ class PretrainedConfig(ModelConfig):
         """Load model and tokenizer; needs the extra [train]."""
         from toolkit.models.pretrained import build_pretrained
 
-        return build_pretrained(self)
+        return build_pretrained(**self.model_dump(exclude={"cpu_threads"}))

@@ -20,8 +20,8 @@ from toolkit.errors import ConfigError, DataError
 from toolkit.head import token_logprobs
 from toolkit.head.adapters import Head, find_head, transforms_of
 from toolkit.head.logits import LogitTransform
-from toolkit.losses.base import BaseLossContext
-from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.context import BaseLossContext
 from toolkit.metrics import Mean
 from toolkit.models import router
 from toolkit.models.fit import difference, fitted_transform

@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from toolkit.models.config import TinyLlamaConfig
 from toolkit.models.policy import Policy
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -26,20 +25,22 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     )
 
 
-def build_tiny_llama(config: TinyLlamaConfig, alphabet: str) -> tuple[Policy, Any]:
-    """Return a randomly initialised policy and its character tokenizer."""
+def build_tiny_llama(
+    alphabet: str, *, hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, dtype: str
+) -> tuple[Policy, Any]:
+    """Return a randomly initialised policy and its character tokenizer; for the settings see `TinyLlamaConfig`."""
     tokenizer = character_tokenizer(alphabet)
     llama = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_heads,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
         max_position_embeddings=256,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         tie_word_embeddings=False,
     )
-    return Policy(LlamaForCausalLM(llama).to(getattr(torch, config.dtype))), tokenizer
+    return Policy(LlamaForCausalLM(llama).to(getattr(torch, dtype))), tokenizer

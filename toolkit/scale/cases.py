@@ -17,8 +17,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.distributed import counting_over, reduce_metrics
-from toolkit.losses.aggregation import AggregationConfig
-from toolkit.losses.config import BaseRLLossConfig
+from toolkit.losses.config.aggregation import AggregationConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.grpo import GRPOLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.samples import sample_fields

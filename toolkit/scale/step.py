@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 from toolkit.distributed import PACKET
-from toolkit.losses.census import ROOM
+from toolkit.losses.step.totals import ROOM
 from toolkit.scale.collectives import Collective
 
 FLOAT64, FLOAT32 = 8, 4

@@ -39,4 +39,4 @@ class SpellBackwardConfig(TaskConfig):
         """Return the task; needs the extra [train]."""
         from toolkit.tasks.spell_backward import SpellBackward
 
-        return SpellBackward(self, seed)
+        return SpellBackward(seed, word_length=self.word_length, num_heldout=self.num_heldout)

@@ -9,7 +9,6 @@ import reasoning_gym
 
 from toolkit.errors import ConfigError
 from toolkit.tasks.base import Example, Task
-from toolkit.tasks.config import SpellBackwardConfig
 
 POOL_SIZE = 12_000
 """Draws from reasoning-gym's word list; they hold about 4,500 different words of four letters."""
@@ -25,8 +24,9 @@ class SpellBackward(Task):
 
     alphabet = string.ascii_lowercase + "="
 
-    def __init__(self, config: SpellBackwardConfig, seed: int) -> None:
-        self._length = config.word_length
+    def __init__(self, seed: int, *, word_length: int, num_heldout: int) -> None:
+        """Draw the words; for the settings see `SpellBackwardConfig`."""
+        self._length = word_length
         self._dataset = reasoning_gym.create_dataset(
             "spell_backward", size=POOL_SIZE, seed=seed, min_word_len=self._length, max_word_len=self._length
         )
@@ -38,13 +38,13 @@ class SpellBackward(Task):
                 examples.setdefault(word, Example(f"{word}=", entry["answer"].lower(), entry))
         pool = list(examples.values())
         Random(seed).shuffle(pool)
-        if len(pool) <= config.num_heldout:
+        if len(pool) <= num_heldout:
             raise ConfigError(
-                f"task.num_heldout={config.num_heldout} leaves no words for RL: there are {len(pool)} of "
+                f"task.num_heldout={num_heldout} leaves no words for RL: there are {len(pool)} of "
                 f"{self._length} letters"
             )
-        self.heldout = pool[: config.num_heldout]
-        self.train = pool[config.num_heldout :]
+        self.heldout = pool[:num_heldout]
+        self.train = pool[num_heldout:]
         self._kept_back = {example.prompt for example in self.heldout}
 
     def score(self, example: Example, completion: str) -> float:

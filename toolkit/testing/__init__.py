@@ -12,7 +12,8 @@ import torch
 
 from toolkit.distributed import all_gather_objects, rank, world_size
 from toolkit.errors import ConfigError
-from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.samples import Batch, random_batch
 from toolkit.testing.arguments import check_objects, flags_of, modes_of, numbers_of
 from toolkit.testing.evaluation import REFERENCE, Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from toolkit.errors import ConfigError
-from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.samples import Batch
 from toolkit.testing.evaluation import in_mode
 

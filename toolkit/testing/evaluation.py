@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from toolkit.distributed import all_reduce_sum, rank, reduce_metrics, world_size
 from toolkit.errors import ConfigError
-from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.samples import Batch
 from toolkit.metrics import KINDS, Metric, merge_metrics, metrics_in, to_floats
 from toolkit.testing.layout import NOWHERE, Layout, Part, part_of

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import all_reduce_sum, sp_split, world_size
-from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
-from toolkit.losses.fields import PerToken
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.items import LossContextInputItem
+from toolkit.losses.record import PerToken
 from toolkit.losses.samples import Batch
 
 NOWHERE = -1

@@ -20,16 +20,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from toolkit import errors
+from toolkit.compose.plugins import load_plugins
 from toolkit.errors import ConfigError, LaunchError, ToolkitError
-from toolkit.functional.registry import policy_loss, register_policy_loss
-from toolkit.losses.config import BaseRLLossConfig
-from toolkit.plugins import load_plugins
+from toolkit.functional.policy.registry import policy_loss, register_policy_loss
+from toolkit.losses.config.policy import BaseRLLossConfig
 
 START_METHOD = "spawn"
 """How processes start; our own tests fork them from one that has loaded torch."""
 BUILT_IN = "toolkit."
 PLUGIN = "toolkit_plugin_"
-"""Beginning of the names of modules that `toolkit.plugins` made of files."""
+"""Beginning of the names of modules that `toolkit.compose.plugins` made of files."""
 NESTED = 97
 """Exit code of a new process that came to start processes itself, while it imported the script."""
 PUT_UNDER_MAIN = (

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from toolkit.errors import ConfigError
-from toolkit.training.doors import CHECKPOINT, identity
+from toolkit.training.full_state import full_optimizer_state, load_full_optimizer_state, save_weights
+from toolkit.training.full_state import load_weights as read_weights
 from toolkit.training.phase import Phase
+from toolkit.training.startup import CHECKPOINT, identity
 from toolkit.training.trainer import Trainer
-from toolkit.training.whole_state import full_optimizer_state, load_full_optimizer_state, save_weights
-from toolkit.training.whole_state import load_weights as read_weights
 
 
 def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from toolkit.functional.rewards import RewardTerms
+from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
-from toolkit.losses.provenance import LogprobSpec
 from toolkit.rollout.sampler import Completions
 from toolkit.tasks.base import Example
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from toolkit.functional.kl import kl_estimate
 from toolkit.functional.kl_control import AdaptiveKL
-from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.metrics import Mean, Metric
 from toolkit.training.config import KLControlConfig
 

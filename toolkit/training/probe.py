@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from toolkit.distributed import all_gather_objects, rank, reduce_metrics, sp_split, world_size
 from toolkit.errors import ConfigError, LaunchError
-from toolkit.losses.config import BaseLossConfig, CELossConfig
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.metrics import Max
 

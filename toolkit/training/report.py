@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from toolkit.losses.config import BaseRLLossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.tasks.base import Example
 
 if TYPE_CHECKING:

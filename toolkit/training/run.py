@@ -18,23 +18,25 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from toolkit.config import RunConfig
 from toolkit.distributed import check_world_size, rank, reduce_metrics
 from toolkit.errors import ConfigError, LaunchError, ToolkitError
-from toolkit.functional.declared import fields_declared, has_gradient, place_of, undeclared
-from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
+from toolkit.functional.declared_fields import fields_declared, has_gradient, place_of, undeclared
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.ce import CELossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.samples import sample_fields
 from toolkit.metrics import Max
 from toolkit.training import checkpoint
 from toolkit.training.config import TrainingConfig
-from toolkit.training.doors import check_environment, read_state
-from toolkit.training.faults import shared_fate
+from toolkit.training.failures import shared_fate
 from toolkit.training.phase import Phase
 from toolkit.training.probe import check_gradient_scale
 from toolkit.training.progress import PhaseProgress
 from toolkit.training.report import Summary, write_report
+from toolkit.training.run_config import RunConfig
 from toolkit.training.sharding import Sharding, no_sync, prepare_probe
+from toolkit.training.startup import check_environment, read_state
 from toolkit.training.tracking import Tracker
 from toolkit.training.trainer import Trainer
 

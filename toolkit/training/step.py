@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from toolkit.losses.auxiliary import auxiliary_weights
-from toolkit.losses.config import BaseLossConfig
+from toolkit.losses.config.base import BaseLossConfig
 from toolkit.metrics import Mean, Metric, Sum, fetch
 from toolkit.models.policy import Policy
 from toolkit.models.router import wants_router_loss

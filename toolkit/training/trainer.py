@@ -17,10 +17,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from toolkit.config import RunConfig
 from toolkit.distributed import all_gather_objects, reduce_metrics
-from toolkit.losses.calibration import loss_metric
-from toolkit.losses.config import BaseLossConfig, BaseRLLossConfig, CELossConfig
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.ce import CELossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
+from toolkit.losses.step.weights import loss_metric
 from toolkit.metrics import Max, Mean, Metric, Sum, merge_metrics, metrics_in, to_floats
 from toolkit.models.policy import Policy
 from toolkit.rollout.sampler import Completions, complete, row_uniforms
@@ -37,6 +38,7 @@ from toolkit.training.experience import (
 from toolkit.training.kl_penalty import KLPenalty
 from toolkit.training.layout import largest_share, minibatches, share_of
 from toolkit.training.phase import Phase, learning_rate_schedule
+from toolkit.training.run_config import RunConfig
 from toolkit.training.sharding import (
     accumulating,
     clip_grad_norm,

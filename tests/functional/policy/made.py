@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.functional.policy.reference import Sample
-from toolkit.functional.registry import policy_loss
+from toolkit.functional.policy.registry import policy_loss
 from toolkit.functional.terms import PolicyTerms
 
 UNBOUNDED = (None, None)

@@ -18,11 +18,11 @@ from torch import Tensor
 from tests.functional.policy.made import BOUNDED, OTHER_OPTIONS, UNBOUNDED, from_sample, values_and_grads
 from tests.functional.policy.reference import made_up
 from tests.functional.policy.reference_losses import REFERENCES
-from toolkit.functional.conformance import check_policy_loss, is_zero_without_advantage
+from toolkit.compose.schemas import conf_dir
 from toolkit.functional.names import Aggregation
-from toolkit.functional.registry import policy_loss
+from toolkit.functional.policy.registry import policy_loss
+from toolkit.functional.scope_check import check_policy_loss, is_zero_without_advantage
 from toolkit.functional.terms import PolicyTerms
-from toolkit.schemas import conf_dir
 
 NAMES = sorted(REFERENCES)
 CASES = [(name, options) for name in NAMES for options in [{}, *OTHER_OPTIONS.get(name, [])]]

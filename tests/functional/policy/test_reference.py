@@ -11,7 +11,7 @@ import torch
 from tests.functional.policy.made import BOUNDED, OTHER_OPTIONS, UNBOUNDED, from_sample, values_and_grads
 from tests.functional.policy.reference import gradient, made_up
 from tests.functional.policy.reference_losses import REFERENCES
-from toolkit.functional.registry import policy_loss
+from toolkit.functional.policy.registry import policy_loss
 
 SAMPLES = [
     ((3, 1, 4, 2), 0.01, BOUNDED),

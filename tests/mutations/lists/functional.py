@@ -324,7 +324,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="aggregation-component-weights-in-the-denominator",
-        file="toolkit/losses/config.py",
+        file="toolkit/losses/config/policy.py",
         line='coef=getattr(own, f"{sign}_weight"),',
         becomes="coef=own.positive_weight,",
         tests=("tests/losses/test_oreal.py::test_against_the_slow_reference",),
@@ -463,7 +463,7 @@ MUTATIONS = (
     # ------------------------------------------------------------------ registries and checks
     Mutation(
         name="registry-name-taken-silently",
-        file=f"{FUNCTIONAL}/registered.py",
+        file=f"{FUNCTIONAL}/registry.py",
         line="if known is not None and not overwrite and not is_same_source(known.function, entry.function):",
         becomes="if False:",
         tests=(f"{TESTS}/test_registry.py::test_a_name_is_not_taken_twice_by_accident",),
@@ -477,21 +477,21 @@ MUTATIONS = (
     ),
     Mutation(
         name="conformance-pass-remembered-for-other-options",
-        file=f"{FUNCTIONAL}/conformance.py",
+        file=f"{FUNCTIONAL}/scope_check.py",
         line="return (loss.name, loss.function, loss.scope, repr(sorted(options.items())))",
         becomes="return (loss.name, loss.function, loss.scope)",
-        tests=(f"{TESTS}/test_conformance.py::test_an_option_decides",),
+        tests=(f"{TESTS}/test_scope_check.py::test_an_option_decides",),
     ),
     Mutation(  # what a token gets from its neighbours and what it gives them are then the same
         name="conformance-neighbours-cancel",
-        file=f"{FUNCTIONAL}/conformance.py",
+        file=f"{FUNCTIONAL}/scope_check.py",
         line="total = (values * (1 + terms.old_logprobs.square())).sum()",
         becomes="total = values.sum()",
-        tests=(f"{TESTS}/test_conformance.py::test_a_loss_that_uses_more_is_told_its_scope",),
+        tests=(f"{TESTS}/test_scope_check.py::test_a_loss_that_uses_more_is_told_its_scope",),
     ),
     Mutation(
         name="declared-rollout-weight-ignored",
-        file=f"{FUNCTIONAL}/registry.py",
+        file=f"{FUNCTIONAL}/policy/registry.py",
         line='divides = options.get("anchor") == "rollout" or options.get("use_rollout_weight")',
         becomes='divides = options.get("anchor") == "rollout"',
         tests=("tests/test_check.py::test_an_option_brings_the_sampler",),

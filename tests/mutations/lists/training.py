@@ -80,7 +80,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="two-parts-need-no-first-pass",
-        file="toolkit/losses/config.py",
+        file="toolkit/losses/config/policy.py",
         line='return self.needs_current_first or (num_parts > 1 and self.scope in ("group", "batch"))',
         becomes='return self.needs_current_first or (num_parts > 2 and self.scope in ("group", "batch"))',
         tests=("tests/training/test_before_a_step.py",),
@@ -215,7 +215,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="another-run-is-resumed",
-        file="toolkit/training/doors.py",
+        file="toolkit/training/startup.py",
         line='SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")',
         becomes='SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "kl_control")',
         tests=("tests/training/test_resume.py::test_other_settings_are_another_run",),
@@ -251,18 +251,18 @@ MUTATIONS = (
     ),
     Mutation(
         name="failing-rank-tells-nobody",
-        file="toolkit/training/faults.py",
+        file="toolkit/training/failures.py",
         line="failure = self._tell(self._store, own) if self._has_store() else None",
         becomes="failure = None",
-        tests=("tests/training/test_faults.py::test_one_process_raises",),
+        tests=("tests/training/test_failures.py::test_one_process_raises",),
     ),
     Mutation(
         name="own-errors-taken-for-broken-connections",
-        file="toolkit/training/faults.py",
+        file="toolkit/training/failures.py",
         line="is_plain = isinstance(error, (RuntimeError, ConnectionError, TimeoutError)) "
         "and not isinstance(error, ToolkitError)",
         becomes="is_plain = True",
-        tests=("tests/training/test_faults.py::test_what_only_follows_from_another_process",),
+        tests=("tests/training/test_failures.py::test_what_only_follows_from_another_process",),
     ),
     Mutation(
         name="ranks-start-from-own-weights",
@@ -338,7 +338,7 @@ MUTATIONS = (
     Mutation(
         name="trained-on-held-out-words",
         file="toolkit/tasks/spell_backward.py",
-        line="self.train = pool[config.num_heldout :]",
+        line="self.train = pool[num_heldout:]",
         becomes="self.train = pool",
         tests=("tests/training/test_parts.py::test_task_keeps_held_out_words_apart",),
     ),

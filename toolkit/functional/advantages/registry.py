@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from toolkit.errors import ConfigError, DataError, listed
 from toolkit.functional.options import options_model
-from toolkit.functional.registered import Registered, Registry, check_needs
+from toolkit.functional.registry import Registered, Registry, check_needs
 
 if TYPE_CHECKING:
     from torch import Tensor

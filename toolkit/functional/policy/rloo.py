@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow
 from toolkit.functional.policy.clip import clipped_surrogate
-from toolkit.functional.registry import register_policy_loss
+from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, ClipHigh, ClipLow
-from toolkit.functional.registry import register_policy_loss
+from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
     from torch import Tensor

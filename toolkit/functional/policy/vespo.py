@@ -6,7 +6,7 @@ from math import log
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, NotNegative, Positive
-from toolkit.functional.registry import register_policy_loss
+from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,244 @@
+"""Time interleaved in one process, memory in one process a variant, accuracy at a smaller shape."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from toolkit.bench.config import BenchConfig
+from toolkit.bench.problem import Problem, Step, device_of
+from toolkit.bench.variants import Variant, variants
+from toolkit.head.memory import keep_freed_memory
+from toolkit.losses.config.base import BaseLossConfig
+
+SMALL = (256, 64, 2048)
+"""The largest shape at which accuracy is measured."""
+
+
+@dataclass
+class Result:
+    """What was measured of a variant; lists have one entry a round."""
+
+    name: str
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    """Over the inputs, returned gradients included."""
+    errors: dict[str, float] | None = None
+    """Relative errors of loss and gradients against float64."""
+    skipped: str | None = None
+    """Why it was not measured."""
+
+    def ratio(self, floor: Result, kind: str) -> float:
+        """Return the median time over that of `floor`; `kind` is "wall" or "cpu"."""
+        return statistics.median(getattr(self, kind)) / statistics.median(getattr(floor, kind))
+
+
+def measure_all(
+    config: BenchConfig, loss_cfg: BaseLossConfig, plugins: Sequence[str], say: Callable[[str], None]
+) -> list[Result]:
+    """Measure every variant; `say` hears what is being done."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    chosen = variants(config, loss_cfg)
+    results = {variant.name: Result(variant.name, skipped=variant.why_not) for variant in chosen}
+    running = [variant for variant in chosen if variant.why_not is None]
+    if config.accuracy:
+        say("accuracy")
+        _measure_accuracy(config, loss_cfg, running, results)
+        torch.compiler.reset()  # what a peer compiled for the small shape does not always fit the large one
+        running = [variant for variant in running if results[variant.name].skipped is None]
+    if config.keep_memory:
+        keep_freed_memory()
+    if config.memory:
+        for variant in running:
+            say(f"memory of {variant.name}")
+            results[variant.name].peak_bytes = _peak_of(config, loss_cfg, plugins, variant.name)
+    _measure_time(config, running, results, say)
+    return list(results.values())
+
+
+def _measure_time(
+    config: BenchConfig, running: Sequence[Variant], results: dict[str, Result], say: Callable[[str], None]
+) -> None:
+    built: list[tuple[str, Problem, Step]] = []
+    for variant in running:
+        say(f"warm-up of {variant.name}")
+        with _noting_failure(results[variant.name], is_ours=variant.is_ours):
+            problem = variant.problem()
+            step = variant.build(problem)
+            _timed(problem, step)
+            built.append((variant.name, problem, step))
+    for number in range(1, config.rounds + 1):
+        say(f"time, round {number} of {config.rounds}")
+        for name, problem, step in built:
+            wall, cpu = _timed(problem, step)
+            results[name].wall.append(wall)
+            results[name].cpu.append(cpu)
+
+
+@contextlib.contextmanager
+def _noting_failure(result: Result, *, is_ours: bool) -> Iterator[None]:
+    """Let a peer fail by itself: what it said goes into its result, and the others are measured."""
+    try:
+        yield
+    except Exception as error:
+        if is_ours:
+            raise
+        result.skipped = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _timed(problem: Problem, step: Step) -> tuple[float, float]:
+    """Return wall and CPU seconds of one call."""
+    is_gpu = problem.hidden.device.type == "cuda"
+    problem.clear()
+    if is_gpu:
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    if is_gpu:
+        torch.cuda.synchronize()
+    taken = time.perf_counter() - wall, time.process_time() - cpu
+    problem.clear()
+    return taken
+
+
+def _measure_accuracy(
+    config: BenchConfig, loss_cfg: BaseLossConfig, running: Sequence[Variant], results: dict[str, Result]
+) -> None:
+    """Compare with the loss in float64, under plain autograd, over the same numbers."""
+    small = _smaller(config)
+    wanted = {variant.name for variant in running if variant.has_gradients}
+    for variant in variants(small, loss_cfg):
+        if variant.name not in wanted:
+            continue
+        problem, result = variant.problem(), results[variant.name]
+        with _noting_failure(result, is_ours=variant.is_ours):
+            loss, grads = _loss_and_grads(problem, variant.build(problem))
+        if result.skipped is not None:
+            continue
+        exact_cfg = type(problem.loss_cfg)(**{**problem.loss_cfg.model_dump(), "mode": "eager"})
+        exact = _in_float64(problem, exact_cfg)
+        context = exact.context(softcap=config.softcap)
+
+        def step(context: object = context, exact: Problem = exact) -> Tensor:
+            loss, _ = context.forward(exact.rows, exact.weight)  # type: ignore[attr-defined]
+            loss.backward()
+            return loss
+
+        exact_loss, exact_grads = _loss_and_grads(exact, step)
+        result.errors = {
+            "loss": abs(float(loss) / float(exact_loss) - 1),
+            **{name: float((grads[name].double() - want).norm() / want.norm()) for name, want in exact_grads.items()},
+        }
+
+
+def _in_float64(problem: Problem, loss_cfg: BaseLossConfig) -> Problem:
+    return Problem(
+        problem.config,
+        loss_cfg,
+        problem.hidden.detach().double().requires_grad_(),
+        problem.weight.detach().double().requires_grad_(problem.weight.requires_grad),
+        problem.labels,
+        problem.item,
+    )
+
+
+def _loss_and_grads(problem: Problem, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    problem.clear()
+    loss = step()
+    assert loss is not None
+    found = {"hidden": problem.hidden.grad, "weight": problem.weight.grad}
+    problem.clear()
+    return loss.detach(), {name: grad for name, grad in found.items() if grad is not None}
+
+
+def _smaller(config: BenchConfig) -> BenchConfig:
+    length = min(config.sequence_length, SMALL[0])
+    tokens = max(length, min(config.shape[0], SMALL[0]) // length * length)
+    chunk = config.chunk_size if config.chunk_size == "auto" else max(1, config.chunk_size * tokens // config.shape[0])
+    shape = (tokens, *map(min, config.shape[1:], SMALL[1:]))
+    return BenchConfig(**{**config.model_dump(), "shape": shape, "sequence_length": length, "chunk_size": chunk})
+
+
+def _peak_of(config: BenchConfig, loss_cfg: BaseLossConfig, plugins: Sequence[str], name: str) -> int | None:
+    """Measure in a process of its own, which nobody else has warmed or filled."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder, "task.pickle")
+        task.write_bytes(pickle.dumps((config, loss_cfg, list(plugins), name)))
+        command = [sys.executable, "-m", "toolkit.bench.memory", str(task)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    if done.returncode:
+        print(f"memory of {name} could not be measured:\n{done.stderr}", file=sys.stderr)
+        return None
+    return int(done.stdout.split()[-1])
+
+
+def peak_of_call(config: BenchConfig, loss_cfg: BaseLossConfig, name: str) -> int:
+    """Return the bytes over the inputs at the worst moment of a call, in this process: call it in a fresh one.
+
+    On a CPU the resident high-water mark, so that whatever a library allocates by itself counts too; a first call has
+    then compiled what it compiles. On a GPU the peak of PyTorch's allocator.
+    """
+    (variant,) = [variant for variant in variants(config, loss_cfg) if variant.name == name]
+    problem = variant.problem()
+    step = variant.build(problem)
+    for is_measured in (False, True):
+        problem.clear()
+        gc.collect()
+        before = _reset_peak(device_of(config))
+        step()
+        if is_measured:
+            return _peak(device_of(config)) - before
+    raise AssertionError
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    _give_memory_back()
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")  # resets the high-water mark
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    """Return a field of /proc/self/status in bytes; on systems without it the maximal resident size."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def _give_memory_back() -> None:
+    """Let the C library return what it keeps, so that it is not there unseen in the next call."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return  # not glibc

@@ -1,0 +1,162 @@
+"""The table, the JSON file and the figure of a benchmark."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.bench.config import BenchConfig
+from toolkit.bench.measure import Result
+from toolkit.bench.problem import device_of
+from toolkit.head.products import onednn_wins
+
+MIB = 2**20
+COLUMNS = ("variant", "wall ms", "CPU ms", "x floor", "peak MiB", "error")
+
+
+def time_kind(config: BenchConfig) -> str:
+    """Return which time is compared: CPU-seconds are the steadier figure on a shared CPU; a GPU has none."""
+    return "wall" if device_of(config).type == "cuda" else "cpu"
+
+
+def table(config: BenchConfig, results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """Return the rows of the table, the first with its headings."""
+    kind, floor = time_kind(config), results[0]
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    for result in results:
+        if result.skipped is not None:
+            continue
+        errors = {name: error for name, error in (result.errors or {}).items() if name != "loss"}
+        rows.append(
+            (
+                result.name,
+                _milliseconds(result.wall),
+                _milliseconds(result.cpu),
+                f"{result.ratio(floor, kind):.2f}",
+                "-" if result.peak_bytes is None else f"{result.peak_bytes / MIB:,.0f}",
+                f"{max(errors.values()):.1e}" if errors else "-",
+            )
+        )
+    return rows
+
+
+def print_table(config: BenchConfig, results: Sequence[Result]) -> None:
+    """Print the table with what it means below."""
+    from rich.console import Console
+    from rich.table import Table
+
+    tokens, width, vocabulary = config.shape
+    title = f"N={tokens:,} D={width:,} V={vocabulary:,} {config.dtype}, {config.ignored:.0%} ignored"
+    shown = Table(title=title, title_justify="left")
+    heading, *rows = table(config, results)
+    for number, name in enumerate(heading):
+        shown.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(shown)
+    for result in results:
+        if result.skipped is not None:
+            console.print(f"not measured: {result.name}: {result.skipped}", highlight=False)
+    floor = (
+        "the loss by hand" if config.cases == "overhead" else "three bare, preallocated products of the scored tokens"
+    )
+    console.print(
+        f"x floor: median {time_kind(config)} time over {floor}. "
+        "Times: median ± half the range of the middle half. Peak: over the inputs, returned gradients included. "
+        "Error: larger relative error of the two gradients against float64, at a smaller shape.",
+        soft_wrap=True,
+    )
+
+
+def markdown(config: BenchConfig, results: Sequence[Result]) -> str:
+    """Return the table in Markdown."""
+    heading, *rows = table(config, results)
+    lines = [" | ".join(heading), " | ".join(["---"] + ["---:"] * (len(heading) - 1)), *map(" | ".join, rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def write(folder: Path, config: BenchConfig, loss: dict[str, Any], results: Sequence[Result]) -> list[Path]:
+    """Write results.json, table.md and figure.png, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    floor, kind = results[0], time_kind(config)
+    record = {
+        "bench": config.model_dump(),
+        "loss": loss,
+        "environment": environment(config),
+        "results": [
+            {
+                **vars(result),
+                "ratio_to_floor": None if result.skipped else result.ratio(floor, kind),
+            }
+            for result in results
+        ],
+    }
+    paths = [folder / "results.json", folder / "table.md", folder / "figure.png"]
+    paths[0].write_text(json.dumps(record, indent=2) + "\n")
+    paths[1].write_text(markdown(config, results) + "\n")
+    _figure(paths[2], config, results)
+    return paths
+
+
+def environment(config: BenchConfig) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    device = device_of(config)
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "onednn_for_fp32": onednn_wins(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    middle = statistics.median(seconds) * 1e3
+    digits = 1 if middle >= 10 else 3
+    if len(seconds) < 2:
+        return f"{middle:,.{digits}f}"
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return f"{middle:,.{digits}f} ± {(high - low) / 2 * 1e3:,.{digits}f}"
+
+
+def _figure(path: Path, config: BenchConfig, results: Sequence[Result]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [result for result in results if result.skipped is None][::-1]
+    floor, kind = results[0], time_kind(config)
+    colours = ["#2c7fb8" if result.name.startswith("toolkit") else "#b0b0b0" for result in shown]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.42 * len(shown) + 1.4), sharey=True, layout="constrained")
+    ratios = [result.ratio(floor, kind) for result in shown]
+    peaks = [(result.peak_bytes or 0) / MIB for result in shown]
+    for axis, values, text in ((axes[0], ratios, "{:.2f}"), (axes[1], peaks, "{:,.0f}")):
+        bars = axis.barh([result.name for result in shown], values, color=colours)
+        labels = axis.bar_label(bars, [text.format(value) for value in values], padding=3, fontsize=9)
+        for label in labels:
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.12)
+    axes[0].axvline(1, color="#444444", linewidth=0.8, linestyle=":", zorder=0)
+    axes[0].set_xlabel(f"{'wall' if kind == 'wall' else 'CPU'} time over {results[0].name}")
+    axes[1].set_xlabel("peak memory over the inputs, MiB")
+    tokens, width, vocabulary = config.shape
+    figure.suptitle(f"Loss and gradients over the head: N={tokens:,}, D={width:,}, V={vocabulary:,}, {config.dtype}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,178 @@
+"""Checks that put the loss under a small LM head, with items, micro-batches, packed rows and chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.check.subject import Failed, NotApplicable, Subject, fields_declared
+from toolkit.losses.config.policy import GRPOLossConfig
+from toolkit.losses.grpo import GRPOLossContext
+from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.samples import Batch, random_batch
+
+ROWS, POSITIONS = 8, 7
+RTOL, ATOL = 1e-9, 1e-12
+"""Everything here runs in float64."""
+CHUNKS = (1, 3, 5, 1000)
+TRASH = (float("nan"), float("inf"), float("-inf"), 1e30)
+
+
+@cache
+def problem() -> Batch:
+    """Return the same batch every time; ratios are spread widely enough for clips and masks to bind."""
+    return random_batch(seed=1, num_sequences=ROWS, longest=POSITIONS, width=5, vocabulary=11)
+
+
+def config(s: Subject, **settings: Any) -> GRPOLossConfig:
+    """Return a config of this loss, under the aggregation of its paper."""
+    wanted: Any = s.loss.aggregation or "token_mean"
+    if wanted == "constant":
+        wanted = {"name": wanted, "length": POSITIONS}
+    chosen = {"loss_type": s.loss.name, **s.options}
+    return GRPOLossConfig(policy_loss_cfg=chosen, aggregation=wanted, **settings)
+
+
+def loss_and_grads(
+    s: Subject,
+    batch: Batch,
+    cfg: GRPOLossConfig,
+    *,
+    batches: Sequence[Sequence[int]] = (tuple(range(ROWS)),),
+    is_packed: bool = False,
+    with_current: bool = False,
+) -> list[Tensor]:
+    """Return the loss of a whole step and its gradients of hidden states and head.
+
+    Args:
+        s: the loss.
+        batch: the sequences.
+        cfg: of `config`.
+        batches: which rows are in each micro-batch.
+        is_packed: whether the rows of a micro-batch lie one after the other in a single one.
+        with_current: whether the items have `current_logprobs`, with which a loss sees the whole step.
+    """
+    if with_current:
+        batch = batch.with_current_logprobs(cfg)
+    wanted = {"shifted_labels", "advantages", "old_logprobs", *fields_declared(s.loss, s.options)}
+    wanted |= {"current_logprobs"} if with_current else set()
+    wanted |= {"group_ids"} if cfg.aggregation.name == "prompt_mean" else set()
+    hidden, weight = batch.hidden_states.clone().requires_grad_(), batch.head_weight.clone().requires_grad_()
+    items, bounds, states = [], [], []
+    for rows in batches:
+        index = torch.tensor(rows)
+        fields: dict[str, Any] = {name: value[index] for name, value in batch.item.tensors() if name in wanted}
+        state = hidden[index]
+        if is_packed:
+            fields = {name: value.reshape(1, -1) for name, value in fields.items()}
+            state = state.reshape(1, -1, state.shape[-1])
+        items.append(RLLossContextInputItem(**fields))
+        states.append(state)
+        bounds.append(torch.arange(0, len(rows) + 1) * POSITIONS if is_packed else None)
+    kwargs = GRPOLossContext.build_batches_loss_kwargs(items, cfg, bounds if is_packed else None)
+    pairs = zip(kwargs, states, strict=True)
+    losses = [GRPOLossContext(cfg, own).forward(state, weight, batch.head_bias)[0] for own, state in pairs]
+    loss = torch.stack(losses).sum()
+    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+
+NAMES = ("loss", "gradient of the hidden states", "gradient of the head")
+
+
+def _agree(found: list[Tensor], reference: list[Tensor], what: str, remedy: str) -> None:
+    for name, ours, theirs in zip(NAMES, found, reference, strict=True):
+        if not torch.allclose(ours, theirs, rtol=RTOL, atol=ATOL):
+            off = float((ours - theirs).abs().max())
+            raise Failed(f"{what}: the {name} differs by {off:.1e}; {remedy}")
+
+
+# -------------------------------------------------------------------- checks
+
+
+def masked_positions(s: Subject) -> None:
+    """What stands at positions that are not scored changes nothing, not by a bit."""
+    batch, cfg = problem(), config(s)
+    is_masked = batch.item.shifted_labels == cfg.ignore_idx
+
+    def filled(value: float) -> Batch:
+        fields = {name: own for name, own in batch.item.tensors() if own.is_floating_point() and own.dim() == 2}
+        changes = {name: own.masked_fill(is_masked, value) for name, own in fields.items()}
+        return replace(batch, item=batch.item.replace(**changes))
+
+    clean = loss_and_grads(s, filled(0.0), cfg)
+    for trash in TRASH:
+        for name, ours, theirs in zip(NAMES, loss_and_grads(s, filled(trash), cfg), clean, strict=True):
+            if not torch.equal(ours, theirs):
+                raise Failed(
+                    f"{trash} at positions that are not scored changes the {name}; read per-token values from t alone, "
+                    "which holds scored tokens only"
+                )
+
+
+def partition(s: Subject) -> None:
+    """Micro-batches of a step add up to the whole, padded and packed."""
+    if s.loss.scope == "batch" and "entropies" in s.loss.needs:
+        raise NotApplicable("scope='batch' with entropies: a step may not be cut, which is refused")
+    batch, cfg, is_wide = problem(), config(s), s.loss.scope in ("group", "batch")
+    whole = loss_and_grads(s, batch, cfg, with_current=is_wide)
+    remedy = (
+        "a token's loss must not depend on how many tokens or sequences there are (no mean, sum or N over the batch); "
+        "leave averaging to the aggregation"
+    )
+    layouts: dict[str, tuple[tuple[int, ...], ...]] = {
+        "three micro-batches": ((0, 1), (2, 3), (4, 5, 6, 7)),
+        "two micro-batches": ((4, 5), (0, 1, 2, 3, 6, 7)),
+    }
+    layouts["one sequence in each micro-batch"] = tuple((row,) for row in range(ROWS))
+    for name, batches in layouts.items():
+        found = loss_and_grads(s, batch, cfg, batches=batches, with_current=is_wide)
+        _agree(found, whole, f"{name} instead of one", remedy)
+    remedy = "use t.segment_mean(x) and its kin for sequences, t.positions for distances inside them"
+    found = loss_and_grads(s, batch, cfg, is_packed=True, with_current=is_wide)
+    _agree(found, whole, "one packed row instead of padded ones", remedy)
+
+
+def eager_equals_chunk(s: Subject) -> None:
+    """The head may compute log-probabilities in chunks of any size."""
+    batch = problem()
+    whole = loss_and_grads(s, batch, config(s))
+    if not any(bool((own != 0).any()) for own in whole):
+        raise Failed("loss and gradients are 0 on all made-up tokens: there is nothing to compare")
+    for size in CHUNKS:
+        found = loss_and_grads(s, batch, config(s, mode="chunk", chunk_size=size))
+        remedy = "register it with the scope it needs: scope='sequence', 'group' or 'batch'"
+        _agree(found, whole, f"mode='chunk' with chunk_size={size} instead of mode='eager'", remedy)
+
+
+def nothing_to_score(s: Subject) -> None:
+    """A micro-batch without a scored token has loss 0 and gradients 0, as happens to some process of many."""
+    batch = problem()
+    labels = torch.full_like(batch.item.shifted_labels, config(s).ignore_idx)
+    empty = replace(batch, item=batch.item.replace(shifted_labels=labels))
+    for mode in ("eager", "chunk"):
+        try:
+            results = loss_and_grads(s, empty, config(s, mode=mode))
+        except (IndexError, RuntimeError, ZeroDivisionError) as error:
+            raise Failed(
+                f"it cannot do without tokens ({type(error).__name__}: {str(error).splitlines()[0]}), as some "
+                "process of many will ask; return t.logprobs * 0 where len(t.logprobs) == 0"
+            ) from None
+        for name, found in zip(NAMES, results, strict=True):
+            if not bool((found == 0).all()):
+                raise Failed(f"without a scored token the {name} is not 0; return one loss for each token, and no more")
+
+
+def low_precision(s: Subject) -> None:
+    """bfloat16 hidden states, head and advantages give an fp32 loss and finite gradients."""
+    wide, batch = problem().with_dtype(torch.float32), problem().with_dtype(torch.bfloat16)
+    item = wide.item.replace(advantages=batch.item.advantages)  # type: ignore[attr-defined]
+    loss, *grads = loss_and_grads(s, replace(batch, item=item), config(s))
+    if loss.dtype != torch.float32:
+        raise Failed(f"with bfloat16 hidden states the loss is {loss.dtype}; leave log-probabilities in float32")
+    if not all(bool(found.isfinite().all()) for found in (loss, *grads)):
+        raise Failed("with bfloat16 hidden states and advantages loss or gradients are not finite")

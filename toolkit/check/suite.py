@@ -1,0 +1,80 @@
+"""What every policy loss must keep, checked on made-up tokens on the CPU, and said in words.
+
+`function_checks.py` calls the function by itself, `loss_checks.py` puts it under a small LM head with items,
+micro-batches and chunks, `process_checks.py` over several processes.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+
+from toolkit.check import function_checks, loss_checks
+from toolkit.check.outcome import Outcome, report_of
+from toolkit.check.subject import Failed, NotApplicable, Subject, load_subject, place_of
+from toolkit.errors import ToolkitError
+
+__all__ = ["Outcome", "Subject", "load_subject", "report", "report_of", "run_suite", "title_of"]
+
+Check = Callable[[Subject], None]
+FIRST: tuple[tuple[str, Check], ...] = (
+    ("one loss for each token", function_checks.one_loss_for_each_token),
+    ("inputs are left as they were", function_checks.inputs_unchanged),
+    ("the same again when called again", function_checks.repeatable),
+    ("keeps to the declared scope", function_checks.keeps_scope),
+)
+"""A loss that fails one of these fails those that follow, too, for reasons that would only confuse."""
+OTHERS: tuple[tuple[str, Check], ...] = (
+    ("gradient sign", function_checks.gradient_sign),
+    ("every option matters", function_checks.options_matter),
+    ("finite at log ratios of +-25 and +-100", function_checks.finite),
+    ("precision", function_checks.precision),
+    ("masked positions may hold NaN and inf", loss_checks.masked_positions),
+    ("micro-batches and packing do not matter", loss_checks.partition),
+    ("eager and chunk mode agree", loss_checks.eager_equals_chunk),
+    ("nothing to score gives 0", loss_checks.nothing_to_score),
+    ("low-precision inputs", loss_checks.low_precision),
+)
+
+
+def run_suite(subject: Subject) -> list[Outcome]:
+    """Run all checks; a broken loss makes outcomes, never an exception."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        outcomes: list[Outcome] = []
+        for name, check in FIRST:
+            outcomes.append(_outcome(name, check, subject))
+            if outcomes[-1].status == "failed":
+                left = [own for own, _ in (*FIRST, *OTHERS)][len(outcomes) :]
+                return [*outcomes, *(Outcome(own, "not run") for own in left)]
+        return [*outcomes, *(_outcome(name, check, subject) for name, check in OTHERS)]
+
+
+def report(subject: Subject, outcomes: Iterable[Outcome], seconds: float) -> str:
+    """Return one line for each check, what failed in words (the same words once), and a summary."""
+    return report_of(title_of(subject), outcomes, seconds)
+
+
+def title_of(subject: Subject) -> str:
+    """Return the loss with its scope and options, in a line."""
+    options = ", ".join(f"{name}={value}" for name, value in subject.options.items()) or "no options"
+    return f"{subject.loss.name} (scope {subject.loss.scope}; {options})"
+
+
+def _outcome(name: str, check: Check, subject: Subject) -> Outcome:
+    started = time.perf_counter()
+    status: Literal["ok", "failed", "not applicable"] = "ok"
+    words = ""
+    try:
+        check(subject)
+    except NotApplicable as reason:
+        status, words = "not applicable", f"not applicable: {reason}"
+    except (Failed, ToolkitError) as error:
+        status, words = "failed", str(error)
+    except Exception as error:  # the user's function may raise anything
+        status, words = "failed", f"it raised {type(error).__name__}: {error}{place_of(error, subject.loss)}"
+    return Outcome(name, status, words, time.perf_counter() - started)

@@ -1,0 +1,1 @@
+"""Composing the Hydra tree, checking it, and what to say of a mistake; no torch here."""

@@ -1,0 +1,87 @@
+"""Config objects from a composed Hydra tree, with errors that name the override; no torch here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from toolkit.compose.diagnosis import first_line, groups_in
+from toolkit.compose.plugins import class_at, why_it_failed
+from toolkit.compose.schemas import conf_dir
+from toolkit.errors import ConfigError, listed
+from toolkit.functional.policy.registry import policy_loss
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.schema import located
+from toolkit.training.run_config import RunConfig
+
+
+def build_config(cfg: DictConfig) -> RunConfig:
+    """Instantiate every part of a composed configuration.
+
+    Raises:
+        ConfigError: a value has the wrong type, is out of range or conflicts with another; names the override.
+    """
+    parts: dict[str, Any] = {"seed": cfg.seed, "plugins": tuple(cfg.plugins)}
+    parts["loss"] = build_loss(cfg)
+    for name, field in RunConfig.model_fields.items():
+        if name not in parts:
+            parts[name] = build_part(cfg, name, field.annotation)
+    return RunConfig(**parts)
+
+
+def build_loss(cfg: DictConfig) -> BaseLossConfig:
+    """Instantiate the loss of a composed configuration, its policy loss checked first and named by its own key."""
+    chosen = OmegaConf.to_container(cfg.policy_loss, resolve=True)
+    assert isinstance(chosen, dict)
+    with located("policy_loss"):
+        loss = policy_loss(chosen["loss_type"])
+        loss.options({str(key): value for key, value in chosen.items() if key != "loss_type"}, where="policy_loss")
+    fields = getattr(target_class("loss", cfg.loss), "model_fields", {})
+    is_unlisted = "policy_loss_cfg" in fields and "policy_loss_cfg" not in cfg.loss  # in a file of the user's own
+    return build_part(cfg, "loss", BaseLossConfig, **({"policy_loss_cfg": chosen} if is_unlisted else {}))
+
+
+def build_part(cfg: DictConfig, name: str, expected: Any, **unlisted: Any) -> Any:
+    """Instantiate one part of a composed configuration.
+
+    Args:
+        cfg: the whole.
+        name: of the part, such as "loss".
+        expected: the class that it must be of.
+        unlisted: fields that its YAML file does not list.
+
+    Raises:
+        ConfigError: as `build_config`.
+    """
+    try:
+        values = OmegaConf.to_container(cfg[name], resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {first_line(error)}") from None
+    target = target_class(name, values)
+    assert isinstance(values, dict)
+    fields = {**unlisted, **{str(key): value for key, value in values.items() if key != "_target_"}}
+    missing = [key for key, value in fields.items() if value == "???"]
+    if missing:
+        raise ConfigError(f"{name}.{missing[0]} has no default; set it: {name}.{missing[0]}=...")
+    if not issubclass(target, expected):
+        raise ConfigError(f"{name}._target_={values['_target_']!r} is not a {expected.__name__}")
+    with located(name):
+        return target(**fields)
+
+
+def target_class(name: str, values: Any) -> type:
+    """Return the class that the ``_target_`` of a part names.
+
+    Raises:
+        ConfigError: there is none, or it cannot be imported.
+    """
+    target = values.get("_target_") if isinstance(values, (dict, DictConfig)) else None
+    if target is None:
+        raise ConfigError(f"{name} is empty or has no _target_; choose {listed(groups_in(conf_dir()).get(name, []))}")
+    try:
+        return class_at(str(target))
+    except (Exception, SystemExit) as error:
+        why = first_line(error) if isinstance(error, ImportError) else why_it_failed(error)
+        raise ConfigError(f"{name}._target_={target!r} is not a class that can be imported: {why}") from None

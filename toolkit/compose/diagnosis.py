@@ -1,0 +1,144 @@
+"""What is wrong with an override, and which one would work; no torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from toolkit.compose.settings import settings_in
+from toolkit.errors import ConfigError, did_you_mean, listed, nearest
+from toolkit.functional.advantages import advantage_names
+from toolkit.functional.policy.registry import policy_loss_names
+
+OPTIONAL_GROUPS = ("experiment", "debug", "aggregation", "kl", "correction")
+"""Groups of which nothing may be chosen."""
+NO_GROUPS = ("launch",)
+"""Folders of conf/ whose files are for another program: ``accelerate launch --config_file``."""
+
+
+def groups_in(*folders: str) -> dict[str, list[str]]:
+    """Return every group of these configuration folders with its choices, plugins' losses included."""
+    found: dict[str, set[str]] = {"policy_loss": set(policy_loss_names()), "advantage": set(advantage_names())}
+    for folder in folders:
+        for path in Path(folder).glob("*/**/*.yaml"):
+            group, *choice = path.relative_to(folder).with_suffix("").parts
+            if group not in NO_GROUPS:
+                found.setdefault(group, set()).add("/".join(choice))
+    return {group: sorted(choices) for group, choices in sorted(found.items())}
+
+
+def choices_shown(choices: list[str], given: str = "") -> list[str]:
+    """Return choices for people to read: presets, of which there are many, only where they are asked for.
+
+    Args:
+        choices: all of them.
+        given: what was chosen wrongly; ``preset/verl/...`` gets the presets of that peer.
+    """
+    folder = given.rpartition("/")[0]
+    inside = [choice for choice in choices if folder and choice.startswith(f"{folder}/")]
+    plain = [choice for choice in choices if "/" not in choice]
+    peers = {choice.rpartition("/")[0] for choice in choices if "/" in choice}
+    return inside or [*plain, *(f"{peer}/..." for peer in sorted(peers) if given.startswith("preset"))] + (
+        ["preset/<peer>/<name>"] if peers and not given.startswith("preset") else []
+    )
+
+
+def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str | None:
+    """Say which override names a choice that its group does not have; None where none does."""
+    for override in parsed:
+        key, value = str(override.key_or_group), override.value()
+        if key not in groups or override.is_delete():
+            continue
+        if key in OPTIONAL_GROUPS and value is None:
+            return f"{override.input_line}: leave it out; {key} chooses nothing unless you name a preset"
+        wanted = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        unknown = [one for one in wanted if one not in groups[key]]
+        if unknown:
+            best = nearest(unknown[0], groups[key])
+            hint = f"; try: {key}={best}" if best else ""
+            likely = choices_shown(groups[key], unknown[0])
+            return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}"
+    return None
+
+
+def choices_composed(parsed: list[Override], groups: dict[str, list[str]], root: str) -> DictConfig:
+    """Compose the configuration with the choices of these overrides made and no value changed.
+
+    Must be called where ``compose(root)`` works.
+
+    Raises:
+        ConfigError: a YAML file of the user's own is wrong.
+    """
+    choosing = [o for o in parsed if str(o.key_or_group) in groups or o.key_or_group == "hydra.searchpath"]
+    try:
+        return compose(root, overrides=[str(o.input_line) for o in choosing])
+    except YAMLError as error:
+        raise ConfigError(_in_one_line(error)) from None
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return compose(root)
+
+
+def _in_one_line(error: YAMLError) -> str:
+    """Say where a YAML file is wrong and how."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"{mark.name}, line {mark.line + 1}: " if mark is not None else ""
+    return f"{where}{problem or ' '.join(str(error).split())}"
+
+
+def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]], base: DictConfig) -> str:
+    """Say which key is wrong and which one would work; Hydra's own words when that is not clear.
+
+    Args:
+        parsed: all overrides.
+        error: what Hydra raised over them.
+        groups: as `groups_in` has them.
+        base: as `choices_composed` has it.
+    """
+    listed_keys = _dotted(OmegaConf.to_container(base, resolve=False))
+    known = [*listed_keys, *(s.key for s in settings_in(base) if s.key not in listed_keys)]
+    for override in parsed:
+        key = str(override.key_or_group)
+        is_added = override.is_add() or override.is_force_add() or override.is_delete()
+        if key in groups or key in known or key.startswith("hydra") or is_added:
+            continue
+        return unknown_key(key, override.get_value_element_as_str(), known, groups)
+    return " ".join(str(error).splitlines()[:2]) or first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; some of OmegaConf's say nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else f"a value cannot be read ({type(error).__name__}); look for a ${{ without its }}"
+
+
+def _dotted(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    keys = []
+    for key, value in node.items():
+        keys += [f"{prefix}{key}", *_dotted(value, f"{prefix}{key}.")]
+    return [key for key in keys if not key.endswith("_target_")]
+
+
+def unknown_key(key: str, value: str, known: list[str], groups: dict[str, list[str]]) -> str:
+    """Say that `key` is no setting, and name the nearest of the `known` ones."""
+    parent, _, last = key.rpartition(".")
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    close = nearest(last, [k.rpartition(".")[2] for k in siblings])
+    best = f"{parent}.{close}" if close and parent else close
+    # A bare option name: "steps" is that of the main loop before that of any other part.
+    namesakes = sorted((k for k in known if k.rpartition(".")[2] == last), key=lambda k: not k.startswith("training."))
+    if not best and len(namesakes) > 1:
+        return f"{key} is not a setting; {listed(namesakes)} are; try: {namesakes[0]}={value}"
+    best = best or nearest(key, [*known, *groups]) or next(iter(namesakes), None)
+    if best:
+        return f"{key} is not a setting{did_you_mean(key, [best]) or f' (did you mean {best!r}?)'}; try: {best}={value}"
+    here = siblings or [k for k in known if "." not in k]
+    return f"{key} is not a setting; {parent or 'the top level'} has: {', '.join(k.rpartition('.')[2] for k in here)}"

@@ -1,0 +1,96 @@
+"""What ``--help`` prints: every choice, and every setting with its value and what it means; no torch here.
+
+Hydra's own help shows values without a word on what they are, and takes several times as long.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from toolkit.compose.diagnosis import choices_shown
+from toolkit.compose.settings import Setting, settings_in
+from toolkit.compose.tree import Root, groups_of
+
+MOST_COLUMNS, FEWEST_COLUMNS = 120, 80
+SETTING_COLUMNS = 42
+"""Columns for ``key=value``; what is longer has its meaning on the next line."""
+
+
+def help_text(
+    cfg: DictConfig, *, root: Root, purpose: str, examples: Mapping[str, str], folders: Sequence[str] = ()
+) -> str:
+    """Return the help of a command.
+
+    Args:
+        cfg: the composed configuration, with the choices of the command line made.
+        root: what the command composes.
+        purpose: what the command does, one sentence.
+        examples: command line -> what it does.
+        folders: configuration folders of the user's own.
+    """
+    width = min(max(shutil.get_terminal_size((MOST_COLUMNS, 24)).columns, FEWEST_COLUMNS), MOST_COLUMNS)
+    choices = [
+        textwrap.fill(f"{group}: {', '.join(choices_shown(names))}", width, subsequent_indent="  ")
+        for group, names in groups_of(root, *folders).items()
+    ]
+    return "\n".join(
+        [
+            textwrap.fill(purpose, width),
+            "",
+            "== Choices: group=choice ==",
+            *choices,
+            "",
+            "== Settings: key=value, with the values of the choices made ==",
+            *_settings(cfg, width),
+            "",
+            "== Examples ==",
+            *(f"  {command}" + (f"  # {meaning}" if meaning else "") for command, meaning in examples.items()),
+        ]
+    )
+
+
+def _settings(cfg: DictConfig, width: int) -> Iterator[str]:
+    part = ""
+    for setting in settings_in(cfg):
+        if setting.key.partition(".")[0] != part and "." in setting.key:
+            part = setting.key.partition(".")[0]
+            yield ""
+        yield from _lines(setting, width)
+
+
+def _lines(setting: Setting, width: int) -> Iterator[str]:
+    start = f"{setting.key}={_as_written(setting.value)}"
+    meaning = _as_help(setting.meaning or "")
+    indent = " " * (SETTING_COLUMNS + 2)
+    if len(start) > SETTING_COLUMNS or not meaning:
+        yield start
+        start = ""
+    if meaning:
+        first, *rest = textwrap.wrap(meaning, width - len(indent), break_on_hyphens=False)
+        yield f"{start:<{SETTING_COLUMNS}}  {first}"
+        yield from (indent + line for line in rest)
+
+
+def _as_written(value: Any) -> str:
+    """Return a value as an override has it."""
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_as_written, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_as_written(one)}" for name, one in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _as_help(text: str) -> str:
+    """Return the first sentence of a docstring as one reads it on a command line, where None is ``null``."""
+    sentence = re.split(r"(?<!Dr)\. ", " ".join(text.split()), maxsplit=1)[0].rstrip(".").replace("``", "`")
+    for python, yaml in (("None", "null"), ("True", "true"), ("False", "false")):
+        sentence = re.sub(rf"\b{python}\b", yaml, sentence)
+    return sentence

@@ -1,0 +1,113 @@
+"""Every config class, policy loss and advantage estimator as a node that YAML files start from; no torch here.
+
+A YAML file in ``conf/`` starts from ``/schema/<class>@_here_``: a node made from the config class, so a default or a
+field is written down once, in the class.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+
+from toolkit.errors import ConfigError
+from toolkit.functional.advantages import advantage, advantage_names
+from toolkit.functional.policy.registry import policy_loss, policy_loss_names
+from toolkit.losses.config.aggregation import AggregationConfig
+from toolkit.losses.config.ce import CELossConfig
+from toolkit.losses.config.opd import OPDLossConfig
+from toolkit.losses.config.oreal import OrealLossConfig
+from toolkit.losses.config.policy import GRPOLossConfig
+from toolkit.models.config import PretrainedConfig, TinyLlamaConfig
+from toolkit.rollout.config import RolloutConfig
+from toolkit.schema import Config
+from toolkit.tasks.config import SpellBackwardConfig
+from toolkit.training.config import (
+    AdvantageConfig,
+    KLControlConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TrackerConfig,
+    TrainingConfig,
+    WarmupConfig,
+)
+
+SCHEMAS: tuple[type[Config], ...] = (
+    CELossConfig,
+    GRPOLossConfig,
+    OrealLossConfig,
+    OPDLossConfig,
+    SpellBackwardConfig,
+    TinyLlamaConfig,
+    PretrainedConfig,
+    KLControlConfig,
+    RolloutConfig,
+    WarmupConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TrainingConfig,
+    TrackerConfig,
+)
+PARTS: tuple[type[Config], ...] = (AggregationConfig,)
+"""Configs inside of others: their schema nodes are plain values."""
+
+IS_HYDRA_1_3 = hydra.__version__.startswith("1.3.")
+BEHAVIOUR: dict[str, Any] = {"version_base": "1.3"} if IS_HYDRA_1_3 else {}
+"""What Hydra is called with: 1.3 behaves as older versions did unless it is told not to, 1.4 warns if it is told."""
+REPLACE: dict[str, Any] = {} if IS_HYDRA_1_3 else {"replace": True}
+"""What makes a node replace an earlier one: 1.3 always does, 1.4 wants to be told."""
+
+_registered: dict[tuple[str, str], list[type[Config]]] = {}
+"""What is in the store already: (group, name) -> the classes that its node was made from, the last one last."""
+
+
+def conf_dir() -> str:
+    """Return the folder of the configuration: inside an installed wheel, or beside the package in a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    for folder in (here / "_conf", here.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return str(folder)
+    raise ConfigError(f"no conf/config.yaml beside {here}: the installation is incomplete; reinstall the package")
+
+
+def register_schemas(schemas: tuple[type[Config], ...] = ()) -> int:
+    """Put every config class, policy loss and advantage estimator where YAML files find them.
+
+    May be called again and again: only what a plugin has registered, or replaced, since is stored anew.
+
+    Args:
+        schemas: config classes of one command.
+
+    Returns:
+        A number that grows when a node is stored: the same number, the same choices.
+    """
+    for schema in (*SCHEMAS, *schemas):
+        _store("schema", schema.__name__, schema, _target_=_path_of(schema))
+    for part in PARTS:
+        _store("schema", part.__name__, part)
+    for name in policy_loss_names():
+        _store_choice("policy_loss", name, policy_loss(name).options_model, loss_type=name)
+    target = _path_of(AdvantageConfig)
+    for name in advantage_names():
+        _store_choice("advantage", name, advantage(name).options_model, _target_=target, estimator=name)
+    return sum(len(sources) for sources in _registered.values())
+
+
+def _store_choice(group: str, name: str, options: type[Config], **fixed: str) -> None:
+    """Store the schema of a registered function and, if it has no YAML file because a plugin brings it, its choice."""
+    _store(f"schema/{group}", name, options, **fixed)
+    if not Path(conf_dir(), group, f"{name}.yaml").is_file():
+        _store(group, name, options, **fixed)
+
+
+def _store(group: str, name: str, source: type[Config], **fixed: Any) -> None:
+    sources = _registered.setdefault((group, name), [])
+    if not sources or sources[-1] is not source:
+        ConfigStore.instance().store(group=group, name=name, node={**fixed, **source.defaults()}, **REPLACE)
+        sources.append(source)
+
+
+def _path_of(schema: type[Config]) -> str:
+    return f"{schema.__module__}.{schema.__name__}"

@@ -1,0 +1,115 @@
+"""Which settings a composed configuration has: the fields of its config classes, whether a YAML file lists them or not.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic.fields import FieldInfo
+
+from toolkit.compose.plugins import class_at
+from toolkit.errors import ToolkitError
+from toolkit.functional.advantages import advantage
+from toolkit.functional.policy.registry import policy_loss
+from toolkit.schema import Config
+from toolkit.training.run_config import RunConfig
+
+Fields = Mapping[str, FieldInfo]
+CHOSEN_OTHERWISE = ("_target_", "loss_type", "estimator", "options")
+"""What is picked by ``group=choice``, or stands beside it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What ``key=value`` sets."""
+
+    key: str
+    """Dotted, such as ``loss.aggregation.name``."""
+    value: Any
+    """What it is now: as plain numbers, texts, lists and dicts."""
+    meaning: str | None
+    """The docstring of its field; None where no config class has one."""
+    is_listed: bool = True
+    """Whether the YAML file of the choice names it; if not, the class alone does."""
+
+
+def settings_in(cfg: DictConfig) -> Iterator[Setting]:
+    """Yield the settings of a composed configuration, in its order; of each part first those that are listed."""
+    values = _plain(cfg)
+    # The options of a policy loss stand in a group of their own, or inside of the preset that brings the loss along.
+    loss = values["loss"] if isinstance(values["loss"], dict) else {}
+    if "policy_loss_cfg" in loss and OmegaConf.is_interpolation(cfg.loss, "policy_loss_cfg"):
+        loss.pop("policy_loss_cfg")
+    elif "policy_loss_cfg" in loss:
+        values.pop("policy_loss")
+    parts = {name: value for name, value in values.items() if isinstance(value, dict)}
+    for name, value in values.items():
+        if name not in parts:
+            field = RunConfig.model_fields.get(name)
+            yield Setting(name, value, field.description if field else None)
+    for name, node in parts.items():
+        fields = _fields_of(name, node)
+        if not fields and name in RunConfig.model_fields:  # a node without a class lists all that it has
+            known = _fields_of(name, node, RunConfig.model_fields[name])
+            fields = {child: field for child, field in known.items() if child in node}
+        yield from _of_node(name, node, fields)
+
+
+def _of_node(key: str, node: Mapping[str, Any], fields: Fields, is_listed: bool = True) -> Iterator[Setting]:
+    unlisted = {
+        name: _default(field) for name, field in fields.items() if name not in node and name != "policy_loss_cfg"
+    }
+    for name, value in {**node, **unlisted}.items():
+        field = fields.get(name)
+        inner = _fields_of(name, value, field)
+        if inner:
+            yield from _of_node(f"{key}.{name}", value, inner, is_listed and name in node)
+        elif name not in CHOSEN_OTHERWISE or f"{key}.{name}" == "loss.policy_loss_cfg.loss_type":
+            yield Setting(f"{key}.{name}", value, field.description if field else None, is_listed and name in node)
+
+
+def _fields_of(name: str, node: Any, field: FieldInfo | None = None) -> Fields:
+    """Return the fields of the config class that a node becomes; none where it becomes no config."""
+    if not isinstance(node, dict):
+        return {}
+    try:
+        if name in ("policy_loss", "policy_loss_cfg"):
+            return policy_loss(str(node.get("loss_type"))).options_model.model_fields
+        if "_target_" in node:
+            fields = getattr(class_at(str(node["_target_"])), "model_fields", {})
+            estimator = node.get("estimator")
+            return fields if estimator is None else {**fields, **advantage(str(estimator)).options_model.model_fields}
+    except (ToolkitError, ImportError):
+        return {}
+    return next((model.model_fields for model in _models_in(field.annotation)), {}) if field is not None else {}
+
+
+def _models_in(annotation: Any) -> Iterator[type[Config]]:
+    """Yield the config classes that an annotation names, inside of unions too."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _default(field: FieldInfo) -> Any:
+    if field.is_required():
+        return "???"  # Hydra's mark for what must be set
+    value = field.get_default(call_default_factory=True)
+    return value.model_dump() if isinstance(value, Config) else value
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return a configuration as dicts; what cannot be resolved stays as it is written."""
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:
+        values = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items()}

@@ -1,0 +1,244 @@
+"""Composing the Hydra tree and checking a command line, with errors that name the nearest right key; no torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from toolkit.compose.build import build_config, build_loss, target_class
+from toolkit.compose.diagnosis import choices_composed, diagnose, groups_in, unknown_choice
+from toolkit.compose.overrides import (
+    adapted,
+    check_policy_loss_keys,
+    is_of_loss,
+    own_folders,
+    parse,
+    plugins_in,
+    policy_loss_has_a_group,
+    sweep_jobs,
+    with_folder,
+)
+from toolkit.compose.plugins import load_plugins
+from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
+from toolkit.compose.settings import settings_in
+from toolkit.compose.unread import check_unread
+from toolkit.errors import ConfigError
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.schema import Config
+from toolkit.training.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class Root:
+    """What a command composes."""
+
+    name: str
+    """Of the YAML file in ``conf/``."""
+    keys: tuple[str, ...] = tuple(RunConfig.model_fields)
+    """Settings of its top level."""
+    groups: tuple[str, ...] | None = None
+    """Groups that it composes; None: all but those of single commands."""
+    schemas: tuple[type[Config], ...] = ()
+    """Config classes of this command alone."""
+
+
+TRAIN = Root("config")
+LOSS_ONLY = Root("loss_only")
+OF_ONE_COMMAND = ("bench",)
+"""Groups that a single command composes."""
+MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+"""What Hydra raises over an override or a YAML file that is wrong."""
+OF_COMMANDS = ("launcher", "sweeper", "help", "hydra_help", "hydra_logging", "output")
+"""Hydra's own groups, which a command needs and a configuration does not; each takes time to compose."""
+MAX_CHECKED_JOBS = 32
+"""Jobs of a multirun that are checked beforehand; each checks itself again when it starts."""
+
+
+def compose_config(
+    overrides: Sequence[str], *, root: Root = TRAIN, config_dir: str | os.PathLike[str] | None = None
+) -> DictConfig:
+    """Compose ``conf/`` with `overrides`; may be called again and again in one process, inside Hydra or not.
+
+    Args:
+        overrides: as on the command line.
+        root: of the command.
+        config_dir: a folder with configuration of the user's own beside ours, as ``--config-dir``.
+
+    Raises:
+        ConfigError: an override names a choice or a key that does not exist; the message names the nearest right one.
+    """
+    return _compose(with_folder(overrides, config_dir), root)[0]
+
+
+def compose_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | None = None) -> DictConfig:
+    """Compose as `compose_config` does, but of the groups that say something of the loss alone if that is enough.
+
+    It takes half the time, and the loss is the same. The whole is composed where an override is about something else,
+    and where ``conf/local/default.yaml``, which may set anything, is there.
+    """
+    overrides = with_folder(overrides, config_dir)
+    is_enough = all(map(is_of_loss, parse(overrides))) and not Path(conf_dir(), "local", "default.yaml").is_file()
+    return _compose(overrides, LOSS_ONLY if is_enough else TRAIN)[0]
+
+
+_losses: dict[tuple[str, ...], tuple[int, BaseLossConfig]] = {}
+"""Losses composed before: overrides -> the state of the registries then, and the loss."""
+
+
+def load_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | None = None) -> BaseLossConfig:
+    """Return the loss that `overrides` pick; the same list again takes no composing.
+
+    Raises:
+        ConfigError: as `compose_config` and `build_config`.
+    """
+    key = tuple(overrides)
+    # Files of the user's own may change between two calls, and so may the environment that an interpolation reads.
+    is_fixed = config_dir is None and not any("$" in one or "hydra." in one for one in key)
+    if is_fixed and key in _losses:
+        load_plugins(plugins_in(parse(key)))
+        if _losses[key][0] == register_schemas():
+            return _losses[key][1]
+    loss = build_loss(compose_loss(overrides, config_dir=config_dir))
+    if is_fixed:
+        _losses[key] = register_schemas(), loss
+    return loss
+
+
+def _compose(overrides: Sequence[str], root: Root) -> tuple[DictConfig, list[str]]:
+    """Compose one job; return also its overrides as Hydra takes them."""
+    parsed = parse(overrides)
+    check_policy_loss_keys(parsed, lambda loss: Path(conf_dir(), "loss", f"{loss}.yaml").is_file())
+    load_plugins(plugins_in(parsed))
+    register_schemas(root.schemas)
+    with _own_hydra():
+        taken = adapted(overrides)
+        touched = any(str(o.key_or_group).startswith("hydra") and o.key_or_group != "hydra.searchpath" for o in parsed)
+        spared = [] if touched else [f"~hydra/{group}" for group in OF_COMMANDS]
+        try:
+            cfg = compose(root.name, overrides=[*taken, *spared])
+        except MISTAKES as error:
+            groups = groups_of(root, *own_folders(parsed))
+            wrong = unknown_choice(parsed, groups)
+            if wrong is not None:
+                raise ConfigError(wrong) from None
+            base = choices_composed(parsed, groups, root.name)
+            _check_targets(parsed, base)
+            _check_where_options_are(parsed, base)
+            again = _with_unlisted(taken, parsed, base)
+            mistake = diagnose(parsed, error, groups, base)
+            if again == taken:
+                raise ConfigError(mistake) from None
+            try:
+                taken, cfg = again, compose(root.name, overrides=[*again, *spared])
+            except MISTAKES:
+                raise ConfigError(mistake) from None
+    _check_where_options_are(parsed, cfg)  # Hydra 1.4 follows the interpolation and sets them
+    if "loss_type" not in cfg.policy_loss:
+        raise ConfigError(
+            "policy_loss has no loss_type; write in its file which policy loss its options are for, such as "
+            "loss_type: vanilla"
+        )
+    check_unread(parsed, cfg, root.keys)
+    return cfg, taken
+
+
+def _check_targets(parsed: Sequence[Override], base: DictConfig) -> None:
+    """Raise if the class of a part that an override sets cannot be imported: its settings are not known then."""
+    for group in {str(override.key_or_group).partition(".")[0] for override in parsed}:
+        node = base.get(group)
+        if isinstance(node, DictConfig) and "_target_" in node:
+            target_class(group, node)
+
+
+def _check_where_options_are(parsed: Sequence[Override], base: DictConfig) -> None:
+    """Raise if an option of the policy loss is looked for inside a loss whose file takes it from the group."""
+    for override in parsed:
+        is_inside = str(override.key_or_group).startswith("loss.policy_loss_cfg")
+        if is_inside and OmegaConf.is_interpolation(base.loss, "policy_loss_cfg"):
+            raise policy_loss_has_a_group(override)
+
+
+def _with_unlisted(overrides: list[str], parsed: Sequence[Override], base: DictConfig) -> list[str]:
+    """Let Hydra add the fields that a config class has and the YAML file of the choice does not list."""
+    unlisted = {setting.key for setting in settings_in(base) if not setting.is_listed}
+    result = []
+    for text, override in zip(overrides, parsed, strict=True):
+        key = str(override.key_or_group)
+        is_bare = not (override.is_add() or override.is_force_add() or override.is_delete() or text.startswith("++"))
+        result.append(f"++{text}" if is_bare and key in unlisted else text)
+    return result
+
+
+@contextlib.contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Initialise Hydra for our folder, also inside a program that uses Hydra itself, and leave that as it was."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=conf_dir(), **BEHAVIOUR):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer  # fetched anew: Hydra may have put another instance in place
+
+
+def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list[RunConfig]:
+    """Check a command line as far as possible without torch: choices, keys, types and ranges.
+
+    Returns:
+        The configuration of each job; of the first `MAX_CHECKED_JOBS` of a multirun, of none for a sweep that only its
+        sweeper can list.
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
+    return check_command_line(overrides, multirun=multirun)[0]
+
+
+def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> tuple[list[RunConfig], list[str]]:
+    """Check as `check_overrides` does; return also the overrides as Hydra takes them.
+
+    Raises:
+        ConfigError: the first thing found wrong.
+    """
+    jobs: Iterable[Sequence[str]] = [overrides]
+    sweeps = [override.input_line for override in parse(overrides) if override.is_sweep_override()]
+    if sweeps and not multirun:
+        raise ConfigError(f"{sweeps[0]} names several values; add -m to run one job for each")
+    if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "-m runs one job after the other in one process; start each job of several processes by itself"
+        )
+    if multirun:
+        jobs = islice(sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
+    configs, added = [], set()
+    for job in jobs:
+        cfg, taken = _compose(job, TRAIN)
+        configs.append(build_config(cfg))
+        added |= {text.removeprefix("++").partition("=")[0] for text in taken if text.startswith("++")}
+    as_added = [f"++{text}" if text.partition("=")[0] in added else text for text in overrides]
+    return configs, as_added
+
+
+def groups_of(root: Root, *folders: str) -> dict[str, list[str]]:
+    """Return the groups of a command with their choices.
+
+    Args:
+        root: of the command.
+        folders: configuration folders of the user's own.
+    """
+    found = groups_in(conf_dir(), *folders)
+    if root.groups is not None:
+        return {group: found[group] for group in root.groups}
+    return {group: choices for group, choices in found.items() if group not in OF_ONE_COMMAND}

@@ -1,0 +1,62 @@
+"""Settings that nothing reads, found before anything runs; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from toolkit.compose.build import target_class
+from toolkit.errors import ConfigError
+from toolkit.functional.policy.registry import policy_loss
+from toolkit.losses.config.ce import CELossConfig
+from toolkit.losses.config.opd import OPDLossConfig
+
+READ_BY = {
+    "policy_loss": "policy_loss_cfg",
+    "kl": "use_kl_loss",
+    "aggregation": "aggregation",
+    "correction": "correction",
+}
+"""The field of a loss config that a group of choices is for."""
+
+
+def check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[str]) -> None:
+    """Check that something reads every setting.
+
+    Args:
+        parsed: the overrides.
+        cfg: composed with them.
+        known: the settings of the top level.
+
+    Raises:
+        ConfigError: nothing reads one of them.
+    """
+    stray = [str(key) for key in cfg if key not in known and key != "policy_loss"]
+    if stray:
+        raise ConfigError(f"{stray[0]} is not a setting; the top level has: {', '.join(known)}")
+    target = target_class("loss", cfg.loss)
+    fields = getattr(target, "model_fields", {})
+    if "bypass" in str(next((o.value() for o in parsed if o.key_or_group == "correction"), "")):
+        name = str(cfg.policy_loss.loss_type)
+        if "anchor" not in policy_loss(name).options_model.model_fields:
+            raise ConfigError(
+                f"correction=bypass takes ratios to the sampler's probabilities, but policy loss {name!r} has none; "
+                "leave it out, or choose a policy loss with the option 'anchor'"
+            )
+    is_its_own = "policy_loss_cfg" in cfg.loss and not OmegaConf.is_interpolation(cfg.loss, "policy_loss_cfg")
+    for override in parsed:
+        group = str(override.key_or_group).split(".")[0]
+        if group == "policy_loss" and is_its_own:
+            raise ConfigError(
+                f"{override.input_line} has no effect: the file of this loss brings its policy loss along; change its "
+                "options by loss.policy_loss_cfg.<option>=..., or write policy_loss_cfg: ${policy_loss} there"
+            )
+        if group == "advantage" and issubclass(target, (OPDLossConfig, CELossConfig)):
+            raise ConfigError(f"{override.input_line} has no effect: {target.__name__} reads no advantages")
+        if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):
+            raise ConfigError(
+                f"{override.input_line} has no effect: {cfg.loss._target_.rpartition('.')[2]} has no "
+                f"{READ_BY[group]}; leave it out, or choose a loss that has, such as loss=grpo"
+            )

@@ -1,0 +1,148 @@
+"""``python -m toolkit.explain``: what a loss computes, in formulas with numbers; ``--list`` shows every choice.
+
+Takes the overrides of the training command, and loads no torch (unless a plugin of yours does).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from toolkit.compose.build import build_loss
+from toolkit.compose.overrides import options_first
+from toolkit.compose.tree import compose_loss
+from toolkit.errors import ConfigError, ToolkitError, print_text
+from toolkit.explain.facts import KL_EQUATIONS, shown, title_of
+from toolkit.explain.formula import explain_loss
+from toolkit.functional.advantages import advantage
+from toolkit.functional.kl_facts import KL_NAMES
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
+from toolkit.rollout.config import RolloutConfig
+from toolkit.training.config import AdvantageConfig, KLControlConfig
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments = _parser().parse_args(options_first(sys.argv[1:], _parser()))
+    try:
+        print_text(_answer(arguments))
+    except ToolkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="toolkit-explain",
+        description="Say what a loss computes: formula, normaliser, policies, gradients, and warnings.",
+        epilog="example: toolkit-explain loss=grpo policy_loss=gspo kl=k3 aggregation=seq_mean_token_mean",
+    )
+    parser.add_argument("overrides", nargs="*", help="as for toolkit-train; `list` is the same as --list")
+    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="a folder with YAML files of your own")
+    parser.add_argument("--list", action="store_true", help="list everything that can be chosen")
+    parser.add_argument(
+        "--markdown",
+        nargs="?",
+        const="-",
+        metavar="README",
+        help="print the tables of the README, or write them into this file between their markers",
+    )
+    return parser
+
+
+def _answer(arguments: argparse.Namespace) -> str:
+    if arguments.list or arguments.overrides == ["list"]:
+        from toolkit.explain.catalogue import listing
+
+        return listing()
+    if arguments.markdown is not None:
+        return _markdown(arguments.markdown)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cfg = compose_loss(arguments.overrides, config_dir=arguments.config_dir)
+        loss = build_loss(cfg)
+        about = list(_around(cfg, loss))
+    text = explain_loss(loss, about, **_context(cfg))
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    return "\n".join([text, *(f"note: {message}" for message in said if not _stands_in(message, text))])
+
+
+def _markdown(path: str) -> str:
+    from toolkit.explain.catalogue import markdown, with_markdown
+
+    if path == "-":
+        return markdown()
+    try:
+        text = with_markdown(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--markdown {path}: {error}") from None
+    Path(path).write_text(text)
+    return f"wrote the tables of {path}"
+
+
+def _context(cfg: DictConfig) -> dict[str, object]:
+    """Return what the run around the loss tells the warnings."""
+    options = _part(cfg, "advantage") or AdvantageConfig.defaults()
+    return {
+        "advantage": options.pop("estimator", None),
+        "advantage_options": options.pop("options", {}) | options,
+        "longest": _part(cfg, "rollout").get("max_new_tokens"),
+    }
+
+
+def _part(cfg: DictConfig, name: str) -> dict[str, Any]:
+    """Return the settings of a part of the run; none where the loss alone was composed, which leaves the defaults."""
+    values = OmegaConf.to_container(cfg[name], resolve=True) if name in cfg else {}
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items() if name != "_target_"}
+
+
+def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
+    """Say what becomes of rewards before the loss sees them, and what steers the KL coefficient.
+
+    Raises:
+        ConfigError: as for training, the run cannot serve the advantage estimator.
+    """
+    if not isinstance(loss, BaseRLLossConfig):
+        return
+    control = KLControlConfig(**_part(cfg, "kl_control"))
+    if control.reward_type is not None:
+        estimator = KL_NAMES[control.reward_type]
+        yield (
+            "reward",
+            [
+                f"R - {control.reward_coef:g} x the sum over the completion of {estimator}: {KL_EQUATIONS[estimator]}, "
+                "d = log pi - log pi_ref, without gradient; before advantages are made"
+            ],
+        )
+    if control.target is not None:
+        yield (
+            "kl control",
+            [
+                f"adaptive: the coefficient rises while the KL of a completion is above {control.target:g} nats and "
+                f"falls while it is below; horizon {control.horizon} completions"
+            ],
+        )
+    chosen = AdvantageConfig(**_part(cfg, "advantage"))
+    chosen.check_training(RolloutConfig(**_part(cfg, "rollout")).group_size)
+    if "advantages" not in loss.required_fields:
+        return
+    options = ", ".join(f"{name}={shown(value)}" for name, value in chosen.options.items())
+    title = title_of(advantage(chosen.estimator).function)
+    yield "advantage", [f"{chosen.estimator}: {title}" + (f" ({options})" if options else "")]
+
+
+def _stands_in(message: str, text: str) -> bool:
+    """Whether the wrapped text says it already."""
+    return " ".join(message.split()) in " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

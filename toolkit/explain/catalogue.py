@@ -1,0 +1,214 @@
+"""Everything that can be chosen, as a table: made from the registries and from the title lines of ``conf/``; no torch.
+
+Nothing is written down here a second time, so that ``python -m toolkit.explain --list`` and README's tables cannot
+drift from the code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.compose.overrides import PRESET
+from toolkit.compose.schemas import conf_dir
+from toolkit.explain.facts import AGGREGATIONS, KL_EQUATIONS, equation, source_of, title_of
+from toolkit.functional.advantages import advantage, advantage_names
+from toolkit.functional.kl_facts import GRADIENT_FACTS, KL_NAMES
+from toolkit.functional.policy.registry import policy_loss, policy_loss_names
+
+BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
+"""What README's generated part stands between."""
+CHOICES = (("loss", "Losses"), ("correction", "Corrections of sampler and trainer"))
+"""Groups of ``conf/`` whose files say all there is to say in a table."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table."""
+
+    override: str
+    """What selects it on the command line."""
+    title: str
+    facts: str = ""
+    """Scope, formula or other facts, in plain characters."""
+    source: str = ""
+
+
+def policy_losses() -> list[Entry]:
+    """Return the registered policy losses with their formulas at the default options."""
+    entries = []
+    for name in policy_loss_names():
+        loss = policy_loss(name)
+        formula = equation(loss, loss.options({}))
+        entries.append(Entry(f"policy_loss={name}", title_of(loss.function), formula, source_of(loss.function)))
+    return entries
+
+
+def kl_terms() -> list[Entry]:
+    """Return the choices of the KL term, with what each does in expectation."""
+    entries = []
+    for path in _files("kl"):
+        text = path.read_text()
+        estimator, gradient = _field(text, "kl_loss_type"), _field(text, "kl_gradient") or "as_is"
+        facts = ""
+        if estimator in KL_NAMES:
+            fact = GRADIENT_FACTS[KL_NAMES[estimator], gradient]
+            unbiased = "unbiased" if fact.value_unbiased else "biased"
+            facts = f"{KL_EQUATIONS[fact.estimator]}; value {unbiased}, expected gradient {fact.expected_gradient}"
+        entries.append(Entry(f"kl={path.stem}", *_titled(path, facts)))
+    return entries
+
+
+def aggregations() -> list[Entry]:
+    """Return the aggregations with the weight of one token."""
+    words = {"length": "L", "positive_weight": "w+", "negative_weight": "w-"}
+    return [
+        Entry(f"aggregation={path.stem}", *_titled(path, f"weight {AGGREGATIONS[path.stem].weight.format_map(words)}"))
+        for path in _files("aggregation")
+    ]
+
+
+def advantages() -> list[Entry]:
+    """Return the registered advantage estimators."""
+    return [
+        Entry(
+            f"advantage={name}",
+            title_of(advantage(name).function),
+            f"per {advantage(name).level}",
+            source_of(advantage(name).function),
+        )
+        for name in advantage_names()
+    ]
+
+
+def presets() -> dict[str, list[Entry]]:
+    """Return the losses of other projects, by project."""
+    found: dict[str, list[Entry]] = {}
+    for path in sorted(Path(conf_dir(), "loss", PRESET).glob("*/*.yaml")):
+        entry = Entry(f"loss={PRESET}{path.parent.name}/{path.stem}", *_titled(path))
+        found.setdefault(path.parent.name, []).append(entry)
+    return found
+
+
+def _sections() -> Iterator[tuple[str, list[Entry]]]:
+    yield "Policy losses", policy_losses()
+    yield "KL terms", kl_terms()
+    yield "Aggregations", aggregations()
+    yield "Advantages", advantages()
+    for group, title in CHOICES:
+        yield title, [Entry(f"{group}={path.stem}", *_titled(path)) for path in _files(group)]
+
+
+# -------------------------------------------------------------------- as text
+
+
+def listing() -> str:
+    """Return everything that can be chosen as plain text: what selects it, its title, scope and papers."""
+    parts = []
+    for title, entries in _sections():
+        rows = [(entry.override, _first(entry.title), _papers(entry.source)) for entry in entries]
+        if title == "Policy losses":
+            scopes = [policy_loss(entry.override.partition("=")[2]).scope for entry in entries]
+            rows = [(row[0], f"[{scope}] {row[1]}", row[2]) for row, scope in zip(rows, scopes, strict=True)]
+        parts.append(_table(title, rows))
+    by_project = [
+        (project, ", ".join(entry.override.rpartition("/")[2] for entry in found), "")
+        for project, found in presets().items()
+    ]
+    parts.append(_table(f"Other projects' losses (loss={PRESET}<project>/<name>)", by_project))
+    return "\n\n".join(parts)
+
+
+def _table(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
+    rows = list(rows)
+    width = max((len(row[0]) for row in rows), default=0) + 2
+    lines = [f"  {name:<{width}}{text}" + (f" ({papers})" if papers else "") for name, text, papers in rows]
+    return "\n".join([title, *lines])
+
+
+# -------------------------------------------------------------------- as Markdown
+
+
+def markdown() -> str:
+    """Return README's tables: paper -> override -> equation, and the other choices in short."""
+    lines = [
+        "One token's policy loss, numbers at their defaults; A: the advantage, sg(x): x without gradient.",
+        "`python -m toolkit.explain policy_loss=<name> ...` says the rest of each.",
+        "",
+        "| override | what it does | equation | source | aggregation of its paper |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in policy_losses():
+        wanted = policy_loss(entry.override.partition("=")[2]).aggregation or "any"
+        lines.append(_row(f"`{entry.override}`", entry.title, _code(entry.facts), _short(entry.source), wanted))
+    for title, entries in list(_sections())[1:]:
+        lines += ["", f"| {title} | what it does | facts | source |", "|---|---|---|---|"]
+        lines += [_row(f"`{e.override}`", e.title, e.facts, _short(e.source)) for e in entries]
+    lines += ["", f"| Other projects (`loss={PRESET}<project>/<name>`) | names |", "|---|---|"]
+    lines += [
+        _row(project, ", ".join(f"`{entry.override.rpartition('/')[2]}`" for entry in found))
+        for project, found in presets().items()
+    ]
+    return "\n".join(lines)
+
+
+def with_markdown(readme: str) -> str:
+    """Return the text of a README with its generated part made anew.
+
+    Raises:
+        ValueError: it has no such part.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README has no {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("``", "`") or "-" for cell in cells) + " |"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+# -------------------------------------------------------------------- where it stands
+
+
+def _files(group: str) -> list[Path]:
+    return sorted(Path(conf_dir(), group).glob("*.yaml"))
+
+
+def _titled(path: Path, facts: str = "") -> tuple[str, str, str]:
+    """Return title, facts and source of a file of ``conf/``: its comment before and after ``# Source:``."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    comment = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    title, _, source = "\n".join(comment).partition("\nSource:")
+    return " ".join(title.split()).rstrip("."), facts, " ".join(source.split()).rstrip(".")
+
+
+def _field(text: str, name: str) -> str | None:
+    found = re.search(rf"^{name}: (\S+)", text, flags=re.MULTILINE)
+    return found[1] if found else None
+
+
+def _first(title: str) -> str:
+    """Return the first sentence."""
+    return re.split(r"(?<!Dr)\. ", title)[0]
+
+
+def _short(source: str) -> str:
+    """Return a source as far as it names papers and equations, without where the code differs."""
+    return re.split(r"[.;] (?:Differs|Note|There )", source)[0].rstrip(".")
+
+
+def _papers(source: str) -> str:
+    found = list(dict.fromkeys(re.findall(r"arXiv \d{4}\.\d{4,5}", _short(source))))
+    return ", ".join(found)

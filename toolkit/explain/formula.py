@@ -1,0 +1,326 @@
+"""What a loss config computes, in plain text: formulas with numbers, normaliser, policies, gradients; no torch here."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from toolkit.explain.facts import (
+    AGGREGATIONS,
+    KL_EQUATIONS,
+    KL_GRADIENT_WORDS,
+    Fact,
+    equation,
+    fact_of,
+    range_words,
+    shown,
+    source_of,
+    title_of,
+)
+from toolkit.explain.lint import warnings_for
+from toolkit.functional.kl_facts import KL_NAMES, MAX_K3, MAX_LOG_DIFF, expected_gradient_facts
+from toolkit.functional.policy.registry import PolicyLoss
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.ce import CE_AGGREGATIONS, CELossConfig
+from toolkit.losses.config.correction import CLAMPS, CorrectionConfig
+from toolkit.losses.config.policy import BaseRLLossConfig, GRPOLossConfig
+from toolkit.losses.config.term import checked_terms
+
+Sections = Iterable[tuple[str, list[str]]]
+WIDTH, INDENT = 112, 13
+UNITS = {"token": "token", "segment": "turn", "sequence": "sequence"}
+STATISTICS = {
+    "ratio": "pi_{p} / pi_{q}",
+    "k1": "log(pi_{q} / pi_{p})",
+    "k2": "log(pi_{p} / pi_{q})^2 / 2",
+    "k3": "r - 1 - log r, r = pi_{p} / pi_{q},",
+    "tv": "|pi_{p} - pi_{q}|",
+    "prob_diff": "pi_{p} - pi_{q}",
+    "ratio_tv": "|pi_{p} / pi_{q} - 1|",
+}
+REDUCTIONS = {"sum": "sum", "mean": "mean", "max": "largest"}
+RATIO_REDUCTIONS = {"sum": "product", "mean": "geometric mean", "max": "largest"}
+_EXACT = Fact(
+    "there is no ratio: distributions are compared", "that of the divergence, without noise at each token", ""
+)
+SERVED_BY = {
+    "token": "each token's loss is its own: one pass over the tokens in chunks, 3 matrix products",
+    "sequence": "a token's loss looks at its sequence: one pass where every sequence fits a chunk, else two passes "
+    "(scores first, then gradients), 3 to 4 products",
+    "group": "a token's loss looks at the sequences of its prompt, all in one micro-batch unless the items have "
+    "current_logprobs: two passes where that is larger than a chunk, up to 4 products",
+    "batch": "a token's loss looks at the whole step: items need current_logprobs where that has several "
+    "micro-batches or ranks; two passes where a micro-batch is larger than a chunk, up to 4 products",
+}
+GENERAL = "whole distributions are compared: the general path, logits in chunks, each differentiated by autograd"
+UNCUT = "whole distributions are compared, and a token's loss looks at its {scope}: all logits at once"
+
+
+def explain_loss(cfg: BaseLossConfig, about: Sections = (), **context: Any) -> str:
+    """Say in plain text what a loss computes.
+
+    Args:
+        cfg: of any loss.
+        about: sections on the run around it, each a name and its lines.
+        context: what `warnings_for` may know beside it.
+    """
+    if isinstance(cfg, BaseRLLossConfig):
+        sections = _policy_sections(cfg)
+    elif isinstance(cfg, CELossConfig):
+        sections = _ce_sections(cfg)
+    else:
+        sections = _own_sections(cfg)
+    lines = [line for name, texts in (*sections, *about) for line in _section(name, texts)]
+    lines += _section("head", _head(cfg))
+    warnings = warnings_for(cfg, **context)
+    lines += _section("warnings", [f"! {text}" for text in warnings] or ["none"])
+    return "\n".join(lines)
+
+
+def _section(name: str, texts: list[str]) -> list[str]:
+    lines = [
+        line
+        for text in texts
+        for line in textwrap.wrap(
+            text, WIDTH - INDENT, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
+    ]
+    return [f"{name if index == 0 else '':<{INDENT}}{line}" for index, line in enumerate(lines)]
+
+
+def _own_sections(cfg: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
+    """Say of a loss of the user's own what its config lists."""
+    has_title = type(cfg).__doc__ not in (None, BaseLossConfig.__doc__)
+    yield "loss", [f"{type(cfg).__name__}: {title_of(type(cfg))}" if has_title else type(cfg).__name__]
+    lines = []
+    for term in checked_terms(cfg.terms, type(cfg).__name__):
+        numbers = {name: shown(value) for name, value in term.average.model_dump().items()}
+        chosen = "" if term.token_filter is None else ", over the tokens that its filter chooses"
+        weight = _aggregation_lines(term.average.name, numbers)[0]
+        lines.append(f"{shown(float(term.coef))} x {term.name}{chosen}; {weight}")
+    yield "terms", lines
+    yield "computed by", [f"{cfg.loss_ctx_cls.__module__}.{cfg.loss_ctx_cls.__qualname__}"]
+
+
+# -------------------------------------------------------------------- policy losses
+
+
+def _policy_sections(cfg: BaseRLLossConfig) -> Iterator[tuple[str, list[str]]]:
+    loss, options = cfg.policy, cfg.policy_options
+    yield "loss", _whole(cfg)
+    yield "policy", _policy_term(cfg, loss, options)
+    if cfg.use_kl_loss:
+        yield "kl", _kl_term(cfg)
+    if cfg.positive_nll_coef:
+        yield "nll", [f"+ {shown(cfg.positive_nll_coef)} x the mean of -log pi over the N+ tokens with A > 0"]
+    if cfg.entropy_coef:
+        yield "entropy", [f"- {shown(cfg.entropy_coef)} x the policy's entropy at each token, with gradient"]
+    corrections = [_correction_words(own) for own in cfg.correction]
+    if corrections:
+        what = "the policy and KL terms" if cfg.correction_on_kl else "the policy term only"
+        yield "corrections", [*corrections, f"The product of all weights multiplies {what}, without gradient."]
+    yield "weight", _normaliser(cfg)
+    yield "policies", list(_policies(cfg, loss, options))
+    yield "gradient", list(_gradients(cfg, loss, options))
+    yield (
+        "items need",
+        [f"{name}: for {' and '.join(required.readers)}" for name, required in cfg.required_fields.items()],
+    )
+    usual = cfg.log_ratio_range == type(cfg).model_fields["log_ratio_range"].default
+    source = source_of(loss.function, usual_range=usual and cfg.candidates != "teacher")
+    yield "source", [source or "none given"]
+
+
+def _whole(cfg: BaseRLLossConfig) -> list[str]:
+    terms = ["policy" if not cfg.correction else "importance x policy"]
+    if cfg.use_kl_loss:
+        terms.append(f"+ {shown(cfg.kl_loss_coef)} x " + ("importance x KL" if cfg.correction_on_kl else "KL"))
+    if cfg.entropy_coef:
+        terms.append(f"- {shown(cfg.entropy_coef)} x H")
+    inside = " ".join(terms)
+    nll = f" + {shown(cfg.positive_nll_coef)} x NLL+" if cfg.positive_nll_coef else ""
+    lines = [f"loss = sum over scored tokens of weight x {inside if len(terms) == 1 else f'({inside})'}{nll}"]
+    known = (*BaseRLLossConfig.model_fields, *GRPOLossConfig.model_fields)
+    own = {name: getattr(cfg, name) for name in type(cfg).model_fields if name not in known}
+    if own:
+        lines.append(f"{type(cfg).__name__}: {', '.join(f'{name}={shown(value)}' for name, value in own.items())}")
+    return lines
+
+
+def _policy_term(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> list[str]:
+    if cfg.candidates == "teacher":
+        return ["the divergence between policy and teacher over the teacher's candidates, exact, per token"]
+    title = title_of(loss.function)
+    lines = [f"{loss.name}: {title}" if title else loss.name, equation(loss, options)]
+    if options:
+        lines.append("options: " + ", ".join(f"{name}={shown(value)}" for name, value in options.items()))
+    return [
+        *lines,
+        "A: the token's advantage; sg(x): x without gradient; log: natural, log(pi / pi_old): that of the quotient",
+    ]
+
+
+def _kl_term(cfg: BaseRLLossConfig) -> list[str]:
+    assert cfg.kl_loss_type is not None
+    coefficient = shown(cfg.kl_loss_coef)
+    if cfg.kl_loss_type not in KL_NAMES:
+        pair = "reference || policy" if cfg.kl_direction == "forward" else "policy || reference"
+        over = "the whole vocabulary" if cfg.kl_loss_type == "full" else "the reference's candidates"
+        return [f"+ {coefficient} x KL({pair}) over {over}: no estimate; autograd has its gradient at each token"]
+    fact = expected_gradient_facts(cfg.kl_loss_type, cfg.kl_gradient)
+    is_k3 = fact.estimator == "k3"
+    bounds = [
+        _bound("d", cfg.kl_input_clamp, MAX_LOG_DIFF if is_k3 else None),
+        _bound("the estimate", cfg.kl_output_clamp, MAX_K3 if is_k3 else None),
+    ]
+    whose = {
+        "reverse": "that of the reverse KL(policy || reference)",
+        "forward": "that of the forward KL(reference || policy)",
+        "zero": "zero",
+        "neither": f"that of neither KL: {fact.note}",
+    }[fact.expected_gradient]
+    value = "unbiased" if fact.value_unbiased else "biased"
+    return [
+        f"+ {coefficient} x {fact.estimator}: {KL_EQUATIONS[fact.estimator]}, d = log pi - log pi_ref",
+        f"gradient ({cfg.kl_gradient}): {KL_GRADIENT_WORDS[cfg.kl_gradient].format(anchor=cfg.kl_anchor)}",
+        f"in expectation: value {value}, gradient {whose}" + ("; on older tokens, too" if fact.off_policy else ""),
+        "; ".join(bounds),
+    ]
+
+
+def _bound(what: str, given: Any, usual: float | None) -> str:
+    bound = usual if given == "auto" else given
+    return f"{what} is not bounded" if bound is None else f"|{what}| at most {bound:g} nats, no gradient beyond"
+
+
+def _normaliser(cfg: BaseRLLossConfig) -> list[str]:
+    chosen = cfg.aggregation
+    numbers = {name: shown(value) for name, value in chosen.model_dump().items()}
+    lines = _aggregation_lines(chosen.name, numbers)
+    for term in cfg.terms:
+        if term.name in ("kl", "entropy") and term.average != chosen:
+            own = {name: shown(value) for name, value in term.average.model_dump().items()}
+            lines.append(f"{term.name}: " + _aggregation_lines(term.average.name, own)[0])
+    if chosen.count_empty:
+        lines.append("Sequences (prompts) without a scored token count, too.")
+    if any(own.denominator == "survivors" for own in cfg.correction):
+        lines.append("Tokens rejected by a correction with denominator=survivors are not counted.")
+    return lines
+
+
+def _aggregation_lines(name: str, numbers: dict[str, str]) -> list[str]:
+    found = AGGREGATIONS[name]
+    lines = [f"{name}: weight = {found.weight}: {found.words}".format_map(numbers)]
+    if name != "token_sum":
+        lines.append("Counted once over all micro-batches and ranks of the optimizer step, before its first forward.")
+    return lines
+
+
+# -------------------------------------------------------------------- policies, gradients
+
+
+def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> Iterator[str]:
+    is_exact = cfg.candidates == "teacher"
+    fact = _EXACT if is_exact else fact_of(loss, options, cfg.log_ratio_range)
+    yield "pi (theta): the policy in training; nothing else has a gradient"
+    anchor = None if is_exact else options.get("anchor")
+    factor = "a factor of the weight" if options.get("use_rollout_weight") else ""
+    if is_exact:
+        pass
+    elif fact is not None:
+        yield f"ratio: {fact.ratio}" + ("" if anchor is None else f"; it divides by pi_{anchor}")
+    elif loss.function.__doc__:
+        yield "ratio: as the function takes it (t.ratio() divides by pi_old)"
+    weighted = {name for own in cfg.correction for name in own.between.split("_")}
+    is_kl = cfg.use_kl_loss and cfg.kl_gradient == "is_corrected"
+    roles = {
+        "old": [
+            "the ratio's denominator" if anchor == "old" or (fact is None and anchor is None) else "",
+            factor,
+            "corrections" if "old" in weighted else "",
+            "the KL term's ratio" if is_kl and cfg.kl_anchor == "old" else "",
+        ],
+        "rollout": [
+            "the ratio's denominator" if anchor == "rollout" else "",
+            factor,
+            "corrections (a weight, never clipped in the policy term)" if "rollout" in weighted else "",
+            "the KL term's ratio" if is_kl and cfg.kl_anchor == "rollout" else "",
+        ],
+        "ref": ["the KL term" if cfg.use_kl_loss else "", "the policy loss" if "ref_logprobs" in loss.needs else ""],
+        "teacher": ["the policy loss" if "teacher_logprobs" in loss.needs else ""],
+    }
+    who = {"old": "before the optimizer step", "rollout": "as the sampler reported it", "ref": "reference"}
+    for name, found in roles.items():
+        uses = " and ".join(filter(None, found))
+        if uses or (name in ("old", "rollout") and not is_exact):
+            yield f"pi_{name} ({who.get(name, name)}): {uses or 'in metrics only'}"
+    if roles["old"][0] or roles["old"][-1]:
+        yield "Items without old_logprobs are on-policy: pi_old is then pi without gradient, and every ratio is 1."
+
+
+def _gradients(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> Iterator[str]:
+    fact = _EXACT if cfg.candidates == "teacher" else fact_of(loss, options, cfg.log_ratio_range)
+    if fact is None:
+        yield f"t.ratio() and its kin: log ratios are held in {range_words(cfg.log_ratio_range)} before exp"
+    else:
+        yield f"policy term: {fact.gradient}"
+        yield from [fact.bound] if fact.bound else []
+    if cfg.drop_zero_advantage:
+        yield "tokens with A = 0 are left out of the forward"
+
+
+def _correction_words(own: CorrectionConfig) -> str:
+    p, q = own.between.split("_")
+    unit = UNITS[own.granularity]
+    what = STATISTICS[own.statistic].format(p="pi" if p == "current" else p, q=q).replace("pi_pi", "pi")
+    if own.reduction is not None:
+        table = RATIO_REDUCTIONS if own.statistic == "ratio" else REDUCTIONS
+        what = f"the {table[own.reduction]} over its tokens of {what}"
+    ends = (("at least", own.lower), ("at most", own.upper))
+    bounds = " and ".join(f"{words} {bound:g}" for words, bound in ends if bound is not None)
+    if own.action in CLAMPS:
+        words = f"each {unit} is weighted by {what}" + (f", {bounds}" if bounds else ", unbounded")
+        if own.normalize:
+            words += f"; divided by the mean of these weights over the step's {unit}s"
+    else:
+        signs = {"any": "", "negative": " with A < 0", "positive": " with A > 0"}
+        sign = {**signs, "widening": " whose update would widen the gap"}[own.advantages]
+        if own.action == "mask":
+            words = f"each {unit}{sign} is dropped unless {what} is {bounds}"
+        else:
+            words = f"each sequence is dropped unless {what} is {bounds} for every {unit}{sign} of it"
+        words += "; what is dropped " + (
+            "leaves the denominator and every term"
+            if own.denominator == "survivors"
+            else "still counts in the denominator"
+        )
+    return words + ("; known only in the forward, unless items have current_logprobs" if own.needs_current else "")
+
+
+# -------------------------------------------------------------------- cross-entropy, head
+
+
+def _ce_sections(cfg: CELossConfig) -> Iterator[tuple[str, list[str]]]:
+    yield "loss", ["loss = sum over labelled tokens of weight x (-log pi)"]
+    yield "weight", _aggregation_lines(CE_AGGREGATIONS[cfg.loss_reduction], {})
+    yield "gradient", ["-weight grad log pi of each label; no other policy appears"]
+    yield "items need", ["shifted_labels: what is to be predicted"]
+
+
+def _head(cfg: BaseLossConfig) -> list[str]:
+    scope, served_by = "token", ""
+    if isinstance(cfg, BaseRLLossConfig):
+        scope = cfg.scope
+        if cfg.candidates is not None:
+            served_by = GENERAL if scope == "token" else UNCUT.format(scope=scope)
+    served_by = served_by or SERVED_BY[scope]
+    transform = [f"x {cfg.logit_scale:g}"] if cfg.logit_scale != 1 else []
+    transform += [f"soft-capped at {cfg.softcap:g}"] if cfg.softcap is not None else []
+    transform += [f"over temperature {cfg.temperature:g}"] if cfg.temperature != 1 else []
+    size = f"chunks of {cfg.chunk_size} tokens" if cfg.chunk_size != "auto" else "chunks that fit a budget of memory"
+    how = "the logits of all scored tokens at once" if cfg.mode == "eager" else size
+    lines = [f"mode={cfg.mode}: {how}", f"scope={scope}: {served_by}"]
+    if cfg.mode == "eager":
+        lines[1] = f"scope={scope} (with mode=chunk: {served_by.partition(': ')[2]})"
+    return [*lines, f"logits are {', then '.join(transform)}"] if transform else lines

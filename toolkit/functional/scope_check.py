@@ -1,0 +1,188 @@
+"""Does a policy loss keep what it declares? Checked on a few made-up tokens, in a millisecond, before it is used.
+
+A loss that declares scope "token" and looks at its neighbours gives one gradient in eager mode and another in chunks,
+without any error: GSPO cut into chunks of 4 tokens has been seen to change its sign.
+
+Legend: N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ConfigError, DataError
+from toolkit.functional.policy.registry import Need, PolicyLoss, policy_loss
+from toolkit.functional.terms import PolicyTerms
+
+LENGTHS = (3, 5, 1, 4)
+"""Tokens of the made-up sequences."""
+GROUPS = (0, 0, 1, 1)
+"""The group of each of them."""
+UNEQUAL = (0.6, 0.3, 2.0, 1.5)
+"""The spread of each of them, relative."""
+SPREADS = (0.01, 0.3, 1.0, 3.0, 15.0)
+"""Of log pi - log pi_old in nats: a statistic with a threshold must cross it in one of them."""
+TOLERANCE = 1e-9
+"""Relative; the check runs in float64."""
+_passed: set[tuple[Any, ...]] = set()
+
+
+def check_policy_loss(name: str, **options: Any) -> None:
+    """Check that the loss of a token (or sequence) is the same whether others are there or not, as its scope declares.
+
+    Args:
+        name: of a registered policy loss.
+        options: of that loss; defaults for the rest.
+
+    Raises:
+        ConfigError: the values or gradients differ; the message names the scope that would be right.
+    """
+    loss = policy_loss(name)
+    check_scope(loss, loss.options(options))
+
+
+def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
+    """Check `loss` with complete `options` once; later calls with the same return at once.
+
+    Raises:
+        ConfigError: it uses more than its scope allows.
+    """
+    key = _key(loss, options)
+    if loss.scope == "batch" or key in _passed:
+        return
+    if not _is_local(loss, options, "group"):
+        raise _wrong_scope(loss, "batch", "all tokens of the batch")
+    if loss.scope != "group" and not _is_local(loss, options, "sequence"):
+        raise _wrong_scope(loss, "group", "other sequences of its group")
+    if loss.scope == "token" and not _is_local(loss, options, "token"):
+        raise _wrong_scope(loss, "sequence", "other tokens of its sequence")
+    _passed.add(key)
+
+
+def is_zero_without_advantage(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
+    """Whether tokens with advantage 0 have loss and gradient exactly 0, so that leaving them out changes nothing."""
+    key = (*_key(loss, options), "zero")
+    if key not in _passed:
+        for spread in SPREADS:
+            terms = made_up_terms(spread)
+            idle = replace(terms, advantages=torch.zeros_like(terms.advantages))
+            if any(bool(found.any()) for found in _values_and_grads(loss, options, idle)):
+                return False
+        _passed.add(key)
+    return True
+
+
+def _key(loss: PolicyLoss, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (loss.name, loss.function, loss.scope, repr(sorted(options.items())))
+
+
+def check_token_losses(token_losses: object, logprobs: Tensor, name: str) -> None:
+    """Check that a policy loss returned one number for each token.
+
+    Raises:
+        DataError: it returned something else, such as a mean.
+    """
+    if not isinstance(token_losses, Tensor) or token_losses.shape != logprobs.shape:
+        given = list(token_losses.shape) if isinstance(token_losses, Tensor) else type(token_losses).__name__
+        raise DataError(
+            f"policy loss {name!r} returned {given}; it must return one loss for each of the {len(logprobs)} selected "
+            "tokens, without a mean or a sum (the calibrated weights do that)"
+        )
+
+
+def _wrong_scope(loss: PolicyLoss, needed: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"policy loss {loss.name!r} is registered with scope={loss.scope!r}, but a token's loss changes with {what}; "
+        f"cut into chunks its gradient would be wrong. Register it with "
+        f"@register_policy_loss({loss.name!r}, scope={needed!r})"
+    )
+
+
+def _is_local(loss: PolicyLoss, options: Mapping[str, Any], scope: str) -> bool:
+    """Whether each sequence (or token) alone has the values and gradients that it has among the others."""
+    for spread in SPREADS:
+        terms = made_up_terms(spread)
+        whole = _values_and_grads(loss, options, terms)
+        for rows in _parts(terms, scope):
+            part = _values_and_grads(loss, options, _part(terms, rows))
+            for among, alone in zip(whole, part, strict=True):
+                if not torch.allclose(among[rows], alone, rtol=TOLERANCE, atol=TOLERANCE):
+                    return False
+    return True
+
+
+def _parts(terms: PolicyTerms, scope: str) -> Iterator[Tensor]:
+    assert terms.sequence_ids is not None
+    tokens = torch.arange(len(terms.sequence_ids))
+    labels = {"group": terms.group_ids, "sequence": terms.sequence_ids, "token": tokens}[scope]
+    assert labels is not None
+    for label in labels.unique():
+        yield (labels == label).nonzero().squeeze(1)
+
+
+def _values_and_grads(loss: PolicyLoss, options: Mapping[str, Any], terms: PolicyTerms) -> tuple[Tensor, Tensor]:
+    """Return the token losses and the gradient of a weighted sum of them, [N] each."""
+    with torch.enable_grad():
+        logprobs = terms.logprobs.detach().requires_grad_()
+        values = loss.function(replace(terms, logprobs=logprobs, reported={}, reported_means={}), **options)
+        check_token_losses(values, logprobs, loss.name)
+        # Unequal weights that travel with their token: neighbours cannot cancel by accident.
+        total = (values * (1 + terms.old_logprobs.square())).sum()
+    grads = torch.autograd.grad(total, logprobs, allow_unused=True)[0] if total.requires_grad else None
+    return values.detach(), torch.zeros_like(logprobs) if grads is None else grads
+
+
+def _part(terms: PolicyTerms, rows: Tensor) -> PolicyTerms:
+    """Return the tokens at `rows`."""
+    tensors: dict[str, Any] = {
+        field.name: value.index_select(0, rows)
+        for field in fields(terms)
+        if isinstance(value := getattr(terms, field.name), Tensor)
+    }
+    # As in a micro-batch that holds no more than these tokens.
+    numbers: dict[str, Any] = {
+        f"num_{what}s": int(tensors[f"{what}_ids"].max()) + 1
+        for what in ("sequence", "turn", "group")
+        if f"{what}_ids" in tensors
+    }
+    return replace(terms, **tensors, **numbers)
+
+
+def made_up_terms(spread: float) -> PolicyTerms:
+    """Return made-up tokens with ratios of about exp(spread), unequal in each sequence, advantages of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    count = sum(LENGTHS)
+
+    def noise(scale: float) -> Tensor:
+        return scale * torch.randn(count, dtype=torch.float64, generator=generator)
+
+    lengths = torch.tensor(LENGTHS)
+    logprobs = -2 + noise(0.3)
+    unequal = torch.tensor(UNEQUAL, dtype=torch.float64).repeat_interleave(lengths)
+    sequences = torch.arange(len(LENGTHS)).repeat_interleave(lengths)
+    # Of every sequence of 3 tokens and more the last two are a turn of their own.
+    old, advantages = logprobs + noise(spread) * unequal, noise(1.0)
+    others: dict[str, Any] = {
+        name: logprobs + noise(spread) * unequal for name in get_args(Need) if name != "entropies"
+    }
+    places = torch.cat([torch.arange(length) for length in LENGTHS])
+    turns = 2 * sequences + ((places >= lengths[sequences] - 2) & (lengths[sequences] > 2))
+    return PolicyTerms(
+        logprobs=logprobs,
+        old_logprobs=old,
+        advantages=advantages,
+        **others,
+        entropies=noise(1.0).abs(),
+        sequence_ids=sequences,
+        num_sequences=len(LENGTHS),
+        turn_ids=turns,
+        num_turns=2 * len(LENGTHS),
+        group_ids=torch.tensor(GROUPS)[sequences],
+        num_groups=max(GROUPS) + 1,
+        positions=places,
+    )

@@ -1,0 +1,91 @@
+"""The base of every loss config; no torch here, so the command line checks configs in a moment."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from toolkit.errors import ConfigError
+from toolkit.head.options import HeadOptions
+from toolkit.losses.config.term import LossTerm
+from toolkit.schema import Config, checked_chunk_size
+
+
+class BaseLossConfig(Config):
+    """What every loss can be told. Subclass it, add fields, list the `terms` and name the `context` that has values."""
+
+    context: ClassVar[str | type | None] = None
+    """The context class that computes this loss, or where it is: ``"toolkit.losses.ce:CELossContext"``."""
+
+    ignore_idx: int = -100
+    """Label of a position that is not scored; -100 as in PyTorch's cross-entropy."""
+    mode: Literal["eager", "chunk"] = "eager"
+    """eager holds the logits of all tokens; chunk those of `chunk_size` tokens at a time. Loss and gradient agree."""
+    chunk_size: Annotated[int | Literal["auto"] | None, BeforeValidator(checked_chunk_size)] = 1024
+    """Tokens in a chunk when mode is chunk, 1024 as in XTuner; auto: as many as fit a budget of memory."""
+    retain_bytes: Annotated[int, Field(ge=0)] = 0
+    """Memory for chunks of a sequence (or batch) longer than a chunk that are then not computed twice."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by it first (Cohere's logit_scale, 1 / logits_scaling of Granite)."""
+    softcap: Annotated[float, Field(gt=0)] | None = None
+    """Then they become softcap * tanh(logits / softcap) (Gemma 2's final_logit_softcapping)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Then they are divided by it: the temperature that the completions were sampled at."""
+    gradient_reduction: Literal["mean", "sum"] = "mean"
+    """What the training back-end does to gradients over ranks: DDP and FSDP average ("mean")."""
+
+    @property
+    def loss_ctx_cls(self) -> Any:
+        """The context class that computes this loss.
+
+        Raises:
+            ConfigError: the class names none.
+        """
+        named = type(self).context if "context" not in type(self).model_fields else None
+        if isinstance(named, str) and ":" in named:
+            module, _, name = named.partition(":")
+            return getattr(importlib.import_module(module), name)
+        if not isinstance(named, type):
+            raise ConfigError(
+                f"{type(self).__name__} names no context; write context = YourContext in its body, a class (without an "
+                "annotation), or where it is: context = 'my_module:YourContext'"
+            )
+        return named
+
+    @property
+    def head_options(self) -> HeadOptions:
+        """What the head is told because of this config."""
+        return HeadOptions(
+            chunk_size=self.chunk_size or "auto",
+            ignore_idx=self.ignore_idx,
+            temperature=self.temperature,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            retain_bytes=self.retain_bytes,
+        )
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The summands of the loss; by default one, a mean over all scored tokens of the step."""
+        return (LossTerm(),)
+
+    def needs_current(self, num_parts: int) -> bool:
+        """Whether items must have `current_logprobs` where `num_parts` micro-batches (of all ranks) make a step."""
+        return False
+
+    @field_validator("logit_scale")
+    @classmethod
+    def _scale_is_not_zero(cls, given: float) -> float:
+        if given == 0:
+            raise ValueError("it must not be 0: all tokens would be equally likely")
+        return given
+
+    @model_validator(mode="after")
+    def _chunk_mode_needs_a_size(self) -> BaseLossConfig:
+        if self.mode == "chunk" and self.chunk_size is None:
+            raise ConfigError(
+                "mode='chunk' needs chunk_size, the number of tokens in a chunk, or 'auto'; 1024 is a good start"
+            )
+        return self

@@ -1,0 +1,287 @@
+"""The configs of losses built on a policy loss: GRPO, and the base of OREAL and distillation; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+
+from toolkit.errors import ConfigError, warn_once
+from toolkit.functional.kl_facts import kl_warning
+from toolkit.functional.names import EXACT_KL, MAX_LOG_RATIO, KLDirection, KLGradient, KLTail, KLTerm
+from toolkit.functional.options import NotNegative
+from toolkit.functional.policy.registry import PolicyLoss, Scope, policy_loss
+from toolkit.losses.config.aggregation import PER_COMPONENT, AggregationConfig, aggregation_from
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.required_fields import Requirement, required_fields
+from toolkit.losses.config.term import LossTerm
+from toolkit.schema import FrozenDict, answer
+
+if TYPE_CHECKING:
+    pass
+
+KLClamp = Annotated[float, Field(gt=0)] | Literal["auto"] | None
+
+
+def _corrections(given: Any) -> Any:
+    from toolkit.losses.config.correction import corrections_from
+
+    return corrections_from(given)
+
+
+def _checked_policy_loss(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "loss_type" not in given:
+        raise ConfigError("policy_loss_cfg has no loss_type; name a policy loss, e.g. dict(loss_type='vanilla')")
+    loss = policy_loss(given["loss_type"])
+    options = loss.options({key: value for key, value in given.items() if key != "loss_type"})
+    return FrozenDict({"loss_type": loss.name, **options})
+
+
+PolicyLossOptions = Annotated[Mapping[str, Any], AfterValidator(_checked_policy_loss)]
+Aggregated = Annotated[AggregationConfig, BeforeValidator(aggregation_from)]
+
+
+def is_positive(item: Any) -> Any:
+    """Return which tokens of an item have an advantage above 0, bool [B, T]."""
+    return item.advantages > 0
+
+
+def is_not_positive(item: Any) -> Any:
+    """Return which tokens of an item have an advantage of 0 or less, bool [B, T]."""
+    return ~(item.advantages > 0)
+
+
+class BaseRLLossConfig(BaseLossConfig):
+    """What the losses built on a policy loss have in common; a subclass says which one and how tokens are averaged."""
+
+    if TYPE_CHECKING:
+        # Fields of a subclass, or properties that say the same in its own terms.
+        @property
+        def policy_loss_cfg(self) -> Mapping[str, Any]:
+            """``loss_type``, the name of a registered policy loss, and the options of that loss."""
+
+        @property
+        def aggregation(self) -> AggregationConfig:
+            """How token losses become one number."""
+
+        @property
+        def positive_nll_coef(self) -> float:
+            """Factor of the mean of -log pi over the tokens with A > 0."""
+
+    log_ratio_range: tuple[float | None, float | None] = (-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    """Bounds in nats of every log ratio before exp, 20 as in XTuner and verl; no gradient outside; null: no bound."""
+    correction: Annotated[Any, BeforeValidator(_corrections)] = Field(default_factory=dict)
+    """Corrections of the mismatch between sampler and trainer, each a `CorrectionConfig`; applied one after another."""
+    correction_on_kl: bool = False
+    """Whether their weights multiply the KL term, too; only ms-swift does it."""
+    use_kl_loss: bool = False
+    """Add ``kl_loss_coef`` x KL(policy || reference); the items then need ``ref_logprobs`` (for ``top_k`` and ``full``
+    ``ref_topk_logprobs``)."""
+    kl_loss_coef: Annotated[float, Field(ge=0)] = 0.001
+    """Coefficient of the KL term; 0.001 as in XTuner."""
+    kl_aggregation: Aggregated | None = None
+    """How the KL term becomes one number; null: as the policy loss (under ``per_component`` a mean over all tokens)."""
+    kl_loss_type: KLTerm | None = None
+    """An estimate from the sampled token, or exact over candidates (top_k) or the whole vocabulary (full); kl = k1,
+    mse = k2 and low_var_kl = k3."""
+    kl_gradient: KLGradient = "as_is"
+    """What flows back: its own gradient, k2's (straight_through), or the score function's besides (*_corrected)."""
+    kl_anchor: Literal["old", "rollout"] = "old"
+    """What the ratio of ``kl_gradient="is_corrected"`` divides by."""
+    kl_input_clamp: KLClamp = "auto"
+    """Bound on |log pi - log pi_ref| in nats, no gradient outside; auto: 20 for k3 (XTuner, verl), none for others."""
+    kl_output_clamp: KLClamp = "auto"
+    """Bound on the estimate's magnitude in nats; auto: 10 for k3 (XTuner, verl), none for others."""
+    kl_direction: KLDirection = "reverse"
+    """Of an exact KL: reverse is KL(policy || reference), forward KL(reference || policy)."""
+    kl_tail: KLTail = "one_bucket"
+    """Probability outside the candidates of ``top_k``: one more outcome, or left out (drop)."""
+    use_entropy_metric: bool = False
+    """Report the policy's mean entropy; about 3 % more time in the head."""
+    entropy_coef: float = 0.0
+    """Subtract ``entropy_coef`` x mean entropy from the loss: above 0 the policy is kept broad."""
+    drop_zero_advantage: bool = False
+    """Leave tokens with advantage 0 out of the forward, too; they are then missing in the metrics."""
+    accept_mismatch: bool = False
+    """Compare with the sampler's log-probabilities even where `LogprobSpec` says that they cannot be."""
+
+    @field_validator("log_ratio_range")
+    @classmethod
+    def _range_holds_zero(cls, given: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
+        low, high = given
+        if (low is not None and low > 0) or (high is not None and high < 0):
+            raise ValueError("a log ratio of 0 (an unchanged policy) must lie inside; e.g. [-20, 20]")
+        return given
+
+    @model_validator(mode="after")
+    def _kl_needs_an_estimator(self) -> BaseRLLossConfig:
+        if self.kl_loss_type is not None and not self.use_kl_loss:
+            warn_once(f"kl_loss_type={self.kl_loss_type!r} has no effect with use_kl_loss=False")
+        if not self.use_kl_loss and self.kl_loss_coef != type(self).model_fields["kl_loss_coef"].default:
+            warn_once(f"kl_loss_coef={self.kl_loss_coef} has no effect with use_kl_loss=False")
+        has_other_terms = (self.use_kl_loss and self.kl_loss_coef != 0) or self.entropy_coef != 0
+        if self.drop_zero_advantage and has_other_terms:
+            warn_once("drop_zero_advantage=True has no effect beside a KL term or entropy bonus: they need every token")
+        if self.use_kl_loss and self.kl_loss_type is None:
+            raise ConfigError(
+                "use_kl_loss=True needs kl_loss_type, one of 'k1', 'k2', 'k3' or 'abs' (on the command line: kl=k3)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_pulls_to_the_reference(self) -> BaseRLLossConfig:
+        if self.use_kl_loss and self.kl_loss_type not in (None, *EXACT_KL) and self.kl_loss_coef > 0:
+            warn_once(kl_warning(self.kl_loss_type, self.kl_gradient))
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_is_read(self) -> BaseRLLossConfig:
+        is_exact = self.use_kl_loss and self.kl_loss_type in EXACT_KL
+        reader = "a KL estimated from the sampled token (such as kl=k3)" if is_exact else "use_kl_loss=True"
+        sampled = (reader, self.use_kl_loss and not is_exact)
+        readers = {
+            "kl_gradient": sampled,
+            "kl_input_clamp": sampled,
+            "kl_output_clamp": sampled,
+            "kl_anchor": ("kl_gradient='is_corrected'", sampled[1] and self.kl_gradient == "is_corrected"),
+            "kl_direction": ("an exact KL (kl=top_k or kl=full)", is_exact),
+            "kl_aggregation": ("use_kl_loss=True", self.use_kl_loss),
+            "kl_tail": ("kl=top_k", is_exact and self.kl_loss_type == "top_k"),
+            "correction_on_kl": ("use_kl_loss=True and a correction", self.use_kl_loss and bool(self.correction)),
+        }
+        for field, (reader, is_read) in readers.items():
+            if getattr(self, field) != type(self).model_fields[field].default and not is_read:
+                raise ConfigError(f"{field}={getattr(self, field)!r} has no effect without {reader}")
+        return self
+
+    @model_validator(mode="after")
+    def _exact_kl_is_not_cut(self) -> BaseRLLossConfig:
+        wide = [own.granularity for own in self.correction if own.needs_current and own.needs_sequences]
+        scope = self.policy.scope
+        if self.mode == "chunk" and self.candidates is not None and (scope != "token" or wide):
+            who = f"policy loss {self.policy.name!r}" if scope != "token" else "a correction"
+            raise ConfigError(
+                f"{who} looks at more than one token, so that its chunks cannot be differentiated one by one, which "
+                f"log-probabilities of {'a teacher' if self.candidates == 'teacher' else 'a reference'}'s candidates "
+                "need in mode='chunk'; choose mode='eager', or a KL estimated from the sampled token (such as kl=k3)"
+            )
+        return self
+
+    @field_validator("kl_aggregation")
+    @classmethod
+    def _kl_is_one_mean(cls, given: AggregationConfig | None) -> AggregationConfig | None:
+        if given is not None and given.name == PER_COMPONENT:
+            raise ValueError("a KL term has one mean over all tokens, whatever their advantage; e.g. token_mean")
+        return given
+
+    @answer
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The policy loss, and KL, negative log-likelihood of good tokens and entropy where they are asked for.
+
+        Under ``per_component`` the policy loss is two terms with the same values.
+        """
+        own = self.aggregation
+        if own.name == PER_COMPONENT:
+            beside = AggregationConfig()
+            components = (("positive", is_positive), ("negative", is_not_positive))
+            found = [
+                LossTerm(
+                    name=f"policy_{sign}",
+                    coef=getattr(own, f"{sign}_weight"),
+                    token_filter=token_filter,
+                    use_correction=True,
+                )
+                for sign, token_filter in components
+            ]
+        else:
+            beside = own
+            found = [LossTerm(name="policy", aggregation=own, use_correction=True)]
+        if self.use_kl_loss:
+            aggregation = beside if self.kl_aggregation is None else self.kl_aggregation
+            found.append(
+                LossTerm(
+                    name="kl", coef=self.kl_loss_coef, aggregation=aggregation, use_correction=self.correction_on_kl
+                )
+            )
+        if self.positive_nll_coef:
+            found.append(LossTerm(name="positive_nll", coef=self.positive_nll_coef, token_filter=is_positive))
+        if self.entropy_coef:
+            found.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation=beside))
+        return tuple(found)
+
+    @property
+    def policy(self) -> PolicyLoss:
+        """The chosen policy loss."""
+        return policy_loss(self.policy_loss_cfg["loss_type"])
+
+    @answer
+    def policy_options(self) -> dict[str, Any]:
+        """Its options."""
+        return FrozenDict({name: value for name, value in self.policy_loss_cfg.items() if name != "loss_type"})
+
+    @property
+    def scope(self) -> Scope:
+        """What one token's loss depends on: the wider of the policy loss and of corrections in the forward."""
+        scope = self.policy.scope
+        return "sequence" if scope == "token" and self._has_wide_correction else scope
+
+    @answer
+    def _has_wide_correction(self) -> bool:
+        return any(own.needs_sequences for own in self.correction if own.needs_current)
+
+    @property
+    def required_fields(self) -> dict[str, Requirement]:
+        """What every item must have beside labels, by the name of the field: who reads it, and what to do without."""
+        known, policy = self._requirements, self.policy
+        if known.get("of") is not policy:  # another of this name may have been registered since
+            known.update({"of": policy, "fields": required_fields(self)})
+        return known["fields"]
+
+    @answer
+    def _requirements(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def reads_advantages(self) -> bool:
+        """Whether items must have advantages."""
+        return True
+
+    def needs_current(self, num_parts: int) -> bool:
+        """Where the policy loss looks at groups or batches that are cut, or a correction must know it before."""
+        return self.needs_current_first or (num_parts > 1 and self.scope in ("group", "batch"))
+
+    @property
+    def needs_current_first(self) -> bool:
+        """Whether corrections must know the current policy before the step: its survivors, or a mean of weights."""
+        return any(own.needs_current and (own.denominator == "survivors" or own.normalize) for own in self.correction)
+
+    @property
+    def candidates(self) -> Literal["ref", "teacher"] | None:
+        """Whose candidate tokens the policy is to be scored at, beside the sampled ones; None: nobody's."""
+        return "ref" if self.use_kl_loss and self.kl_loss_type in EXACT_KL else None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the log-probabilities of a reference policy at the sampled tokens are read."""
+        return self.use_kl_loss and self.kl_loss_type not in EXACT_KL
+
+    @property
+    def not_in_training(self) -> str | None:
+        """What the items must hold that the training command has not got; None: nothing."""
+        if self.candidates is not None:
+            return f"{self.candidates}_topk_logprobs"
+        return "teacher_logprobs" if "teacher_logprobs" in self.policy.needs else None
+
+
+class GRPOLossConfig(BaseRLLossConfig):
+    """A policy loss weighted by advantages, plus optional terms; how they are averaged is chosen apart from it."""
+
+    policy_loss_cfg: PolicyLossOptions = Field(default_factory=lambda: {"loss_type": "vanilla"})
+    """``loss_type``, the name of a registered policy loss, and the options of that loss."""
+    aggregation: Aggregated = AggregationConfig()
+    """How token losses become one number; by name, or with the settings of `AggregationConfig`."""
+    positive_nll_coef: NotNegative = 0.0
+    """Add this times the mean of -log pi over the tokens with A > 0 (VAPO, arXiv 2504.05118, section 4.4)."""
+
+    context = "toolkit.losses.grpo:GRPOLossContext"

@@ -1,0 +1,118 @@
+"""Candidate tokens of each position, with a reference's or a teacher's log-probabilities: what an exact KL compares.
+
+Legend: B rows, T positions of a row, K candidates, N scored tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import DataError
+from toolkit.losses.config.policy import BaseRLLossConfig
+from toolkit.losses.items import RLLossContextInputItem
+
+MAX_MASS = 1.01
+"""Probability that candidates may have together; above 1 by what rounding to bf16 adds."""
+
+
+def candidates_of(
+    item: RLLossContextInputItem, cfg: BaseRLLossConfig, where: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the candidates' ids and log-probabilities that the loss reads, [B, T, K] each, checked.
+
+    Returns:
+        Ids (None: the whole vocabulary in order) and log-probabilities, -inf where an id is negative; None and None for
+        a loss that compares sampled tokens only.
+
+    Raises:
+        DataError: they are missing, not log-probabilities, or a token is named twice.
+    """
+    who = cfg.candidates
+    if who is None:
+        return None, None
+    ids, logprobs = getattr(item, f"{who}_topk_ids"), getattr(item, f"{who}_topk_logprobs")
+    where = f"{where}.{who}_topk"
+    if logprobs is None:
+        of = "teacher" if who == "teacher" else "reference"
+        why = "variant='top_k'" if who == "teacher" else f"kl_loss_type={cfg.kl_loss_type!r}"
+        raise DataError(
+            f"{where}_logprobs is missing, but {why} compares whole distributions; give the {of}'s log-probabilities "
+            "of K candidates of each position, [.., T, K] (of the whole vocabulary, K = V, without ids)"
+        )
+    if ids is None and who == "ref" and cfg.kl_loss_type == "top_k":
+        raise DataError(
+            f"{where}_ids is missing, but kl_loss_type='top_k' must know which tokens the candidates are; give int64 "
+            "[.., T, K], or take kl_loss_type='full' (on the command line: kl=full) for the whole vocabulary"
+        )
+    if ids is not None and cfg.kl_loss_type == "full" and who == "ref":
+        raise DataError(
+            f"{where}_ids has no effect on kl_loss_type='full', which compares the whole vocabulary in order; leave it "
+            "out, or take kl_loss_type='top_k' (on the command line: kl=top_k)"
+        )
+    if ids is not None and ids.shape != logprobs.shape:
+        raise DataError(
+            f"{where}_ids has shape {list(ids.shape)}, but {where}_logprobs {list(logprobs.shape)}; give one "
+            "log-probability for each candidate"
+        )
+    is_scored = item.shifted_labels != cfg.ignore_idx
+    _check_distribution(logprobs, ids, is_scored, where)
+    return ids, logprobs if ids is None else logprobs.masked_fill(ids < 0, -torch.inf)
+
+
+def _check_distribution(logprobs: Tensor, ids: Tensor | None, is_scored: Tensor, where: str) -> None:
+    """Refuse what is no part of a distribution at a scored position."""
+    present = is_scored.unsqueeze(-1) if ids is None else is_scored.unsqueeze(-1) & (ids >= 0)
+    broken = present & ~logprobs.isfinite()
+    if bool(broken.any()):
+        place = broken.nonzero()[0].tolist()
+        raise DataError(
+            f"{where}_logprobs{place} = {float(logprobs[tuple(place)])} at a scored position; give a finite "
+            "log-probability, or the id -1 where there is no candidate"
+        )
+    mass = logprobs.detach().masked_fill(~present, -torch.inf).logsumexp(-1).exp()
+    heavy = is_scored & (mass > MAX_MASS)
+    if bool(heavy.any()):
+        place = heavy.nonzero()[0].tolist()
+        raise DataError(
+            f"{where}_logprobs{place} add up to a probability of {float(mass[tuple(place)]):.3g}; give "
+            "log-probabilities in nats (a log-softmax over the whole vocabulary), not logits"
+        )
+    if ids is None:
+        return
+    in_order = ids.sort(-1).values
+    twice = is_scored & ((in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0)).any(-1)
+    if bool(twice.any()):
+        place = twice.nonzero()[0].tolist()
+        raise DataError(f"{where}_ids{place} names a token twice; its probability would count twice. Keep one of them")
+
+
+def check_vocabulary(
+    ids: Tensor | None, logprobs: Tensor | None, labels: Tensor, vocabulary: int, ignore_idx: int
+) -> None:
+    """Check candidates against the head, once it is known.
+
+    Args:
+        ids: [B, T, K] or None.
+        logprobs: [B, T, K] or None.
+        labels: [B, T].
+        vocabulary: V.
+        ignore_idx: label of positions that are not scored.
+
+    Raises:
+        DataError: an id lies outside the vocabulary, or the whole vocabulary is meant and K is not V.
+    """
+    if ids is None:
+        if logprobs is not None and logprobs.shape[-1] != vocabulary:
+            raise DataError(
+                f"candidate_logprobs has {logprobs.shape[-1]} values for each position and no ids, but the vocabulary "
+                f"has {vocabulary}; give one for each token of the vocabulary, or the ids of the candidates"
+            )
+        return
+    outside = (labels != ignore_idx).unsqueeze(-1) & (ids >= vocabulary)
+    if bool(outside.any()):
+        place = outside.nonzero()[0].tolist()
+        raise DataError(
+            f"candidate_ids{place} = {int(ids[tuple(place)])} lies outside the vocabulary of {vocabulary} "
+            f"(0 .. {vocabulary - 1}); a negative id stands for no candidate"
+        )

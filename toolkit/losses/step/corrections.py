@@ -1,0 +1,205 @@
+"""Corrections of the mismatch between the sampler and the trainer, applied to the items of a step.
+
+Those between the old policy and the sampler are known before the first forward ("early"), so that rejected tokens can
+leave the denominators of all ranks; those with the current policy are applied in the forward ("late"), unless the items
+have `current_logprobs`.
+
+Legend: B rows, T positions of a row, N scored tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from toolkit.functional.mismatch import (
+    Corrected,
+    MismatchTerms,
+    corrected,
+    correction_metrics,
+    mismatch_metrics,
+    normalizer_parts,
+)
+from toolkit.functional.terms import PolicyTerms
+from toolkit.losses.config.correction import CorrectionConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
+from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.step.step import Step
+from toolkit.metrics import Metric
+
+
+@dataclass(frozen=True)
+class CorrectedBatch:
+    """A micro-batch after the corrections that are known before the forward."""
+
+    labels: Tensor
+    """[B, T] labels, ignored where a token left the denominator."""
+    importance: Tensor | None
+    """[B, T] float64 factor of the corrected terms, 0 where rejected; None: 1 everywhere."""
+    metrics: dict[str, Metric]
+
+
+def early(cfg: BaseRLLossConfig, *, has_current: bool) -> tuple[CorrectionConfig, ...]:
+    """Return the corrections that are known before the forward: with `current_logprobs` in the items, all of them."""
+    return tuple(correction for correction in cfg.correction if has_current or not correction.needs_current)
+
+
+def late(cfg: BaseRLLossConfig, *, has_current: bool) -> tuple[CorrectionConfig, ...]:
+    """Return the corrections that compare the current policy and have to wait for it."""
+    return tuple(correction for correction in cfg.correction if correction.needs_current and not has_current)
+
+
+class EarlyCorrections:
+    """The corrections of a step that are known before its first forward, over the micro-batches of this rank."""
+
+    def __init__(
+        self,
+        step: Step,
+        turns: Sequence[Tensor] | None,
+        cfg: BaseRLLossConfig,
+        *,
+        has_current: bool,
+    ) -> None:
+        items: list[RLLossContextInputItem] = step.items
+        self._cfg, self._items = cfg, items
+        self._chosen = early(cfg, has_current=has_current)
+        each = [None] * len(items) if turns is None else turns
+        found = [_mismatch_terms(step, index, own, cfg) for index, own in enumerate(each)]
+        self._scored, self._terms = [own[0] for own in found], [own[1] for own in found]
+
+    def normalizer_parts(self) -> Tensor:
+        """Return what this rank adds to the mean weights of the step, [C, 2]; C counts the late ones, too."""
+        device = self._items[0].shifted_labels.device if self._items else None
+        parts = torch.zeros(len(self._cfg.correction), 2, dtype=torch.float64, device=device)
+        for own in self._terms:
+            if own is not None and self._chosen:
+                parts[: len(self._chosen)] += normalizer_parts(self._chosen, own)
+        return parts
+
+    def labels(self) -> list[Tensor]:
+        """Return the labels of each micro-batch, ignored where a token left the denominator: no sum is needed yet."""
+        if not self._chosen:
+            return [item.shifted_labels for item in self._items]
+        sums = torch.ones(len(self._chosen), 2, dtype=torch.float64)
+        return [self.batch(index, sums).labels for index in range(len(self._items))]
+
+    def batch(self, index: int, normalizer_sums: Tensor | None) -> CorrectedBatch:
+        """Return a micro-batch after the corrections.
+
+        Args:
+            index: which one.
+            normalizer_sums: [C, 2] the `normalizer_parts` of all ranks; ones: no weight is divided by a mean;
+                None: there is no correction.
+        """
+        item, positions, terms = self._items[index], self._scored[index], self._terms[index]
+        return _corrected_batch(item, positions, terms, self._chosen, normalizer_sums, self._cfg)
+
+
+def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> Tensor | None:
+    """Return the sampler's log-probabilities, unless they are of another distribution: not even for a metric then."""
+    spec = item.rollout_spec
+    is_other = spec is not None and spec.mismatch(cfg.temperature) is not None and not cfg.accept_mismatch
+    return None if is_other else item.rollout_logprobs
+
+
+def _mismatch_terms(
+    step: Step, index: int, turns: Tensor | None, cfg: BaseRLLossConfig
+) -> tuple[Tensor | None, MismatchTerms | None]:
+    """Return where the scored tokens are and what corrections look at; None where nothing can be compared."""
+    item: RLLossContextInputItem = step.items[index]
+    old = item.current_logprobs if item.old_logprobs is None else item.old_logprobs
+    rollout = comparable_rollout(item, cfg)
+    if old is None or (rollout is None and any("rollout" in own.between for own in cfg.correction)):
+        return None, None
+    if rollout is None and item.current_logprobs is None:
+        return None, None
+    assert item.advantages is not None
+    ids = step.sequence_ids[index]
+    positions = (item.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
+
+    def own(values: Tensor) -> Tensor:
+        return values.detach().reshape(-1).index_select(0, positions)
+
+    return positions, MismatchTerms(
+        # Without a sampler only current and old are compared; no statistic reads this field then.
+        rollout_logprobs=own(old if rollout is None else rollout).double(),
+        old_logprobs=own(old).double(),
+        current_logprobs=None if item.current_logprobs is None else own(item.current_logprobs).double(),
+        advantages=own(item.advantages),
+        sequence_ids=own(ids),
+        num_sequences=int(ids.max()) + 1 if ids.numel() else 0,
+        turn_ids=None if turns is None else own(turns),
+        num_turns=int(turns.max()) + 1 if turns is not None and turns.numel() else 0,
+    )
+
+
+def _corrected_batch(
+    item: RLLossContextInputItem,
+    positions: Tensor | None,
+    terms: MismatchTerms | None,
+    corrections: tuple[CorrectionConfig, ...],
+    sums: Tensor | None,
+    cfg: BaseRLLossConfig,
+) -> CorrectedBatch:
+    labels = item.shifted_labels
+    if terms is None or positions is None:
+        return CorrectedBatch(labels, None, {})
+    result = _untouched(terms) if not corrections or sums is None else corrected(corrections, terms, sums)
+    assert terms.old_logprobs is not None
+    metrics: dict[str, Metric] = {}
+    if comparable_rollout(item, cfg) is not None:
+        metrics = mismatch_metrics(
+            terms.old_logprobs,
+            terms.rollout_logprobs,
+            result.weights,
+            result.is_kept,
+            terms.sequence_ids,
+            terms.num_sequences,
+        )
+    if not corrections:
+        return CorrectedBatch(labels, None, metrics)
+    metrics |= correction_metrics(corrections, result)
+    flat = torch.ones(labels.numel(), dtype=torch.float64, device=labels.device)
+    weight = flat.index_copy(0, positions, result.weights).reshape(labels.shape)
+    has_left = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
+    has_left[positions] = ~result.in_denominator
+    return CorrectedBatch(labels.masked_fill(has_left.reshape(labels.shape), cfg.ignore_idx), weight, metrics)
+
+
+def _untouched(terms: MismatchTerms) -> Corrected:
+    ones = torch.ones_like(terms.rollout_logprobs)
+    return Corrected(weights=ones, is_kept=ones.bool(), in_denominator=ones.bool(), is_hit=())
+
+
+def late_correction(
+    terms: PolicyTerms, cfg: BaseRLLossConfig, own: Tensor | None = None
+) -> tuple[Tensor | None, dict[str, Metric]]:
+    """Apply the corrections that compare the current policy.
+
+    Args:
+        terms: the tokens that they look at, [N].
+        cfg: of the loss.
+        own: [n] which of them the metrics are to speak of; None: all.
+
+    Returns:
+        Their weights [N], without gradient (None: 1 everywhere), and metrics.
+    """
+    corrections = late(cfg, has_current=False)
+    if not corrections:
+        return None, {}
+    seen = MismatchTerms(
+        rollout_logprobs=terms.old_logprobs if terms.rollout_logprobs is None else terms.rollout_logprobs,
+        old_logprobs=terms.old_logprobs,
+        current_logprobs=terms.logprobs.detach(),
+        advantages=terms.advantages,
+        sequence_ids=terms.sequence_ids,
+        num_sequences=terms.num_sequences,
+        turn_ids=terms.turn_ids,
+        num_turns=terms.num_turns,
+    )
+    result = corrected(corrections, seen)
+    hits = result.is_hit if own is None else tuple(is_hit[own] for is_hit in result.is_hit)
+    return result.weights, correction_metrics(corrections, replace(result, is_hit=hits))

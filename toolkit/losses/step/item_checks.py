@@ -1,0 +1,81 @@
+"""What the items of a policy loss must hold, said before any work. N: scored tokens of a micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ConfigError, DataError
+from toolkit.functional.scope_check import check_scope, is_zero_without_advantage
+from toolkit.losses.config.policy import BaseRLLossConfig
+from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.record import check_finite
+
+
+def check_policy_loss(cfg: BaseRLLossConfig) -> None:
+    """Check once for each loss and its options that it keeps what it declares.
+
+    Raises:
+        ConfigError: it looks at more tokens than its scope says, or at more than the setting allows.
+    """
+    loss, options = cfg.policy, cfg.policy_options
+    check_scope(loss, options)
+    is_local = loss.scope in ("token", "sequence")
+    if cfg.drop_zero_advantage and not (is_local and is_zero_without_advantage(loss, options)):
+        raise ConfigError(
+            f"drop_zero_advantage=True would change policy loss {loss.name!r}: its tokens count even with advantage 0; "
+            "set drop_zero_advantage=False (their products in backward are skipped anyway where their gradient is 0)"
+        )
+
+
+def scored_labels(kwargs: Any, cfg: BaseRLLossConfig) -> Tensor:
+    """Return the labels, less tokens that `drop_zero_advantage` leaves out; none where a KL or bonus needs them.
+
+    Args:
+        kwargs: `GRPOLossKwargs` of whole rows, [B, T].
+        cfg: of the loss.
+    """
+    labels = kwargs.shifted_labels
+    has_other_terms = (cfg.use_kl_loss and cfg.kl_loss_coef != 0) or cfg.entropy_coef != 0
+    if not cfg.drop_zero_advantage or has_other_terms:
+        return labels
+    is_idle = kwargs.advantages == 0
+    if cfg.scope == "sequence" and kwargs.sequence_ids is not None:
+        # Only whole sequences: the others' statistics count every token.
+        is_idle = is_idle | (labels == cfg.ignore_idx)
+        flat = (kwargs.sequence_ids + 1).reshape(-1)
+        is_idle = ~torch.isin(flat, flat[~is_idle.reshape(-1)]).reshape(labels.shape)
+    return labels.masked_fill(is_idle, cfg.ignore_idx)
+
+
+CHECKED_LATER = ("current_logprobs", "ref_topk_logprobs", "teacher_topk_logprobs")
+"""Fields whose absence is told with more about it: once all ranks have counted, or with their ids."""
+
+
+def check_item(item: RLLossContextInputItem, cfg: BaseRLLossConfig, where: str) -> None:
+    """Check one item of a step.
+
+    Args:
+        item: [B, T] whole rows.
+        cfg: of the loss.
+        where: what messages call it.
+
+    Raises:
+        DataError: something that the loss reads is missing, or holds NaN or inf at a scored position.
+    """
+    required = cfg.required_fields
+    for name, requirement in required.items():
+        if name not in CHECKED_LATER and getattr(item, name) is None:
+            raise DataError(f"{where}.{name} is missing, but {requirement.why}; {requirement.remedy}")
+    read = {"advantages": None, **required, "old_logprobs": None, "current_logprobs": None}
+    given = {name: getattr(item, name) for name in read if name != "group_ids" and name not in CHECKED_LATER[1:]}
+    present = {f"{where}.{name}": values for name, values in given.items() if values is not None}
+    check_finite(present, item.shifted_labels, cfg.ignore_idx)
+    if item.rollout_spec is not None and not cfg.accept_mismatch and "rollout_logprobs" in required:
+        reason = item.rollout_spec.mismatch(cfg.temperature)
+        if reason is not None:
+            raise DataError(
+                f"{where}.rollout_logprobs cannot be compared with the policy's: {reason}. accept_mismatch=True goes on"
+            )

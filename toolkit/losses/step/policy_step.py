@@ -1,0 +1,168 @@
+"""What a policy loss adds to a step: checked items, corrections, wider views.
+
+Legend: B rows, T positions of a row, N scored tokens of a micro-batch, C corrections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.functional.segments import turn_ids
+from toolkit.losses.config.policy import BaseRLLossConfig
+from toolkit.losses.kwargs import GRPOLossKwargs
+from toolkit.losses.step.candidates import candidates_of
+from toolkit.losses.step.corrections import EarlyCorrections, comparable_rollout
+from toolkit.losses.step.global_view import emptied, with_whole
+from toolkit.losses.step.groups import check_step, pieces_of_groups
+from toolkit.losses.step.item_checks import check_item
+from toolkit.losses.step.step import Extra, Step, StepRow, StepTotals
+from toolkit.losses.step.weights import counts_here
+from toolkit.metrics import Max, Mean, Metric
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was found out about the items of this rank before the exchange."""
+
+    corrections: EarlyCorrections
+    turns: list[Tensor] | None
+    """[B, T] the turn of each position, of every micro-batch; None: nothing looks at turns."""
+    candidates: list[tuple[Tensor | None, Tensor | None]]
+    """Ids and log-probabilities of this rank's shards."""
+    has_current: bool = False
+    """Whether every item of all ranks has `current_logprobs`; known once all have counted."""
+
+
+def counted_besides(cfg: BaseRLLossConfig) -> dict[str, int | None]:
+    """Return what `prepare` counts; see `KwargsBuilder`."""
+    means = {"normalizers": 2 * len(cfg.correction)} if cfg.correction else {}
+    tables = {"pieces": None} if cfg.scope == "group" else {}
+    return {"micro_batches": 3, **means, **tables}
+
+
+def prepare(step: Step) -> Extra:
+    """Check the items, apply the corrections that are known already, and count; see `KwargsBuilder`."""
+    cfg: BaseRLLossConfig = step.loss_cfg
+    for index, item in enumerate(step.items):
+        check_item(item, cfg, f"data_batches[{index}]")
+    candidates = [candidates_of(item, cfg, f"data_batches[{index}]") for index, item in enumerate(step.pieces)]
+    labels = step.labels
+    turns = None
+    if cfg.scope != "token" or cfg.correction:
+        turns = [turn_ids(own != cfg.ignore_idx, ids) for own, ids in zip(labels, step.sequence_ids, strict=True)]
+    with_current = sum(item.current_logprobs is not None for item in step.items)
+    corrections = EarlyCorrections(step, turns, cfg, has_current=with_current == len(step.items) > 0)
+    step.prepared = Prepared(corrections, turns, candidates)
+    step.labels = corrections.labels()
+    # Those with a scored token are asked for only where losses look at several tokens.
+    with_tokens = 0
+    if cfg.scope != "token" and labels:
+        with_tokens = int(torch.stack([(own != cfg.ignore_idx).any() for own in labels]).sum())
+    found: dict[str, Any] = {"micro_batches": (len(step.items), with_current, with_tokens)}
+    if cfg.correction:
+        found["normalizers"] = corrections.normalizer_parts()
+    if cfg.scope == "group":
+        groups = [item.group_ids for item in step.items]
+        found["pieces"] = pieces_of_groups(labels, groups, ignore_idx=cfg.ignore_idx)
+    return found
+
+
+def check_totals(step: Step) -> None:
+    """Raise where a loss of several tokens cannot see them; see `KwargsBuilder`."""
+    numbers = _totals(step).numbers["micro_batches"].tolist()  # waits for the device once
+    num_items, num_with_current, num_scored = map(int, numbers)
+    check_step(
+        step.items,
+        step.loss_cfg,
+        _totals(step).tables.get("pieces", {}),
+        num_items=num_items,
+        num_with_current=num_with_current,
+        num_scored=num_scored,
+    )
+    step.prepared = replace(step.prepared, has_current=num_with_current == num_items > 0)
+
+
+def fields_of(row: StepRow) -> dict[str, Any]:
+    """Return what the kwargs of a micro-batch hold beside what its item has by the same name, and instead of that."""
+    cfg, scope = row.step.loss_cfg, row.step.loss_cfg.scope
+    prepared: Prepared = row.step.prepared
+    sums = _totals(row.step).numbers["normalizers"].reshape(-1, 2) if cfg.correction else None
+    batch = prepared.corrections.batch(row.index, sums)
+    metrics = {**batch.metrics, **(_step_metrics(row.step) if row.index == 0 else {})}
+    is_wide = scope != "token"
+    return {
+        "importance": batch.importance,
+        "rollout_logprobs": comparable_rollout(row.item, cfg),
+        "current_logprobs": row.item.current_logprobs if prepared.has_current and is_wide else None,
+        "turn_ids": prepared.turns[row.index] if is_wide and prepared.turns is not None else None,
+        "group_ids": row.item.group_ids if scope in ("group", "batch") else None,
+        "positions": _positions(row.labels) if is_wide else None,
+        "step_metrics": metrics if counts_here(row.step.sp_mesh) else emptied(metrics),
+        "has_current": prepared.has_current,
+    }
+
+
+def with_wider_views(batches: list[GRPOLossKwargs], step: Step) -> list[GRPOLossKwargs]:
+    """Return kwargs of whole rows that know what other tokens their loss looks at."""
+    cfg = step.loss_cfg
+    is_step_wide = step.prepared.has_current and cfg.scope in ("group", "batch")
+    return with_whole(batches, cfg, step.sp_mesh, is_step_wide=is_step_wide)
+
+
+def with_own_candidates(batches: list[GRPOLossKwargs], step: Step) -> list[GRPOLossKwargs]:
+    """Return this rank's kwargs with the candidates of its tokens, and how many of these must be given together."""
+    prepared: Prepared = step.prepared
+    if step.loss_cfg.candidates is None and step.loss_cfg.scope == "token":
+        return batches
+    return [
+        own.replace(candidate_ids=ids, candidate_logprobs=logprobs, num_scored=_num_scored(own, step.loss_cfg))
+        for own, (ids, logprobs) in zip(batches, prepared.candidates, strict=True)
+    ]
+
+
+def _num_scored(own: GRPOLossKwargs, cfg: BaseRLLossConfig) -> int | None:
+    may_be_cut = cfg.scope == "token" or (own.whole is not None and own.whole.sp_mesh is None)
+    return None if may_be_cut else int((own.shifted_labels != cfg.ignore_idx).sum())
+
+
+def _totals(step: Step) -> StepTotals:
+    assert step.totals is not None  # counted before
+    return step.totals
+
+
+def _step_metrics(step: Step) -> dict[str, Metric]:
+    """Return what the sums were divided by, the tokens without an advantage, and the sequences that teach nothing."""
+    tokens, sequences = [], []
+    for index, (item, own) in enumerate(zip(step.items, step.labels, strict=True)):
+        is_scored = own != step.ignore_idx
+        is_taught = is_scored & (item.advantages != 0)
+        tokens.append(Mean.share(is_scored & ~is_taught, is_scored))
+        if step.cu_seq_lens_list is None:  # a row is a sequence
+            is_reached, is_there = is_taught.any(-1), is_scored.any(-1)
+        else:
+            ids = (step.sequence_ids[index] + 1).reshape(-1)  # 0 collects what belongs to none
+            is_reached, is_there = (ids.bincount(chosen.reshape(-1)) > 0 for chosen in (is_taught, is_scored))
+        sequences.append(Mean.share(is_there & ~is_reached, is_there))
+    return {
+        "zero_advantage_tokens": _merged(tokens),
+        "zero_advantage_sequences": _merged(sequences),
+        **{
+            name.replace("policy", "denominator", 1): Max(denominator)
+            for name, denominator in _totals(step).denominators.items()
+            if name.startswith("policy")
+        },
+    }
+
+
+def _merged(shares: Sequence[Mean]) -> Mean:
+    return reduce(Mean.merge, shares) if shares else Mean.of(torch.zeros(0))
+
+
+def _positions(labels: Tensor) -> Tensor:
+    return torch.arange(labels.shape[-1], device=labels.device).expand(labels.shape)

@@ -1,0 +1,5 @@
+"""`LossRunner`: a loss on plain tensors, without items, kwargs and contexts."""
+
+from toolkit.runner.loss_runner import FIELDS, RL_FIELDS, LossResult, LossRunner
+
+__all__ = ["FIELDS", "RL_FIELDS", "LossResult", "LossRunner"]

@@ -1,0 +1,324 @@
+"""`LossRunner`: a loss in one call, for notebooks and for loops of one's own.
+
+Legend: B rows, T positions that have hidden states, K candidates, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from toolkit.distributed import reduce_metrics
+from toolkit.errors import ConfigError, DataError, nearest
+from toolkit.head import HeadPlan
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.ce import CELossConfig
+from toolkit.losses.config.logprob_spec import LogprobSpec
+from toolkit.losses.context import BaseLossContext
+from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.shift import shift_labels
+from toolkit.losses.step.builder import item_class
+from toolkit.losses.step.weights import loss_metric
+from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
+
+RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
+FIELDS = ("input_ids", "shifted_labels", "loss_mask", "cu_seq_lens", *RL_FIELDS)
+"""What a batch may hold for the loss; whatever else it holds is for the caller's own forward."""
+Forward = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
+"""``forward(batch) -> (hidden_states, head_weight)`` or ``(hidden_states, head_weight, head_bias)``."""
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """A loss and what was measured on the way."""
+
+    loss: Tensor
+    """Scalar; with a live graph when it comes from a call, detached when it comes from `LossRunner.step`."""
+    raw_metrics: Metrics
+    """Mergeable metrics by name, still on the device."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics as numbers; NaN where nothing was measured."""
+        return to_floats(self.raw_metrics)
+
+    def backward(self) -> None:
+        """Shorthand for ``result.loss.backward()``."""
+        self.loss.backward()
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items() if name != "loss")
+        return f"LossResult(loss={float(self.loss.detach()):.6g}, {shown})"
+
+
+class LossRunner:
+    """Runs a configured loss and hides items, kwargs and contexts. It keeps no state: a cell may be run again.
+
+    Example:
+        >>> runner = LossRunner.from_overrides(["loss=grpo", "kl=k3", "mode=chunk"])
+        >>> result = runner(hidden, head.weight, input_ids=ids, advantages=adv, ref_logprobs=ref)  # doctest: +SKIP
+        >>> result.loss.backward()  # doctest: +SKIP
+    """
+
+    def __init__(self, loss_cfg: BaseLossConfig) -> None:
+        if not isinstance(loss_cfg, BaseLossConfig):
+            raise ConfigError(
+                f"LossRunner needs a loss config such as GRPOLossConfig(), not {type(loss_cfg).__name__}; "
+                "for overrides use LossRunner.from_overrides([...])"
+            )
+        self.loss_cfg = loss_cfg
+
+    @classmethod
+    def from_overrides(
+        cls, overrides: Sequence[str] | str = (), *, config_dir: str | os.PathLike[str] | None = None
+    ) -> Self:
+        """Pick the loss as on the command line: ``["loss=grpo", "policy_loss.cliprange_high=0.28", "kl=k3"]``.
+
+        Args:
+            overrides: a list, or a single one.
+            config_dir: a folder with YAML files of your own, as ``--config-dir`` on the command line.
+
+        Raises:
+            ConfigError: names the nearest right override, or one that says nothing of the loss.
+        """
+        from toolkit.compose.overrides import is_of_loss, parse
+        from toolkit.compose.tree import compose_config, load_loss
+
+        chosen = [overrides] if isinstance(overrides, str) else list(overrides)
+        for override in parse(chosen):
+            if not is_of_loss(override):
+                compose_config(chosen, config_dir=config_dir)  # a mistyped word is a mistake of another kind
+                raise ConfigError(_not_of_loss(override.input_line or "", str(override.key_or_group)))
+        return cls(load_loss(chosen, config_dir=config_dir))
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        shifted_labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        advantages: Tensor | float | None = None,
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        rollout_logprobs: Tensor | None = None,
+        teacher_logprobs: Tensor | None = None,
+        current_logprobs: Tensor | None = None,
+        group_ids: Tensor | None = None,
+        rollout_spec: LogprobSpec | None = None,
+        teacher_topk_ids: Tensor | None = None,
+        teacher_topk_logprobs: Tensor | None = None,
+        ref_topk_ids: Tensor | None = None,
+        ref_topk_logprobs: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
+        **own_fields: Any,
+    ) -> LossResult:
+        """Return the loss of one batch, normalised over this batch (and the other ranks, if there are any).
+
+        Give either `input_ids`, which are shifted here, or `shifted_labels`. Position t of every other field speaks of
+        the token that is predicted from position t; where your fields speak of token t itself, as samplers give them,
+        ``RLLossContextInputItem.from_unshifted(input_ids, mask, ...)`` shifts them together with the labels.
+
+        Args:
+            hidden_states: [B, T, D].
+            head_weight: [V, D].
+            head_bias: [V], optional.
+            input_ids: [B, T] token ids (or [B, T + 1] when the last one has no hidden state).
+            shifted_labels: [B, T], -100 (`ignore_idx`) where nothing is scored.
+            loss_mask: like `input_ids`: which *tokens* count, e.g. 1 on completions; only with `input_ids`.
+            advantages: a number, [B] one per row, [T] for every row, [B, 1] or [B, T]; [B] is refused where B = T.
+            old_logprobs: [B, T] in nats; None: on-policy.
+            ref_logprobs: [B, T] in nats; needed with a KL term.
+            rollout_logprobs: [B, T] in nats, as the sampler reported them; measured, and read by corrections and
+                ``anchor="rollout"``.
+            teacher_logprobs: [B, T] in nats; for distillation.
+            current_logprobs: [B, T] in nats, of a forward without gradient before the step; for losses over groups and
+                batches in `step`, and rejections by the current policy.
+            group_ids: integers, [B] one per row, [B, 1] or [B, T]: the prompt that a row answers.
+            rollout_spec: how `rollout_logprobs` were taken.
+            teacher_topk_ids: [B, T, K] candidate tokens, negative for none; None: the whole vocabulary.
+            teacher_topk_logprobs: [B, T, K] the teacher's log-probabilities of them in nats.
+            ref_topk_ids: [B, T, K] the same of the reference.
+            ref_topk_logprobs: [B, T, K] the same of the reference; for an exact KL.
+            cu_seq_lens: [S + 1] boundaries of the sequences in one packed row.
+            own_fields: what else the items of your own loss declare.
+
+        Raises:
+            DataError: a field is missing, of the wrong shape, or not finite where it is scored.
+        """
+        fields = {
+            "input_ids": input_ids,
+            "shifted_labels": shifted_labels,
+            "loss_mask": loss_mask,
+            "advantages": advantages,
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "rollout_logprobs": rollout_logprobs,
+            "teacher_logprobs": teacher_logprobs,
+            "current_logprobs": current_logprobs,
+            "group_ids": group_ids,
+            "rollout_spec": rollout_spec,
+            "teacher_topk_ids": teacher_topk_ids,
+            "teacher_topk_logprobs": teacher_topk_logprobs,
+            "ref_topk_ids": ref_topk_ids,
+            "ref_topk_logprobs": ref_topk_logprobs,
+            "cu_seq_lens": cu_seq_lens,
+            **own_fields,
+        }
+        self._check_names(own_fields)
+        loss, extra = self._context(fields, hidden_states).forward(hidden_states, head_weight, head_bias)
+        return LossResult(loss, metrics_in(extra))
+
+    def explain(
+        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None, **fields: Any
+    ) -> HeadPlan:
+        """Say which pass of the head a call with these arguments would take, why, and at what cost; ``print`` it.
+
+        Args:
+            hidden_states: [B, T, D], as in `__call__`, like all others.
+            head_weight: [V, D].
+            head_bias: [V], optional.
+            fields: ``input_ids``, ``advantages`` ...
+        """
+        self._check_names(fields)
+        return self._context(fields, hidden_states).explain(hidden_states, head_weight, head_bias)
+
+    def step(self, batches: Iterable[Mapping[str, Any]], forward: Forward) -> LossResult:
+        """Accumulate the gradient of several micro-batches as if they were one batch; the optimizer step is yours.
+
+        Args:
+            batches: each a mapping with the fields of `__call__` (and whatever else `forward` reads).
+            forward: gives the hidden states and the head of one batch; called once for each.
+
+        Returns:
+            The loss of all batches together (detached) and its metrics, summed over ranks too.
+        """
+        if isinstance(batches, Mapping):
+            raise DataError("step() takes a list of batches; for a single one write step([batch], forward)")
+        batches = list(batches)
+        if not batches:
+            raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
+        items = [self._item(batch, None) for batch in batches]
+        found = [batch.get("cu_seq_lens") for batch in batches]
+        bounds = None if all(own is None for own in found) else found
+        context = self.loss_cfg.loss_ctx_cls
+        parts: list[dict[str, Metric]] = []
+        for batch, kwargs in zip(batches, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
+            hidden_states, *head = forward(batch)
+            width = kwargs.shifted_labels.shape[-1]
+            if hidden_states.shape[-2] == width - 1 and batch.get("input_ids") is not None:
+                kwargs = kwargs.chunk(width - 1)[0]  # without the last position, which has no label
+            loss, extra = context(self.loss_cfg, kwargs).forward(hidden_states, *head)
+            loss.backward()
+            parts.append({**metrics_in(extra), "loss": loss_metric(loss, self.loss_cfg.gradient_reduction)})
+        metrics = reduce_metrics(merge_metrics(parts))
+        return LossResult(torch.tensor(metrics["loss"].value(), dtype=torch.float64), metrics)
+
+    def _context(self, fields: Mapping[str, Any], hidden_states: Tensor) -> BaseLossContext[Any]:
+        """Return the context of one batch."""
+        item = self._item(fields, hidden_states.shape[-2])
+        bounds = None if fields.get("cu_seq_lens") is None else [fields["cu_seq_lens"]]
+        context = self.loss_cfg.loss_ctx_cls
+        (kwargs,) = context.build_batches_loss_kwargs([item], self.loss_cfg, bounds)
+        return context(self.loss_cfg, kwargs)
+
+    def _item(self, fields: Mapping[str, Any], num_positions: int | None) -> LossContextInputItem:
+        item_cls = self._item_cls
+        known = {*FIELDS, *item_cls.model_fields}
+        for key in fields:
+            if key not in known and (close := nearest(str(key), known)) is not None:
+                raise DataError(f"{key!r} is not a field of a batch (did you mean {close!r}?)")
+        labels = self._labels(fields, num_positions)
+        names = {*RL_FIELDS, *item_cls.model_fields} - {"shifted_labels"}
+        given = {name: fields[name] for name in names if fields.get(name) is not None}
+        unread = [name for name in RL_FIELDS if name in given and name not in item_cls.model_fields]
+        if unread:
+            if isinstance(self.loss_cfg, CELossConfig):
+                raise DataError(f"{unread[0]} has no effect on cross-entropy; leave it out or use a policy loss")
+            raise DataError(
+                f"{unread[0]} has no effect on {type(self.loss_cfg).__name__}, whose context takes "
+                f"{item_cls.__name__}; leave it out, or write item_cls = RLLossContextInputItem in "
+                f"{self.loss_cfg.loss_ctx_cls.__name__}"
+            )
+        for name in ("advantages", "group_ids"):
+            if name in given:
+                given[name] = _spread(name, given[name], labels)
+        return item_cls(shifted_labels=labels, **given)
+
+    @property
+    def _item_cls(self) -> type[LossContextInputItem]:
+        return item_class(self.loss_cfg.loss_ctx_cls)
+
+    def _check_names(self, fields: Mapping[str, Any]) -> None:
+        known = dict.fromkeys((*FIELDS, *self._item_cls.model_fields))
+        unknown = next((key for key in fields if key not in known), None)
+        if unknown is not None:
+            close = nearest(unknown, known)
+            hint = f" (did you mean {close!r}?)" if close is not None else ""
+            raise DataError(f"{unknown!r} is not a field of a batch{hint}; it has: {', '.join(known)}")
+
+    def _labels(self, fields: Mapping[str, Any], num_positions: int | None) -> Tensor:
+        input_ids, labels = fields.get("input_ids"), fields.get("shifted_labels")
+        if (input_ids is None) == (labels is None):
+            raise DataError("give either input_ids (shifted here) or shifted_labels, not both and not neither")
+        if labels is not None:
+            if fields.get("loss_mask") is not None:
+                raise DataError(
+                    "loss_mask goes with input_ids; in shifted_labels mark unscored positions by ignore_idx"
+                )
+            return labels
+        if not isinstance(input_ids, Tensor):
+            raise DataError(f"input_ids is a {type(input_ids).__name__}; give an integer tensor [B, T]")
+        shifted = shift_labels(
+            input_ids, fields.get("loss_mask"), fields.get("cu_seq_lens"), ignore_idx=self.loss_cfg.ignore_idx
+        )
+        # Hidden states without the last position: its label is ignored anyway.
+        return shifted[..., :-1] if num_positions == input_ids.shape[-1] - 1 else shifted
+
+    def __repr__(self) -> str:
+        lines = [f"  {name}={value!r}" for name, value in self.loss_cfg.model_dump().items()]
+        return "\n".join([f"LossRunner({type(self.loss_cfg).__name__}", *lines, ")"])
+
+
+def _not_of_loss(override: str, key: str) -> str:
+    """Say why a loss alone cannot honour an override."""
+    from toolkit.compose.overrides import LOSS_GROUPS
+
+    if key == "kl":
+        return f"{override}: LossRunner has no rewards; leave it out, or choose a KL in the loss, such as kl=k3"
+    return (
+        f"{override}: LossRunner has no {key.partition('.')[0]}; leave it out (it reads "
+        f"{', '.join(LOSS_GROUPS[:-2])} and rollout.temperature), or train with python -m toolkit.train"
+    )
+
+
+def _spread(name: str, given: Tensor | float | None, labels: Tensor) -> Tensor | None:
+    """Bring a number, or one value a row, to a shape that items broadcast."""
+    if given is None or (isinstance(given, Tensor) and given.dim() == 2):
+        return given
+    is_number = isinstance(given, (int, float)) and name == "advantages"
+    try:
+        values = torch.as_tensor(given, dtype=torch.get_default_dtype() if is_number else None)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = "integers" if name == "group_ids" else "numbers"
+        raise DataError(
+            f"{name} is a {type(given).__name__} that does not become a tensor ({str(error).splitlines()[0]}); give a "
+            f"tensor of {kind}"
+        ) from None
+    if values.dim() == 0:
+        return values.to(labels.device).expand(labels.shape)
+    if values.dim() == 1 and labels.dim() == 2 and len(values) == labels.shape[0]:
+        if labels.shape[0] == labels.shape[1] > 1:
+            raise DataError(
+                f"{name} of shape [{len(values)}] may mean rows or positions here; give [{len(values)}, 1] for "
+                f"one a row, or {list(labels.shape)}"
+            )
+        return values.unsqueeze(-1)
+    return values

@@ -1,0 +1,106 @@
+"""What can be checked before any work, and before torch is loaded: trackers, folders, checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import ConfigError, LaunchError
+from toolkit.training.run_config import RunConfig
+
+CHECKPOINT = "checkpoint"
+"""Folder of the checkpoint in an output directory."""
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": (
+        "DeepSpeed",
+        "which takes the optimizer step inside the last backward and binds one optimizer to the model, where this "
+        "command decides afterwards whether to step and has one optimizer for each phase",
+    ),
+    "ACCELERATE_USE_FSDP": ("its own FSDP", "which would wrap the policy again, and on a CPU silently stays DDP"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "which brings models and optimizers of its own"),
+}
+"""What a launcher sets for an engine -> its name, and why this command does not work with it."""
+SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")
+"""What a resumed run must share with the run that it goes on from: data, weights and objective."""
+
+
+def check_environment(config: RunConfig) -> None:
+    """Stop a run that cannot work on this machine or from this checkpoint.
+
+    Raises:
+        ConfigError: the tracker's package is missing, or there is no checkpoint of such a run.
+        LaunchError: the launcher was told to use an engine that this command does not work with.
+    """
+    for variable, (engine, why) in ENGINES.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            raise LaunchError(
+                f"accelerate was told to use {engine}, {why}; use the plain launcher and, to share the weights over "
+                "processes, training.sharding=fsdp2: accelerate launch --config_file conf/launch/fsdp2_8_gpus.yaml -m "
+                "toolkit.train training.sharding=fsdp2"
+            )
+    log_with = config.tracker.log_with
+    if log_with is not None and importlib.util.find_spec(log_with) is None:
+        raise ConfigError(f"tracker={log_with} needs the package {log_with!r}: pip install {log_with}")
+    if config.training.resume is not None:
+        read_state(config.training.resume, config)
+
+
+def make_output_dir(path: str) -> None:
+    """Make the output directory that was asked for, as Hydra would a moment later, or say why it cannot be made.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"hydra.run.dir={path} cannot be made: {error.strerror}") from None
+
+
+def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint folder of an earlier run and its state.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or it belongs to a run with other data, model or loss.
+    """
+    root = Path(run_dir)
+    # The last place is where a crash between two renames leaves the previous checkpoint.
+    for folder in (root / CHECKPOINT, root, root / f"{CHECKPOINT}.old"):
+        if (folder / "state.json").is_file():
+            break
+    else:
+        raise ConfigError(
+            f"training.resume={run_dir!r} holds no checkpoint; give the output directory of an earlier run, "
+            f"the one that contains the folder {CHECKPOINT!r}"
+        )
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"training.resume: {folder / 'state.json'} cannot be read: {error}") from None
+    for name, value in identity(config).items():
+        if state["identity"].get(name) != value:
+            raise ConfigError(
+                f"training.resume: the earlier run had {_difference(name, state['identity'].get(name), value)}; resume "
+                "with its settings, or start a new run"
+            )
+    return folder, state
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Return what a resumed run must share with the first one, as JSON values."""
+    parts = {name: getattr(config, name) for name in SAME_WHEN_RESUMED}
+    plain = {
+        name: part if isinstance(part, int) else {"class": type(part).__name__, **part.model_dump(mode="json")}
+        for name, part in parts.items()
+    }
+    return json.loads(json.dumps(plain))
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        return f"{name}.{key}={old.get(key)!r}, this one has {new.get(key)!r}"
+    return f"{name}={old!r}, this one has {new!r}"

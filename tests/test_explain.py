@@ -7,11 +7,13 @@ import resource
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import toolkit
 from tests.processes import run_module
@@ -21,11 +23,13 @@ from toolkit.compose.tree import load_loss
 from toolkit.errors import ConfigError, DataError
 from toolkit.explain.__main__ import main
 from toolkit.explain.catalogue import BEGIN, END, listing, with_markdown
-from toolkit.explain.facts import LARGEST_LOG_RATIO, POLICY_FACTS, equation, filled, source_of, title_of
+from toolkit.explain.facts import LARGEST_LOG_RATIO, equation, filled, title_of
 from toolkit.explain.formula import explain_loss
 from toolkit.functional.policy import registry
+from toolkit.functional.policy.facts import LossFacts
 from toolkit.functional.policy.registry import policy_loss, policy_loss_names, register_policy_loss
 from toolkit.functional.ratios import bounded
+from toolkit.functional.terms import PolicyTerms
 from toolkit.losses.config.opd import OPDLossConfig
 from toolkit.losses.config.oreal import OrealLossConfig
 from toolkit.losses.config.policy import GRPOLossConfig
@@ -83,8 +87,9 @@ def test_every_built_in_loss_is_explained(name: str) -> None:
     loss = policy_loss(name)
     assert loss.formula
     assert title_of(loss.function)
-    assert source_of(loss.function)
-    assert set(POLICY_FACTS[name]._fields) == {"ratio", "gradient", "bound"}
+    assert loss.facts.ratio
+    assert loss.facts.gradient
+    assert f"Source: {loss.facts.source}" in (loss.function.__doc__ or "")
     options = loss.options({})
     nothing = {key: None if _may_be_none(loss, key) else value for key, value in options.items()}
     for chosen in (options, nothing):
@@ -101,8 +106,33 @@ def _may_be_none(loss: registry.PolicyLoss, option: str) -> bool:
         return False
 
 
-def test_there_are_no_facts_of_losses_that_are_gone() -> None:
-    assert set(POLICY_FACTS) <= set(policy_loss_names())
+def test_another_name_is_marked_wherever_names_are_shown() -> None:
+    aliases = {name: alias for name in policy_loss_names() if (alias := policy_loss(name).alias_of) is not None}
+    assert aliases == {"dro": "kimi", "gpg": "reinforce"}
+    for name, original in aliases.items():
+        assert replace(policy_loss(name), name=original, alias_of=None) == policy_loss(original)
+        assert f"Another name of {original}" in listing()
+        assert f"{name} (another name of {original})" in explained(f"policy_loss={name}")
+        assert f"| `policy_loss={name}` | Another name of {original} |" in README.read_text()
+
+
+def test_a_user_registers_facts_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
+
+    @register_policy_loss(
+        "mine",
+        aliases=("ours",),
+        facts=LossFacts(ratio="{eps} is read", gradient="-A", source="Us 2026", differs="No r"),
+    )
+    def mine(t: PolicyTerms, *, eps: float = 0.25) -> Tensor:
+        """Do nothing in particular."""
+        return -t.advantages * t.logprobs * eps
+
+    assert (mine.__doc__ or "").endswith("Source: Us 2026. No r.\n")
+    for name in ("mine", "ours"):
+        text = explain_loss(config(name))
+        assert "ratio: 0.25 is read" in text
+        assert "source       Us 2026. No r" in text
 
 
 def test_the_documented_example() -> None:
@@ -249,8 +279,8 @@ def test_a_plugin_without_a_formula() -> None:
         return -t.ratio() * t.advantages
 
     text = explain_loss(config("mine", options={"eps": 0.3}))
-    assert "mine(t, eps=0.3), which states no formula" in text
-    assert "none given" in text
+    assert "mine(t, eps=0.3) (no formula registered)" in text
+    assert "(no source)" in text
 
 
 NEEDY: list[Any] = [

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from toolkit.compose.overrides import PRESET
 from toolkit.compose.schemas import conf_dir
-from toolkit.explain.facts import AGGREGATIONS, KL_EQUATIONS, equation, source_of, title_of
+from toolkit.explain.facts import AGGREGATIONS, KL_EQUATIONS, equation, title_of
 from toolkit.functional.advantages import advantage, advantage_names
 from toolkit.functional.kl_facts import GRADIENT_FACTS, KL_NAMES
 from toolkit.functional.policy.registry import policy_loss, policy_loss_names
@@ -42,7 +44,8 @@ def policy_losses() -> list[Entry]:
     for name in policy_loss_names():
         loss = policy_loss(name)
         formula = equation(loss, loss.options({}))
-        entries.append(Entry(f"policy_loss={name}", title_of(loss.function), formula, source_of(loss.function)))
+        title = title_of(loss.function) if loss.alias_of is None else f"Another name of {loss.alias_of}"
+        entries.append(Entry(f"policy_loss={name}", title, formula, loss.facts.source))
     return entries
 
 
@@ -50,8 +53,8 @@ def kl_terms() -> list[Entry]:
     """Return the choices of the KL term, with what each does in expectation."""
     entries = []
     for path in _files("kl"):
-        text = path.read_text()
-        estimator, gradient = _field(text, "kl_loss_type"), _field(text, "kl_gradient") or "as_is"
+        settings = yaml.safe_load(path.read_text()) or {}
+        estimator, gradient = settings.get("kl_loss_type"), settings.get("kl_gradient", "as_is")
         facts = ""
         if estimator in KL_NAMES:
             fact = GRADIENT_FACTS[KL_NAMES[estimator], gradient]
@@ -77,7 +80,7 @@ def advantages() -> list[Entry]:
             f"advantage={name}",
             title_of(advantage(name).function),
             f"per {advantage(name).level}",
-            source_of(advantage(name).function),
+            advantage(name).source,
         )
         for name in advantage_names()
     ]
@@ -142,10 +145,10 @@ def markdown() -> str:
     ]
     for entry in policy_losses():
         wanted = policy_loss(entry.override.partition("=")[2]).aggregation or "any"
-        lines.append(_row(f"`{entry.override}`", entry.title, _code(entry.facts), _short(entry.source), wanted))
+        lines.append(_row(f"`{entry.override}`", entry.title, _code(entry.facts), entry.source, wanted))
     for title, entries in list(_sections())[1:]:
         lines += ["", f"| {title} | what it does | facts | source |", "|---|---|---|---|"]
-        lines += [_row(f"`{e.override}`", e.title, e.facts, _short(e.source)) for e in entries]
+        lines += [_row(f"`{e.override}`", e.title, e.facts, e.source) for e in entries]
     lines += ["", f"| Other projects (`loss={PRESET}<project>/<name>`) | names |", "|---|---|"]
     lines += [
         _row(project, ", ".join(f"`{entry.override.rpartition('/')[2]}`" for entry in found))
@@ -194,21 +197,11 @@ def _titled(path: Path, facts: str = "") -> tuple[str, str, str]:
     return " ".join(title.split()).rstrip("."), facts, " ".join(source.split()).rstrip(".")
 
 
-def _field(text: str, name: str) -> str | None:
-    found = re.search(rf"^{name}: (\S+)", text, flags=re.MULTILINE)
-    return found[1] if found else None
-
-
 def _first(title: str) -> str:
     """Return the first sentence."""
     return re.split(r"(?<!Dr)\. ", title)[0]
 
 
-def _short(source: str) -> str:
-    """Return a source as far as it names papers and equations, without where the code differs."""
-    return re.split(r"[.;] (?:Differs|Note|There )", source)[0].rstrip(".")
-
-
 def _papers(source: str) -> str:
-    found = list(dict.fromkeys(re.findall(r"arXiv \d{4}\.\d{4,5}", _short(source))))
+    found = list(dict.fromkeys(re.findall(r"arXiv \d{4}\.\d{4,5}", source)))
     return ", ".join(found)

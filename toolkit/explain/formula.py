@@ -10,16 +10,15 @@ from toolkit.explain.facts import (
     AGGREGATIONS,
     KL_EQUATIONS,
     KL_GRADIENT_WORDS,
-    Fact,
     equation,
-    fact_of,
+    facts_of,
     range_words,
     shown,
-    source_of,
     title_of,
 )
 from toolkit.explain.lint import warnings_for
 from toolkit.functional.kl_facts import KL_NAMES, MAX_K3, MAX_LOG_DIFF, expected_gradient_facts
+from toolkit.functional.policy.facts import LossFacts
 from toolkit.functional.policy.registry import PolicyLoss
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CE_AGGREGATIONS, CELossConfig
@@ -41,8 +40,10 @@ STATISTICS = {
 }
 REDUCTIONS = {"sum": "sum", "mean": "mean", "max": "largest"}
 RATIO_REDUCTIONS = {"sum": "product", "mean": "geometric mean", "max": "largest"}
-_EXACT = Fact(
-    "there is no ratio: distributions are compared", "that of the divergence, without noise at each token", ""
+_EXACT = LossFacts(
+    ratio="there is no ratio: distributions are compared",
+    gradient="that of the divergence, without noise at each token",
+    bound="",
 )
 SERVED_BY = {
     "token": "each token's loss is its own: one pass over the tokens in chunks, 3 matrix products",
@@ -127,9 +128,7 @@ def _policy_sections(cfg: BaseRLLossConfig) -> Iterator[tuple[str, list[str]]]:
         "items need",
         [f"{name}: for {' and '.join(required.readers)}" for name, required in cfg.required_fields.items()],
     )
-    usual = cfg.log_ratio_range == type(cfg).model_fields["log_ratio_range"].default
-    source = source_of(loss.function, usual_range=usual and cfg.candidates != "teacher")
-    yield "source", [source or "none given"]
+    yield "source", [". ".join(filter(None, (loss.facts.source, loss.facts.differs))) or "(no source)"]
 
 
 def _whole(cfg: BaseRLLossConfig) -> list[str]:
@@ -152,7 +151,8 @@ def _policy_term(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any
     if cfg.candidates == "teacher":
         return ["the divergence between policy and teacher over the teacher's candidates, exact, per token"]
     title = title_of(loss.function)
-    lines = [f"{loss.name}: {title}" if title else loss.name, equation(loss, options)]
+    name = loss.name if loss.alias_of is None else f"{loss.name} (another name of {loss.alias_of})"
+    lines = [f"{name}: {title}" if title else name, equation(loss, options)]
     if options:
         lines.append("options: " + ", ".join(f"{name}={shown(value)}" for name, value in options.items()))
     return [
@@ -222,7 +222,7 @@ def _aggregation_lines(name: str, numbers: dict[str, str]) -> list[str]:
 
 def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> Iterator[str]:
     is_exact = cfg.candidates == "teacher"
-    fact = _EXACT if is_exact else fact_of(loss, options, cfg.log_ratio_range)
+    fact = _EXACT if is_exact else facts_of(loss, options, cfg.log_ratio_range)
     yield "pi (theta): the policy in training; nothing else has a gradient"
     anchor = None if is_exact else options.get("anchor")
     factor = "a factor of the weight" if options.get("use_rollout_weight") else ""
@@ -260,7 +260,7 @@ def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) 
 
 
 def _gradients(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> Iterator[str]:
-    fact = _EXACT if cfg.candidates == "teacher" else fact_of(loss, options, cfg.log_ratio_range)
+    fact = _EXACT if cfg.candidates == "teacher" else facts_of(loss, options, cfg.log_ratio_range)
     if fact is None:
         yield f"t.ratio() and its kin: log ratios are held in {range_words(cfg.log_ratio_range)} before exp"
     else:

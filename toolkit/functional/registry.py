@@ -99,6 +99,15 @@ class Registry(Generic[EntryT]):
         return sorted(self.entries)
 
 
+def document_source(function: Callable[..., Any], source: str, differs: str = "") -> None:
+    """Add the registered source to a docstring, so `help` shows it."""
+    text = ". ".join(filter(None, (source, differs)))
+    if text and function.__doc__:
+        indents = [len(line) - len(line.lstrip()) for line in function.__doc__.splitlines()[1:] if line.strip()]
+        indent = " " * min(indents, default=0)
+        function.__doc__ = f"{function.__doc__.rstrip()}\n\n{indent}Source: {text}.\n{indent}"
+
+
 def check_needs(who: str, needs: Sequence[str], known: Sequence[str], lacking: str) -> None:
     """Raise `ConfigError` if a function that is to be registered needs what nobody has."""
     unknown = next((need for need in needs if need not in known), None)

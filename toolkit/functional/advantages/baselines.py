@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from toolkit.functional.rewards import RewardTerms
 
 
-@register_advantage("remax", needs=("greedy_rewards",), within_group=False)
+@register_advantage(
+    "remax",
+    needs=("greedy_rewards",),
+    within_group=False,
+    source="Li et al. 2023, arXiv 2310.10505",
+)
 def remax(r: RewardTerms) -> Tensor:
     """Reward minus the reward of the greedy completion of the same prompt (ReMax).
 
@@ -24,15 +29,18 @@ def remax(r: RewardTerms) -> Tensor:
 
     Returns:
         [S] advantages; 0 where the greedy reward is not known.
-
-    Source: Li et al. 2023, arXiv 2310.10505.
     """
     greedy = r.given("greedy_rewards")
     known = r.known & greedy.isfinite()
     return r.result((r.filled - greedy.to(r.wide)).where(known, 0.0), known)
 
 
-@register_advantage("rae", needs=("baselines",), within_group=False)
+@register_advantage(
+    "rae",
+    needs=("baselines",),
+    within_group=False,
+    source="Liu et al. 2025, arXiv 2506.24119",
+)
 def rae(r: RewardTerms, *, decay: Fraction = 0.95) -> Tensor:
     """Reward minus a moving average of the rewards before it (role-conditioned advantage estimation).
 
@@ -45,8 +53,6 @@ def rae(r: RewardTerms, *, decay: Fraction = 0.95) -> Tensor:
 
     Returns:
         [S] advantages.
-
-    Source: Liu et al. 2025, arXiv 2506.24119.
     """
     before, _ = _averages(r, decay)
     return r.result(r.filled - before)

@@ -19,7 +19,13 @@ Weighting = Literal["token", "sequence"]
 """Whether a statistic over the batch counts every token, so that long sequences weigh more, or every sequence once."""
 
 
-@register_advantage("reinforce_pp", level="token", needs=("mask",), within_group=False)
+@register_advantage(
+    "reinforce_pp",
+    level="token",
+    needs=("mask",),
+    within_group=False,
+    source="Hu et al. 2025, arXiv 2501.03262. The paper's KL penalty is the token reward, if wanted",
+)
 def reinforce_pp(
     r: RewardTerms,
     *,
@@ -44,8 +50,6 @@ def reinforce_pp(
 
     Returns:
         [S, T] advantages, 0 where masked.
-
-    Source: Hu et al. 2025, arXiv 2501.03262. The paper's KL penalty is the token reward, if wanted.
     """
     mask = r.given("mask")
     rewards = r.rewards_at(mask)
@@ -59,7 +63,11 @@ def reinforce_pp(
     return r.result(r.whiten(returns, counted, std=std, eps=eps, eps_to=eps_to), counted)
 
 
-@register_advantage("reinforce_pp_baseline", needs=("lengths",))
+@register_advantage(
+    "reinforce_pp_baseline",
+    needs=("lengths",),
+    source="Hu et al. 2025, arXiv 2501.03262",
+)
 def reinforce_pp_baseline(
     r: RewardTerms,
     *,
@@ -87,8 +95,6 @@ def reinforce_pp_baseline(
 
     Returns:
         [S] advantages.
-
-    Source: Hu et al. 2025, arXiv 2501.03262.
     """
     residual = r.filled.where(r.is_alone & (singleton == "raw"), r.residual(baseline))
     counted = r.known & ~(r.is_alone & (singleton == "zero") & (baseline == "group"))
@@ -96,7 +102,11 @@ def reinforce_pp_baseline(
     return r.result(r.whiten(residual, weights, std=std, eps=eps, eps_to=eps_to))
 
 
-@register_advantage("gdpo", needs=("lengths",))
+@register_advantage(
+    "gdpo",
+    needs=("lengths",),
+    source="Liu et al. 2026, arXiv 2601.05242",
+)
 def gdpo(
     r: RewardTerms,
     *,
@@ -126,8 +136,6 @@ def gdpo(
 
     Returns:
         [S] advantages. One of the K rewards that is NaN adds nothing to its sequence.
-
-    Source: Liu et al. 2026, arXiv 2601.05242.
     """
     columns = r.filled.unsqueeze(-1) if r.rewards_multi is None else r.rewards_multi
     summed, any_known, compared = r.filled * 0, r.known & False, r.known & False

@@ -41,7 +41,10 @@ def scaled(
     return divided.where((spread > 0) | alone, residual if std == "leave_one_out" else 0.0)
 
 
-@register_advantage("grpo")
+@register_advantage(
+    "grpo",
+    source="Shao et al. 2024, arXiv 2402.03300, section 4.1.2; level=batch: Liu et al. 2025, arXiv 2508.08221",
+)
 def grpo(
     r: RewardTerms,
     *,
@@ -68,14 +71,15 @@ def grpo(
 
     Returns:
         [S] advantages; 0 for a group whose rewards are all equal.
-
-    Source: Shao et al. 2024, arXiv 2402.03300, section 4.1.2; level=batch: Liu et al. 2025, arXiv 2508.08221.
     """
     residual = r.residual(baseline)
     return r.result(scaled(r, residual, std=std, level=level, std_of=std_of, eps=eps, singleton=singleton))
 
 
-@register_advantage("dr_grpo")
+@register_advantage(
+    "dr_grpo",
+    source="Liu et al. 2025, arXiv 2503.20783",
+)
 def dr_grpo(r: RewardTerms, *, singleton: Singleton = "zero") -> Tensor:
     """Reward minus the mean of its group, not divided (Dr. GRPO).
 
@@ -88,13 +92,14 @@ def dr_grpo(r: RewardTerms, *, singleton: Singleton = "zero") -> Tensor:
 
     Returns:
         [S] advantages.
-
-    Source: Liu et al. 2025, arXiv 2503.20783.
     """
     return r.result(r.filled.where(r.is_alone & (singleton == "raw"), r.residual()))
 
 
-@register_advantage("rloo")
+@register_advantage(
+    "rloo",
+    source="Ahmadian et al. 2024, arXiv 2402.14740. The paper does not divide",
+)
 def rloo(
     r: RewardTerms,
     *,
@@ -120,14 +125,15 @@ def rloo(
 
     Returns:
         [S] advantages.
-
-    Source: Ahmadian et al. 2024, arXiv 2402.14740. The paper does not divide.
     """
     residual = r.residual(baseline, leave_one_out=True)
     return r.result(scaled(r, residual, std=std, level=level, std_of=std_of, eps=eps, singleton=singleton))
 
 
-@register_advantage("maxrl")
+@register_advantage(
+    "maxrl",
+    source="arXiv 2602.02710. Gives 0 where the divisor is 0",
+)
 def maxrl(
     r: RewardTerms,
     *,
@@ -149,8 +155,6 @@ def maxrl(
 
     Returns:
         [S] advantages.
-
-    Source: arXiv 2602.02710. Gives 0 where the divisor is 0.
     """
     mean = r.mean()
     divisor = mean + eps
@@ -159,7 +163,10 @@ def maxrl(
     return r.result(r.filled.where(r.is_alone & (singleton == "raw"), advantages))
 
 
-@register_advantage("gpg")
+@register_advantage(
+    "gpg",
+    source="Chu et al. 2025, arXiv 2504.02546; counted=nonzero_rewards as in verl differs from it",
+)
 def gpg(
     r: RewardTerms,
     *,
@@ -180,8 +187,6 @@ def gpg(
 
     Returns:
         [S] advantages.
-
-    Source: Chu et al. 2025, arXiv 2504.02546; counted=nonzero_rewards as in verl differs from it.
     """
     useful = r.known & (r.varies() if counted == "varied_groups" else r.filled != 0)
     alpha = r.known.sum() / useful.sum().clamp(min=1)

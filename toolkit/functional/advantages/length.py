@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from toolkit.functional.rewards import RewardTerms
 
 
-@register_advantage("opo", needs=("lengths",))
+@register_advantage(
+    "opo",
+    needs=("lengths",),
+    source="Hao et al. 2025, arXiv 2505.23585",
+)
 def opo(r: RewardTerms, *, singleton: Singleton = "zero") -> Tensor:
     """Reward minus the mean of its group weighted by length (OPO).
 
@@ -26,14 +30,16 @@ def opo(r: RewardTerms, *, singleton: Singleton = "zero") -> Tensor:
 
     Returns:
         [S] advantages.
-
-    Source: Hao et al. 2025, arXiv 2505.23585.
     """
     residual = r.centred(weights=r.given("lengths"))
     return r.result(r.filled.where(r.is_alone & (singleton == "raw"), residual))
 
 
-@register_advantage("grpo_times_length", needs=("lengths",))
+@register_advantage(
+    "grpo_times_length",
+    needs=("lengths",),
+    source="XTuner v1, DrGRPOEstimator",
+)
 def grpo_times_length(
     r: RewardTerms,
     *,
@@ -54,14 +60,16 @@ def grpo_times_length(
 
     Returns:
         [S] advantages.
-
-    Source: XTuner v1, DrGRPOEstimator.
     """
     score = scaled(r, r.residual(), std=std, level="group", std_of="rewards", eps=eps, singleton="zero")
     return r.result(score * r.given("lengths") / max_length)
 
 
-@register_advantage("length_shaped", needs=("lengths",))
+@register_advantage(
+    "length_shaped",
+    needs=("lengths",),
+    source="prime-rl, the linear length penalty of its GRPO",
+)
 def length_shaped(
     r: RewardTerms,
     *,
@@ -84,8 +92,6 @@ def length_shaped(
 
     Returns:
         [S] advantages; rewards that are equal and not 0 still differ by their lengths.
-
-    Source: prime-rl, the linear length penalty of its GRPO.
     """
     fraction = r.filled * 0
     weighted = ((output_weight, r.given("lengths")), (input_weight, r.input_lengths), (turns_weight, r.num_turns))

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from toolkit.functional.rewards import RewardTerms
 
 
-@register_advantage("pass_at_k")
+@register_advantage(
+    "pass_at_k",
+    source="Chen et al. 2025, arXiv 2508.10751, analytic form. Differs in giving 0 where sigma is 0",
+)
 def pass_at_k(
     r: RewardTerms, *, k: Annotated[int, Ge(1)] = 4, threshold: float = 0.0, eps: NotNegative = 1e-6
 ) -> Tensor:
@@ -34,8 +37,6 @@ def pass_at_k(
 
     Returns:
         [S] advantages; 0 for groups that are all wrong, or where every team succeeds.
-
-    Source: Chen et al. 2025, arXiv 2508.10751, analytic form. Differs in giving 0 where sigma is 0.
     """
     count = r.count()
     is_right = (r.filled > threshold) & r.known
@@ -51,7 +52,10 @@ def pass_at_k(
     return r.result(advantages.where(sigma > 0, 0.0))
 
 
-@register_advantage("pass_at_k_margin")
+@register_advantage(
+    "pass_at_k_margin",
+    source="Tang et al. 2025, arXiv 2503.19595. The paper does not divide",
+)
 def pass_at_k_margin(
     r: RewardTerms, *, std: Literal["none", "sample", "population"] = "none", eps: Positive = 1e-6
 ) -> Tensor:
@@ -66,8 +70,6 @@ def pass_at_k_margin(
 
     Returns:
         [S] advantages, not negative; 0 where the best two are equal, and for groups of one.
-
-    Source: Tang et al. 2025, arXiv 2503.19595. The paper does not divide.
     """
     rewards = r.filled.where(r.known, float("-inf"))
     margin = (rewards - r.largest_other(rewards)).clamp(min=0).where(r.known & ~r.is_alone, 0.0)

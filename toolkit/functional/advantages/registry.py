@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from toolkit.errors import ConfigError, DataError, listed
 from toolkit.functional.options import options_model
-from toolkit.functional.registry import Registered, Registry, check_needs
+from toolkit.functional.registry import Registered, Registry, check_needs, document_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,8 @@ class Advantage(Registered):
     """One advantage per sequence, [S], or per token, [S, T]."""
     needs: tuple[AdvantageNeed, ...] = ()
     """Fields of `RewardTerms` that must be there."""
+    source: str = ""
+    """Paper with its equation, or the project that it comes from, and where the code differs."""
     within_group: bool = True
     """It compares the sequences of a group: one that is alone in its group learns nothing."""
 
@@ -69,6 +71,7 @@ def register_advantage(
     level: AdvantageLevel = "sequence",
     needs: tuple[AdvantageNeed, ...] = (),
     within_group: bool = True,
+    source: str = "",
     overwrite: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function selectable as ``advantage=<name>``.
@@ -79,6 +82,7 @@ def register_advantage(
         needs: fields of `RewardTerms` that it reads beside rewards and groups; a run that has not got them is refused
             before it starts.
         within_group: whether a group of one sequence leaves nothing to compare; groups of one are then refused.
+        source: paper with its equation, and where the code differs; for ``explain``, the tables and ``help``.
         overwrite: replace an estimator of the same name instead of refusing (when you re-run a notebook cell).
 
     Returns:
@@ -94,6 +98,7 @@ def register_advantage(
     check_needs(f"advantage {name!r}", needs, get_args(AdvantageNeed), "RewardTerms has not got")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        document_source(function, source)
         estimator = Advantage(
             name=name,
             function=function,
@@ -101,6 +106,7 @@ def register_advantage(
             level=level,
             needs=needs,
             within_group=within_group,
+            source=source,
         )
         ADVANTAGES.add(estimator, overwrite=overwrite)
         return function

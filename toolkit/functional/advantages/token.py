@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from toolkit.functional.rewards import RewardTerms
 
 
-@register_advantage("gae", level="token", needs=("mask", "values"), within_group=False)
+@register_advantage(
+    "gae",
+    level="token",
+    needs=("mask", "values"),
+    within_group=False,
+    source="Schulman et al. 2015, arXiv 1506.02438, eq. 11-16",
+)
 def gae(
     r: RewardTerms,
     *,
@@ -40,8 +46,6 @@ def gae(
 
     Returns:
         [S, T] advantages, 0 where masked.
-
-    Source: Schulman et al. 2015, arXiv 1506.02438, eq. 11-16.
     """
     mask = r.given("mask")
     steps = mask if holes == "skip" else r.inside
@@ -60,7 +64,12 @@ def gae(
     return r.result(advantages, counted)
 
 
-@register_advantage("optimal_token_baseline", level="token", needs=("mask", "logprobs", "sum_pi_squared"))
+@register_advantage(
+    "optimal_token_baseline",
+    level="token",
+    needs=("mask", "logprobs", "sum_pi_squared"),
+    source="Li et al. 2026, arXiv 2602.07078; positions are those of the row, holes included",
+)
 def optimal_token_baseline(
     r: RewardTerms, *, zero_tail: bool = True, eps: Positive = 1e-8, singleton: Singleton = "zero"
 ) -> Tensor:
@@ -78,13 +87,16 @@ def optimal_token_baseline(
 
     Returns:
         [S, T] advantages, 0 where masked.
-
-    Source: Li et al. 2026, arXiv 2602.07078; positions are those of the row, holes included.
     """
     return _optimal(r, r.given("mask"), None, zero_tail, eps, singleton)
 
 
-@register_advantage("tir_optimal_token_baseline", level="token", needs=("mask", "logprobs", "sum_pi_squared"))
+@register_advantage(
+    "tir_optimal_token_baseline",
+    level="token",
+    needs=("mask", "logprobs", "sum_pi_squared"),
+    source="Li et al. 2026, arXiv 2602.07078, tool-integrated reasoning",
+)
 def tir_optimal_token_baseline(
     r: RewardTerms, *, zero_tail: bool = True, eps: Positive = 1e-8, singleton: Singleton = "zero"
 ) -> Tensor:
@@ -100,8 +112,6 @@ def tir_optimal_token_baseline(
 
     Returns:
         [S, T] advantages, 0 where masked.
-
-    Source: Li et al. 2026, arXiv 2602.07078, tool-integrated reasoning.
     """
     mask = r.given("mask")
     order = (~mask).to(r.wide).argsort(dim=-1, stable=True)  # scored tokens first, as they stand

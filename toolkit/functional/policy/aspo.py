@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow
 from toolkit.functional.policy.clip import clipped_surrogate
+from toolkit.functional.policy.facts import LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     formula="where A > 0: -A sg([min(1 / r, {weight_max}) // 1 / r]) pi / sg(pi), 0 if r > 1 + {cliprange_high}; else "
     "max(-A r, -A clip(r, 1 - {cliprange_low}, 1 + {cliprange_high}))[, at most -{clip_ratio_c} A]; "
     "r = pi / pi_{anchor}",
+    facts=LossFacts(
+        ratio="where A > 0 the inverse ratio is a weight without gradient; elsewhere r is clipped and carries the "
+        "gradient",
+        gradient="-A / r where A > 0 (0 above the range; a capped weight goes on learning), PPO's elsewhere",
+        bound="{ratios}; the gradient is 0 outside where A <= 0, and the weight where A > 0 takes none from log pi",
+        source="Wang et al. 2025, arXiv 2510.06062, section 3.2: mask, flip, clip softly; the flipped ratio is eq. 5",
+        differs="The paper's caps are not stated in our source; 3 is that of PPO's dual clip",
+    ),
 )
 def aspo(
     t: PolicyTerms,
@@ -45,9 +54,6 @@ def aspo(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens at each bound where it binds.
-
-    Source: Wang et al. 2025, arXiv 2510.06062, section 3.2: mask, flip, clip softly. The flipped ratio is eq. 5; the
-    paper's caps are not stated in our source, 3 is that of PPO's dual clip. Differs in bounding |log r| by 20 nats.
     """
     log_ratio = t.log_ratio(anchor)
     ratio = log_ratio.exp()

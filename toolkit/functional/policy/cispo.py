@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, ClipHigh, ClipLow, NotNegative
+from toolkit.functional.policy.facts import WEIGHT, WEIGHT_BOUND, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     formula="-sg(clip(r, [{weight_min} // 1 - {cliprange_low} // 0], [{weight_max} // 1 + {cliprange_high} // inf])) "
     "A log pi[<?use_unified_mask>, 0 where r is above that range with A > 0 or below it with A < 0]; "
     "r = pi / pi_{anchor}",
+    facts=LossFacts(
+        ratio=f"{WEIGHT}; the weight is clipped",
+        gradient="a clipped token still learns: -weight A grad log pi everywhere[<?use_unified_mask> but where PPO"
+        " would clip: 0]",
+        bound=WEIGHT_BOUND,
+        source="MiniMax 2025, arXiv 2506.13585, eq. 4-5; the mask: eq. 6-7",
+    ),
 )
 def cispo(
     t: PolicyTerms,
@@ -47,9 +55,6 @@ def cispo(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens at each bound.
-
-    Source: MiniMax 2025, arXiv 2506.13585, eq. 4-5; the mask: eq. 6-7. Differs in bounding |log r| by 20 nats before
-    exp.
     """
     floor = 1 - cliprange_low if weight_min is None and cliprange_low is not None else weight_min
     ceiling = 1 + cliprange_high if weight_max is None and cliprange_high is not None else weight_max
@@ -64,7 +69,15 @@ def cispo(
 
 
 @register_policy_loss(
-    "tis", formula="-sg(clip(r, [{weight_min} // 0], [{weight_max} // inf])) A log pi; r = pi / pi_{anchor}"
+    "tis",
+    formula="-sg(clip(r, [{weight_min} // 0], [{weight_max} // inf])) A log pi; r = pi / pi_{anchor}",
+    facts=LossFacts(
+        ratio=f"{WEIGHT}; the weight is truncated",
+        gradient="a truncated token still learns, with the bound as its weight",
+        bound=WEIGHT_BOUND,
+        source='ROLL\'s ``pg_variant=tis``; truncation: Ionides 2008, "Truncated importance sampling", and Espeholt'
+        " et al. 2018, arXiv 1802.01561",
+    ),
 )
 def tis(
     t: PolicyTerms,
@@ -87,9 +100,6 @@ def tis(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens at each bound.
-
-    Source: ROLL's ``pg_variant=tis``; truncation: Ionides 2008, "Truncated importance sampling", and Espeholt et al.
-    2018, arXiv 1802.01561. Differs in bounding |log r| by 20 nats before exp.
     """
     ratio = t.ratio(anchor).detach()
     t.report("clip_fraction_low", ratio < (0 if weight_min is None else weight_min))

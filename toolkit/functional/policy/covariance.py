@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow, Fraction, NotNegative
 from toolkit.functional.policy.clip import clipped_surrogate
+from toolkit.functional.policy.facts import BINDS, CLIPPED, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     formula="max(-A r, -A clip(r, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most -{clip_ratio_c} A]"
     ", 0 for a share {clip_cov_ratio} of tokens, drawn where "
     "{cov_low} < (A - mean A)(log pi - mean log pi) < {cov_high}; r = pi / pi_{anchor}",
+    facts=LossFacts(
+        ratio=CLIPPED,
+        gradient=f"{BINDS} and for the tokens that are drawn, else -A r grad log pi",
+        source="Cui et al. 2025, arXiv 2505.22617",
+        differs="The draw can be repeated: it depends on the advantages and `seed` alone",
+    ),
 )
 def clip_cov(
     t: PolicyTerms,
@@ -52,9 +59,6 @@ def clip_cov(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens at each bound and of those drawn.
-
-    Source: Cui et al. 2025, arXiv 2505.22617. Differs in a draw that can be repeated, and in bounding |log r| by 20
-    nats before exp.
     """
     ratio = t.ratio(anchor)
     losses = clipped_surrogate(
@@ -80,6 +84,11 @@ def clip_cov(
     scope="batch",
     formula="-A r[<?kl_coef><?kl_cov_ratio>, + [<!kl_coef=1>{kl_coef} ]|log r| for the share {kl_cov_ratio} of tokens "
     "with the largest (A - mean A)(log pi - mean log pi)]; r = pi / pi_{anchor}",
+    facts=LossFacts(
+        ratio="r carries the gradient and is not clipped",
+        gradient="-A r grad log pi, for the penalised tokens also that of |log r|",
+        source="Cui et al. 2025, arXiv 2505.22617",
+    ),
 )
 def kl_cov(
     t: PolicyTerms,
@@ -101,8 +110,6 @@ def kl_cov(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the mean |log r| of the penalised tokens.
-
-    Source: Cui et al. 2025, arXiv 2505.22617. Differs in bounding |log r| by 20 nats before exp.
     """
     log_ratio = t.log_ratio(anchor)
     losses = -t.advantages * log_ratio.exp()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, Fraction, NotNegative, Positive
+from toolkit.functional.policy.facts import NO_RATIO, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     formula="-sg(log(pi_teacher / pi)) r[, 0 where p_{anchor} - p > {threshold_low}]"
     "[<?log_ratio_sq_coef>; + {log_ratio_sq_coef} (log r)^2]; "
     "r = p / p_{anchor}",
+    facts=LossFacts(
+        ratio="r carries the gradient; log(pi_teacher / pi) stands in for the advantage, without gradient",
+        gradient="in expectation that of KL(policy || teacher); the items' own advantages are not read",
+        source='Agarwal et al. 2023, arXiv 2306.13649; Thinking Machines 2025, "On-policy distillation"; the mask '
+        "and the square: prime-rl's ``ref_kl``",
+    ),
 )
 def opd(
     t: PolicyTerms,
@@ -41,9 +48,6 @@ def opd(
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the mean of log pi - log pi_teacher, the sampled reverse
         KL, and the fraction of tokens left out.
-
-    Source: Agarwal et al. 2023, arXiv 2306.13649; Thinking Machines 2025, "On-policy distillation"; the mask and the
-    square: prime-rl's ``ref_kl``. Differs in bounding |log r| by 20 nats before exp.
     """
     gain = t.given("teacher_logprobs") - t.logprobs.detach()
     t.report("teacher_kl", -gain)
@@ -59,6 +63,12 @@ def opd(
     "sdar",
     needs=("teacher_logprobs",),
     formula="sg(sigmoid({gate_beta} d)) d; d = log(pi_teacher / pi)",
+    facts=LossFacts(
+        ratio=NO_RATIO,
+        gradient="raises every token by a gate that closes where the teacher likes it less; A is not read",
+        bound="",
+        source='SDAR ("self-distilled agentic RL"), as in ms-swift\'s ``compute_sdar_loss``',
+    ),
 )
 def sdar(t: PolicyTerms, *, gate_beta: Positive = 5.0) -> Tensor:
     """Follow a teacher only where it is surer of the token than the policy is.
@@ -72,8 +82,6 @@ def sdar(t: PolicyTerms, *, gate_beta: Positive = 5.0) -> Tensor:
 
     Returns:
         [N] loss to minimise, not yet weighted. Reports the mean gate.
-
-    Source: SDAR ("self-distilled agentic RL"), as in ms-swift's ``compute_sdar_loss``.
     """
     difference = t.given("teacher_logprobs") - t.logprobs
     gate = (gate_beta * difference).sigmoid().detach()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from toolkit.functional.options import AboveOne, Anchor, NotNegative
+from toolkit.functional.policy.facts import WEIGHT_BOUND, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -17,6 +19,16 @@ Form = Literal["ratio", "score"]
 """-r A with the gradient through the ratio, or -sg(r) A log pi: the same gradient as long as r is not capped."""
 SMALLEST_REST = 1e-8
 """Floor of 1 - p in a logarithm, as in verl: a token of probability 1 has no other tokens to compare."""
+MASKED = "a mask looks at how far the probability itself moved"
+DPPO = LossFacts(
+    ratio="[<?form=score>r is a weight without gradient // r carries the gradient][, at most {clip_ratio_c}]; "
+    + MASKED,
+    gradient="0 for masked tokens[<?form=ratio> and where r > {clip_ratio_c}], "
+    "else -[<?form=score>min(r, {clip_ratio_c}) // r] A grad log pi[<?log_ratio_sq_coef>, + that of (log r)^2]",
+    bound=f"[<?form=score>{WEIGHT_BOUND}[<?log_ratio_sq_coef>; (log r)^2 has none outside] // "
+    "{ratios}; the gradient is 0 outside]",
+    source="DPPO, arXiv 2602.04879",
+)
 
 
 @register_policy_loss(
@@ -24,6 +36,7 @@ SMALLEST_REST = 1e-8
     formula="[<?form=score>-sg([min(r, {clip_ratio_c}) // r]) A log pi // -[min(r, {clip_ratio_c}) // r] A] "
     "unless (A > 0 and p - p_{anchor} > {threshold_high}) or (A <= 0 and p_{anchor} - p > {threshold_low}), then 0"
     "[<?log_ratio_sq_coef>; + {log_ratio_sq_coef} (log r)^2]; r = p / p_{anchor}",
+    facts=DPPO,
 )
 def dppo_tv(
     t: PolicyTerms,
@@ -52,8 +65,6 @@ def dppo_tv(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens left out on each side.
-
-    Source: DPPO, arXiv 2602.04879. Differs in bounding |log r| by 20 nats before exp.
     """
     rise = t.logprobs.detach().exp() - t.anchor_logprobs(anchor).exp()
     is_high, is_low = rise > threshold_high, -rise > threshold_low
@@ -66,6 +77,7 @@ def dppo_tv(
     "unless (A > 0 and p > p_{anchor} and D > {threshold_high}) or (A <= 0 and p < p_{anchor} and "
     "D > {threshold_low}), then 0[<?log_ratio_sq_coef>; + {log_ratio_sq_coef} (log r)^2]; "
     "D = KL of (p_{anchor}, 1 - p_{anchor}) from (p, 1 - p); r = p / p_{anchor}",
+    facts=replace(DPPO, differs="1 - p is held at 1e-8 and above"),
 )
 def dppo_kl(
     t: PolicyTerms,
@@ -93,8 +105,6 @@ def dppo_kl(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens left out on each side.
-
-    Source: DPPO, arXiv 2602.04879. Differs in bounding |log r| by 20 nats before exp and 1 - p by 1e-8.
     """
     new, old = t.logprobs.detach(), t.anchor_logprobs(anchor)
     p, p_old = new.exp(), old.exp()
@@ -108,6 +118,12 @@ def dppo_kl(
     "ipo",
     formula="-r A unless |p - p_{anchor}| > {threshold}, then 0"
     "[<?log_ratio_sq_coef>; + {log_ratio_sq_coef} (log r)^2]; r = p / p_{anchor}",
+    facts=LossFacts(
+        ratio=f"r carries the gradient and is not clipped; {MASKED}",
+        gradient="of the first term 0 for masked tokens[<?log_ratio_sq_coef>; the squared log ratio holds on to "
+        "all tokens]",
+        source="prime-rl's ``ipo``",
+    ),
 )
 def ipo(
     t: PolicyTerms,
@@ -129,8 +145,6 @@ def ipo(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens left out on each side.
-
-    Source: prime-rl's ``ipo``. Differs in bounding |log r| by 20 nats before exp.
     """
     rise = t.logprobs.detach().exp() - t.anchor_logprobs(anchor).exp()
     is_masked = rise.abs() > threshold

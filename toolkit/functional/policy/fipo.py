@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow, Fraction, Positive
 from toolkit.functional.policy.clip import clipped_surrogate
+from toolkit.functional.policy.facts import BINDS, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ UNSAFE_RANGE = (0.8, 1.0)
     "[<?only_raise>, kept in 1 to 1 + {weight_range} // , kept in 1 - {weight_range} to 1 + {weight_range}]"
     "[, in 0.8 to 1 where A < 0 and r > {safety_threshold}]; r = pi / pi_{anchor}"
     "[, at most {delta} where it is not clipped; 0 stands for log r_k where r_k > {delta}]",
+    facts=LossFacts(
+        ratio="r is clipped and carries the gradient; those of the following tokens make a weight without gradient",
+        gradient=f"{BINDS}, else -w A r grad log pi",
+        bound="{ratios}, and so is their sum; the gradient is 0 outside",
+        source="FIPO, arXiv 2603.19835; details as in ms-swift",
+    ),
 )
 def fipo(
     t: PolicyTerms,
@@ -60,8 +67,6 @@ def fipo(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the mean weight.
-
-    Source: FIPO, arXiv 2603.19835; details as in ms-swift. Differs in bounding |log r| and the sum by 20 nats.
     """
     log_ratio = t.log_ratio(anchor)
     ratio = log_ratio.exp()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, NotNegative
+from toolkit.functional.policy.facts import LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     aggregation="seq_mean_token_mean",
     formula="-mean(A) exp(mean over the sequence of x); x = log(pi / pi_{anchor}), at most {cliprange_high} where "
     "A > 0, at least -{cliprange_low} where A < 0",
+    facts=LossFacts(
+        ratio="log ratios are clipped on the side of A's sign; their mean carries the gradient",
+        gradient="a clipped token has 0, the others of its sequence go on: -A (geometric mean) / n each",
+        source="Zhao et al. 2025, arXiv 2507.20673",
+        differs="Where advantages differ inside a sequence, as in verl: the sign is each token's own, the factor "
+        "their mean, and a token with A = 0 counts as ratio 1",
+    ),
 )
 def gmpo(
     t: PolicyTerms,
@@ -41,9 +49,6 @@ def gmpo(
     Returns:
         [N] surrogate to minimise, the same for all tokens of a sequence: a mean per sequence then gives the paper's.
         Reports the fraction of tokens at each bound where it binds.
-
-    Source: Zhao et al. 2025, arXiv 2507.20673. Differs where advantages differ inside a sequence: as in verl, the sign
-    is each token's own, the factor their mean, and a token with A = 0 counts as ratio 1. Bounds |log r| by 20 nats.
     """
     log_ratio = t.log_ratio(anchor)
     is_positive, is_negative = t.advantages > 0, t.advantages < 0

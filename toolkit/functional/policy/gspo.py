@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow
 from toolkit.functional.policy.clip import clipped_surrogate
+from toolkit.functional.policy.facts import SEQUENCE, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     formula="max(-A s, -A clip(s, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most "
     "-{clip_ratio_c} A]; s = exp(mean over the sequence of log(pi / pi_{anchor}))"
     "[<?average_advantages>; A is the mean of the sequence's]",
+    facts=LossFacts(
+        ratio=f"s, {SEQUENCE}",
+        gradient="flows through the mean: -A s / n for each of a sequence's n tokens; 0 for all of them where the "
+        "clip binds",
+        source="Zheng et al. 2025, arXiv 2507.18071, eq. 5-7",
+        differs="The paper averages over sequences (seq_mean_token_mean); a mean over tokens would count long "
+        "sequences more",
+    ),
 )
 def gspo(
     t: PolicyTerms,
@@ -47,9 +56,6 @@ def gspo(
     Returns:
         [N] surrogate to minimise, the same for all tokens of a sequence with one advantage. Reports the fraction of
         tokens at each bound where it binds.
-
-    Source: Zheng et al. 2025, arXiv 2507.18071, eq. 5-7. Differs in bounding |log s| by 20 nats before exp. The paper
-    averages over sequences (seq_mean_token_mean); a mean over tokens would count long sequences more.
     """
     return clipped_surrogate(
         t,
@@ -67,6 +73,12 @@ def gspo(
     aggregation="seq_mean_token_mean",
     formula="max(-A s_t, -A clip(s_t, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most "
     "-{clip_ratio_c} A]; s_t = sg(s) pi / sg(pi), s = exp(mean over the sequence of log(pi / pi_{anchor}))",
+    facts=LossFacts(
+        ratio=f"s, {SEQUENCE} of each token alone",
+        gradient="-A s for each token with its own A; with one A per sequence and a mean per sequence the same as "
+        "gspo's",
+        source="Zheng et al. 2025, arXiv 2507.18071, eq. 13-14",
+    ),
 )
 def gspo_token(
     t: PolicyTerms,
@@ -91,8 +103,6 @@ def gspo_token(
 
     Returns:
         [N] surrogate to minimise. Reports the fraction of tokens at each bound where it binds.
-
-    Source: Zheng et al. 2025, arXiv 2507.18071, eq. 13-14. Differs in bounding |log s| by 20 nats before exp.
     """
     log_ratio = t.segment_mean(t.logprobs - t.anchor_logprobs(anchor)).detach()
     return clipped_surrogate(
@@ -110,6 +120,11 @@ def gspo_token(
     scope="sequence",
     formula="max(-A u, -A clip(u, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most "
     "-{clip_ratio_c} A]; u = exp(mean over the turn of log(pi / pi_{anchor}))",
+    facts=LossFacts(
+        ratio="u, one for a turn, is clipped and carries the gradient",
+        gradient="flows through the mean of the turn; where the clip binds the whole turn has 0",
+        source="ROLL's ``ratio_type=segment``; after Zheng et al. 2025, arXiv 2507.18071",
+    ),
 )
 def segment_ratio(
     t: PolicyTerms,
@@ -134,9 +149,6 @@ def segment_ratio(
 
     Returns:
         [N] surrogate to minimise. Reports the fraction of tokens at each bound where it binds.
-
-    Source: ROLL's ``ratio_type=segment``; after Zheng et al. 2025, arXiv 2507.18071. Differs in bounding |log u| by 20
-    nats before exp.
     """
     return clipped_surrogate(
         t,
@@ -154,6 +166,11 @@ def segment_ratio(
     aggregation="seq_mean_token_mean",
     formula="n max(-A s, -A clip(s, 1 - {cliprange_low}, 1 + {cliprange_high})); "
     "s = exp(mean over the sequence's n tokens of log(pi / pi_{anchor}))",
+    facts=LossFacts(
+        ratio=f"s, {SEQUENCE}",
+        gradient="gspo's times the length n: -A s for each token; where the clip binds 0",
+        source="LUSPO, arXiv 2602.05261",
+    ),
 )
 def luspo(
     t: PolicyTerms,
@@ -176,8 +193,6 @@ def luspo(
     Returns:
         [N] surrogate to minimise, the same for all tokens of a sequence with one advantage: a mean per sequence then
         gives the paper's. Reports the fraction of tokens at each bound where it binds.
-
-    Source: LUSPO, arXiv 2602.05261. Differs in bounding |log s| by 20 nats before exp.
     """
     losses = clipped_surrogate(
         t,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, NotNegative
+from toolkit.functional.policy.facts import LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -13,8 +14,19 @@ if TYPE_CHECKING:
     from toolkit.functional.terms import PolicyTerms
 
 
-@register_policy_loss("dro", formula="-A log pi[<?tau> + ({tau} / 2) log(pi / pi_{anchor})^2]")
-@register_policy_loss("kimi", formula="-A log pi[<?tau> + ({tau} / 2) log(pi / pi_{anchor})^2]")
+@register_policy_loss(
+    "kimi",
+    aliases=("dro",),
+    formula="-A log pi[<?tau> + ({tau} / 2) log(pi / pi_{anchor})^2]",
+    facts=LossFacts(
+        ratio="the log ratio stands in a quadratic penalty and carries a gradient",
+        gradient="(-A + tau log r) grad log pi[<?tau>: 0 where log r = A / tau, and back beyond]",
+        bound="the penalty is computed from log ratios held in {range}; outside it has no gradient, and -A grad "
+        "log pi stays",
+        source="Kimi Team 2025, arXiv 2501.12599, section 2.3.2; Richemond et al. 2024, arXiv 2405.19107 (DRO)",
+        differs="As in verl and ROLL the square is that of each token, not of the sequence",
+    ),
+)
 def kimi(t: PolicyTerms, *, tau: NotNegative = 0.1, anchor: Anchor = "old") -> Tensor:
     """Follow the policy gradient with a quadratic penalty on the log ratio in the place of a clip.
 
@@ -28,9 +40,6 @@ def kimi(t: PolicyTerms, *, tau: NotNegative = 0.1, anchor: Anchor = "old") -> T
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the mean penalty.
-
-    Source: Kimi Team 2025, arXiv 2501.12599, section 2.3.2; Richemond et al. 2024, arXiv 2405.19107 (DRO). Differs in
-    bounding |log r| by 20 nats, and as in verl and ROLL in taking the square per token, not per sequence.
     """
     penalty = tau / 2 * t.log_ratio(anchor).square()
     t.report("penalty", penalty)

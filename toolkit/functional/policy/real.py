@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, Positive
+from toolkit.functional.policy.facts import LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     formula="log(1 + sum over the group's sequences with A <= 0 of exp(s / {tau})) + log(1 + sum over those with A > 0 "
     "of exp(-s / {tau})); s = mean over the sequence of log(pi / pi_{anchor}), its A the mean"
     "[<?only_mixed>; 0 for a group without both kinds]",
+    facts=LossFacts(
+        ratio="the mean log ratio of a sequence is its score in a classification",
+        gradient="bounded; A gives the label alone; a completion that is ranked right already has nearly none",
+        bound="mean log ratios are held in {range}; the gradient is 0 outside",
+        source="REAL, arXiv 2602.05630",
+        differs="The advantage only gives the label",
+    ),
 )
 def real(t: PolicyTerms, *, tau: Positive = 0.5, only_mixed: bool = False, anchor: Anchor = "old") -> Tensor:
     """Rank the good completions of a prompt above the bad ones: the reward is a label, not a factor.
@@ -37,8 +45,6 @@ def real(t: PolicyTerms, *, tau: Positive = 0.5, only_mixed: bool = False, ancho
     Returns:
         [N] loss to minimise, the same for all tokens of a group: a mean per prompt then gives the paper's. Reports the
         mean of s where good and of -s where bad.
-
-    Source: REAL, arXiv 2602.05630. Differs in bounding |s| by 20 nats. The advantage only gives the label.
     """
     score = t.sequence_log_ratio(anchor)
     is_good = t.segment_mean(t.advantages) > 0

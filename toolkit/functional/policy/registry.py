@@ -9,12 +9,13 @@ This module and the built-in losses import no torch, so that the command line kn
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from toolkit.errors import ConfigError, listed
 from toolkit.functional.options import options_model
-from toolkit.functional.registry import Registered, Registry, check_needs
+from toolkit.functional.policy.facts import NO_FACTS, LossFacts
+from toolkit.functional.registry import Registered, Registry, check_needs, document_source
 
 Scope = Literal["token", "sequence", "group", "batch"]
 """What one token's loss depends on: itself, its sequence, its group (a prompt's sequences), or the whole step."""
@@ -38,6 +39,11 @@ class PolicyLoss(Registered):
     or b where an option in a is None; ``[a]`` is then left out. ``[<?flag>a // b]`` reads a where an option is true;
     `toolkit.explain.facts.filled` has all of it."""
 
+    facts: LossFacts = NO_FACTS
+    """What its formula does not show, and its source."""
+    alias_of: str | None = None
+    """The name of the same loss that this one is another name of."""
+
     def fields_read(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Return what it reads beside log-probabilities, old ones and advantages: `needs`, and what options ask for."""
         divides = options.get("anchor") == "rollout" or options.get("use_rollout_weight")
@@ -60,6 +66,8 @@ def register_policy_loss(
     needs: tuple[Need, ...] = (),
     aggregation: str | None = None,
     formula: str = "",
+    facts: LossFacts | None = None,
+    aliases: tuple[str, ...] = (),
     overwrite: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function selectable as ``policy_loss=<name>`` and ``policy_loss_cfg=dict(loss_type="<name>")``.
@@ -72,6 +80,8 @@ def register_policy_loss(
         needs: what every item must have for it, such as "ref_logprobs"; checked before the first forward.
         aggregation: the one of its paper; ``python -m toolkit.explain`` warns when another one is chosen.
         formula: one token's loss for ``explain``, e.g. ``"-min(r A, clip(r, 1 - {eps}, 1 + {eps}) A)"``.
+        facts: what the formula does not show, and its source, for ``explain``, the tables and ``help``.
+        aliases: other names of the same loss; marked as such wherever names are shown.
         overwrite: replace a loss of the same name instead of refusing (use it when you re-run a notebook cell).
 
     Returns:
@@ -86,6 +96,8 @@ def register_policy_loss(
     check_needs(f"policy loss {name!r}", needs, get_args(Need), "no item has")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        known = NO_FACTS if facts is None else facts
+        document_source(function, known.source, known.differs)
         loss = PolicyLoss(
             name=name,
             function=function,
@@ -94,8 +106,11 @@ def register_policy_loss(
             needs=needs,
             aggregation=aggregation,
             formula=formula,
+            facts=known,
         )
         POLICY_LOSSES.add(loss, overwrite=overwrite)
+        for alias in aliases:
+            POLICY_LOSSES.add(replace(loss, name=alias, alias_of=name), overwrite=overwrite)
         return function
 
     return decorate

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor
+from toolkit.functional.policy.facts import NO_RATIO, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -13,8 +14,18 @@ if TYPE_CHECKING:
     from toolkit.functional.terms import PolicyTerms
 
 
-@register_policy_loss("gpg", formula="-A log pi")
-@register_policy_loss("reinforce", formula="-A log pi")
+@register_policy_loss(
+    "reinforce",
+    aliases=("gpg",),
+    formula="-A log pi",
+    facts=LossFacts(
+        ratio=NO_RATIO,
+        gradient="-A grad log pi",
+        bound="",
+        source='Williams 1992, "Simple statistical gradient-following algorithms", eq. 4; GPG: Chu et al. 2025, '
+        "arXiv 2504.02546",
+    ),
+)
 def reinforce(t: PolicyTerms) -> Tensor:
     """Raise the log-probability of each token by its advantage: the plain policy gradient.
 
@@ -26,14 +37,20 @@ def reinforce(t: PolicyTerms) -> Tensor:
 
     Returns:
         [N] surrogate to minimise, not yet weighted.
-
-    Source: Williams 1992, "Simple statistical gradient-following algorithms", eq. 4; GPG: Chu et al. 2025, arXiv
-    2504.02546.
     """
     return -t.advantages * t.logprobs
 
 
-@register_policy_loss("is_reinforce", formula="-r A; r = pi / pi_{anchor}")
+@register_policy_loss(
+    "is_reinforce",
+    formula="-r A; r = pi / pi_{anchor}",
+    facts=LossFacts(
+        ratio="r carries the gradient and is not clipped",
+        gradient="-A r grad log pi, however large r is: a single token can dominate",
+        source="the objective before clipping of Schulman et al. 2017, arXiv 1707.06347, eq. 6; Tinker's "
+        "``importance_sampling``",
+    ),
+)
 def is_reinforce(t: PolicyTerms, *, anchor: Anchor = "old") -> Tensor:
     """Weight each advantage by the probability ratio, without any clip: the importance-sampled policy gradient.
 
@@ -45,14 +62,23 @@ def is_reinforce(t: PolicyTerms, *, anchor: Anchor = "old") -> Tensor:
 
     Returns:
         [N] surrogate to minimise, not yet weighted.
-
-    Source: the objective before clipping of Schulman et al. 2017, arXiv 1707.06347, eq. 6; Tinker's
-    ``importance_sampling``. Differs in bounding |log r| by 20 nats before exp.
     """
     return -t.ratio(anchor) * t.advantages
 
 
-@register_policy_loss("nll", formula="-log pi[<?only_positive>, 0 where A <= 0]")
+@register_policy_loss(
+    "nll",
+    formula="-log pi[<?only_positive>, 0 where A <= 0]",
+    facts=LossFacts(
+        ratio=NO_RATIO,
+        gradient="-grad log pi [<?only_positive>where A > 0, else 0: only the sign of A is read // everywhere: A "
+        "is not read]",
+        bound="",
+        source="Yue et al. 2025, arXiv 2504.05118 (VAPO)",
+        differs="In the paper the mean is over the positive tokens: `positive_nll_coef` and ``per_component`` do "
+        "that; ``token_mean`` divides by all",
+    ),
+)
 def nll(t: PolicyTerms, *, only_positive: bool = True) -> Tensor:
     """Raise the log-probability of the tokens that did well, all by the same amount (imitation).
 
@@ -65,9 +91,6 @@ def nll(t: PolicyTerms, *, only_positive: bool = True) -> Tensor:
 
     Returns:
         [N] loss to minimise, not yet weighted. Reports the fraction of tokens that count.
-
-    Source: Yue et al. 2025, arXiv 2504.05118 (VAPO). There the mean is over the positive tokens: give
-    ``per_component`` for that, or mind that ``token_mean`` divides by all.
     """
     if not only_positive:
         return -t.logprobs

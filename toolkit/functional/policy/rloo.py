@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow
 from toolkit.functional.policy.clip import clipped_surrogate
+from toolkit.functional.policy.facts import SEQUENCE, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     aggregation="seq_mean_token_mean",
     formula="max(-A R, -A clip(R, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most -{clip_ratio_c} A]"
     "; R = product over the sequence of pi / pi_{anchor}",
+    facts=LossFacts(
+        ratio=f"R, a product, {SEQUENCE}",
+        gradient="-A R for each token; where the clip binds the whole sequence has 0, which happens soon to long ones",
+        source="Ahmadian et al. 2024, arXiv 2402.14740, with the clip of TRL's RLOOTrainer; the paper takes one "
+        "step on-policy, where both are the same",
+    ),
 )
 def rloo_sequence(
     t: PolicyTerms,
@@ -45,9 +52,6 @@ def rloo_sequence(
     Returns:
         [N] surrogate to minimise, the same for all tokens of a sequence with one advantage: a mean per sequence then
         gives the paper's. Reports the fraction of tokens at each bound where it binds.
-
-    Source: Ahmadian et al. 2024, arXiv 2402.14740, with the clip of TRL's RLOOTrainer; the paper takes one step
-    on-policy, where both are the same. Differs in bounding |log R| by 20 nats before exp.
     """
     return clipped_surrogate(
         t,

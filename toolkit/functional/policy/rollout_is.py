@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, ClipHigh, ClipLow
+from toolkit.functional.policy.facts import WEIGHT, WEIGHT_BOUND, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 @register_policy_loss(
     "rollout_is",
     formula="-sg(r) A log pi where 1 - {cliprange_low} < r < 1 + {cliprange_high}, else 0; r = pi / pi_{anchor}",
+    facts=LossFacts(
+        ratio=f"{WEIGHT}, and decides by itself which tokens count",
+        gradient="exactly 0 outside the open range, else -r A grad log pi (a clamp instead of the mask would leave"
+        " a gradient)",
+        bound=WEIGHT_BOUND,
+        source='SkyRL\'s ``rollout_is``; the hard mask: Ling Team 2025, "IcePop"',
+        differs="Other than where a ratio is clamped, a token outside has no gradient",
+    ),
 )
 def rollout_is(
     t: PolicyTerms,
@@ -37,9 +46,6 @@ def rollout_is(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens left out on each side.
-
-    Source: SkyRL's ``rollout_is``; the hard mask: Ling Team 2025, "IcePop". Differs in bounding |log r| by 20 nats
-    before exp. Other than where a ratio is clamped, a token outside has no gradient.
     """
     ratio = t.ratio(anchor).detach()
     is_low, is_high = ratio <= 1 - cliprange_low, ratio >= 1 + cliprange_high

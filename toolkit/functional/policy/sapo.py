@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, Positive
+from toolkit.functional.policy.facts import LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     "sapo",
     aggregation="seq_mean_token_mean",
     formula="-(4 / tau) sigmoid(tau (r - 1)) A, tau = {tau_pos} where A > 0, else {tau_neg}; r = pi / pi_{anchor}",
+    facts=LossFacts(
+        ratio="r stands in a smooth gate and carries the gradient",
+        gradient="-4 g (1 - g) r A, g the sigmoid: -A at r = 1, towards 0 on both sides, never exactly 0",
+        source="Gao et al. 2025, arXiv 2511.20347",
+    ),
 )
 def sapo(t: PolicyTerms, *, tau_pos: Positive = 1.0, tau_neg: Positive = 1.05, anchor: Anchor = "old") -> Tensor:
     """Fade a token out smoothly as its ratio leaves 1, faster where its advantage is negative.
@@ -33,8 +39,6 @@ def sapo(t: PolicyTerms, *, tau_pos: Positive = 1.0, tau_neg: Positive = 1.05, a
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the mean of 4 g (1 - g).
-
-    Source: Gao et al. 2025, arXiv 2511.20347. Differs in bounding |log r| by 20 nats before exp.
     """
     return _gated(t, t.ratio(anchor), t.advantages, tau_pos, tau_neg)
 
@@ -45,6 +49,11 @@ def sapo(t: PolicyTerms, *, tau_pos: Positive = 1.0, tau_neg: Positive = 1.05, a
     aggregation="seq_mean_token_mean",
     formula="-(4 / tau) sigmoid(tau (s - 1)) A, tau = {tau_pos} where A > 0, else {tau_neg}; "
     "s = exp(mean over the sequence of log(pi / pi_{anchor}))[<?average_advantages>; A is the mean of the sequence's]",
+    facts=LossFacts(
+        ratio="s, one for a sequence, stands in a smooth gate and carries the gradient",
+        gradient="flows through the mean of the sequence; fades smoothly as s leaves 1",
+        source="AReaL's ``sapo`` with ``importance_sampling_level=sequence``; after Gao et al. 2025, arXiv 2511.20347",
+    ),
 )
 def sapo_sequence(
     t: PolicyTerms,
@@ -68,9 +77,6 @@ def sapo_sequence(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the mean of 4 g (1 - g), g the sigmoid.
-
-    Source: AReaL's ``sapo`` with ``importance_sampling_level=sequence``; after Gao et al. 2025, arXiv 2511.20347.
-    Differs in bounding |log s| by 20 nats before exp.
     """
     advantages = t.segment_mean(t.advantages) if average_advantages else t.advantages
     return _gated(t, t.sequence_ratio(anchor), advantages, tau_pos, tau_neg)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, NotNegative
+from toolkit.functional.policy.facts import WEIGHT, WEIGHT_BOUND, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -20,7 +21,17 @@ FORMULA = (
 )
 
 
-@register_policy_loss("topr", formula=f"{FORMULA % 'r'}; r = pi / pi_{{anchor}}")
+@register_policy_loss(
+    "topr",
+    formula=f"{FORMULA % 'r'}; r = pi / pi_{{anchor}}",
+    facts=LossFacts(
+        ratio=f"{WEIGHT} where A <= 0 and not there where A > 0",
+        gradient="-A grad log pi where A > 0, however old the sample; else faded with the ratio",
+        bound=WEIGHT_BOUND,
+        source="Le Roux et al. 2025, arXiv 2503.14286, eq. 8, with the token's own ratio as in ROLL; "
+        "`topr_sequence` is the paper's",
+    ),
+)
 def topr(
     t: PolicyTerms,
     *,
@@ -45,9 +56,6 @@ def topr(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens truncated above.
-
-    Source: Le Roux et al. 2025, arXiv 2503.14286, eq. 8, with the token's own ratio as in ROLL; `topr_sequence` is the
-    paper's. Differs in bounding |log r| by 20 nats before exp.
     """
     return _tapered(t, t.ratio(anchor), t.advantages, weight_min, weight_max, positive_weight, negative_weight)
 
@@ -58,6 +66,14 @@ def topr(
     aggregation="seq_mean_token_sum",
     formula=f"{FORMULA % 'R'}; R = [<?token_ratio>pi / pi_{{anchor}} of the token alone // "
     "product over the sequence of pi / pi_{anchor}]; whether A > 0 is asked of the sequence's mean",
+    facts=LossFacts(
+        ratio="R, [<?token_ratio>one for each token // one for a sequence], is a weight without gradient for "
+        "sequences with A <= 0 and not there for the others",
+        gradient="-A grad log pi for good sequences; bad ones fade with [<?token_ratio>each token's ratio // their"
+        " product of ratios]",
+        bound=WEIGHT_BOUND,
+        source="Le Roux et al. 2025, arXiv 2503.14286, eq. 8",
+    ),
 )
 def topr_sequence(
     t: PolicyTerms,
@@ -86,8 +102,6 @@ def topr_sequence(
     Returns:
         [N] surrogate to minimise, not yet weighted; the paper sums over the tokens of a sequence
         (seq_mean_token_sum). Reports the fraction of tokens truncated above.
-
-    Source: Le Roux et al. 2025, arXiv 2503.14286, eq. 8. Differs in bounding |log R| by 20 nats before exp.
     """
     score = t.segment_mean(t.advantages)
     ratio = t.ratio(anchor) if token_ratio else t.product_ratio(anchor)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow
 from toolkit.functional.policy.clip import clipped_surrogate
+from toolkit.functional.policy.facts import BINDS, CLIPPED, LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     "vanilla",
     formula="max(-A r, -A clip(r, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most -{clip_ratio_c} A]"
     "; r = pi / pi_{anchor}[, at most {delta} where it is not clipped]",
+    facts=LossFacts(
+        ratio=CLIPPED,
+        gradient=f"{BINDS}, else -A r grad log pi",
+        source="Schulman et al. 2017, arXiv 1707.06347, eq. 7; asymmetric range: Yu et al. 2025, arXiv 2503.14476,"
+        " eq. 8; dual clip: Ye et al. 2020, arXiv 1912.09729, eq. 5; delta: Prime Intellect 2025, arXiv "
+        "2505.07291",
+    ),
 )
 def vanilla(
     t: PolicyTerms,
@@ -45,10 +53,6 @@ def vanilla(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens at each bound where it binds.
-
-    Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7; asymmetric range: Yu et al. 2025, arXiv 2503.14476, eq. 8;
-    dual clip: Ye et al. 2020, arXiv 1912.09729, eq. 5; delta: Prime Intellect 2025, arXiv 2505.07291. Differs from
-    them in bounding |log r| by 20 nats before exp.
     """
     return clipped_surrogate(
         t,

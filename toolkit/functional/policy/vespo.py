@@ -6,6 +6,7 @@ from math import log
 from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, NotNegative, Positive
+from toolkit.functional.policy.facts import LossFacts
 from toolkit.functional.policy.registry import register_policy_loss
 
 if TYPE_CHECKING:
@@ -24,6 +25,13 @@ LOG_WEIGHT_MIN, LOG_WEIGHT_MAX = log(1e-8), 20.0
     formula="-sg(w^k exp(lambda (1 - w))) A log pi; w = product over the sequence of pi / pi_{anchor}"
     "[<?use_rollout_weight> x [min(pi_old / pi_rollout, {rollout_weight_max}) // pi_old / pi_rollout]]; (k, lambda) = "
     "({k_pos}, {lambda_pos}) where A >= 0, else ({k_neg}, {lambda_neg})",
+    facts=LossFacts(
+        ratio="w, one for a sequence, shapes a weight without gradient",
+        gradient="-phi(w) A grad log pi; phi has its peak near w = 1 and goes to 0 on both sides, never exactly 0",
+        bound="each token's log ratio is held in {range} and within +-20, log w between -18.4 and 20; this takes "
+        "no gradient from log pi",
+        source="VESPO, arXiv 2602.10693",
+    ),
 )
 def vespo(
     t: PolicyTerms,
@@ -54,8 +62,6 @@ def vespo(
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the mean of phi.
-
-    Source: VESPO, arXiv 2602.10693. Bounds as there: each log ratio to +-20 nats, log w to [log 1e-8, 20].
     """
     log_weight = t.log_ratio(anchor).detach().clamp(-LOG_WEIGHT_MAX, LOG_WEIGHT_MAX)
     if use_rollout_weight:

@@ -204,7 +204,7 @@ def test_a_file_of_your_own_says_the_last_word(own: Path) -> None:
     assert (loss.mode, loss.policy_loss_cfg["cliprange_high"]) == ("eager", 0.3)
     for overrides, words in (
         (["loss=mine"], r"loss\.number is missing: OwnLoss needs a value for it; set it: loss\.number=\.\.\."),
-        (["loss=mine", "policy_loss=gspo"], r"change its options by loss\.policy_loss_cfg\.<option>="),
+        (["loss=mine", "policy_loss=gspo"], r"change its options with loss\.policy_loss_cfg\.<option>="),
         (["loss=own", "loss.policy_loss_cfg.delta=4"], r"write policy_loss=<name> and policy_loss\.delta="),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -239,7 +239,7 @@ def test_a_yaml_file_that_is_wrong_is_named(own: Path, text: str, words: str) ->
 
 
 def test_a_folder_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"--config-dir=nowhere: there is no such folder"):
+    with pytest.raises(ConfigError, match=r"--config-dir=nowhere is not a folder"):
         LossRunner.from_overrides([], config_dir="nowhere")
 
 
@@ -259,7 +259,7 @@ def test_a_loss_that_lists_no_policy_loss_takes_the_one_that_is_chosen(own: Path
     text = (own / "loss" / "short.yaml").read_text()
     (own / "loss" / "fixed.yaml").write_text(text + "policy_loss_cfg: {loss_type: cispo}\n")
     assert load_loss(["loss=fixed"], config_dir=own).policy_loss_cfg["loss_type"] == "cispo"  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="policy_loss=gspo has no effect: the file of this loss brings"):
+    with pytest.raises(ConfigError, match="policy_loss=gspo has no effect: the file of this loss defines"):
         load_loss(["loss=fixed", "policy_loss=gspo"], config_dir=own)
 
 

@@ -130,7 +130,7 @@ def zero_3(rank: int, world: int) -> None:
     engine = initialized(policy, optimizer_of(policy), rank, 3)
     ((ids, mask, item),) = micro_batches(0, rank, world, 1)
     (kwargs,) = CFG.loss_ctx_cls.build_batches_loss_kwargs([item], CFG)
-    with pytest.raises(ConfigError, match="ZeRO-3 has partitioned the weights"):
+    with pytest.raises(ConfigError, match="ZeRO-3 partitioned the weights"):
         engine(ids, mask, CFG.loss_ctx_cls(CFG, kwargs))
 
 

@@ -111,9 +111,9 @@ def test_another_name_is_marked_wherever_names_are_shown() -> None:
     assert aliases == {"dro": "kimi", "gpg": "reinforce"}
     for name, original in aliases.items():
         assert replace(policy_loss(name), name=original, alias_of=None) == policy_loss(original)
-        assert f"Another name of {original}" in listing()
-        assert f"{name} (another name of {original})" in explained(f"policy_loss={name}")
-        assert f"| `policy_loss={name}` | Another name of {original} |" in README.read_text()
+        assert f"Another name for {original}" in listing()
+        assert f"{name} (another name for {original})" in explained(f"policy_loss={name}")
+        assert f"| `policy_loss={name}` | Another name for {original} |" in README.read_text()
 
 
 def test_a_user_registers_facts_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,16 +141,16 @@ def test_the_documented_example() -> None:
         "loss = sum over scored tokens of weight x (importance x policy + 0.001 x KL)",
         "max(-A s, -A clip(s, 1 - 0.0003, 1 + 0.0004)); s = exp(mean over the sequence of log(pi / pi_old))",
         "+ 0.001 x k3: exp(-d) - 1 + d, d = log pi - log pi_ref",
-        "value unbiased, gradient that of the forward KL(reference || policy)",
+        "value unbiased, gradient of the forward KL(reference || policy)",
         "|d| at most 20 nats, no gradient beyond; |the estimate| at most 10 nats",
         "each token is weighted by pi_old / pi_rollout, at most 2",
         "each sequence is dropped unless the geometric mean over its tokens of pi_old / pi_rollout is at least 0.999 "
-        "and at most 1.001; what is dropped leaves the denominator",
+        "and at most 1.001; dropped tokens are removed from the denominator",
         "multiplies the policy term only",
         "token_mean: weight = 1 / N: the mean over all N scored tokens",
         "over all micro-batches and ranks",
         "Tokens rejected by a correction with denominator=survivors are not counted.",
-        "ratio: s, one for a whole sequence, is clipped and carries the gradient; it divides by pi_old",
+        "ratio: s, one per sequence, is clipped and carries the gradient; it divides by pi_old",
         "pi_rollout (as the sampler reported it): corrections (a weight, never clipped in the policy term)",
         "flows through the mean",
         "log ratios are held in [-20, 20] nats before exp; the gradient is 0 outside",
@@ -173,9 +173,12 @@ def test_the_documented_example() -> None:
             "rollout_logprobs: for policy loss",
         ),
         (["aggregation=constant", "loss.aggregation.length=100"], "weight = 1 / (S 100)"),
-        (["aggregation=token_sum"], "divided by nothing"),
+        (["aggregation=token_sum"], "not divided: its scale grows"),
         (["aggregation=prompt_mean"], "group_ids: for aggregation 'prompt_mean'"),
-        (["aggregation=seq_mean_token_mean", "loss.aggregation.count_empty=true"], "without a scored token count, too"),
+        (
+            ["aggregation=seq_mean_token_mean", "loss.aggregation.count_empty=true"],
+            "without scored tokens are counted, too",
+        ),
         (["loss.entropy_coef=0.01"], "- 0.01 x the policy's entropy"),
         (["loss.positive_nll_coef=0.1"], "+ 0.1 x the mean of -log pi over the N+ tokens with A > 0"),
         (
@@ -190,7 +193,7 @@ def test_the_documented_example() -> None:
             "each sequence with A < 0 is dropped unless the mean over its tokens of log(pi_rollout / pi) is",
         ),
         (["correction=tis"], "old_logprobs: for a correction rollout_logprobs: for a correction"),
-        (["correction=veto"], "at least 0.0001 and at most 100 for every token of it"),
+        (["correction=veto"], "at least 0.0001 and at most 100 for every token in it"),
         (["correction=decoupled"], "weighted by pi_old / pi_rollout, unbounded"),
         (["loss=ce"], "weight x (-log pi)"),
         (["loss=oreal"], "1 x NLL+"),
@@ -223,7 +226,7 @@ def test_the_documented_example() -> None:
         (["policy_loss=kimi"], "outside it has no gradient, and -A grad log pi stays"),
         (["kl=k1_in_reward", "mode=chunk"], "one pass over the tokens"),
         (["loss=opd", "loss.variant=top_k", "mode=chunk"], "the general path"),
-        (["rollout.temperature=0.7"], "logits are over temperature 0.7"),
+        (["rollout.temperature=0.7"], "logits are divided by temperature 0.7"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -331,7 +334,7 @@ def test_what_the_items_need_is_what_the_loss_asks_for(cfg: Any) -> None:
         (["loss.aggregation.length=5"], "length=5.0 has no effect on aggregation 'token_mean'"),
         (["loss.kl_gradient=straight_through"], "has no effect without use_kl_loss=True"),
         (["loss=ce", "policy_loss=gspo"], "policy_loss=gspo has no effect"),
-        (["loss=preset/verl/gspo", "policy_loss=gspo"], "brings its policy loss along"),
+        (["loss=preset/verl/gspo", "policy_loss=gspo"], "defines its policy loss"),
         (["policy_loss=gsop"], "try: policy_loss=gspo"),
     ],
 )

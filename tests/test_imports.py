@@ -113,7 +113,7 @@ def test_importing_is_light_and_touches_no_device() -> None:
 
 
 def test_public_names_are_frozen() -> None:
-    assert sorted(toolkit.__all__) == sorted(toolkit._HOMES)
+    assert sorted(toolkit.__all__) == sorted(toolkit._MODULES)
     assert sorted(toolkit.__all__) == [
         "AggregationConfig", "BaseLossConfig", "BaseLossContext", "BaseLossKwargs", "BaseRLLossConfig", "CELossConfig",
         "CELossContext", "CELossContextInputItem", "CELossKwargs", "ConfigError", "CorrectionConfig", "DataError",

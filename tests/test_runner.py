@@ -80,7 +80,7 @@ def test_step_accumulates_as_one_batch(mode: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "give either input_ids"),
+        ({}, "give exactly one of input_ids"),
         ({"shifted_labels": torch.zeros(2, 13, dtype=torch.int64)}, "advantages is missing"),
         (
             {

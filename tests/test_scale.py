@@ -80,7 +80,7 @@ class TestStep:
     def test_only_one_cause_grows_with_the_whole_batch(self) -> None:
         few, many = (total_sent(table.causes(table.Setup(ranks, sequence_parallel=8))) for ranks in (1024, 8192))
         assert many < 1.001 * few + 8 * 2**20  # the packets of the metrics, 1 KiB a rank
-        gathered = [total_sent(step.whole_step(ranks, tokens=1000, bytes_per_token=60)) for ranks in (101, 1001)]
+        gathered = [total_sent(step.gathered_tokens(ranks, tokens=1000, bytes_per_token=60)) for ranks in (101, 1001)]
         assert gathered == [100 * 60_008, 1000 * 60_008]
 
 
@@ -171,7 +171,7 @@ class TestTable:
         main()
         said = capsys.readouterr().out
         assert f"sequence parallel {mesh}, vocabulary parallel {mesh}" in said
-        assert "The gradient travels once a step, as in the training command" in said
+        assert "The gradient is sent once a step, as in the training command" in said
 
     def test_the_gradient_travels_as_in_the_training_command(self) -> None:
         exchange = inspect.signature(accumulating).parameters["exchange"].default

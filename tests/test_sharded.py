@@ -36,7 +36,7 @@ from toolkit.training.sharding import (
     clip_grad_norm,
     copy_weights,
     frozen_copy,
-    own_parameters,
+    local_parameters,
     prepare_policy,
     unwrapped,
 )
@@ -229,10 +229,10 @@ def check_inside(rank: int, accelerator: Any) -> None:
     assert not are_shards(policy)
     foreign = torch.optim.AdamW(policy.parameters())
     for use in (check_optimizer, full_optimizer_state):
-        with pytest.raises(ConfigError, match=r"3 tensors of the optimizer are no parameters .* \[\d+, 12\]"):
+        with pytest.raises(ConfigError, match=r"3 tensors of the optimizer are not parameters .* \[\d+, 12\]"):
             use(policy, foreign)
     policy(prompts, prompts > 0)
-    check_optimizer(policy, torch.optim.AdamW(own_parameters(policy)))
+    check_optimizer(policy, torch.optim.AdamW(local_parameters(policy)))
     assert are_shards(policy)
     with pytest.raises(DataError, match="not gathered"):
         policy.head.inputs(torch.zeros(1, 12))

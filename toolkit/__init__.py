@@ -1,6 +1,6 @@
-"""Policy losses for RL post-training: exact under any batch layout, in bounded head memory, picked by one override.
+"""Policy losses for RL post-training: exact under any batch layout, in bounded head memory, chosen by one override.
 
-Names are loaded when first used, so that ``import toolkit`` costs nothing and initialises no device.
+Names are loaded when first used, so ``import toolkit`` is fast and initializes no device.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "ToolkitError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -112,12 +112,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"toolkit.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"toolkit.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULES})

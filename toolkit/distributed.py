@@ -1,4 +1,4 @@
-"""Sums over ranks, sequence-parallel split and gather, and the check that as many processes run as were asked for.
+"""Sums over ranks, sequence-parallel split and gather, and a check of the number of processes.
 
 R ranks. Everything here also works in one process without a process group.
 """
@@ -29,9 +29,9 @@ STARTED_TOGETHER = (
     "MV2_COMM_WORLD_SIZE",
     "SLURM_STEP_NUM_TASKS",
 )
-"""Where torchrun, the MPIs and srun say how many processes they started."""
+"""Environment variables in which torchrun, MPI and srun give the number of processes that they started."""
 PACKET = 128
-"""Numbers of a rank that the first collective of `reduce_metrics` carries; a step with more takes a second one."""
+"""Values per rank in the first collective of `reduce_metrics`; a step with more needs a second one."""
 
 
 _counted: Any = None
@@ -40,24 +40,24 @@ _counted: Any = None
 
 @contextlib.contextmanager
 def counting_over(group: Any) -> Iterator[None]:
-    """Count steps and reduce metrics over the ranks of `group` instead of all, from kwargs to metrics.
+    """Count steps and reduce metrics over the ranks of `group` instead of all ranks.
 
-    For ranks that work on the same tokens, such as those that share a vocabulary: each would count them again. Give the
-    ranks with different tokens, those that share a sequence included::
+    Use it where several ranks process the same tokens, such as those that share a vocabulary: each would count them
+    again. Pass the group of ranks with different tokens; ranks that share a sequence belong to it::
 
         mesh = init_device_mesh("cuda", (dp, tp), mesh_dim_names=("dp", "tp"))
         with counting_over(mesh["dp"].get_group()):
             ...  # build_batches_loss_kwargs, forward, LossRunner.step, reduce_metrics
 
     Args:
-        group: of torch.distributed, this rank among its members; the back-end must average gradients over it.
+        group: a process group of torch.distributed with this rank; the back-end must average gradients over it.
     """
     global _counted
-    kept, _counted = _counted, group
+    previous, _counted = _counted, group
     try:
         yield
     finally:
-        _counted = kept
+        _counted = previous
 
 
 def world_size() -> int:
@@ -66,29 +66,29 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process among them, 0 outside of torch.distributed."""
+    """Return the rank of this process (in `counting_over`), 0 without a process group."""
     return dist.get_rank(_counted) if dist.is_available() and dist.is_initialized() else 0
 
 
 def counted_with(group: Any) -> int:
-    """Return how many ranks of `group` are among those that are counted over, this one included."""
+    """Return how many ranks of `group` are counted, including this one."""
     members = dist.get_process_group_ranks(group)
     counted = range(dist.get_world_size()) if _counted is None else dist.get_process_group_ranks(_counted)
     return len(set(members) & set(counted))
 
 
 def rank_of(global_rank: int) -> int:
-    """Return the number among the counted ranks of a process whose number among all is `global_rank`."""
+    """Return the rank among the counted ranks of the process with rank `global_rank` among all."""
     return global_rank if _counted is None else dist.get_group_rank(_counted, global_rank)
 
 
-def all_gather_objects(own: T) -> list[T]:
-    """Return the (small, picklable) object of every rank, in the order of the ranks; all must call it together."""
+def all_gather_objects(value: T) -> list[T]:
+    """Return the (small, picklable) `value` of every rank, in rank order; all ranks must call it together."""
     if world_size() == 1:
-        return [own]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, own, group=_counted)
-    return found
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value, group=_counted)
+    return gathered
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -101,65 +101,65 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def reduce_metrics(metrics: Metrics) -> dict[str, Metric]:
-    """Merge metrics over all ranks; every rank must call it together, and gets the same numbers to the last bit.
+    """Merge metrics over all ranks; all must call it together and get the same numbers to the last bit.
 
-    One collective and one transfer to the host, where the result stays. The numbers of every rank are gathered, with a
-    mark made of their names and kinds, and combined there. That moves 1 KiB a rank. All-reduces would move less among
+    One collective and one transfer to the host, where the result stays. The values of every rank are gathered, with a
+    checksum of their names and kinds, and combined there. That moves 1 KiB a rank. All-reduces would move less among
     many ranks, but need two for sums and extremes, lose a NaN in the latter, and merge by position what ranks measured
-    under different names. Where the marks differ (a rank has a metric that another lacks) everything is sent again with
-    its names, and a name that is absent somewhere adds nothing.
+    under different names. If the checksums differ (a rank has a metric that another lacks), everything is sent again
+    with its names, and a name that is absent on a rank adds nothing.
 
     Raises:
-        DataError: two ranks measured different kinds of metric under one name; on all ranks.
+        DataError: two ranks measured different kinds of metric under one name; raised on all ranks.
     """
     if world_size() == 1:
         return dict(metrics)
     names = sorted(metrics)
-    own = packed([part for name in names for part in metrics[name].parts], collective_device())
-    mark = float(zlib.crc32(repr([(name, type(metrics[name]).__name__) for name in names]).encode()))
+    values = packed([part for name in names for part in metrics[name].parts], collective_device())
+    checksum = float(zlib.crc32(repr([(name, type(metrics[name]).__name__) for name in names]).encode()))
     room = PACKET - 1
-    first = F.pad(torch.cat([own.new_full((1,), mark), own[:room]]), [0, max(0, room - len(own))])
+    first = F.pad(torch.cat([values.new_full((1,), checksum), values[:room]]), [0, max(0, room - len(values))])
     everyone = _gathered(first)
-    if bool((everyone[:, 0] != mark).any()):
+    if bool((everyone[:, 0] != checksum).any()):
         return _reduced_by_name({name: (type(metrics[name]), fetch(metrics[name].parts)) for name in names})
-    numbers = everyone[:, 1 : 1 + len(own)]
-    if len(own) > room:
-        numbers = torch.cat([numbers, _gathered(own[room:])], 1)
-    whole, start = {}, 0
+    numbers = everyone[:, 1 : 1 + len(values)]
+    if len(values) > room:
+        numbers = torch.cat([numbers, _gathered(values[room:])], 1)
+    merged, start = {}, 0
     for name in names:
         kind, width = type(metrics[name]), len(metrics[name].parts)
-        whole[name] = _over_ranks(kind, numbers[:, start : start + width])
+        merged[name] = _over_ranks(kind, numbers[:, start : start + width])
         start += width
-    return {name: whole[name] for name in metrics}
+    return {name: merged[name] for name in metrics}
 
 
-def all_gather_ragged(own: Tensor, *, room: int) -> list[Tensor]:
-    """Return the vectors of all ranks, on the host, in the order of the ranks; all must call it together.
+def all_gather_ragged(vector: Tensor, *, room: int) -> list[Tensor]:
+    """Return the vectors of all ranks, on the host, in rank order; all ranks must call it together.
 
-    One collective, and a second one only where a vector is longer than `room`.
+    One collective, and a second one only if a vector is longer than `room`.
 
     Args:
-        own: [n] int64, of any length.
+        vector: [n] int64, of any length.
         room: elements that the first collective carries, the same on every rank.
     """
     if world_size() == 1:
-        return [own.cpu()]
-    own = own.to(collective_device())
-    length = own.new_full((1,), len(own))
-    everyone = _gathered(F.pad(torch.cat([length, own[:room]]), [0, max(0, room - len(own))]))
+        return [vector.cpu()]
+    vector = vector.to(collective_device())
+    length = vector.new_full((1,), len(vector))
+    everyone = _gathered(F.pad(torch.cat([length, vector[:room]]), [0, max(0, room - len(vector))]))
     most = int(everyone[:, 0].max())
     if most > room:
-        more = F.pad(own[room:], [0, most - room - len(own[room:])])
+        more = F.pad(vector[room:], [0, most - room - len(vector[room:])])
         everyone = torch.cat([everyone, _gathered(more)], 1)
     return [row[1 : 1 + int(row[0])] for row in everyone]
 
 
 def _gathered(vector: Tensor) -> Tensor:
     """Return the vectors [n] of all ranks on the host, [R, n]."""
-    found = vector.new_empty(world_size() * len(vector))
+    gathered = vector.new_empty(world_size() * len(vector))
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
-    gather(found, vector.contiguous(), group=_counted)
-    return found.view(world_size(), -1).cpu()
+    gather(gathered, vector.contiguous(), group=_counted)
+    return gathered.view(world_size(), -1).cpu()
 
 
 def _over_ranks(kind: type[M], numbers: Tensor) -> M:
@@ -169,34 +169,34 @@ def _over_ranks(kind: type[M], numbers: Tensor) -> M:
     return kind.of_parts((numbers.amin(0) if kind.how == "min" else numbers.amax(0)).unbind())
 
 
-def _reduced_by_name(own: dict[str, tuple[type[Metric], list[float]]]) -> dict[str, Metric]:
-    everyone = all_gather_objects(own)
-    whole: dict[str, Metric] = {}
-    for name in {name: None for found in everyone for name in found}:
-        holders = {index: found[name] for index, found in enumerate(everyone) if name in found}
+def _reduced_by_name(metrics: dict[str, tuple[type[Metric], list[float]]]) -> dict[str, Metric]:
+    everyone = all_gather_objects(metrics)
+    merged: dict[str, Metric] = {}
+    for name in {name: None for measured in everyone for name in measured}:
+        holders = {index: measured[name] for index, measured in enumerate(everyone) if name in measured}
         kinds = {kind.__name__: index for index, (kind, _) in holders.items()}
         if len(kinds) > 1:
-            said = " and ".join(f"a {kind} on rank {index}" for kind, index in sorted(kinds.items()))
-            raise DataError(f"the metric {name!r} is {said}; report it as the same kind on every rank")
+            listed_kinds = " and ".join(f"a {kind} on rank {index}" for kind, index in sorted(kinds.items()))
+            raise DataError(f"the metric {name!r} is {listed_kinds}; report it as the same kind on every rank")
         ((kind, _), *_) = holders.values()
         numbers = torch.tensor([parts for _, parts in holders.values()], dtype=torch.float64)
-        whole[name] = _over_ranks(kind, numbers)
-    return whole
+        merged[name] = _over_ranks(kind, numbers)
+    return merged
 
 
 def collective_device() -> torch.device:
-    """Return where the back-end wants its tensors: NCCL takes none from the CPU."""
+    """Return the device whose tensors the back-end accepts: NCCL takes none from the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def sp_split(values: Tensor, sp_mesh: DeviceMesh, *, dim: int = -1, pad: float) -> Tensor:
-    """Return this rank's shard of `values` along `dim`, padded so that every rank gets the same length.
+    """Return this rank's shard of `values` along `dim`, padded so every rank gets the same length.
 
     Args:
-        values: the whole tensor, the same on every rank of the mesh.
+        values: the full tensor, the same on every rank of the mesh.
         sp_mesh: one-dimensional mesh of the ranks that share a sequence.
         dim: the token axis.
-        pad: what fills the end when the length is not divisible by the mesh.
+        pad: value that fills the end when the length is not divisible by the size of the mesh.
     """
     size = sp_mesh.size()
     length = values.shape[dim]
@@ -208,13 +208,13 @@ def sp_split(values: Tensor, sp_mesh: DeviceMesh, *, dim: int = -1, pad: float) 
 
 
 def sp_gather(shard: Tensor, sp_mesh: DeviceMesh, *, dim: int = -1) -> Tensor:
-    """Return all shards joined along `dim`, padding of `sp_split` included; every rank of the mesh must call it.
+    """Return all shards joined along `dim`, including the padding of `sp_split`; every rank of the mesh must call it.
 
-    Differentiable: where every rank computes a part of the loss from the whole, the gradient of a shard is the sum of
-    what all ranks ask of it. That takes a second collective, in backward.
+    Differentiable: where every rank computes a part of the loss from the full tensor, the gradient of a shard is the
+    sum of its gradients on all ranks. That takes a second collective, in backward.
 
     Args:
-        shard: this rank's, of the same shape on every rank.
+        shard: this rank's shard, of the same shape on every rank.
         sp_mesh: one-dimensional mesh of the ranks that share a sequence.
         dim: the token axis.
     """
@@ -237,14 +237,14 @@ class _SPGather(torch.autograd.Function):
 
 
 def check_world_size(obtained: int, expected: int | None = None) -> None:
-    """Stop when fewer or more processes work together than were asked for.
+    """Raise if fewer or more processes work together than were asked for.
 
     Without this check ``accelerate launch --cpu --num_processes 2`` trains in one process, and two processes that did
-    not find each other train two models; neither says a word (huggingface/accelerate#2741).
+    not connect train two models, both without a warning (huggingface/accelerate#2741).
 
     Args:
         obtained: processes in the group, as accelerate sees them.
-        expected: what the configuration asks for; None asks for nothing beyond what the launcher says.
+        expected: the number in the configuration; None checks only the launcher's.
 
     Raises:
         LaunchError: the numbers differ.
@@ -254,7 +254,7 @@ def check_world_size(obtained: int, expected: int | None = None) -> None:
         ("WORLD_SIZE", _as_int(os.environ.get("WORLD_SIZE"))),
         ("the launcher's --num_processes", _asked_by_launcher()),
     ]
-    # Of one machine, or of launchers that each may start several: as many or more are right.
+    # Lower bounds: these count the processes of one machine or of one launcher, and there may be several.
     at_least = [(name, _as_int(os.environ.get(name))) for name in STARTED_TOGETHER]
     highest = [(name, _as_int(os.environ.get(name))) for name in ("RANK", "LOCAL_RANK")]
     at_least += [(f"{name}={number}", number + 1) for name, number in highest if number is not None]
@@ -274,22 +274,22 @@ def _as_int(text: str | None) -> int | None:
 def _asked_by_launcher() -> int | None:
     """Read --num_processes from the command line of the parent, when that is ``accelerate launch``.
 
-    Its CPU path starts one process and passes nothing on, so the parent's own words are the only trace.
+    Its CPU path starts one process and does not pass the number on; only the parent's command line shows it.
     """
     try:
         import psutil  # comes with accelerate
 
-        words = psutil.Process().parent().cmdline()
-    except Exception:  # no such process, no permission, no psutil: then there is nothing to compare with
+        arguments = psutil.Process().parent().cmdline()
+    except Exception:  # no such process, no permission, no psutil: nothing to compare with
         return None
-    start = next((index for index, word in enumerate(words) if "accelerate" in word), None)
-    if start is None or not any("launch" in word for word in words[start : start + 2]):
+    start = next((index for index, argument in enumerate(arguments) if "accelerate" in argument), None)
+    if start is None or not any("launch" in argument for argument in arguments[start : start + 2]):
         return None
-    own = words[start + 1 :]
-    for index, word in enumerate(own):
-        flag, _, value = word.replace("-", "_").partition("=")
+    launcher_arguments = arguments[start + 1 :]
+    for index, argument in enumerate(launcher_arguments):
+        flag, _, value = argument.replace("-", "_").partition("=")
         if flag == "__num_processes":
-            return _as_int(value or next(iter(own[index + 1 :]), None))
-        if word in ("-m", "--module") or word.endswith(".py"):
+            return _as_int(value or next(iter(launcher_arguments[index + 1 :]), None))
+        if argument in ("-m", "--module") or argument.endswith(".py"):
             return None  # what follows belongs to the script
     return None

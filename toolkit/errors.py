@@ -1,7 +1,7 @@
-"""Errors that a user of the toolkit can cause, and the words for "did you mean".
+"""Errors that a user of the toolkit can cause, and "did you mean" hints for misspelled names.
 
-Every message says what was given, where, what is allowed there and what to do next. Each class is also the
-builtin error it refines, so that ``except ValueError`` keeps working.
+Every message says which value is wrong, where, what is allowed there and what to do next. Each class is also the
+built-in error that it refines, so ``except ValueError`` keeps working.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class ToolkitError(Exception):
     """Base of every error that the toolkit raises on purpose."""
 
     report: tuple[Any, ...] | None = None
-    """What `toolkit.schema` made the message of, for the config around to name the whole path."""
+    """What `toolkit.schema` made the message from; an outer config uses it to give the full path."""
     is_from_elsewhere = False
-    """Whether another process found the mistake, and says more of it."""
-    is_told = False
-    """Whether the other processes have been told."""
+    """Whether another process raised the error and prints the details."""
+    is_reported = False
+    """Whether the error was reported to the other processes."""
 
 
 class ConfigError(ToolkitError, ValueError):
@@ -38,15 +38,15 @@ class LaunchError(ToolkitError, RuntimeError):
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
-    """Return the option spelt most like `word`, or None when nothing comes close."""
-    found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
-    return found[0] if found else None
+    """Return the option spelled most like `word`, or None when nothing comes close."""
+    matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return matches[0] if matches else None
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"``, or an empty string when nothing comes close."""
-    found = nearest(word, options)
-    return f" (did you mean {found!r}?)" if found else ""
+    best = nearest(word, options)
+    return f" (did you mean {best!r}?)" if best else ""
 
 
 def listed(options: Iterable[object], joiner: str = "or") -> str:
@@ -59,14 +59,14 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str | None) -> None:
-    """Warn of a choice that works but does something else than its name says, once in a process; None: nothing."""
+    """Warn, once per process, of a setting that works differently than its name says; None: do nothing."""
     if message is not None and message not in _warned:
         _warned.add(message)
         warnings.warn(message, UserWarning, stacklevel=_level_of_caller() - 1)
 
 
 def _level_of_caller() -> int:
-    """Return the ``stacklevel`` (of a warning given here) of the first frame outside of this package and pydantic."""
+    """Return the ``stacklevel`` (of a warning raised here) of the first frame outside this package and pydantic."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("toolkit", "pydantic"):
         frame, level = frame.f_back, level + 1
@@ -74,7 +74,7 @@ def _level_of_caller() -> int:
 
 
 def say_warnings_plainly() -> None:
-    """Print what `warn_once` says as one line, as a command line should; other warnings stay as they are."""
+    """Print each warning of `warn_once` as one line, as a command line should; other warnings do not change."""
     usual = warnings.formatwarning
 
     def formatted(
@@ -85,8 +85,19 @@ def say_warnings_plainly() -> None:
     warnings.formatwarning = formatted
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, the name of its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def described(error: BaseException) -> str:
+    """Return the class of an error, and the first line of its message where it has one."""
+    name = type(error).__name__
+    return name if first_line(error) == name else f"{name}: {first_line(error)}"
+
+
 def print_text(text: str) -> None:
-    """Print; whoever reads may stop early, as ``head`` does."""
+    """Print; the reader may close the pipe early, as ``head`` does."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -94,5 +105,5 @@ def print_text(text: str) -> None:
 
 
 def has_warned(message: str) -> bool:
-    """Whether `warn_once` said this already."""
+    """Whether `warn_once` already gave this warning."""
     return message in _warned

@@ -1,8 +1,8 @@
 """Metrics that reduce exactly: over chunks, micro-batches and ranks, whatever the layout.
 
-A metric is never a bare number. It keeps what its reduction needs (a mean keeps numerator and denominator), so that
-merging parts gives what one pass over the whole would have given. Values stay on the device until they are asked for,
-and `to_floats` fetches all of them at once.
+A metric is never a bare number. It keeps what its reduction needs (a mean keeps numerator and denominator), so merging
+parts gives the same as one pass over all values. Values stay on the device until they are needed, and `to_floats`
+fetches all of them at once.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ COMBINE: dict[str, Combine] = {"sum": torch.add, "min": torch.minimum, "max": to
 
 
 class Metric(ABC):
-    """What every metric is: a few 0-dim tensors (its fields), how they combine, and the number they show."""
+    """Base of every metric: a few 0-dim tensors (its fields), how they combine, and the number they show."""
 
     how: ClassVar[Literal["sum", "min", "max"]] = "sum"
     """How a field of one part combines with that of another."""
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The tensors that it keeps, in the order of its fields."""
+        """Its tensors, in the order of its fields."""
         return tuple(vars(self).values())
 
     @classmethod
@@ -75,22 +75,22 @@ class Mean(Metric):
     @classmethod
     def of(cls, values: Tensor) -> Mean:
         """Return the mean of all elements of `values`, which may be empty."""
-        values = _whole(without_graph(values))
+        values = _unsharded(without_graph(values))
         return cls(_wide_sum(values), _count(values))
 
     @classmethod
     def of_each(cls, values: Mapping[str, Tensor]) -> dict[str, Mean]:
-        """Return the mean of every tensor, all of one shape, by its name; a few operations for all."""
+        """Return the mean of every tensor by its name; all have one shape, which needs only a few operations."""
         if not values:
             return {}
-        rows = _whole(torch.stack([without_graph(own).reshape(-1) for own in values.values()]))
+        rows = _unsharded(torch.stack([without_graph(tensor).reshape(-1) for tensor in values.values()]))
         count = _count(rows, rows.shape[1])
         return {name: cls(total, count) for name, total in zip(values, _wide_sum(rows, -1), strict=True)}
 
     @classmethod
     def share(cls, chosen: Tensor, among: Tensor) -> Mean:
-        """Return the share of `chosen` in `among`, bool of one shape and the former only where the latter is."""
-        return cls(_wide_sum(_whole(chosen)), _wide_sum(_whole(among)))
+        """Return the share of `chosen` in `among`, both bool of one shape; `chosen` is a subset of `among`."""
+        return cls(_wide_sum(_unsharded(chosen)), _wide_sum(_unsharded(among)))
 
     @staticmethod
     def number(parts: Sequence[float]) -> float:
@@ -139,7 +139,7 @@ class Max(Metric):
 
 @dataclass(frozen=True)
 class EffectiveSampleSize(Metric):
-    """The share of samples that weighted ones are worth, (sum w)^2 / (n sum w^2): 1 for equal weights, 1/n for one."""
+    """The effective share of weighted samples, (sum w)^2 / (n sum w^2): 1 for equal weights, 1/n for a single one."""
 
     total: Tensor
     squares: Tensor
@@ -147,7 +147,7 @@ class EffectiveSampleSize(Metric):
 
     @classmethod
     def of(cls, weights: Tensor) -> EffectiveSampleSize:
-        """Return that of all elements of `weights`, which may be empty."""
+        """Return the effective share of all elements of `weights`, which may be empty."""
         weights = widened(weights)
         return cls(weights.sum(), weights.square().sum(), _count(weights))
 
@@ -174,7 +174,7 @@ def merge_metrics(parts: Iterable[Metrics]) -> dict[str, Metric]:
 
 
 def metrics_in(extra: object) -> dict[str, Metric]:
-    """Return the metrics among what a loss returned beside the loss itself; its logits, say, are none."""
+    """Return the metrics in what a loss returned besides its value; logits, for example, are skipped."""
     if not isinstance(extra, Mapping):
         return {}
     return {name: value for name, value in extra.items() if isinstance(value, KINDS)}
@@ -184,44 +184,44 @@ def extremes(values: Tensor) -> tuple[Min, Max]:
     """Return the smallest and the largest of all elements of `values`, which may be empty, in one pass."""
     if not values.numel():
         return Min.of(values), Max.of(values)
-    low, high = _whole(without_graph(values)).aminmax()
+    low, high = _unsharded(without_graph(values)).aminmax()
     dtype = wide_dtype(values)
     return Min(low.to(dtype)), Max(high.to(dtype))
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:
-    """Return the number of each metric. Waits for the device once, whatever their number: call it once per step."""
+    """Return the number of each metric. Waits for the device once in all: call it once per step."""
     numbers = iter(fetch([part for metric in metrics.values() for part in metric.parts]))
     return {name: metric.number(_next(numbers, len(metric.parts))) for name, metric in metrics.items()}
 
 
 def without_graph(values: Tensor) -> Tensor:
-    """Return `values` cut off from any graph; as they are if there is none, which costs no call of torch."""
+    """Return `values` detached from their graph; unchanged, without a call of torch, if they have none."""
     return values.detach() if values.requires_grad else values
 
 
 def widened(values: Tensor) -> Tensor:
     """Return `values` without graph in float64; float32 on mps, which has nothing wider."""
-    values = _whole(without_graph(values))
+    values = _unsharded(without_graph(values))
     return values.to(wide_dtype(values))
 
 
 def packed(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return 0-dim tensors as one vector [n] on `device`, with one transfer from each other device."""
-    places: dict[torch.device, list[int]] = {}
-    for place, part in enumerate(parts):
-        places.setdefault(part.device, []).append(place)
-    stacks = [torch.stack([widened(parts[place]).reshape(()) for place in own]) for own in places.values()]
+    by_device: dict[torch.device, list[int]] = {}
+    for index, part in enumerate(parts):
+        by_device.setdefault(part.device, []).append(index)
+    stacks = [torch.stack([widened(parts[i]).reshape(()) for i in indices]) for indices in by_device.values()]
     if len(stacks) == 1:
         return stacks[0].to(device)
     vector = torch.empty(len(parts), dtype=torch.float64, device=device)
-    for own, stack in zip(places.values(), stacks, strict=True):
-        vector[own] = stack.to(device).to(vector.dtype)  # in this order: mps has no float64
+    for indices, stack in zip(by_device.values(), stacks, strict=True):
+        vector[indices] = stack.to(device).to(vector.dtype)  # in this order: mps has no float64
     return vector
 
 
 def fetch(parts: Sequence[Tensor]) -> list[float]:
-    """Return 0-dim tensors as numbers, with one transfer from each device that they lie on."""
+    """Return 0-dim tensors as numbers, with one transfer from each device that holds some."""
     return packed(parts, torch.device("cpu")).tolist()
 
 
@@ -230,7 +230,7 @@ def _next(numbers: Iterator[float], count: int) -> list[float]:
 
 
 def wide_dtype(values: Tensor) -> torch.dtype:
-    """Return the dtype that sums are kept in: float64, float32 on mps, which has nothing wider."""
+    """Return the dtype of sums: float64; float32 on mps, which has nothing wider."""
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 
@@ -243,6 +243,6 @@ def _count(values: Tensor, number: int | None = None) -> Tensor:
     return values.new_full((), float(values.numel() if number is None else number), dtype=wide_dtype(values))
 
 
-def _whole(values: Any) -> Tensor:
-    """Return a sharded tensor (DTensor) as a whole one, which is a collective; any other as it is."""
+def _unsharded(values: Any) -> Tensor:
+    """Return the full tensor of a DTensor, which is a collective; other tensors unchanged."""
     return values.full_tensor() if hasattr(values, "full_tensor") else values

@@ -1,4 +1,4 @@
-"""The base of every config: frozen, keyword-only, validated at construction, with errors a person can act on.
+"""The base of every config: frozen, keyword-only, validated at construction, with errors that say what to do.
 
 Imports no torch: the command line checks a whole configuration with these classes before torch is loaded.
 """
@@ -22,7 +22,7 @@ MAX_SHOWN = 60
 
 @contextlib.contextmanager
 def located(where: str) -> Iterator[None]:
-    """Name the place (an override prefix such as ``loss``) that error messages raised inside refer to."""
+    """Set the path (an override prefix such as ``loss``) that error messages raised inside start with."""
     token = _where.set(where)
     try:
         yield
@@ -31,7 +31,7 @@ def located(where: str) -> Iterator[None]:
 
 
 class Model(BaseModel):
-    """A pydantic model whose validation errors are the toolkit's own: what, where, allowed, next step."""
+    """A pydantic model whose validation errors are `ToolkitError`: what, where, allowed, next step."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
     error_class: ClassVar[type[ToolkitError]] = ConfigError
@@ -40,24 +40,24 @@ class Model(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            told = self.error_class(explain(type(self), error))
-            told.report = (type(self), error, _where.get())
-            raise told from None
+            readable = self.error_class(explain(type(self), error))
+            readable.report = (type(self), error, _where.get())
+            raise readable from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.model_config.get("frozen"):
             raise self.error_class(
-                f"{type(self).__name__}.{name} cannot be assigned: a {type(self).__name__} never changes; "
-                "make a new one with the value you want"
+                f"{type(self).__name__}.{name} cannot be assigned: a {type(self).__name__} is immutable; "
+                "create a new one with the value you want"
             )
         super().__setattr__(name, value)
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that refuses to change; unlike ``MappingProxyType`` it can be copied, pickled and hashed."""
+    """An immutable dict; unlike ``MappingProxyType`` it can be copied, pickled and hashed."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise ConfigError("a config never changes; make a new one with the values you want")
+        raise ConfigError("configs are immutable; create a new one with the values you want")
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
@@ -72,7 +72,7 @@ class FrozenDict(dict[str, Any]):
 
 
 def _answer(function: Callable[[Any], Any]) -> property:
-    """Make a property of a config that is computed once: the fields that it follows from never change."""
+    """Make a property of a config that is computed once: the fields that it depends on never change."""
 
     @functools.wraps(function)
     def once(config: Any) -> Any:
@@ -85,20 +85,20 @@ def _answer(function: Callable[[Any], Any]) -> property:
 
 
 if TYPE_CHECKING:
-    answer = property  # type checkers know no other
+    answer = property  # type checkers know only this one
 else:
     answer = _answer
 ANSWERS = "_answers"
-"""Where a config keeps them."""
+"""Key in a config's `__dict__` for the computed answers."""
 
 
 class Config(Model):
-    """Base of every config. Each field carries its meaning, unit and the source of its default beneath it."""
+    """Base of every config. A docstring below each field gives its meaning, unit and the source of its default."""
 
     model_config = ConfigDict(frozen=True, validate_default=True, allow_inf_nan=False)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with some fields changed, which are not checked."""
+        """Return a copy with some fields changed; the new values are not checked."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop(ANSWERS, None)
         return copied
@@ -117,7 +117,7 @@ class Config(Model):
 
 
 def checked_chunk_size(value: Any) -> Any:
-    """Return a chunk size as it is: tokens above 0, "auto", or None where a field allows that."""
+    """Return a valid chunk size unchanged: tokens above 0, "auto", or None where a field allows that."""
     is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
     if is_count or value == "auto" or value is None:
         return value
@@ -133,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> str:
-    """Turn pydantic's report into one line per mistake."""
+    """Turn pydantic's report into one line per error."""
     where = _where.get()
     return "\n".join(_explain_one(model, where, dict(item)) for item in error.errors(include_url=False))
 
@@ -146,7 +146,7 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
     cause = context.get("error")
     if isinstance(cause, ToolkitError):
         return _explain_inner(cause, where, path)
-    given = item.get("input")
+    value = item.get("input")
     if item["type"] == "extra_forbidden":
         fields = list(model.model_fields)
         kind = "setting" if issubclass(model, Config) else "field"
@@ -156,41 +156,41 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
         return f"{path} is missing: {model.__name__} needs a value for it{how}"
     if item["type"] == "literal_error":
         options = _literal_options(model, key)
-        best = _nearest_choice(str(given), list(map(str, options)))
+        best = _nearest_choice(str(value), list(map(str, options)))
         hint = f" (did you mean {best!r}?)" if best else ""
         hint += f"; try: {path}={best}" if best and where else ""
-        return f"{path}={_shown(given)} is not one of the choices; choose {listed(options)}{hint}"
-    return f"{path}={_shown(given)} is not allowed: {_lower_first(item['msg'])}"
+        return f"{path}={_shown(value)} is not one of the choices; choose {listed(options)}{hint}"
+    return f"{path}={_shown(value)} is not allowed: {_lower_first(item['msg'])}"
 
 
 def _explain_inner(cause: ToolkitError, where: str | None, path: str) -> str:
-    """Say again what a config inside of another one reported, now that the way to it is known."""
+    """Repeat the error of a nested config, now that the path to it is known."""
     if cause.report is None:
         return str(cause)
-    model, error, place = cause.report
-    if place != where:
-        return str(cause)  # it was told a place of its own
+    model, error, reported_where = cause.report
+    if reported_where != where:
+        return str(cause)  # its message already has a path
     with located(path):
         return explain(model, error)
 
 
 def _nearest_choice(word: str, options: list[str]) -> str | None:
-    """Return the choice that begins with `word`, or has it inside, or else is spelt most like it."""
-    for found in ([o for o in options if o.startswith(word)], [o for o in options if word in o]):
-        if found and len(word) > 2:
-            return found[0]
+    """Return the choice that starts with `word`, else one that contains it, else the one spelled most like it."""
+    for matches in ([o for o in options if o.startswith(word)], [o for o in options if word in o]):
+        if matches and len(word) > 2:
+            return matches[0]
     return nearest(word, options)
 
 
-def _shown(given: Any) -> str:
-    """Return a value for a message: not all of a long one, of an object its type."""
-    is_plain = isinstance(given, (str, int, float, bool, list, tuple, dict, type(None)))
-    text = repr(given if is_plain else type(given).__name__)
+def _shown(value: Any) -> str:
+    """Return a value for a message: long ones are cut, other objects show their type."""
+    is_plain = isinstance(value, (str, int, float, bool, list, tuple, dict, type(None)))
+    text = repr(value if is_plain else type(value).__name__)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def _literal_options(model: type[BaseModel], key: str) -> list[Any]:
-    """Return the choices of a Literal field, also where it is one side of a union with None."""
+    """Return the choices of a Literal field, also in a union with None."""
     from typing import Literal, get_args, get_origin
 
     pending, options = [model.model_fields[key.split(".")[0]].annotation], []

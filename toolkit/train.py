@@ -8,8 +8,7 @@ from __future__ import annotations
 import time
 
 STARTED = time.time()
-"""When the program began, before anything slow is imported. The *process* may have begun far earlier, as the shell
-whose last command this is."""
+"""When the program began, before slow imports. The *process* may be much older: a shell that ends with this command."""
 
 import argparse
 import contextlib
@@ -26,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from toolkit.compose.build import build_config
-from toolkit.compose.overrides import options_first, output_dir_in, own_folders, parse, with_folder
+from toolkit.compose.overrides import config_folders_in, options_first, output_dir_in, parse, with_folder
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
 from toolkit.compose.tree import TRAIN, check_command_line, compose_config
 from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, say_warnings_plainly
@@ -42,16 +41,16 @@ EXAMPLES = {
     "toolkit-train loss=grpo policy_loss=vanilla kl=k3 mode=chunk loss.chunk_size=256": "",
     "toolkit-train experiment=grpo_kl seed=1 training.steps=100": "",
     "toolkit-train -m seed=0,1,2": "one run after the other",
-    "toolkit-train --config-dir my_conf loss=mine": "YAML files of your own: my_conf/loss/mine.yaml",
+    "toolkit-train --config-dir my_conf loss=mine": "your YAML files: my_conf/loss/mine.yaml",
     "toolkit-train policy_loss=gspo --help": "the settings of a choice",
-    "toolkit-explain --list": "all choices with a line on each, presets included",
+    "toolkit-explain --list": "all choices with one line each, including presets",
     "toolkit-train --cfg job --resolve": "print the configuration and stop",
-    "toolkit-train training.resume=outputs/...": "go on from a checkpoint",
+    "toolkit-train training.resume=outputs/...": "continue from a checkpoint",
 }
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect."""
 PATIENCE = 8.0
-"""Seconds in which the main process is expected to find the same mistake, so that it is said once."""
+"""Seconds that another process waits for the main one to print the same error, so it is printed once."""
 
 
 @hydra.main(config_path=conf_dir(), config_name="config", **BEHAVIOUR)
@@ -90,7 +89,7 @@ def main() -> None:
     except ToolkitError as error:
         _stop(error)
     if int(os.environ.get("RANK", "0")) > 0:
-        # One output directory for the whole run: only the main process makes one.
+        # One output directory per run: only the main process creates it.
         sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
     try:
         _job()
@@ -109,7 +108,7 @@ def train(overrides: Sequence[str] = ()) -> Summary:
         overrides: as on the command line; ``hydra.run.dir=...`` names the output directory.
 
     Raises:
-        ConfigError: an override is wrong; nothing has been started yet.
+        ConfigError: an override is wrong; nothing has started yet.
         LaunchError: the processes do not work together, or would change the scale of the loss.
     """
     if isinstance(overrides, str):
@@ -119,7 +118,7 @@ def train(overrides: Sequence[str] = ()) -> Summary:
     config = build_config(cfg)
     check_environment(config)
     output_dir = _output_dir(overrides, cfg)
-    if int(os.environ.get("RANK", "0")) == 0:  # the others are told which one it is
+    if int(os.environ.get("RANK", "0")) == 0:  # the others receive its path
         make_output_dir(output_dir)
     from accelerate.state import AcceleratorState, GradientState  # loads torch
 
@@ -127,31 +126,31 @@ def train(overrides: Sequence[str] = ()) -> Summary:
 
     try:
         return run(config, cfg, started=started, output_dir=output_dir)
-    finally:  # the next run may have other settings; notebook_launcher wants no trace of an earlier one
+    finally:  # the next run may have other settings, and notebook_launcher requires a clean state
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
 
 def _output_dir(overrides: Sequence[str], cfg: DictConfig) -> str:
-    """Return the output directory that Hydra would make: as the overrides say, else as ``conf/config.yaml`` does."""
-    given = [override.value() for override in parse(overrides) if override.key_or_group == "hydra.run.dir"]
-    if not given:
+    """Return the output directory that Hydra would create: from the overrides, else from ``conf/config.yaml``."""
+    run_dirs = [override.value() for override in parse(overrides) if override.key_or_group == "hydra.run.dir"]
+    if not run_dirs:
         return str(OmegaConf.load(Path(conf_dir(), "config.yaml")).hydra.run.dir)
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
-    return str(OmegaConf.create({**settings, "output_dir": str(given[-1])}).output_dir)
+    return str(OmegaConf.create({**settings, "output_dir": str(run_dirs[-1])}).output_dir)
 
 
 def _print_help(arguments: argparse.Namespace) -> None:
     from toolkit.compose.help_text import help_text
 
     overrides = with_folder(arguments.overrides, arguments.config_dir)
-    folders = own_folders(parse(overrides))
+    folders = config_folders_in(parse(overrides))
     print_text(help_text(compose_config(overrides), root=TRAIN, purpose=PURPOSE, examples=EXAMPLES, folders=folders))
 
 
 def _checked(arguments: argparse.Namespace) -> list[str]:
-    """Check all that can be checked without torch; return the command line with its overrides as Hydra takes them."""
+    """Check what needs no torch; return the command line with its overrides in the form that Hydra accepts."""
     overrides = with_folder(arguments.overrides, arguments.config_dir)
     configs, taken = check_command_line(overrides, multirun=arguments.multirun)
     if not (arguments.cfg or arguments.info):
@@ -167,7 +166,7 @@ def _checked(arguments: argparse.Namespace) -> list[str]:
 
 
 def _say_notes(configs: list[RunConfig]) -> None:
-    """Say once what is known to be wrong or misleading in a configuration that runs."""
+    """Print the known problems of a valid configuration, each once."""
     notes = [
         note
         for config in configs
@@ -184,12 +183,12 @@ def _say_notes(configs: list[RunConfig]) -> None:
 
 
 def _stop(error: ToolkitError) -> None:
-    """Say what is wrong and end; a process that is not the main one leaves it to that one, if it is wrong there too.
+    """Print the error and exit; other processes leave the printing to the main one if it fails, too.
 
-    The main process ends at once, and then the launcher ends the others, silently. Those that are still here after a
-    while have found a mistake of their own machine; the first of a machine ends its neighbours.
+    The main process exits at once, and then the launcher ends the others silently. Those that still run after a while
+    have an error of their machine alone; the first process of that machine ends its neighbours.
     """
-    if int(os.environ.get("RANK", "0")) > 0 and not error.is_told:
+    if int(os.environ.get("RANK", "0")) > 0 and not error.is_reported:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(PATIENCE + int(os.environ.get("LOCAL_RANK", "0")))
     print(f"error: {error}", file=sys.stderr)

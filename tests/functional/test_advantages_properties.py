@@ -71,10 +71,10 @@ def test_shape_dtype_and_masked_positions(name: str) -> None:
         r = batch(dtype=dtype)
         found = compute(name, r)
         assert found.dtype == expected
-        assert found.shape == (r.rewards.shape if advantage(name).level == "sequence" else r.given("mask").shape)
+        assert found.shape == (r.rewards.shape if advantage(name).level == "sequence" else r.require("mask").shape)
         assert found.abs().sum() > 0
         if advantage(name).level == "token":
-            assert (found[~r.given("mask")] == 0).all()
+            assert (found[~r.require("mask")] == 0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +96,7 @@ def test_group_numbers_mean_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_masked_positions_may_hold_anything(name: str, garbage: float) -> None:
     r = batch()
-    dirty = {f: getattr(r, f).where(r.given("mask"), garbage) for f in PER_TOKEN}
+    dirty = {f: getattr(r, f).where(r.require("mask"), garbage) for f in PER_TOKEN}
     assert torch.equal(compute(name, replace(r, **dirty)), compute(name, r))
 
 
@@ -128,7 +128,7 @@ def test_always_finite(name: str) -> None:
     extreme = torch.tensor([3e38, -3e38, 0.0, 1e-38, 1e-38, -3e38, float("nan"), 7.0, 3e38, -0.0, -3e38, 3e38])
     for rewards in (extreme, torch.zeros(12), torch.full((12,), float("nan")), torch.full((12,), 0.1)):
         assert compute(name, replace(r, rewards=rewards, token_rewards=None)).isfinite().all()
-    empty = torch.zeros_like(r.given("mask"))
+    empty = torch.zeros_like(r.require("mask"))
     assert compute(name, replace(r, mask=empty, lengths=empty.sum(-1))).isfinite().all()
 
 

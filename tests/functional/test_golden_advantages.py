@@ -201,8 +201,8 @@ def computed(case: Case) -> Tensor:
     r = terms(case)
     name, options = call_of(case)
     if name == "rlsd":
-        teacher = r.given("logprobs") + case.inputs["kl"]
-        found = rlsd_reweight(r.rewards, r.given("logprobs"), teacher, r.given("mask"), **options)
+        teacher = r.require("logprobs") + case.inputs["kl"]
+        found = rlsd_reweight(r.rewards, r.require("logprobs"), teacher, r.require("mask"), **options)
     else:
         found = advantage(name).compute(r, **options)
     mask = case.inputs["response_mask"].bool()
@@ -277,7 +277,7 @@ def test_as_the_peer_computes_it(case: Case) -> None:
 def test_returns_are_advantages_plus_values(case: Case) -> None:
     r, mask = terms(case), case.inputs["response_mask"].bool()
     _, options = call_of(case)
-    found = advantage("gae").compute(r, **{**options, "whiten": False}) + r.given("values")
+    found = advantage("gae").compute(r, **{**options, "whiten": False}) + r.require("values")
     assert relative_error(found[mask], case.tensor("returns_tok")) <= tolerance(case)
 
 

@@ -59,7 +59,7 @@ def test_settings_are_checked(coef: float, target: float, horizon: float, messag
 
 def test_observations_are_checked() -> None:
     control = AdaptiveKL(0.2, target=6.0, horizon=100.0)
-    with pytest.raises(DataError, match="observed_kl=nan cannot steer"):
+    with pytest.raises(DataError, match="observed_kl=nan must be a finite number"):
         control.updated(math.nan, 10)
     with pytest.raises(DataError, match=r"num_samples=500 .* below 5 horizons"):
         control.updated(6.0, 500)

@@ -112,7 +112,7 @@ def test_notes_of_the_ones_that_follow_neither() -> None:
     assert close(expectation("abs", "as_is")[1], _own_expectation((p - q).abs()))
     for estimator, values in (("abs", p * difference.abs()), ("k2", p * difference.square() / 2)):
         for gradient in ("score_corrected", "is_corrected"):
-            assert "its own biased expectation" in expected_gradient_facts(estimator, gradient).note
+            assert "the biased expected value" in expected_gradient_facts(estimator, gradient).note
             assert close(expectation(estimator, gradient)[1], _own_expectation(values))
 
 
@@ -133,7 +133,7 @@ def test_warnings_say_what_happens_and_what_to_do() -> None:
     assert "kl_loss_type='low_var_kl'" in forward
     assert "forward KL" in forward
     assert neither is not None
-    assert "neither KL (it is that of its own biased expectation); kl_gradient='as_is' or 'straight_through'" in neither
+    assert "neither KL (it is that of the biased expected value); kl_gradient='as_is' or 'straight_through'" in neither
 
 
 def test_unknown_names_are_named() -> None:

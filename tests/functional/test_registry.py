@@ -54,7 +54,7 @@ def test_unusable_signatures_are_refused() -> None:
         def positional(t, eps=0.1):
             return t.logprobs
 
-    with pytest.raises(ConfigError, match="picks the loss itself"):
+    with pytest.raises(ConfigError, match="selects the loss itself"):
 
         @register_policy_loss("typed")
         def typed(t, *, loss_type: str = "a"):

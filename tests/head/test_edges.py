@@ -42,7 +42,7 @@ def makes_a_leaf(scores: TokenScores, positions: Tensor) -> tuple[Tensor, None]:
 
 @pytest.mark.parametrize("chunk_size", [4, 100])
 def test_a_leaf_that_is_new_in_every_call_is_an_error_not_a_loop(chunk_size: int) -> None:
-    with pytest.raises(DataError, match="another one in every call"):
+    with pytest.raises(DataError, match="a new one in every call"):
         fused_loss(makes_a_leaf, *head(), chunk_size=chunk_size)
     loss_fn = keeps_scores()
     with pytest.raises(DataError, match="the scores of another chunk"):  # noqa: PT012  (the second call, or the first)
@@ -56,7 +56,7 @@ def test_the_general_path_too() -> None:
     def loss_fn(h: Tensor, w: Tensor, b: Tensor | None, index: int) -> tuple[Tensor, None]:
         return (h @ w.T).sum() * torch.ones((), dtype=torch.float64, requires_grad=True), None
 
-    with pytest.raises(DataError, match="another one in every call"):
+    with pytest.raises(DataError, match="a new tensor that requires a gradient in every call"):
         chunked_loss(loss_fn, hidden, weight, None, [6, 6])
 
 

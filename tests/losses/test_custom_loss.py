@@ -206,7 +206,9 @@ def test_slips_are_named() -> None:
     ):
         with pytest.raises(error, match=words):
             broken(context)
-    with pytest.raises(DataError, match=r"the token_filter of term 'policy' failed on .*; are the fields .* given"):
+    with pytest.raises(
+        DataError, match=r"the token_filter of term 'policy' failed on .*; do all items have the fields"
+    ):
         broken(ToolContext, "tools", is_tool=None)
 
 
@@ -228,7 +230,7 @@ def test_wrong_terms_are_refused_at_once(wrong: dict[str, Any], words: str) -> N
 
 def test_a_kind_that_does_not_exist() -> None:
     with pytest.raises(
-        ConfigError, match=r"PerToken\(kind='int', trailing=0\): kind is 'any', 'float', 'integer' or 'bool'"
+        ConfigError, match=r"PerToken\(kind='int', trailing=0\): kind must be 'any', 'float', 'integer' or 'bool'"
     ):
         PerToken(pad=0, kind="int")  # type: ignore[arg-type]
 
@@ -236,8 +238,8 @@ def test_a_kind_that_does_not_exist() -> None:
 def test_a_card_lists_the_terms() -> None:
     card = " ".join(explain_loss(LOSSES["tools"]).split())
     assert "A policy loss by token, and cross-entropy of what tools wrote by sequence" in card
-    assert "1 x policy, over the tokens that its filter chooses; token_mean: weight = 1 / N" in card
-    assert "0.5 x tools, over the tokens that its filter chooses; seq_mean_token_mean: weight = 1 / (S n)" in card
+    assert "1 x policy, over the tokens that its filter selects; token_mean: weight = 1 / N" in card
+    assert "0.5 x tools, over the tokens that its filter selects; seq_mean_token_mean: weight = 1 / (S n)" in card
     assert "What every loss can be told" not in explain_loss(BaseLossConfigOfNobody())
 
 

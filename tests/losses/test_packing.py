@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_named() -> None:
         pack([labelled([1]), labelled([1], advantages=torch.ones(1, 1))])
     with pytest.raises(DataError, match=r"items\[0\] has 2 rows"):
         pack([RLLossContextInputItem(shifted_labels=torch.zeros(2, 3, dtype=torch.int64))])
-    with pytest.raises(DataError, match="share rollout_spec"):
+    with pytest.raises(DataError, match="must have the same rollout_spec"):
         pack([labelled([1], rollout_spec=LogprobSpec()), labelled([1], rollout_spec=LogprobSpec(temperature=0.5))])
     with pytest.raises(DataError, match="ends at 5, but the values have 4"):
         unpack(torch.zeros(4), torch.tensor([0, 5]))

@@ -40,7 +40,7 @@ def test_mask_of_another_shape() -> None:
 
 @pytest.mark.parametrize("mask", [torch.tensor([-100, 2, 3]), torch.tensor([0.5, 1.0, 0.0])])
 def test_labels_are_not_taken_for_a_mask(mask: torch.Tensor) -> None:
-    with pytest.raises(DataError, match="loss_mask holds other values than 0 and 1"):
+    with pytest.raises(DataError, match="loss_mask holds values other than 0 and 1"):
         shift_labels(torch.tensor([1, 2, 3]), mask)
     with pytest.raises(DataError, match="attention_mask holds"):
         shift_labels(torch.tensor([1, 2, 3]), attention_mask=mask)

@@ -159,7 +159,7 @@ def test_a_config_names_its_context_and_a_context_its_values() -> None:
     class Nothing(BaseLossConfig):
         pass
 
-    with pytest.raises(ConfigError, match="Nothing names no context"):
+    with pytest.raises(ConfigError, match="Nothing does not name a context"):
         assert Nothing().loss_ctx_cls
     batch = random_batch()
     for base, words in ((BaseLossContext, "losses_from_logits"), (ScoredLossContext, "token_losses")):
@@ -258,11 +258,11 @@ def spread(rank: int, world: int) -> None:
     assert [weights.sum().item() for weights in own] == pytest.approx([1 / 5] if rank == 0 else [3 / 5, 1 / 5])
     averaged = step_weights(mine)
     assert [float(weights.sum()) for weights in averaged] == pytest.approx([world * float(w.sum()) for w in own])
-    with pytest.raises(DataError, match="refused the items" if rank == 0 else "shifted_labels has shape"):
+    with pytest.raises(DataError, match="rejected the items" if rank == 0 else "shifted_labels has shape"):
         step_weights(mine if rank == 0 else [SHORT.float()])
     # A field that one rank's items lack: the other must not wait for it in backward.
     item = MarkedItem(shifted_labels=SHORT, choices=torch.ones(1, 2, 2) if rank == 0 else None)
-    with pytest.raises(DataError, match="refused the items" if rank == 0 else "choices is missing, but MarkedContext"):
+    with pytest.raises(DataError, match="rejected the items" if rank == 0 else "choices is missing, but MarkedContext"):
         MarkedContext.build_batches_loss_kwargs([item], MarkedConfig())
 
 
@@ -288,7 +288,7 @@ def distributed_head(rank: int, world: int) -> None:
     replica = distribute_tensor(batch.head_weight, mesh["tp"], [Replicate()])
     torch.testing.assert_close(context.forward(batch.hidden_states, replica)[0], plain, rtol=1e-12, atol=0)
     split = distribute_tensor(batch.head_weight, mesh["tp"], [Shard(0)])
-    with counting_over(mesh["dp"].get_group()), pytest.raises(DataError, match="whole vocabulary, but that is split"):
+    with counting_over(mesh["dp"].get_group()), pytest.raises(DataError, match="whole vocabulary, but it is split"):
         context.forward(batch.hidden_states, split)
 
 

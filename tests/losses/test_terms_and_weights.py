@@ -245,7 +245,7 @@ def test_a_group_cut_in_two_is_refused() -> None:
     # A row with nothing to score, as a rank without work sends one, may belong to any group.
     evaluate(cfg, [slice(0, 3), slice(2, 3), slice(3, 6)])
     evaluate(cfg, [slice(0, 3), slice(3, 6)])
-    with pytest.raises(DataError, match="group 7 lies in several micro-batches"):
+    with pytest.raises(DataError, match="group 7 is in several micro-batches"):
         evaluate(cfg, [slice(0, 1), slice(1, 6)])
 
 

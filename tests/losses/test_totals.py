@@ -12,7 +12,7 @@ from tests.conftest import random_head, random_item
 from tests.processes import run_processes
 from toolkit import CELossConfig, DataError, GRPOLossConfig, GRPOLossContext
 from toolkit.losses.items import CELossContextInputItem, RLLossContextInputItem
-from toolkit.losses.step.totals import ROOM, Counts, census
+from toolkit.losses.step.totals import ROOM, Counts, exchange_counts
 
 MASK_BY_CURRENT = {
     "action": "mask",
@@ -83,7 +83,7 @@ def a_rank_with_bad_items(rank: int, world: int) -> None:
         advantages[0, label] = torch.nan
         own[0] = own[0].replace(advantages=advantages)
     for aggregation in ("token_mean", "prompt_mean"):
-        words = "data_batches.0..advantages" if rank == 1 else "rank 1 refused the items of this step"
+        words = "data_batches.0..advantages" if rank == 1 else "rank 1 rejected the items of this step"
         with pytest.raises(DataError, match=words):
             GRPOLossContext.build_batches_loss_kwargs(own, GRPOLossConfig(aggregation=aggregation))
     GRPOLossContext.build_batches_loss_kwargs(batches(rank, world), GRPOLossConfig())  # and all go on together
@@ -93,7 +93,7 @@ def a_rank_with_another_kind_of_item(rank: int, world: int) -> None:
     own: list[Any] = batches(rank, world)
     if rank == 0:
         own[0] = CELossContextInputItem(shifted_labels=own[0].shifted_labels)
-    words = "is a CELossContextInputItem" if rank == 0 else "rank 0 refused the items"
+    words = "is a CELossContextInputItem" if rank == 0 else "rank 0 rejected the items"
     with pytest.raises(DataError, match=words):
         GRPOLossContext.build_batches_loss_kwargs(own, GRPOLossConfig())
 
@@ -132,7 +132,7 @@ def refused_in_a_mesh(rank: int, world: int) -> None:
     for cfg, own, other in ((GRPOLossConfig(), "rl", "ce"), (CELossConfig(), "ce", "rl")):
         for wrong in ([items[other]], items[own]):
             given: Any = wrong if rank == 1 else [items[own]]
-            words = r"data_batches.* is a " if rank == 1 else "rank 1 of the mesh .* refused the items of this step"
+            words = r"data_batches.* is a " if rank == 1 else "rank 1 of the mesh .* rejected the items of this step"
             with pytest.raises(DataError, match=words):
                 cfg.loss_ctx_cls.build_batches_loss_kwargs(given, cfg, sp_mesh=mesh)
         (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([items[own]], cfg, sp_mesh=mesh)  # and all go on
@@ -156,13 +156,13 @@ def test_over_two_processes() -> None:
 def test_without_a_process_group() -> None:
     counts = Counts(torch.tensor([2.0]), {"tokens": {3: 4.0}})
     options: dict[str, Any] = {"num_numbers": 1, "has_tables": True, "device": torch.device("cpu")}
-    assert census(lambda: counts, **options) is counts
+    assert exchange_counts(lambda: counts, **options) is counts
 
     def refused() -> Counts:
         raise DataError("no")
 
     with pytest.raises(DataError, match="no"):
-        census(refused, **options)
+        exchange_counts(refused, **options)
 
 
 # -------------------------------------------------------------------- survivors of the current policy (R30)
@@ -202,8 +202,11 @@ def test_survivors_of_the_current_policy_are_the_denominator() -> None:
     ("options", "words"),
     [
         ({"correction": [MASK_BY_CURRENT]}, "must know the current policy before the first forward"),
-        ({"policy_loss_cfg": {"loss_type": "kl_cov"}}, "statistics of the whole batch, which the 2 micro-batches"),
-        ({"policy_loss_cfg": {"loss_type": "real"}}, "group 0 lies in several micro-batches"),
+        (
+            {"policy_loss_cfg": {"loss_type": "kl_cov"}},
+            "statistics of the whole batch, but this step has 2 micro-batches",
+        ),
+        ({"policy_loss_cfg": {"loss_type": "real"}}, "group 0 is in several micro-batches"),
     ],
 )
 def test_a_step_that_cannot_be_seen_whole(options: dict, words: str) -> None:

@@ -31,7 +31,7 @@ from toolkit.functional.policy import registry
 from toolkit.testing import Batch, Finding, Layout, LayoutError, assert_layout_invariant, differences, random_batch
 from toolkit.testing.evaluation import BIAS, HEAD, HIDDEN, Meshes, Result
 from toolkit.testing.layout import layouts_of
-from toolkit.testing.processes import NESTED, _told, check_can_start
+from toolkit.testing.processes import NESTED, _failure, check_can_start
 from toolkit.testing.verdict import compare, likely_cause, missing_metrics, verdict
 
 GRPO = GRPOLossConfig(use_entropy_metric=True)
@@ -94,7 +94,7 @@ def test_batches_that_cannot_be() -> None:
     batch = random_batch()
     with pytest.raises(DataError, match=r"labels \[6, 5\] and hidden states \[6, 4, 3\]"):
         Batch(batch.item, batch.hidden_states[:, :4], batch.head_weight)
-    with pytest.raises(DataError, match="must name the positions of each of 6 rows"):
+    with pytest.raises(DataError, match="must hold the length of each of 6 rows"):
         Batch(batch.item, batch.hidden_states, batch.head_weight, lengths=(5, 5))
 
 
@@ -130,7 +130,7 @@ def test_a_mean_for_each_micro_batch() -> None:
     error = refused(loops.mean_of_micro_batches)
     assert "layout: 1 process, 2 micro-batches, padded, eager" in str(error)
     assert "8 of 12 layouts differ" in str(error)
-    assert "only several micro-batches differ: each is normalised by what it holds itself" in str(error)
+    assert "only several micro-batches differ: each is normalised by its tokens alone" in str(error)
 
 
 def test_divided_by_the_accumulation_steps_again() -> None:
@@ -190,27 +190,27 @@ def test_positions_that_are_not_scored_are_read(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"processes": 0}, r"processes=\(0,\) must hold whole numbers of at least 1"),
-        ({"micro_batches": ()}, r"micro_batches=\(\) must hold whole numbers"),
-        ({"sequence_parallel": (1.5,)}, r"sequence_parallel=\(1.5,\) must hold"),
+        ({"processes": 0}, r"processes=\(0,\) must be integers of at least 1"),
+        ({"micro_batches": ()}, r"micro_batches=\(\) must be integers of at least 1"),
+        ({"sequence_parallel": (1.5,)}, r"sequence_parallel=\(1.5,\) must be integers"),
         ({"sequence_parallel": (2,)}, "no layout is left to compare"),
-        ({"dtype": torch.bfloat16}, "dtype=torch.bfloat16 has no tolerance of its own"),
+        ({"dtype": torch.bfloat16}, "dtype=torch.bfloat16 has no default tolerance"),
         ({"modes": ("chnk",)}, "mode='chnk' is not one of the choices"),
         ({"modes": 3}, r"modes=\(3,\) must be 'eager', 'chunk' or both"),
         ({"modes": ()}, r"modes=\(\) must be 'eager'"),
         ({"packed": ()}, r"packed=\(\) must be True, False or both"),
         ({"packed": 1}, r"packed=\(1,\) must be True, False"),
-        ({"micro_batches": True}, r"micro_batches=\(True,\) must hold whole numbers"),
-        ({"micro_batches": "2"}, r"micro_batches=\('2',\) must hold whole numbers"),
-        ({"batch": 3}, r"batch=3 is no toolkit\.testing\.Batch; make one with random_batch"),
-        ({"loop": 3}, r"loop=3 cannot be called; give a function, loop\(part\) -> \(loss, metrics\)"),
+        ({"micro_batches": True}, r"micro_batches=\(True,\) must be integers of at least 1"),
+        ({"micro_batches": "2"}, r"micro_batches=\('2',\) must be integers of at least 1"),
+        ({"batch": 3}, r"batch=3 is not a toolkit\.testing\.Batch; make one with random_batch"),
+        ({"loop": 3}, r"loop=3 is not callable; pass a function, loop\(part\) -> \(loss, metrics\)"),
         ({"loop": lambda part: (None, {"x": torch.ones(3)})}, r"the metric 'x' that .* of type Tensor of shape \[3\]"),
-        ({"loop": lambda part: (None, {"x": "much"})}, r"the metric 'x' that the loop returned is of type str; give"),
+        ({"loop": lambda part: (None, {"x": "much"})}, r"the metric 'x' that the loop returned is of type str; return"),
         ({"loop": lambda part: (torch.ones(2), None)}, r"the loss that the loop returned is .* of shape \[2\]"),
-        ({"loop": lambda part: (None, 3)}, r"metrics of type int; give a dict by name, or None"),
-        ({"loss_cfg": "grpo"}, r"loss_cfg='grpo' is no config of a loss; give an object such as GRPOLossConfig"),
-        ({"loss_cfg": None}, "loss_cfg=None is no config"),
-        ({"loss_cfg": {"loss_type": "gspo"}}, "is no config of a loss"),
+        ({"loop": lambda part: (None, 3)}, r"metrics of type int; return a dict by name, or None"),
+        ({"loss_cfg": "grpo"}, r"loss_cfg='grpo' is not a loss config; pass e\.g\. GRPOLossConfig"),
+        ({"loss_cfg": None}, "loss_cfg=None is not a loss config"),
+        ({"loss_cfg": {"loss_type": "gspo"}}, "is not a loss config"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
@@ -253,7 +253,7 @@ def found(factors: dict[Layout, float | None], quantity: str = HEAD) -> str:
         (lambda own: 0.0, "no gradient arrives at the head: backward was not called, or the leaf was replaced"),
         (lambda own: 0.0 if own.is_packed else 1, "no gradient arrives at the head in 20 of 40 layouts"),
         (lambda own: None if own.processes > 1 else 1, "gradients are not exchanged over processes"),
-        (lambda own: None, "even the plainest layout differs"),
+        (lambda own: None, "even the simplest layout differs"),
     ],
 )
 def test_causes_by_hand(factor_of: Any, words: str) -> None:
@@ -362,7 +362,7 @@ def in_group(rank: int, world: int) -> None:
         assert words in likely_cause(findings, layouts), (loop.__name__, likely_cause(findings, layouts))
     with pytest.raises(LayoutError, match="2 processes, 1 micro-batch, 2 of them share each sequence, padded, eager"):
         assert_layout_invariant(GRPO, loop=loops.shards_counted_twice, modes=("eager",))
-    with pytest.raises(ConfigError, match="processes=3, but 2 work together here"):
+    with pytest.raises(ConfigError, match="processes=3 differs from the 2 processes of this group"):
         assert_layout_invariant(GRPO, processes=3)
     error = refused(loops.metrics_of_one_process, micro_batches=(1,), sequence_parallel=(1,))
     assert {own.rank for own in error.findings} == {0, 1}  # both processes know what both saw
@@ -429,21 +429,21 @@ def test_who_may_start_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_how_processes_ended_in_words(tmp_path: Path) -> None:
     def told(first: int, *codes: int) -> str:
-        return str(_told(tmp_path, ProcessExitedException("", first, 0, codes[first]), list(codes)))
+        return str(_failure(tmp_path, ProcessExitedException("", first, 0, codes[first]), list(codes)))
 
     assert told(1, -15, -9) == "process 1 was killed by signal 9 (SIGKILL, often because memory ran out)"
     assert told(1, -15, -15) == "process 1 was killed by signal 15 (SIGTERM)"
     assert told(0, 1, -11) == "process 1 was killed by signal 11 (SIGSEGV)"  # process 0 lost its peer, and was faster
     assert told(0, NESTED, -15).startswith("new processes import the script again")
-    assert told(0, 3, -15).startswith("process 0 ended with code 3 before its work; new processes import")
+    assert told(0, 3, -15).startswith("process 0 ended with code 3 before it called the function; new processes import")
     (tmp_path / "started-0").touch()
-    assert told(0, 3, -15) == "process 0 ended with code 3 and without a word"
+    assert told(0, 3, -15) == "process 0 ended with code 3 without an error message"
     for words, is_ours, kind, start in (
         ("DataError", True, DataError, "process 1: no such luck"),
         ("ValueError", False, LaunchError, "process 1 raised ValueError: no such luck"),
     ):
         (tmp_path / "error-1").write_bytes(pickle.dumps((words, "no such luck", "Traceback", is_ours)))
-        error = _told(tmp_path, ProcessExitedException("", 1, 0, 1), [-15, 1])
+        error = _failure(tmp_path, ProcessExitedException("", 1, 0, 1), [-15, 1])
         assert type(error) is kind
         assert str(error).startswith(start)
 

@@ -40,7 +40,7 @@ def test_who_needs_a_first_pass_and_gets_through_the_rehearsal(
 def test_a_silent_micro_batch_has_no_part_in_the_router_loss() -> None:
     config = SimpleNamespace(output_router_logits=True, router_aux_loss_coef=0.1)
     policy: Any = SimpleNamespace(head=SimpleNamespace(lm=SimpleNamespace(config=config)))
-    found = router_weights(policy, [rows(3), rows(1), rows(2).silenced()], "mean")
+    found = router_weights(policy, [rows(3), rows(1), rows(2).unscored_row()], "mean")
     assert [float(own) for own in found] == pytest.approx([0.75, 0.25, 0.0])
     config.output_router_logits = False
     assert router_weights(policy, [rows(3)], "mean") == [None]

@@ -16,7 +16,7 @@ from toolkit.errors import ConfigError
 
 def test_the_main_process_speaks_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     told = ConfigError("told")
-    told.is_told = True
+    told.is_reported = True
     waited: list[float] = []
     monkeypatch.setattr(train.time, "sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from tests.processes import START, free_port
 from toolkit import GRPOLossConfig, RLLossContextInputItem, ToolkitError
-from toolkit.training.failures import Failure, _is_of_communication, _words, shared_fate
+from toolkit.training.failures import Failure, _is_of_communication, _message_of, stop_together
 
 TIMEOUT = 300
 """Of the collectives; far more than any of these tests may take."""
@@ -83,7 +83,7 @@ def worker(rank: int, world: int, port: int, scenario: Callable[[int], None], ti
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     try:
-        with shared_fate(timeout):
+        with stop_together(timeout):
             scenario(rank)
         dist.destroy_process_group()
     except ToolkitError as error:  # as the command line does
@@ -164,7 +164,7 @@ def test_a_process_that_comes_too_late(tmp_path: Path) -> None:
     codes, words = outcome(one_is_late, tmp_path, world=2, timeout=3)
     assert codes == [1, 1]
     for line in words:
-        assert line.startswith("error: rank 0 waited in vain for another process (timeout: 3 s, set training.timeout_s")
+        assert line.startswith("error: rank 0 timed out waiting for another process (3 s; set training.timeout_s")
 
 
 @pytest.mark.dist
@@ -183,7 +183,7 @@ def test_a_run_without_faults_ends_quietly(tmp_path: Path) -> None:
 
 
 def test_one_process_alone_is_left_alone() -> None:
-    with pytest.raises(KeyError, match="mine"), shared_fate(1):
+    with pytest.raises(KeyError, match="mine"), stop_together(1):
         raise KeyError("mine")
 
 
@@ -203,7 +203,7 @@ def test_what_only_follows_from_another_process(error: BaseException, expected: 
 
 
 def test_words_for_the_others() -> None:
-    assert _words(ValueError("bad\nsecond line"), 3) == "rank 3 failed: ValueError: bad"
-    assert _words(ToolkitError("told"), 0) == "rank 0 failed: told"
-    assert _words(KeyboardInterrupt(), 1) == "rank 1 was interrupted"
+    assert _message_of(ValueError("bad\nsecond line"), 3) == "rank 3 failed: ValueError: bad"
+    assert _message_of(ToolkitError("told"), 0) == "rank 0 failed: told"
+    assert _message_of(KeyboardInterrupt(), 1) == "rank 1 was interrupted"
     assert Failure(1, "x").code == 1

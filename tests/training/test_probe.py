@@ -129,7 +129,7 @@ def test_any_config_of_a_loss_says_how_gradients_are_reduced() -> None:
     assert _probe_cfg(GRPOLossConfig(gradient_reduction="sum")) == CELossConfig(gradient_reduction="sum")
     own = CELossConfig(gradient_reduction="sum", softcap=3.0)
     assert _probe_cfg(own) is own
-    with pytest.raises(ConfigError, match=r"got an object of type dict; give the config of your loss"):
+    with pytest.raises(ConfigError, match=r"loss_cfg of type dict is not a loss config; give the config of your loss"):
         check_gradient_scale(loss_cfg={"gradient_reduction": "sum"})  # type: ignore[arg-type]
 
 
@@ -217,7 +217,7 @@ def loops_of_several(rank: int, world: int) -> None:
     words = refused(wrap=Summing)
     assert f"gradients are {world} times what they should be: {world} is the number of processes: the back-end" in words
     words = refused(wrap=DistributedDataParallel, loss_cfg=of_sum)
-    assert f"1/{world} is that of the processes" in words
+    assert f"{world} is the number of processes: the back-end averages" in words
     assert "set loss.gradient_reduction=mean" in words
     for wrap, no_sync in ((None, None), (DistributedDataParallel, lambda ddp: ddp.no_sync())):
         inner = (lambda ddp: ddp.module) if wrap else (lambda module: module)

@@ -51,13 +51,13 @@ def test_minibatches_are_those_of_one_process(unit: int) -> None:
     cuts = [minibatches(rows_of, rank, 3, Random(5), unit=unit) for rank in range(4)]
     starts = [0, 6, 6, 14]
     for number, whole in enumerate(alone):
-        own = [(cuts[rank][number].own + starts[rank]).tolist() for rank in range(4)]
-        assert sorted(row for part in own for row in part) == sorted(whole.own.tolist())
-        assert all(bool((cuts[rank][number].own < rows_of[rank]).all()) for rank in range(4))
+        own = [(cuts[rank][number].local_rows + starts[rank]).tolist() for rank in range(4)]
+        assert sorted(row for part in own for row in part) == sorted(whole.local_rows.tolist())
+        assert all(bool((cuts[rank][number].local_rows < rows_of[rank]).all()) for rank in range(4))
         assert {cut[number].largest for cut in cuts} == {max(map(len, own))}
-        assert whole.own.view(-1, unit)[:, 0].remainder(unit).eq(0).all()
-    assert sorted(torch.cat([cut.own for cut in alone]).tolist()) == list(range(16))
-    assert [cut.own.tolist() for cut in minibatches([0, 0], 1, 2, Random(0))] == [[], []]
+        assert whole.local_rows.view(-1, unit)[:, 0].remainder(unit).eq(0).all()
+    assert sorted(torch.cat([cut.local_rows for cut in alone]).tolist()) == list(range(16))
+    assert [cut.local_rows.tolist() for cut in minibatches([0, 0], 1, 2, Random(0))] == [[], []]
 
 
 def close(ours: dict[str, float], theirs: dict[str, float], *, rel: float, abs_: float) -> None:

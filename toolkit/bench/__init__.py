@@ -1,1 +1,1 @@
-"""Time and memory of the head and of losses, beside peers and beside a loss written by hand."""
+"""Time and memory of the head and of losses, compared with peers and with a loss written by hand."""

@@ -1,6 +1,6 @@
 """``python -m toolkit.bench``: measure the head with a loss on top; ``--help`` lists every choice.
 
-Checks the whole command line before torch is imported, then hands over to `toolkit.bench`.
+Checks the command line before torch is imported, then runs the benchmark.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXAMPLES = {
     "python -m toolkit.bench bench=bars": "the table in README",
 }
 
-# Idle threads that spin would be counted as CPU time.
+# Spinning idle threads would count as CPU time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

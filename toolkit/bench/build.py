@@ -1,4 +1,4 @@
-"""What the benchmark composes, and its config objects; no torch here."""
+"""Compose the config objects of the benchmark; does not import torch."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ NOT_IN_BENCH = ("temperature", "logit_scale", "softcap", "ignore_idx", "entropy_
 
 
 def build_bench(cfg: DictConfig) -> tuple[BenchConfig, BaseLossConfig]:
-    """Instantiate what the benchmark needs of its composed configuration.
+    """Instantiate the config objects of a composed configuration.
 
     Raises:
-        ConfigError: as `build_config`.
+        ConfigError: as in `build_config`; or the benchmark does not support the loss.
     """
     loss = build_loss(cfg)
     lacking = loss.not_in_training if isinstance(loss, BaseRLLossConfig) else None
     if lacking is not None:
         raise ConfigError(
-            f"the loss reads {lacking} of the items, which the benchmark does not make up; choose another policy loss, "
+            f"the loss reads {lacking} of the items, which the benchmark does not create; choose another policy loss, "
             "or a KL estimated from the sampled token"
         )
     for name, field in type(loss).model_fields.items():
         value = getattr(loss, name)
         if name in NOT_IN_BENCH and value != field.default:
             raise ConfigError(
-                f"loss.{name}={value} is not in the benchmark, for not every variant has it; leave it at "
-                f"{field.default!r}" + ("; the cap of all variants is bench.softcap" if name == "softcap" else "")
+                f"loss.{name}={value} is not in the benchmark, because some variants do not have it; leave "
+                f"it at {field.default!r}" + ("; the cap of all variants is bench.softcap" if name == "softcap" else "")
             )
     return build_part(cfg, "bench", BenchConfig), loss

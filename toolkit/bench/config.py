@@ -1,4 +1,4 @@
-"""What the benchmark measures; no torch here."""
+"""What the benchmark measures; does not import torch."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class BenchConfig(Config):
     sequence_length: Size = 512
     """Tokens of a row, its prompt included; a divisor of N."""
     ignored: Fraction = 0.5
-    """Part of every row that is prompt, at its beginning."""
+    """Fraction of every row that is prompt, at its start."""
     zero_advantage: Fraction = 0.0
-    """Part of the rows whose advantage is 0."""
+    """Fraction of the rows whose advantage is 0."""
     frozen_head: bool = False
     """Only the hidden states get a gradient, as with LoRA."""
     chunk_size: Annotated[int | Literal["auto"], BeforeValidator(checked_chunk_size)] = 512
-    """Tokens whose logits are held at once by the chunked variants."""
+    """Tokens whose logits the chunked variants hold at once."""
     entropy: bool = False
     """Also report the policy's entropy, as the training run does."""
     softcap: Annotated[float, Field(gt=0)] | None = None
-    """Soft cap of the logits; variants that have none are left out then."""
+    """Soft cap of the logits; variants that do not have one are skipped then."""
     cases: Literal["configured", "all", "overhead"] = "configured"
-    """all: besides the configured loss every pass of the head, on this shape; overhead: building kwargs and LossRunner
-    included, over the same loss written by hand."""
+    """all: the configured loss and every pass of the head, on this shape; overhead: with building kwargs and
+    LossRunner, relative to the same loss written by hand."""
     peers: bool = True
     """Measure the peers that are installed."""
     memory: bool = True
@@ -46,11 +46,11 @@ class BenchConfig(Config):
     accuracy: bool = True
     """Compare loss and gradients with float64 at a smaller shape."""
     keep_memory: bool = True
-    """While time is measured keep freed memory in the process (glibc), as jemalloc and tcmalloc do by themselves."""
+    """Keep freed memory in the process (glibc) while time is measured, as jemalloc and tcmalloc do by default."""
     rounds: Size = 5
-    """Timed calls of each variant, interleaved; one more before them does not count."""
+    """Timed calls of each variant, interleaved, after one warm-up call."""
     threads: Size | None = None
-    """CPU threads; None: what PyTorch takes."""
+    """CPU threads; None: PyTorch's default."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the made-up tokens."""
 

@@ -1,4 +1,4 @@
-"""Time interleaved in one process, memory in one process a variant, accuracy at a smaller shape."""
+"""Measure time (interleaved, in one process), memory (one process for each variant), accuracy (smaller shape)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from toolkit.bench.config import BenchConfig
 from toolkit.bench.problem import Problem, Step, device_of
 from toolkit.bench.variants import Variant, variants
+from toolkit.errors import described
 from toolkit.head.memory import keep_freed_memory
 from toolkit.losses.config.base import BaseLossConfig
 
@@ -30,13 +31,13 @@ SMALL = (256, 64, 2048)
 
 @dataclass
 class Result:
-    """What was measured of a variant; lists have one entry a round."""
+    """Measurements of a variant; lists have one entry for each round."""
 
     name: str
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
-    """Over the inputs, returned gradients included."""
+    """Without the inputs, with the returned gradients."""
     errors: dict[str, float] | None = None
     """Relative errors of loss and gradients against float64."""
     skipped: str | None = None
@@ -50,7 +51,7 @@ class Result:
 def measure_all(
     config: BenchConfig, loss_cfg: BaseLossConfig, plugins: Sequence[str], say: Callable[[str], None]
 ) -> list[Result]:
-    """Measure every variant; `say` hears what is being done."""
+    """Measure every variant; `say` is called with each step."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     chosen = variants(config, loss_cfg)
@@ -59,7 +60,7 @@ def measure_all(
     if config.accuracy:
         say("accuracy")
         _measure_accuracy(config, loss_cfg, running, results)
-        torch.compiler.reset()  # what a peer compiled for the small shape does not always fit the large one
+        torch.compiler.reset()  # code that a peer compiled for the small shape may not fit the large one
         running = [variant for variant in running if results[variant.name].skipped is None]
     if config.keep_memory:
         keep_freed_memory()
@@ -92,13 +93,13 @@ def _measure_time(
 
 @contextlib.contextmanager
 def _noting_failure(result: Result, *, is_ours: bool) -> Iterator[None]:
-    """Let a peer fail by itself: what it said goes into its result, and the others are measured."""
+    """Let a peer fail alone: its error goes into its result, and the others are measured."""
     try:
         yield
     except Exception as error:
         if is_ours:
             raise
-        result.skipped = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        result.skipped = f"failed: {described(error)}"
 
 
 def _timed(problem: Problem, step: Step) -> tuple[float, float]:
@@ -161,9 +162,9 @@ def _loss_and_grads(problem: Problem, step: Step) -> tuple[Tensor, dict[str, Ten
     problem.clear()
     loss = step()
     assert loss is not None
-    found = {"hidden": problem.hidden.grad, "weight": problem.weight.grad}
+    grads = {"hidden": problem.hidden.grad, "weight": problem.weight.grad}
     problem.clear()
-    return loss.detach(), {name: grad for name, grad in found.items() if grad is not None}
+    return loss.detach(), {name: grad for name, grad in grads.items() if grad is not None}
 
 
 def _smaller(config: BenchConfig) -> BenchConfig:
@@ -175,7 +176,7 @@ def _smaller(config: BenchConfig) -> BenchConfig:
 
 
 def _peak_of(config: BenchConfig, loss_cfg: BaseLossConfig, plugins: Sequence[str], name: str) -> int | None:
-    """Measure in a process of its own, which nobody else has warmed or filled."""
+    """Measure in a new process, where no other variant has compiled or allocated anything."""
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder, "task.pickle")
         task.write_bytes(pickle.dumps((config, loss_cfg, list(plugins), name)))
@@ -188,10 +189,10 @@ def _peak_of(config: BenchConfig, loss_cfg: BaseLossConfig, plugins: Sequence[st
 
 
 def peak_of_call(config: BenchConfig, loss_cfg: BaseLossConfig, name: str) -> int:
-    """Return the bytes over the inputs at the worst moment of a call, in this process: call it in a fresh one.
+    """Return the peak bytes of a call without its inputs, in this process: use a new process for each call.
 
-    On a CPU the resident high-water mark, so that whatever a library allocates by itself counts too; a first call has
-    then compiled what it compiles. On a GPU the peak of PyTorch's allocator.
+    On a CPU the peak of the resident memory, so allocations inside libraries count too; a first call, which compiles,
+    is not measured. On a GPU the peak of PyTorch's allocator.
     """
     (variant,) = [variant for variant in variants(config, loss_cfg) if variant.name == name]
     problem = variant.problem()
@@ -211,10 +212,10 @@ def _reset_peak(device: torch.device) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    _give_memory_back()
+    _release_freed_memory()
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
-        clear.write_text("5")  # resets the high-water mark
+        clear.write_text("5")  # resets the peak
     return _status("VmRSS")
 
 
@@ -234,8 +235,8 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def _give_memory_back() -> None:
-    """Let the C library return what it keeps, so that it is not there unseen in the next call."""
+def _release_freed_memory() -> None:
+    """Let the C library return freed memory to the system, so the next call does not reuse it unnoticed."""
     import ctypes
 
     try:

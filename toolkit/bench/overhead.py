@@ -1,4 +1,4 @@
-"""What a call costs beside its arithmetic: a loss as one writes it by hand, and the same through this package.
+"""Overhead of a call: a loss written by hand, and the same loss through this package.
 
 Legend: B rows, T positions of a row, N = B T tokens, D hidden width, V vocabulary.
 """
@@ -19,7 +19,7 @@ from toolkit.losses.items import RLLossContextInputItem
 from toolkit.runner import LossRunner
 
 BY_HAND = "by hand"
-"""What the others are compared with."""
+"""The variant that the others are compared with."""
 
 
 def by_hand(problem: Problem) -> Step:
@@ -89,7 +89,7 @@ BUILDERS: dict[str, Callable[[Problem], Step]] = {
     "LossRunner, mode=eager": partial(by_runner, mode="eager"),
     "LossRunner, mode=chunk": partial(by_runner, mode="chunk"),
 }
-"""By name; the first is what the others are compared with."""
+"""By name; the others are compared with the first."""
 
 
 def _in_mode(problem: Problem, mode: str) -> GRPOLossConfig:

@@ -1,6 +1,6 @@
-"""Other projects' heads, where they are installed; each gets the scored tokens only, also where it would take all.
+"""Heads of other projects, if installed; each gets only the scored tokens, even if it accepts all.
 
-The loss on top is ours wherever the peer gives log-probabilities, so that the head is what differs.
+The loss on top is ours if the peer returns log-probabilities, so only the head differs.
 
 Legend: n scored tokens, D hidden width, V vocabulary.
 """
@@ -22,7 +22,7 @@ from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.policy import GRPOLossConfig
 
 TRL_VOCABULARY_TILE = 32768
-"""What TRL's trainer takes: tiles of 4096 tokens by this many vocabulary entries."""
+"""As in TRL's trainer: tiles of 4096 tokens by this many vocabulary entries."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Peer:
 
 def _absent(distribution: str, least: tuple[int, ...]) -> str | None:
     try:
-        found = version(distribution)
+        installed = version(distribution)
     except PackageNotFoundError:
         return f"{distribution} is not installed"
-    numbers = tuple(int(part) for part in found.split(".")[: len(least)] if part.isdigit())
-    return None if numbers >= least else f"{distribution} {found} is older than {'.'.join(map(str, least))}"
+    numbers = tuple(int(part) for part in installed.split(".")[: len(least)] if part.isdigit())
+    return None if numbers >= least else f"{distribution} {installed} is older than {'.'.join(map(str, least))}"
 
 
 def _no_trl(config: BenchConfig, loss_cfg: BaseLossConfig) -> str | None:

@@ -49,11 +49,11 @@ class Problem:
 
     @property
     def scored(self) -> Tensor:
-        """[n] int64, where tokens are scored."""
+        """[n] int64, positions of the scored tokens."""
         return (self.labels != -100).nonzero().squeeze(1)
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Delete the gradients."""
         self.hidden.grad = self.weight.grad = None
 
 
@@ -64,7 +64,7 @@ def make_problem(config: BenchConfig, loss_cfg: BaseLossConfig, *, dtype: torch.
     generator = torch.Generator().manual_seed(config.seed)
     hidden = torch.randn(tokens, width, generator=generator).to(device, dtype)
     weight = torch.empty(vocabulary, width, dtype=dtype, device=device)
-    for start in range(0, vocabulary, 8192):  # in slabs: an fp32 copy of a large bf16 head would be the peak
+    for start in range(0, vocabulary, 8192):  # in slices, because an fp32 copy of a large bf16 head would be the peak
         rows = weight[start : start + 8192]
         rows.copy_(torch.randn(rows.shape, generator=generator) * width**-0.5)
     count = tokens // config.sequence_length
@@ -99,7 +99,7 @@ def _logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, config: BenchConfi
 
 
 def device_of(config: BenchConfig) -> torch.device:
-    """Return where to measure."""
+    """Return the device to measure on."""
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

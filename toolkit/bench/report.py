@@ -22,12 +22,12 @@ COLUMNS = ("variant", "wall ms", "CPU ms", "x floor", "peak MiB", "error")
 
 
 def time_kind(config: BenchConfig) -> str:
-    """Return which time is compared: CPU-seconds are the steadier figure on a shared CPU; a GPU has none."""
+    """Return which time is compared: on a shared CPU, CPU seconds vary less; a GPU has only wall time."""
     return "wall" if device_of(config).type == "cuda" else "cpu"
 
 
 def table(config: BenchConfig, results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """Return the rows of the table, the first with its headings."""
+    """Return the rows of the table; the first holds the headings."""
     kind, floor = time_kind(config), results[0]
     rows: list[tuple[str, ...]] = [COLUMNS]
     for result in results:
@@ -48,7 +48,7 @@ def table(config: BenchConfig, results: Sequence[Result]) -> list[tuple[str, ...
 
 
 def print_table(config: BenchConfig, results: Sequence[Result]) -> None:
-    """Print the table with what it means below."""
+    """Print the table and an explanation of its columns."""
     from rich.console import Console
     from rich.table import Table
 
@@ -107,7 +107,7 @@ def write(folder: Path, config: BenchConfig, loss: dict[str, Any], results: Sequ
 
 
 def environment(config: BenchConfig) -> dict[str, Any]:
-    """Return what the numbers depend on."""
+    """Return the hardware and software that the numbers depend on."""
     device = device_of(config)
     return {
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""What is measured: the bare products, eager PyTorch, our passes. Legend: n scored tokens, D width, V vocabulary."""
+"""The variants to measure: bare products, eager PyTorch, our passes. Legend: n scored tokens, D width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Variant:
     name: str
     problem: Callable[[], Problem]
     build: Callable[[Problem], Step]
-    """Prepares everything that is not measured and returns what is."""
+    """Prepares everything that is not measured, and returns the function to measure."""
     has_gradients: bool = True
     is_ours: bool = True
     why_not: str | None = None
@@ -40,33 +40,33 @@ class Variant:
 
 def variants(config: BenchConfig, loss_cfg: BaseLossConfig) -> list[Variant]:
     """Return everything to measure, the floor first."""
-    own_problem = _once(config, loss_cfg)
+    shared_problem = _once(config, loss_cfg)
     if config.cases == "overhead":
-        return [Variant(name, own_problem, build) for name, build in BUILDERS.items()]
-    found = [
-        Variant(FLOOR, own_problem, _products, has_gradients=False),
-        Variant("toolkit", own_problem, _toolkit),
-        Variant("toolkit, token_logprobs, any loop", own_problem, _token_logprobs),
-        Variant("toolkit, mode=eager", own_problem, partial(_toolkit, mode="eager")),
-        Variant("eager PyTorch, all tokens", own_problem, _eager),
+        return [Variant(name, shared_problem, build) for name, build in BUILDERS.items()]
+    chosen = [
+        Variant(FLOOR, shared_problem, _products, has_gradients=False),
+        Variant("toolkit", shared_problem, _toolkit),
+        Variant("toolkit, token_logprobs, any loop", shared_problem, _token_logprobs),
+        Variant("toolkit, mode=eager", shared_problem, partial(_toolkit, mode="eager")),
+        Variant("eager PyTorch, all tokens", shared_problem, _eager),
     ]
     if config.cases == "all":
-        found[2:2] = _all_cases(config, loss_cfg, own_problem)
+        chosen[2:2] = _all_cases(config, loss_cfg, shared_problem)
     if config.peers:
-        found += [
-            Variant(peer.name, own_problem, peer.build, is_ours=False, why_not=peer.why_not(config, loss_cfg))
+        chosen += [
+            Variant(peer.name, shared_problem, peer.build, is_ours=False, why_not=peer.why_not(config, loss_cfg))
             for peer in PEERS
         ]
-    return found
+    return chosen
 
 
-def _all_cases(config: BenchConfig, loss_cfg: BaseLossConfig, own_problem: Callable[[], Problem]) -> list[Variant]:
+def _all_cases(config: BenchConfig, loss_cfg: BaseLossConfig, shared_problem: Callable[[], Problem]) -> list[Variant]:
     """Return every pass: other losses, other lengths, a frozen head, no gradient."""
 
     def changed(loss_type: str = "vanilla", **changes: Any) -> Callable[[], Problem]:
         of_loss = [key for key in ("retain_bytes", "use_entropy_metric") if key in changes]
         loss_changes = {str(key): changes.pop(key) for key in of_loss}
-        # GSPO's own range clips whole sequences of made-up tokens, whose products would be skipped.
+        # GSPO's default range clips entire sequences of made-up tokens, whose products would be skipped.
         wide = {"cliprange_low": 0.2, "cliprange_high": 0.2}
         base = loss_cfg.model_dump() if isinstance(loss_cfg, GRPOLossConfig) else GRPOLossConfig().model_dump()
         policy_loss = {"loss_type": loss_type, **wide}
@@ -91,12 +91,12 @@ def _all_cases(config: BenchConfig, loss_cfg: BaseLossConfig, own_problem: Calla
         ),
         Variant("toolkit, frozen head", changed(frozen_head=True), _toolkit),
         Variant("toolkit, frozen head, gspo, one long sequence", changed("gspo", frozen_head=True, **length), _toolkit),
-        Variant("toolkit, log-probs without gradient", own_problem, _no_grad, has_gradients=False),
+        Variant("toolkit, log-probs without gradient", shared_problem, _no_grad, has_gradients=False),
     ]
 
 
 def _once(config: BenchConfig, loss_cfg: BaseLossConfig) -> Callable[[], Problem]:
-    """Return a maker that keeps the last few problems, so that variants share their tensors."""
+    """Return a function that makes the problem once, so variants share its tensors."""
 
     def make() -> Problem:
         key = (config, repr(loss_cfg))

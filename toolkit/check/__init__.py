@@ -1,1 +1,1 @@
-"""Is a user's policy loss right? Checked on made-up tokens on the CPU, and reported in words."""
+"""Check a user-defined policy loss on made-up tokens on the CPU, and report what is wrong."""

@@ -1,4 +1,4 @@
-"""``python -m toolkit.check my_file.py:my_loss``: does a policy loss keep what every policy loss must keep?
+"""``python -m toolkit.check my_file.py:my_loss``: does a policy loss follow the rules for all policy losses?
 
 Also ``my_module:my_loss``, or the name of a registered loss; ``eps=0.3`` after it sets an option. ``--distributed 2``
 checks instead that two processes give the gradient of one.
@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, NoReturn
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from toolkit.errors import ConfigError, ToolkitError, print_text, say_warnings_plainly
+from toolkit.errors import ConfigError, ToolkitError, first_line, print_text, say_warnings_plainly
 
 if TYPE_CHECKING:
     from toolkit.check.suite import Outcome
 
 MOST_PROCESSES = 16
-"""Each takes about 300 MB; more show nothing that these do not."""
+"""Each takes about 300 MB; more would show nothing new."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Prints an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         _stop(message)
@@ -47,9 +47,9 @@ def main() -> None:
     parser.add_argument(
         "--distributed",
         metavar="N",
-        help="start N processes (gloo) and check that they give the loss, gradients and metrics of one, whatever the "
-        "micro-batches, packed rows and sequence-parallel shards; without a loss: cross-entropy, OREAL and one policy "
-        "loss of each scope",
+        help="start N processes (gloo) and check that loss, gradients and metrics equal those of one process, for "
+        "several numbers of micro-batches, packed rows and sequence-parallel shards; without a loss: cross-entropy, "
+        "OREAL and one policy loss of each scope",
     )
     arguments = parser.parse_args()
     if arguments.loss is None and arguments.distributed is None:
@@ -74,27 +74,27 @@ def main() -> None:
 
 
 def _check_source(what: str | None) -> None:
-    """Raise if a file is named that is not there or is no Python, before torch is loaded."""
+    """Raise if a named file does not exist or is not valid Python, before torch is loaded."""
     source = (what or "").rpartition(":")[0]
     if not source.endswith(".py"):
         return
     path = Path(source).resolve()
     if not path.is_file():
-        raise ConfigError(f"there is no file {source!r} (looked for {path})")
+        raise ConfigError(f"file {source!r} does not exist (looked for {path})")
     try:
         compile(path.read_bytes(), str(path), "exec")
     except (SyntaxError, ValueError) as error:
         where = f"{path}:{getattr(error, 'lineno', None) or 1}"
-        raise ConfigError(f"{source!r} is no Python: {getattr(error, 'msg', error)} ({where})") from None
+        raise ConfigError(f"{source!r} is not valid Python: {getattr(error, 'msg', error)} ({where})") from None
 
 
-def _processes(given: str) -> int:
-    if not given.isdecimal() or not 2 <= int(given) <= MOST_PROCESSES:
+def _processes(number: str) -> int:
+    if not number.isdecimal() or not 2 <= int(number) <= MOST_PROCESSES:
         raise ConfigError(
-            f"--distributed {given}: give the number of processes, 2 to {MOST_PROCESSES}, before the loss: "
+            f"--distributed {number}: give the number of processes, 2 to {MOST_PROCESSES}, before the loss: "
             "toolkit-check --distributed 2 my_file.py:my_loss"
         )
-    return int(given)
+    return int(number)
 
 
 def _distributed(processes: int, what: str | None, options: dict[str, object]) -> tuple[str, list[Outcome]]:
@@ -110,14 +110,14 @@ def _stop(message: str) -> NoReturn:
     raise SystemExit(1) from None
 
 
-def _options(given: list[str]) -> dict[str, object]:
-    for word in given:
-        if "=" not in word:
-            raise ConfigError(f"{word!r} is not an option of the loss; write option=value, such as eps=0.3")
+def _options(assignments: list[str]) -> dict[str, object]:
+    for assignment in assignments:
+        if "=" not in assignment:
+            raise ConfigError(f"{assignment!r} is not an option of the loss; write option=value, such as eps=0.3")
     try:
-        options = OmegaConf.to_container(OmegaConf.from_dotlist(given))
+        options = OmegaConf.to_container(OmegaConf.from_dotlist(assignments))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{' '.join(given)}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{' '.join(assignments)}: {first_line(error)}") from None
     assert isinstance(options, dict)
     return {str(name): value for name, value in options.items()}
 

@@ -1,4 +1,4 @@
-"""Checks that call the function by itself, on a few made-up tokens. N: tokens."""
+"""Checks that call only the loss function, on a few made-up tokens. N: tokens."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ USUAL, FAR = 0.3, 1.0
 SEQUENCE_ADVANTAGES = (1.0, -0.7, -1.5, 2.0)
 """Of the made-up sequences; each group has one of each sign."""
 LOG_RATIOS = (25.0, 100.0)
-"""Size of log ratios, in nats, that a stale policy or a very rare token brings; e^100 overflows fp32."""
+"""Size of log ratios, in nats, as a stale policy or a very rare token gives; e^100 overflows fp32."""
 SMALL_STEP, LARGE_STEP = 1e-6, 0.01
 """In nats: float32 resolves the small one at a ratio near 1, half precision does not."""
 NUMBERS = (0.05, 0.1, 0.3, 0.5, 0.9, 1.5, 3.0, 8.0)
-"""Values that a number may take when it has no default to start from."""
+"""Values to try for a number without a default."""
 VALUES_OF_OTHERS = 4
-"""So many other values of each option are tried while another one is looked at."""
+"""Values of each other option that are tried while one option is checked."""
 
 
 def one_loss_for_each_token(s: Subject) -> None:
@@ -49,26 +49,26 @@ def inputs_unchanged(s: Subject) -> None:
     ]
     if changed:
         raise Failed(
-            f"it changes t.{changed[0]} in place, which other terms of the loss and the next chunk read, too; use the "
+            f"it changes t.{changed[0]} in place, but other terms of the loss and the next chunk also read it; use the "
             "form without the underscore (x = x.clamp(...), not x.clamp_(...); x = x * 2, not x *= 2)"
         )
 
 
 def keeps_scope(s: Subject) -> None:
-    """A token's loss looks at no more than `scope` says."""
+    """A token's loss depends on no more than `scope` says."""
     check_scope(s.loss, s.options)
     if s.loss.scope == "batch":
-        raise NotApplicable("scope='batch' lets a token's loss look at everything in its micro-batch")
+        raise NotApplicable("scope='batch' lets a token's loss depend on everything in its micro-batch")
 
 
 def repeatable(s: Subject) -> None:
-    """The same tensors give the same losses, whatever random numbers were drawn before."""
+    """The same tensors give the same losses, whatever the state of the random number generator."""
     terms = made_up_terms(FAR)
     first = s(terms)
     torch.rand(7)
     if not all(torch.equal(a, b) for a, b in zip(first, s(terms), strict=True)):
         raise Failed(
-            "called twice with the same tensors it gives two losses; draw random tokens with "
+            "two calls with the same tensors give different losses; draw random tokens with "
             "t.selected_at_random(is_eligible, count, seed), and keep no state between calls"
         )
 
@@ -80,11 +80,11 @@ def gradient_sign(s: Subject) -> None:
     terms = replace(terms, old_logprobs=same, rollout_logprobs=same, advantages=advantages)
     _, grads = s(terms)
     if _ignores_advantages(s, terms):
-        given = [need for need in s.loss.needs if need.endswith("logprobs") and need != "rollout_logprobs"]
-        if given:
-            raise NotApplicable(f"it learns from {given[0]} and does not read t.advantages")
+        logprobs_needed = [need for need in s.loss.needs if need.endswith("logprobs") and need != "rollout_logprobs"]
+        if logprobs_needed:
+            raise NotApplicable(f"it learns from {logprobs_needed[0]} and does not read t.advantages")
         raise Failed(
-            "neither loss nor gradient changes with t.advantages: every token is pushed alike; use t.advantages, or "
+            "neither loss nor gradient changes with t.advantages: all tokens are treated alike; use t.advantages, or "
             "declare what it learns from instead (needs=('teacher_logprobs',))"
         )
     for sign, what, wish in ((1, "A > 0", "lower"), (-1, "A < 0", "raise")):
@@ -96,12 +96,12 @@ def gradient_sign(s: Subject) -> None:
                 "sign missing, or are the policies swapped?"
             )
     if not bool((grads != 0).any()):
-        raise Failed("no token has a gradient where old and current policy agree; is t.logprobs detached on the way?")
+        raise Failed("no token has a gradient where old and current policy agree; is t.logprobs detached?")
 
 
 def _ignores_advantages(s: Subject, terms: PolicyTerms) -> bool:
-    given = [s(replace(terms, advantages=own)) for own in (terms.advantages, -terms.advantages, 2 * terms.advantages)]
-    return all(torch.equal(a, b) for other in given[1:] for a, b in zip(given[0], other, strict=True))
+    first, *others = (s(replace(terms, advantages=factor * terms.advantages)) for factor in (1, -1, 2))
+    return all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 # -------------------------------------------------------------------- options
@@ -112,7 +112,7 @@ def options_matter(s: Subject) -> None:
     if not s.options:
         raise NotApplicable("it has no options")
     probes = _probes()
-    # With the given options first; some options are read only when another one (a switch, a bound) is changed.
+    # The options of the subject first; some options are read only if another one (a switch, a bound) is changed.
     idle = {name: tried for name in s.options if (tried := list(_others(s, name)))}
     for context in _contexts(s):
         base = _answers(s, context, probes)
@@ -127,7 +127,7 @@ def options_matter(s: Subject) -> None:
     values = ", ".join(f"{value}" for value in tried[:4])
     raise Failed(
         f"option {name!r} changes neither loss nor gradient of any made-up token (tried {values} instead of "
-        f"{s.options[name]}): use it, or remove it, so that nobody tunes a setting that is not read"
+        f"{s.options[name]}): use it, or remove it, because tuning it does nothing"
         + (f"; the same holds for {', '.join(list(idle)[1:])}" if len(idle) > 1 else "")
     )
 
@@ -140,12 +140,13 @@ def _contexts(s: Subject) -> Iterator[dict[str, Any]]:
 
 def _probes() -> list[PolicyTerms]:
     """Return tokens near and far from the old policy, with small, large and per-sequence advantages."""
-    found = []
+    probes = []
     for spread in SPREADS:
         terms = made_up_terms(spread)
         of_sequences = _of_sequences(terms)
-        found += [replace(terms, advantages=own) for own in (terms.advantages, 5 * terms.advantages, of_sequences)]
-    return found
+        choices = (terms.advantages, 5 * terms.advantages, of_sequences)
+        probes += [replace(terms, advantages=advantages) for advantages in choices]
+    return probes
 
 
 def _of_sequences(terms: PolicyTerms) -> Tensor:
@@ -202,7 +203,7 @@ def _choices(annotation: Any) -> list[Any]:
 
 
 def finite(s: Subject) -> None:
-    """No token gives NaN or inf, in value or gradient, however far the policies are apart."""
+    """No token gives NaN or inf, in value or gradient, however far apart the policies are."""
     base = made_up_terms(USUAL)
     count = len(base.logprobs)
     alternating = torch.tensor([1.0, -1.0]).repeat(count)[:count]
@@ -216,29 +217,29 @@ def finite(s: Subject) -> None:
         names = [name for name, _ in tensors_of(base) if name.endswith("_logprobs")]
         tensors: dict[str, Any] = dict.fromkeys(names, others)
         terms = replace(base, logprobs=apart, advantages=2 * sign, entropies=torch.ones(count), **tensors)
-        for what, found in zip(("loss", "gradient"), s(terms), strict=True):
-            broken = ~found.isfinite()
+        for what, values in zip(("loss", "gradient"), s(terms), strict=True):
+            broken = ~values.isfinite()
             if bool(broken.any()):
                 raise Failed(
-                    f"the {what} is {float(found[broken][0])} in float32 for log ratios of {shift_name}{size:g} nats "
+                    f"the {what} is {float(values[broken][0])} in float32 for log ratios of {shift_name}{size:g} nats "
                     f"with A of sign {sign_name}; take ratios from t.ratio() or t.bounded(x).exp(), which clamp "
                     "before exp, and select with .where instead of multiplying by a mask (inf x 0 is NaN)"
                 )
 
 
 def precision(s: Subject) -> None:
-    """fp32 log-probabilities give fp32 losses or wider, and no rounding to half precision on the way."""
+    """fp32 log-probabilities give losses in fp32 or wider, without rounding to half precision inside."""
     wide = made_up_terms(USUAL)
-    floats: dict[str, Any] = {name: own.float() for name, own in tensors_of(wide) if own.is_floating_point()}
-    for what, found in zip(("losses", "gradients"), s(replace(wide, **floats)), strict=True):
-        if found.dtype not in (torch.float32, torch.float64):
-            raise Failed(f"float32 tensors give {what} in {found.dtype}; compute in float32: remove the conversion")
-    # Rounding makes stairs: tokens that a large step moves do not feel a small one.
+    floats: dict[str, Any] = {name: value.float() for name, value in tensors_of(wide) if value.is_floating_point()}
+    for what, values in zip(("losses", "gradients"), s(replace(wide, **floats)), strict=True):
+        if values.dtype not in (torch.float32, torch.float64):
+            raise Failed(f"float32 tensors give {what} in {values.dtype}; compute in float32: remove the conversion")
+    # After rounding, a small step does not change the losses of tokens that a large step changes.
     start, small, large = (s(replace(wide, logprobs=wide.logprobs + step))[0] for step in (0.0, SMALL_STEP, LARGE_STEP))
     moved = start != large
     stuck = moved & (start == small)
     if int(stuck.sum()) > int(moved.sum()) / 2:
         raise Failed(
-            f"its losses do not feel a step of {SMALL_STEP:g} nats in the log-probabilities, as after rounding to half "
-            "precision; remove .half(), .bfloat16() and the like"
+            f"its losses do not change with a step of {SMALL_STEP:g} nats in the log-probabilities, as after rounding "
+            "to half precision; remove .half(), .bfloat16() and similar calls"
         )

@@ -1,4 +1,4 @@
-"""Checks that put the loss under a small LM head, with items, micro-batches, packed rows and chunks."""
+"""Checks that run the loss on a small LM head, with items, micro-batches, packed rows and chunks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit.check.subject import Failed, NotApplicable, Subject, fields_declared
+from toolkit.errors import described
 from toolkit.losses.config.policy import GRPOLossConfig
 from toolkit.losses.grpo import GRPOLossContext
 from toolkit.losses.items import RLLossContextInputItem
@@ -18,7 +19,7 @@ from toolkit.losses.samples import Batch, random_batch
 
 ROWS, POSITIONS = 8, 7
 RTOL, ATOL = 1e-9, 1e-12
-"""Everything here runs in float64."""
+"""All checks here run in float64, except `low_precision`."""
 CHUNKS = (1, 3, 5, 1000)
 TRASH = (float("nan"), float("inf"), float("-inf"), 1e30)
 
@@ -47,14 +48,14 @@ def loss_and_grads(
     is_packed: bool = False,
     with_current: bool = False,
 ) -> list[Tensor]:
-    """Return the loss of a whole step and its gradients of hidden states and head.
+    """Return the loss of a step and its gradients for hidden states and head.
 
     Args:
         s: the loss.
         batch: the sequences.
         cfg: of `config`.
         batches: which rows are in each micro-batch.
-        is_packed: whether the rows of a micro-batch lie one after the other in a single one.
+        is_packed: whether the rows of a micro-batch are joined into one.
         with_current: whether the items have `current_logprobs`, with which a loss sees the whole step.
     """
     if with_current:
@@ -75,8 +76,10 @@ def loss_and_grads(
         states.append(state)
         bounds.append(torch.arange(0, len(rows) + 1) * POSITIONS if is_packed else None)
     kwargs = GRPOLossContext.build_batches_loss_kwargs(items, cfg, bounds if is_packed else None)
-    pairs = zip(kwargs, states, strict=True)
-    losses = [GRPOLossContext(cfg, own).forward(state, weight, batch.head_bias)[0] for own, state in pairs]
+    losses = [
+        GRPOLossContext(cfg, loss_kwargs).forward(state, weight, batch.head_bias)[0]
+        for loss_kwargs, state in zip(kwargs, states, strict=True)
+    ]
     loss = torch.stack(losses).sum()
     return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
 
@@ -84,8 +87,8 @@ def loss_and_grads(
 NAMES = ("loss", "gradient of the hidden states", "gradient of the head")
 
 
-def _agree(found: list[Tensor], reference: list[Tensor], what: str, remedy: str) -> None:
-    for name, ours, theirs in zip(NAMES, found, reference, strict=True):
+def _agree(actual: list[Tensor], reference: list[Tensor], what: str, remedy: str) -> None:
+    for name, ours, theirs in zip(NAMES, actual, reference, strict=True):
         if not torch.allclose(ours, theirs, rtol=RTOL, atol=ATOL):
             off = float((ours - theirs).abs().max())
             raise Failed(f"{what}: the {name} differs by {off:.1e}; {remedy}")
@@ -95,13 +98,15 @@ def _agree(found: list[Tensor], reference: list[Tensor], what: str, remedy: str)
 
 
 def masked_positions(s: Subject) -> None:
-    """What stands at positions that are not scored changes nothing, not by a bit."""
+    """Values at positions that are not scored change nothing, not by a bit."""
     batch, cfg = problem(), config(s)
     is_masked = batch.item.shifted_labels == cfg.ignore_idx
 
     def filled(value: float) -> Batch:
-        fields = {name: own for name, own in batch.item.tensors() if own.is_floating_point() and own.dim() == 2}
-        changes = {name: own.masked_fill(is_masked, value) for name, own in fields.items()}
+        fields = [
+            (name, field) for name, field in batch.item.tensors() if field.is_floating_point() and field.dim() == 2
+        ]
+        changes = {name: field.masked_fill(is_masked, value) for name, field in fields}
         return replace(batch, item=batch.item.replace(**changes))
 
     clean = loss_and_grads(s, filled(0.0), cfg)
@@ -109,17 +114,17 @@ def masked_positions(s: Subject) -> None:
         for name, ours, theirs in zip(NAMES, loss_and_grads(s, filled(trash), cfg), clean, strict=True):
             if not torch.equal(ours, theirs):
                 raise Failed(
-                    f"{trash} at positions that are not scored changes the {name}; read per-token values from t alone, "
+                    f"{trash} at positions that are not scored changes the {name}; read per-token values only from t, "
                     "which holds scored tokens only"
                 )
 
 
 def partition(s: Subject) -> None:
-    """Micro-batches of a step add up to the whole, padded and packed."""
+    """Micro-batches of a step add up to the step in one batch, padded and packed."""
     if s.loss.scope == "batch" and "entropies" in s.loss.needs:
-        raise NotApplicable("scope='batch' with entropies: a step may not be cut, which is refused")
+        raise NotApplicable("scope='batch' with entropies: a step in several micro-batches is an error")
     batch, cfg, is_wide = problem(), config(s), s.loss.scope in ("group", "batch")
-    whole = loss_and_grads(s, batch, cfg, with_current=is_wide)
+    reference = loss_and_grads(s, batch, cfg, with_current=is_wide)
     remedy = (
         "a token's loss must not depend on how many tokens or sequences there are (no mean, sum or N over the batch); "
         "leave averaging to the aggregation"
@@ -130,27 +135,27 @@ def partition(s: Subject) -> None:
     }
     layouts["one sequence in each micro-batch"] = tuple((row,) for row in range(ROWS))
     for name, batches in layouts.items():
-        found = loss_and_grads(s, batch, cfg, batches=batches, with_current=is_wide)
-        _agree(found, whole, f"{name} instead of one", remedy)
-    remedy = "use t.segment_mean(x) and its kin for sequences, t.positions for distances inside them"
-    found = loss_and_grads(s, batch, cfg, is_packed=True, with_current=is_wide)
-    _agree(found, whole, "one packed row instead of padded ones", remedy)
+        actual = loss_and_grads(s, batch, cfg, batches=batches, with_current=is_wide)
+        _agree(actual, reference, f"{name} instead of one", remedy)
+    remedy = "use t.segment_mean(x) and related methods for sequences, t.positions for distances inside them"
+    actual = loss_and_grads(s, batch, cfg, is_packed=True, with_current=is_wide)
+    _agree(actual, reference, "one packed row instead of padded ones", remedy)
 
 
 def eager_equals_chunk(s: Subject) -> None:
     """The head may compute log-probabilities in chunks of any size."""
     batch = problem()
-    whole = loss_and_grads(s, batch, config(s))
-    if not any(bool((own != 0).any()) for own in whole):
-        raise Failed("loss and gradients are 0 on all made-up tokens: there is nothing to compare")
+    reference = loss_and_grads(s, batch, config(s))
+    if not any(bool((value != 0).any()) for value in reference):
+        raise Failed("loss and gradients are 0 on all made-up tokens, so there is nothing to compare")
     for size in CHUNKS:
-        found = loss_and_grads(s, batch, config(s, mode="chunk", chunk_size=size))
+        actual = loss_and_grads(s, batch, config(s, mode="chunk", chunk_size=size))
         remedy = "register it with the scope it needs: scope='sequence', 'group' or 'batch'"
-        _agree(found, whole, f"mode='chunk' with chunk_size={size} instead of mode='eager'", remedy)
+        _agree(actual, reference, f"mode='chunk' with chunk_size={size} instead of mode='eager'", remedy)
 
 
 def nothing_to_score(s: Subject) -> None:
-    """A micro-batch without a scored token has loss 0 and gradients 0, as happens to some process of many."""
+    """A micro-batch without a scored token has loss 0 and gradients 0; some process may get such a micro-batch."""
     batch = problem()
     labels = torch.full_like(batch.item.shifted_labels, config(s).ignore_idx)
     empty = replace(batch, item=batch.item.replace(shifted_labels=labels))
@@ -159,11 +164,11 @@ def nothing_to_score(s: Subject) -> None:
             results = loss_and_grads(s, empty, config(s, mode=mode))
         except (IndexError, RuntimeError, ZeroDivisionError) as error:
             raise Failed(
-                f"it cannot do without tokens ({type(error).__name__}: {str(error).splitlines()[0]}), as some "
-                "process of many will ask; return t.logprobs * 0 where len(t.logprobs) == 0"
+                f"it fails without tokens ({described(error)}), but some process may "
+                "get an empty micro-batch; return t.logprobs * 0 where len(t.logprobs) == 0"
             ) from None
-        for name, found in zip(NAMES, results, strict=True):
-            if not bool((found == 0).all()):
+        for name, value in zip(NAMES, results, strict=True):
+            if not bool((value == 0).all()):
                 raise Failed(f"without a scored token the {name} is not 0; return one loss for each token, and no more")
 
 
@@ -174,5 +179,5 @@ def low_precision(s: Subject) -> None:
     loss, *grads = loss_and_grads(s, replace(batch, item=item), config(s))
     if loss.dtype != torch.float32:
         raise Failed(f"with bfloat16 hidden states the loss is {loss.dtype}; leave log-probabilities in float32")
-    if not all(bool(found.isfinite().all()) for found in (loss, *grads)):
-        raise Failed("with bfloat16 hidden states and advantages loss or gradients are not finite")
+    if not all(bool(value.isfinite().all()) for value in (loss, *grads)):
+        raise Failed("with bfloat16 hidden states and advantages the loss or its gradients are not finite")

@@ -1,4 +1,4 @@
-"""What came of the checks, and how it is shown."""
+"""Results of the checks, and how they are printed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MARKS = {"ok": "ok  ", "failed": "FAIL", "not applicable": "n/a ", "not run": "-
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one check."""
+    """The result of one check."""
 
     name: str
     status: Literal["ok", "failed", "not applicable", "not run"]
@@ -24,17 +24,17 @@ class Outcome:
 
 
 def report_of(title: str, outcomes: Iterable[Outcome], seconds: float) -> str:
-    """Return `title`, one line for each check, what failed in words (the same words once), and a summary."""
+    """Return `title`, one line for each check, the message of each failure (once, if repeated), and a summary."""
     outcomes = list(outcomes)
-    told: dict[str, str] = {}
+    first_names: dict[str, str] = {}
     shown = []
     for outcome in outcomes:
-        first = told.setdefault(outcome.words, outcome.name)
+        first = first_names.setdefault(outcome.words, outcome.name)
         is_again = outcome.status == "failed" and first != outcome.name
         shown.append(str(replace(outcome, words=f"the same as: {first}") if is_again else outcome))
     waiting = sum(outcome.status == "not run" for outcome in outcomes)
     if waiting:
-        shown[-waiting:] = [f"{MARKS['not run']}  {waiting} more checks, when that is repaired"]
+        shown[-waiting:] = [f"{MARKS['not run']}  {waiting} more checks skipped until this is fixed"]
     failed = [outcome.name for outcome in outcomes if outcome.status == "failed"]
     passed = sum(outcome.status == "ok" for outcome in outcomes)
     summary = f"{passed} checks passed" if not failed else f"{len(failed)} failed: {', '.join(failed)}"

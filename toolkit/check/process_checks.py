@@ -22,18 +22,18 @@ from toolkit.testing.processes import run_processes
 from toolkit.testing.verdict import verdict
 
 REPRESENTATIVE = ("vanilla", "gspo", "fipo", "real", "clip_cov")
-"""One policy loss of each scope, and one that looks ahead; besides them cross-entropy and OREAL."""
+"""One policy loss of each scope, and one that looks ahead; run with cross-entropy and OREAL."""
 MICRO_BATCHES = (1, 2, 4)
 MODES = ("eager", "chunk")
 RTOL = 1e-12
 
 
 def run_spread(processes: int, what: str | None = None, options: Mapping[str, Any] | None = None) -> list[Outcome]:
-    """Run the checks in processes of their own, joined by gloo; a broken loss makes outcomes, never an exception.
+    """Run the checks in new processes joined by gloo; a broken loss gives failed outcomes, never an exception.
 
     Args:
         processes: at least 2.
-        what: as of `load_subject`; None: a set of losses that has every scope, one outcome each.
+        what: see `load_subject`; None: a set of losses that covers every scope, one outcome each.
         options: of that loss.
     """
     started = time.perf_counter()
@@ -42,14 +42,14 @@ def run_spread(processes: int, what: str | None = None, options: Mapping[str, An
     if broken is not None:
         return [Outcome(name, "failed", broken, time.perf_counter() - started)]
     try:
-        found: list[Outcome] = run_processes(processes, _checked, what, dict(options or {}))
+        outcomes: list[Outcome] = run_processes(processes, _checked, what, dict(options or {}))
     except ToolkitError as error:
         return [Outcome(name, "failed", str(error), time.perf_counter() - started)]
-    return found
+    return outcomes
 
 
 def _breaks_alone(what: str | None, options: dict[str, Any]) -> str | None:
-    """Return why a loss cannot be computed in one process, which needs no others to be found; None: it can."""
+    """Return why a loss cannot be computed in one process, before others are started; None: it can."""
     if what is None:
         return None
     with warnings.catch_warnings():
@@ -60,13 +60,13 @@ def _breaks_alone(what: str | None, options: dict[str, Any]) -> str | None:
         except ToolkitError as error:
             return str(error)
         except Exception as error:  # the user's function may raise anything
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            return f"it raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            return f"it raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
     return None
 
 
 def _checked(what: str | None, options: dict[str, Any]) -> list[Outcome]:
-    """Return the outcomes; every process calls it, and one that raises ends all."""
+    """Return the outcomes; every process calls this, and if one raises, all end."""
     meshes = Meshes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -80,11 +80,11 @@ def _checked(what: str | None, options: dict[str, Any]) -> list[Outcome]:
 
 
 def _checks() -> dict[str, list[Layout]]:
-    """Return the layouts of each check for the processes that there are."""
+    """Return the layouts of each check for the current number of processes."""
     from toolkit.distributed import world_size
 
     number = world_size()
-    shards = [own for own in range(2, number + 1) if number % own == 0]
+    shards = [count for count in range(2, number + 1) if number % count == 0]
     return {
         "processes and micro-batches do not matter": layouts_of(number, MICRO_BATCHES, (1,), (False,), MODES),
         "packed rows over processes": layouts_of(number, MICRO_BATCHES, (1,), (True,), MODES),

@@ -1,7 +1,7 @@
-"""What every policy loss must keep, checked on made-up tokens on the CPU, and said in words.
+"""The rules for all policy losses, checked on made-up tokens on the CPU.
 
-`function_checks.py` calls the function by itself, `loss_checks.py` puts it under a small LM head with items,
-micro-batches and chunks, `process_checks.py` over several processes.
+`function_checks.py` calls only the function, `loss_checks.py` runs it on a small LM head with items, micro-batches and
+chunks, `process_checks.py` runs it over several processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from toolkit.check import function_checks, loss_checks
 from toolkit.check.outcome import Outcome, report_of
-from toolkit.check.subject import Failed, NotApplicable, Subject, load_subject, place_of
+from toolkit.check.subject import Failed, NotApplicable, Subject, error_location, load_subject
 from toolkit.errors import ToolkitError
 
 __all__ = ["Outcome", "Subject", "load_subject", "report", "report_of", "run_suite", "title_of"]
@@ -27,7 +27,7 @@ FIRST: tuple[tuple[str, Check], ...] = (
     ("the same again when called again", function_checks.repeatable),
     ("keeps to the declared scope", function_checks.keeps_scope),
 )
-"""A loss that fails one of these fails those that follow, too, for reasons that would only confuse."""
+"""If a loss fails one of these, the later checks fail too, for confusing reasons, so they are skipped."""
 OTHERS: tuple[tuple[str, Check], ...] = (
     ("gradient sign", function_checks.gradient_sign),
     ("every option matters", function_checks.options_matter),
@@ -42,25 +42,25 @@ OTHERS: tuple[tuple[str, Check], ...] = (
 
 
 def run_suite(subject: Subject) -> list[Outcome]:
-    """Run all checks; a broken loss makes outcomes, never an exception."""
+    """Run all checks; a broken loss gives failed outcomes, never an exception."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         outcomes: list[Outcome] = []
         for name, check in FIRST:
             outcomes.append(_outcome(name, check, subject))
             if outcomes[-1].status == "failed":
-                left = [own for own, _ in (*FIRST, *OTHERS)][len(outcomes) :]
-                return [*outcomes, *(Outcome(own, "not run") for own in left)]
+                skipped = [name for name, _ in (*FIRST, *OTHERS)][len(outcomes) :]
+                return [*outcomes, *(Outcome(name, "not run") for name in skipped)]
         return [*outcomes, *(_outcome(name, check, subject) for name, check in OTHERS)]
 
 
 def report(subject: Subject, outcomes: Iterable[Outcome], seconds: float) -> str:
-    """Return one line for each check, what failed in words (the same words once), and a summary."""
+    """Return one line for each check, the message of each failure (once, if repeated), and a summary."""
     return report_of(title_of(subject), outcomes, seconds)
 
 
 def title_of(subject: Subject) -> str:
-    """Return the loss with its scope and options, in a line."""
+    """Return the loss with its scope and options, in one line."""
     options = ", ".join(f"{name}={value}" for name, value in subject.options.items()) or "no options"
     return f"{subject.loss.name} (scope {subject.loss.scope}; {options})"
 
@@ -76,5 +76,5 @@ def _outcome(name: str, check: Check, subject: Subject) -> Outcome:
     except (Failed, ToolkitError) as error:
         status, words = "failed", str(error)
     except Exception as error:  # the user's function may raise anything
-        status, words = "failed", f"it raised {type(error).__name__}: {error}{place_of(error, subject.loss)}"
+        status, words = "failed", f"it raised {type(error).__name__}: {error}{error_location(error, subject.loss)}"
     return Outcome(name, status, words, time.perf_counter() - started)

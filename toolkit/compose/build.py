@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from toolkit.compose.diagnosis import first_line, groups_in
+from toolkit.compose.diagnosis import groups_in, why_unreadable
 from toolkit.compose.plugins import class_at, why_it_failed
 from toolkit.compose.schemas import conf_dir
 from toolkit.errors import ConfigError, listed
@@ -32,14 +32,14 @@ def build_config(cfg: DictConfig) -> RunConfig:
 
 
 def build_loss(cfg: DictConfig) -> BaseLossConfig:
-    """Instantiate the loss of a composed configuration, its policy loss checked first and named by its own key."""
+    """Instantiate the loss of a composed configuration; errors of its policy loss name the key ``policy_loss``."""
     chosen = OmegaConf.to_container(cfg.policy_loss, resolve=True)
     assert isinstance(chosen, dict)
     with located("policy_loss"):
         loss = policy_loss(chosen["loss_type"])
         loss.options({str(key): value for key, value in chosen.items() if key != "loss_type"}, where="policy_loss")
     fields = getattr(target_class("loss", cfg.loss), "model_fields", {})
-    is_unlisted = "policy_loss_cfg" in fields and "policy_loss_cfg" not in cfg.loss  # in a file of the user's own
+    is_unlisted = "policy_loss_cfg" in fields and "policy_loss_cfg" not in cfg.loss  # in a user's file
     return build_part(cfg, "loss", BaseLossConfig, **({"policy_loss_cfg": chosen} if is_unlisted else {}))
 
 
@@ -47,9 +47,9 @@ def build_part(cfg: DictConfig, name: str, expected: Any, **unlisted: Any) -> An
     """Instantiate one part of a composed configuration.
 
     Args:
-        cfg: the whole.
-        name: of the part, such as "loss".
-        expected: the class that it must be of.
+        cfg: the composed configuration.
+        name: name of the part, such as "loss".
+        expected: the class that it must be an instance of.
         unlisted: fields that its YAML file does not list.
 
     Raises:
@@ -58,7 +58,7 @@ def build_part(cfg: DictConfig, name: str, expected: Any, **unlisted: Any) -> An
     try:
         values = OmegaConf.to_container(cfg[name], resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{name}: {first_line(error)}") from None
+        raise ConfigError(f"{name}: {why_unreadable(error)}") from None
     target = target_class(name, values)
     assert isinstance(values, dict)
     fields = {**unlisted, **{str(key): value for key, value in values.items() if key != "_target_"}}
@@ -75,7 +75,7 @@ def target_class(name: str, values: Any) -> type:
     """Return the class that the ``_target_`` of a part names.
 
     Raises:
-        ConfigError: there is none, or it cannot be imported.
+        ConfigError: it has no ``_target_``, or the class cannot be imported.
     """
     target = values.get("_target_") if isinstance(values, (dict, DictConfig)) else None
     if target is None:
@@ -83,5 +83,5 @@ def target_class(name: str, values: Any) -> type:
     try:
         return class_at(str(target))
     except (Exception, SystemExit) as error:
-        why = first_line(error) if isinstance(error, ImportError) else why_it_failed(error)
+        why = why_unreadable(error) if isinstance(error, ImportError) else why_it_failed(error)
         raise ConfigError(f"{name}._target_={target!r} is not a class that can be imported: {why}") from None

@@ -13,53 +13,53 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from toolkit.compose.settings import settings_in
-from toolkit.errors import ConfigError, did_you_mean, listed, nearest
+from toolkit.errors import ConfigError, did_you_mean, first_line, listed, nearest
 from toolkit.functional.advantages import advantage_names
 from toolkit.functional.policy.registry import policy_loss_names
 
 OPTIONAL_GROUPS = ("experiment", "debug", "aggregation", "kl", "correction")
-"""Groups of which nothing may be chosen."""
+"""Groups that need no choice."""
 NO_GROUPS = ("launch",)
-"""Folders of conf/ whose files are for another program: ``accelerate launch --config_file``."""
+"""Folders of conf/ with files for another program: ``accelerate launch --config_file``."""
 
 
 def groups_in(*folders: str) -> dict[str, list[str]]:
     """Return every group of these configuration folders with its choices, plugins' losses included."""
-    found: dict[str, set[str]] = {"policy_loss": set(policy_loss_names()), "advantage": set(advantage_names())}
+    groups: dict[str, set[str]] = {"policy_loss": set(policy_loss_names()), "advantage": set(advantage_names())}
     for folder in folders:
         for path in Path(folder).glob("*/**/*.yaml"):
             group, *choice = path.relative_to(folder).with_suffix("").parts
             if group not in NO_GROUPS:
-                found.setdefault(group, set()).add("/".join(choice))
-    return {group: sorted(choices) for group, choices in sorted(found.items())}
+                groups.setdefault(group, set()).add("/".join(choice))
+    return {group: sorted(choices) for group, choices in sorted(groups.items())}
 
 
-def choices_shown(choices: list[str], given: str = "") -> list[str]:
-    """Return choices for people to read: presets, of which there are many, only where they are asked for.
+def choices_shown(choices: list[str], wrong_choice: str = "") -> list[str]:
+    """Return the choices to print; the many presets are listed only if `wrong_choice` looks like one.
 
     Args:
         choices: all of them.
-        given: what was chosen wrongly; ``preset/verl/...`` gets the presets of that peer.
+        wrong_choice: the choice that does not exist; ``preset/verl/...`` lists the presets of that project.
     """
-    folder = given.rpartition("/")[0]
+    folder = wrong_choice.rpartition("/")[0]
     inside = [choice for choice in choices if folder and choice.startswith(f"{folder}/")]
     plain = [choice for choice in choices if "/" not in choice]
     peers = {choice.rpartition("/")[0] for choice in choices if "/" in choice}
-    return inside or [*plain, *(f"{peer}/..." for peer in sorted(peers) if given.startswith("preset"))] + (
-        ["preset/<peer>/<name>"] if peers and not given.startswith("preset") else []
+    return inside or [*plain, *(f"{peer}/..." for peer in sorted(peers) if wrong_choice.startswith("preset"))] + (
+        ["preset/<peer>/<name>"] if peers and not wrong_choice.startswith("preset") else []
     )
 
 
 def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str | None:
-    """Say which override names a choice that its group does not have; None where none does."""
+    """Say which override names a choice that its group does not have; None if all choices exist."""
     for override in parsed:
         key, value = str(override.key_or_group), override.value()
         if key not in groups or override.is_delete():
             continue
         if key in OPTIONAL_GROUPS and value is None:
             return f"{override.input_line}: leave it out; {key} chooses nothing unless you name a preset"
-        wanted = [str(one) for one in value] if isinstance(value, list) else [str(value)]
-        unknown = [one for one in wanted if one not in groups[key]]
+        wanted = [str(choice) for choice in value] if isinstance(value, list) else [str(value)]
+        unknown = [choice for choice in wanted if choice not in groups[key]]
         if unknown:
             best = nearest(unknown[0], groups[key])
             hint = f"; try: {key}={best}" if best else ""
@@ -69,12 +69,12 @@ def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str 
 
 
 def choices_composed(parsed: list[Override], groups: dict[str, list[str]], root: str) -> DictConfig:
-    """Compose the configuration with the choices of these overrides made and no value changed.
+    """Compose the configuration with the choices of these overrides, but without their values.
 
     Must be called where ``compose(root)`` works.
 
     Raises:
-        ConfigError: a YAML file of the user's own is wrong.
+        ConfigError: a user's YAML file is invalid.
     """
     choosing = [o for o in parsed if str(o.key_or_group) in groups or o.key_or_group == "hydra.searchpath"]
     try:
@@ -93,13 +93,13 @@ def _in_one_line(error: YAMLError) -> str:
 
 
 def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]], base: DictConfig) -> str:
-    """Say which key is wrong and which one would work; Hydra's own words when that is not clear.
+    """Say which key is wrong and which one would work; return Hydra's message if that is unclear.
 
     Args:
         parsed: all overrides.
-        error: what Hydra raised over them.
-        groups: as `groups_in` has them.
-        base: as `choices_composed` has it.
+        error: what Hydra raised for them.
+        groups: as `groups_in` returns them.
+        base: as `choices_composed` returns it.
     """
     listed_keys = _dotted(OmegaConf.to_container(base, resolve=False))
     known = [*listed_keys, *(s.key for s in settings_in(base) if s.key not in listed_keys)]
@@ -109,13 +109,14 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
         if key in groups or key in known or key.startswith("hydra") or is_added:
             continue
         return unknown_key(key, override.get_value_element_as_str(), known, groups)
-    return " ".join(str(error).splitlines()[:2]) or first_line(error)
+    return " ".join(str(error).splitlines()[:2]) or why_unreadable(error)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says; some of OmegaConf's say nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else f"a value cannot be read ({type(error).__name__}); look for a ${{ without its }}"
+def why_unreadable(error: BaseException) -> str:
+    """Return the first line of an error's message; some errors of OmegaConf do not have one."""
+    if str(error).strip():
+        return first_line(error)
+    return f"a value cannot be read ({type(error).__name__}); look for a ${{ without its }}"
 
 
 def _dotted(node: Any, prefix: str = "") -> list[str]:
@@ -128,17 +129,17 @@ def _dotted(node: Any, prefix: str = "") -> list[str]:
 
 
 def unknown_key(key: str, value: str, known: list[str], groups: dict[str, list[str]]) -> str:
-    """Say that `key` is no setting, and name the nearest of the `known` ones."""
+    """Say that `key` is not a setting, and name the nearest of the `known` ones."""
     parent, _, last = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     close = nearest(last, [k.rpartition(".")[2] for k in siblings])
     best = f"{parent}.{close}" if close and parent else close
-    # A bare option name: "steps" is that of the main loop before that of any other part.
+    # A bare name: "steps" means training.steps before that of any other part.
     namesakes = sorted((k for k in known if k.rpartition(".")[2] == last), key=lambda k: not k.startswith("training."))
     if not best and len(namesakes) > 1:
         return f"{key} is not a setting; {listed(namesakes)} are; try: {namesakes[0]}={value}"
     best = best or nearest(key, [*known, *groups]) or next(iter(namesakes), None)
     if best:
         return f"{key} is not a setting{did_you_mean(key, [best]) or f' (did you mean {best!r}?)'}; try: {best}={value}"
-    here = siblings or [k for k in known if "." not in k]
-    return f"{key} is not a setting; {parent or 'the top level'} has: {', '.join(k.rpartition('.')[2] for k in here)}"
+    keys = siblings or [k for k in known if "." not in k]
+    return f"{key} is not a setting; {parent or 'the top level'} has: {', '.join(k.rpartition('.')[2] for k in keys)}"

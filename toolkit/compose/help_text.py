@@ -1,6 +1,6 @@
 """What ``--help`` prints: every choice, and every setting with its value and what it means; no torch here.
 
-Hydra's own help shows values without a word on what they are, and takes several times as long.
+Hydra's help shows values without their meaning, and takes several times as long.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from toolkit.compose.tree import Root, groups_of
 
 MOST_COLUMNS, FEWEST_COLUMNS = 120, 80
 SETTING_COLUMNS = 42
-"""Columns for ``key=value``; what is longer has its meaning on the next line."""
+"""Columns for ``key=value``; if that is longer, its meaning is on the next line."""
 
 
 def help_text(
@@ -28,11 +28,11 @@ def help_text(
     """Return the help of a command.
 
     Args:
-        cfg: the composed configuration, with the choices of the command line made.
+        cfg: the configuration, composed with the choices of the command line.
         root: what the command composes.
         purpose: what the command does, one sentence.
         examples: command line -> what it does.
-        folders: configuration folders of the user's own.
+        folders: additional configuration folders.
     """
     width = min(max(shutil.get_terminal_size((MOST_COLUMNS, 24)).columns, FEWEST_COLUMNS), MOST_COLUMNS)
     choices = [
@@ -78,18 +78,18 @@ def _lines(setting: Setting, width: int) -> Iterator[str]:
 
 
 def _as_written(value: Any) -> str:
-    """Return a value as an override has it."""
+    """Return a value as it is written in an override."""
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_as_written, value))}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_as_written(one)}" for name, one in value.items()) + "}"
+        return "{" + ",".join(f"{name}:{_as_written(item)}" for name, item in value.items()) + "}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
 
 
 def _as_help(text: str) -> str:
-    """Return the first sentence of a docstring as one reads it on a command line, where None is ``null``."""
+    """Return the first sentence of a docstring in command-line spelling, where None is ``null``."""
     sentence = re.split(r"(?<!Dr)\. ", " ".join(text.split()), maxsplit=1)[0].rstrip(".").replace("``", "`")
     for python, yaml in (("None", "null"), ("True", "true"), ("False", "false")):
         sentence = re.sub(rf"\b{python}\b", yaml, sentence)

@@ -11,65 +11,65 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, first_line
 
 PRESET = "preset/"
-"""What the names of losses that are another project's definition begin with."""
+"""Prefix of losses that follow another project's definition."""
 LOSS_GROUPS = ("loss", "policy_loss", "kl", "aggregation", "correction", "mode", "plugins", "hydra")
-"""Overrides that say something of the loss; the sampler's temperature is its own, too."""
+"""Keys whose overrides affect only the loss, as does ``rollout.temperature``, which the loss reads, too."""
 
 
 def adapted(overrides: Sequence[str]) -> list[str]:
-    """Return overrides as Hydra takes them: an option that a preset's file does not name is added to its policy loss.
+    """Return overrides as Hydra accepts them: options that a preset's file does not list are added to its policy loss.
 
-    The registry knows all options of a loss, and refuses others.
+    The registry knows all options of a loss, and rejects others.
     """
-    if not any(own.startswith(f"loss={PRESET}") for own in overrides):
+    if not any(override.startswith(f"loss={PRESET}") for override in overrides):
         return list(overrides)
-    return [f"++{own}" if own.startswith("loss.policy_loss_cfg.") else own for own in overrides]
+    return [f"++{override}" if override.startswith("loss.policy_loss_cfg.") else override for override in overrides]
 
 
-def options_first(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Return a command line with its options before its overrides: argparse takes them in one piece only.
+def options_first(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Return a command line with its options before its overrides, because argparse needs the overrides in one piece.
 
     Args:
-        words: the command line without the program.
+        arguments: the command line without the program.
         parser: has a positional argument ``overrides`` that takes any number.
     """
-    read, rest = parser.parse_known_args(words)
-    if any(word.startswith("-") for word in rest):
-        return list(words)  # an option that does not exist; the parser says so
+    read, rest = parser.parse_known_args(arguments)
+    if any(argument.startswith("-") for argument in rest):
+        return list(arguments)  # an unknown option, which the parser reports
     overrides = [*read.overrides, *rest]
-    options = list(words)
-    for override in reversed(overrides):  # from the end: a word of an option stands before
+    options = list(arguments)
+    for override in reversed(overrides):  # from the end: an equal value of an option comes earlier
         del options[len(options) - 1 - options[::-1].index(override)]
     return [*options, *overrides]
 
 
 def policy_loss_has_a_group(override: Override) -> ConfigError:
-    """Return the error of a policy loss's option that is looked for inside the loss, where the group's is read."""
+    """Return the error for an option of the policy loss that is set inside a loss that reads it from the group."""
     option = str(override.key_or_group).partition("policy_loss_cfg")[2].lstrip(".") or "<option>"
     return ConfigError(
-        f"{override.input_line}: on the command line the policy loss has a group of its own; "
+        f"{override.input_line} has no effect: this loss reads its policy loss from the group policy_loss; "
         f"write policy_loss=<name> and policy_loss.{option}=..."
     )
 
 
 def check_policy_loss_keys(parsed: Sequence[Override], is_shipped: Callable[[str], bool]) -> None:
-    """Refuse the way to a policy loss's options that is not read: presets have them inside, other losses beside.
+    """Raise if options of the policy loss are set where nothing reads them: presets read loss.*, others policy_loss.*.
 
     Args:
         parsed: the overrides.
-        is_shipped: whether a loss is one of this package; of the user's own only its file says where they are.
+        is_shipped: whether a loss is part of this package; for a custom loss only its file shows where they are.
     """
     loss = next((str(o.value()) for o in parsed if o.key_or_group == "loss"), "grpo")
     preset = loss if loss.startswith(PRESET) else None
     for override in parsed:
         group, _, option = str(override.key_or_group).partition(".")
         value = override.value()
-        chosen = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        chosen = [str(choice) for choice in value] if isinstance(value, list) else [str(value)]
         if group == "correction" and not option and (len(set(chosen)) < len(chosen) or "none" in chosen[1:]):
-            raise ConfigError(f"{override.input_line}: name each correction once, and none by itself")
+            raise ConfigError(f"{override.input_line}: name each correction once; 'none' cannot be combined")
         if group == "correction" and "bypass" in chosen and (preset is not None or loss == "opd"):
             where = "loss.policy_loss_cfg.anchor" if preset is not None else "loss.anchor"
             raise ConfigError(
@@ -79,8 +79,8 @@ def check_policy_loss_keys(parsed: Sequence[Override], is_shipped: Callable[[str
             raise policy_loss_has_a_group(override)
         if preset is not None and group == "policy_loss":
             raise ConfigError(
-                f"{override.input_line} has no effect: loss={preset} brings its policy loss along; change its options "
-                f"by loss.policy_loss_cfg.{option or '<option>'}=..., or take loss=grpo and choose all parts yourself"
+                f"{override.input_line} has no effect: loss={preset} defines its policy loss; change its options with "
+                f"loss.policy_loss_cfg.{option or '<option>'}=..., or use loss=grpo and choose each part yourself"
             )
 
 
@@ -88,17 +88,17 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     """Return the parsed overrides.
 
     Raises:
-        ConfigError: one is not of the form that Hydra reads.
+        ConfigError: Hydra cannot parse one of them.
     """
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise ConfigError(f"{first}; an override looks like key.subkey=value or group=choice") from None
 
 
 def is_of_loss(override: Override) -> bool:
-    """Whether an override says something of the loss alone."""
+    """Whether an override affects only the loss."""
     key = str(override.key_or_group)
     if key == "kl" and str(override.value()).endswith("_in_reward"):
         return False
@@ -106,35 +106,35 @@ def is_of_loss(override: Override) -> bool:
 
 
 def with_folder(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> list[str]:
-    """Return the overrides with a configuration folder of the user's own added to those that they name.
+    """Return the overrides with a configuration folder added to those that they name.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: the folder does not exist.
     """
     if config_dir is None:
         return list(overrides)
     folder = Path(config_dir).resolve()
     if not folder.is_dir():
-        raise ConfigError(f"--config-dir={os.fspath(config_dir)}: there is no such folder (looked for {folder})")
+        raise ConfigError(f"--config-dir={os.fspath(config_dir)} is not a folder (looked for {folder})")
     parsed = parse(overrides)
-    rest = [text for text, one in zip(overrides, parsed, strict=True) if one.key_or_group != "hydra.searchpath"]
-    folders = ", ".join(_quoted(f"file://{one}") for one in [*own_folders(parsed), folder])
+    rest = [text for text, o in zip(overrides, parsed, strict=True) if o.key_or_group != "hydra.searchpath"]
+    folders = ", ".join(_quoted(f"file://{path}") for path in [*config_folders_in(parsed), folder])
     return [*rest, f"hydra.searchpath=[{folders}]"]
 
 
 def _quoted(text: str) -> str:
-    """Return a text as an override may hold it whatever signs it has."""
+    """Return a text in quotes, so an override may contain it whatever characters it has."""
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def own_folders(parsed: Iterable[Override]) -> list[str]:
-    """Return the configuration folders that the command line adds to ours (``--config-dir``, ``hydra.searchpath``)."""
-    found = [o.value() for o in parsed if o.key_or_group == "hydra.searchpath"]
-    return [str(folder).removeprefix("file://") for folders in found if isinstance(folders, list) for folder in folders]
+def config_folders_in(parsed: Iterable[Override]) -> list[str]:
+    """Return the configuration folders that the command line adds (``--config-dir``, ``hydra.searchpath``)."""
+    values = [o.value() for o in parsed if o.key_or_group == "hydra.searchpath"]
+    return [str(folder).removeprefix("file://") for value in values if isinstance(value, list) for folder in value]
 
 
 def output_dir_in(overrides: Sequence[str]) -> str | None:
-    """Return the output directory that the command line asks for, None when it leaves that to the configuration."""
+    """Return the output directory that the command line sets; None if it sets none, or one with an interpolation."""
     for override in parse(overrides):
         if override.key_or_group == "hydra.run.dir":
             value = str(override.value())
@@ -152,7 +152,7 @@ def plugins_in(parsed: Iterable[Override]) -> list[str]:
 
 
 def sweep_jobs(overrides: Sequence[str]) -> Iterable[Sequence[str]] | None:
-    """Return the jobs of a multirun, or None for kinds of sweep that only their sweeper can list."""
+    """Return the jobs of a multirun, or None for a sweep that only its sweeper can list."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     try:

@@ -1,4 +1,4 @@
-"""Loading a user's own Python files and modules; no torch here."""
+"""Loading plugins, the Python files and modules of a user; no torch here."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from toolkit.functional.advantages import advantage_names
 from toolkit.functional.policy.registry import policy_loss_names
 
 _loaded: dict[Path, int] = {}
-"""Files loaded in this process, with their time of change."""
+"""Files loaded in this process, with their modification times in ns."""
 _modules: dict[str, ModuleType] = {}
-"""The module of each loaded file by the file's name without ``.py``: what its classes are called by in a YAML file."""
+"""Modules of the loaded files by file name without ``.py``, as YAML files refer to their classes."""
 
 
 def load_plugins(plugins: Iterable[str]) -> None:
-    """Import the user's files or modules; a file that has changed since is loaded again.
+    """Import plugin files or modules; a file that has changed since it was loaded is loaded again.
 
     Raises:
-        ConfigError: there is no such file or module, or it fails while it is imported.
+        ConfigError: a file or module does not exist, or its import fails.
     """
     for plugin in plugins:
         advantage_names()
-        policy_loss_names()  # built-in losses first: a plugin that takes one of their names is the one to complain of
+        policy_loss_names()  # built-in losses first, so a name that a plugin repeats is reported for the plugin
         try:
             if plugin.endswith(".py"):
                 _load_file(Path(plugin))
@@ -41,29 +41,29 @@ def load_plugins(plugins: Iterable[str]) -> None:
             raise
         except (Exception, SystemExit) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == plugin:
-                why = f"{error} (not a Python file, nor a module that can be imported from here)"
+                why = f"{error} (neither a Python file nor a module that can be imported)"
             else:
                 why = why_it_failed(error)
             raise ConfigError(f"plugins: {plugin!r} cannot be loaded: {why}") from None
 
 
 def why_it_failed(error: BaseException) -> str:
-    """Say what was raised while a file of the user's was imported, and at which line."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{place.filename}:{place.lineno}"
+    """Say what the import of a user's file raised, and at which line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.filename}:{frame.lineno}"
     if isinstance(error, SyntaxError):
         where = f"{error.filename}:{error.lineno}"
     return f"{type(error).__name__}: {error} ({where})"
 
 
-def _load_file(given: Path) -> None:
-    path = given.resolve()
+def _load_file(file: Path) -> None:
+    path = file.resolve()
     if not path.is_file():
-        raise ConfigError(f"plugins: there is no file {str(given)!r} (looked for {path})")
+        raise ConfigError(f"plugins: file {str(file)!r} does not exist (looked for {path})")
     changed = path.stat().st_mtime_ns
     if _loaded.get(path) == changed:
         return
-    # A name of its own: a plugin called random.py must neither hide nor be taken for the standard module.
+    # A unique name: a plugin called random.py must not collide with the standard module.
     name = f"toolkit_plugin_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path, loader=_FromSource(name, str(path)))
     assert spec is not None
@@ -76,31 +76,31 @@ def _load_file(given: Path) -> None:
 
 
 class _FromSource(SourceFileLoader):
-    """Compiles a file each time: compiled files are told apart by seconds and sizes, which an edit may leave alike."""
+    """Compiles a file each time: cached bytecode is matched by seconds and size, and an edit may change neither."""
 
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def class_at(path: str) -> type:
-    """Return the class that ``_target_: path`` names, also one of a plugin's file or of a file in the current folder.
+    """Return the class that ``_target_: path`` names; it may be in a plugin's file or in the current folder.
 
     Args:
         path: ``package.module.Class``; ``my_file.Class`` for a class of the plugin ``my_file.py``.
 
     Raises:
-        ImportError: there is no such module or class, or it is not a class.
+        ImportError: the module does not exist, or does not have such a class.
     """
     module_name, _, name = path.rpartition(".")
     module = _modules.get(module_name) or _imported(module_name)
     target = getattr(module, name, None)
     if not isinstance(target, type):
-        raise ImportError(f"{module_name} has no class {name!r}" if module_name else f"{name!r} names no module")
+        raise ImportError(f"{module_name} has no class {name!r}" if module_name else f"{name!r} does not name a module")
     return target
 
 
 def _imported(name: str) -> ModuleType | None:
-    """Import a module as ``python -m`` would: from the current folder, too, which a console script does not look in."""
+    """Import a module as ``python -m`` would: also from the current folder, which a console script does not search."""
     if not name:
         return None
     if os.getcwd() in sys.path or "" in sys.path:

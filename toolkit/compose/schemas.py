@@ -51,20 +51,20 @@ SCHEMAS: tuple[type[Config], ...] = (
     TrackerConfig,
 )
 PARTS: tuple[type[Config], ...] = (AggregationConfig,)
-"""Configs inside of others: their schema nodes are plain values."""
+"""Configs inside other configs; their schema nodes are plain values."""
 
 IS_HYDRA_1_3 = hydra.__version__.startswith("1.3.")
 BEHAVIOUR: dict[str, Any] = {"version_base": "1.3"} if IS_HYDRA_1_3 else {}
-"""What Hydra is called with: 1.3 behaves as older versions did unless it is told not to, 1.4 warns if it is told."""
+"""Arguments of Hydra: without ``version_base``, 1.3 behaves like older versions; with it, 1.4 warns."""
 REPLACE: dict[str, Any] = {} if IS_HYDRA_1_3 else {"replace": True}
-"""What makes a node replace an earlier one: 1.3 always does, 1.4 wants to be told."""
+"""Arguments that make a node replace an earlier one: 1.3 always does, 1.4 needs them."""
 
 _registered: dict[tuple[str, str], list[type[Config]]] = {}
-"""What is in the store already: (group, name) -> the classes that its node was made from, the last one last."""
+"""The stored nodes: (group, name) -> the classes that the node was made from, newest last."""
 
 
 def conf_dir() -> str:
-    """Return the folder of the configuration: inside an installed wheel, or beside the package in a checkout."""
+    """Return the configuration folder: inside an installed wheel, or beside the package in a checkout."""
     here = Path(__file__).resolve().parents[1]
     for folder in (here / "_conf", here.parent / "conf"):
         if (folder / "config.yaml").is_file():
@@ -73,15 +73,15 @@ def conf_dir() -> str:
 
 
 def register_schemas(schemas: tuple[type[Config], ...] = ()) -> int:
-    """Put every config class, policy loss and advantage estimator where YAML files find them.
+    """Store every config class, policy loss and advantage estimator as a node for YAML files.
 
-    May be called again and again: only what a plugin has registered, or replaced, since is stored anew.
+    May be called repeatedly: later calls store only what plugins have registered or replaced since.
 
     Args:
-        schemas: config classes of one command.
+        schemas: additional config classes of one command.
 
     Returns:
-        A number that grows when a node is stored: the same number, the same choices.
+        How many nodes have been stored; if the number has not changed, neither have the choices.
     """
     for schema in (*SCHEMAS, *schemas):
         _store("schema", schema.__name__, schema, _target_=_path_of(schema))
@@ -96,7 +96,7 @@ def register_schemas(schemas: tuple[type[Config], ...] = ()) -> int:
 
 
 def _store_choice(group: str, name: str, options: type[Config], **fixed: str) -> None:
-    """Store the schema of a registered function and, if it has no YAML file because a plugin brings it, its choice."""
+    """Store the schema of a registered function, and its choice if it comes from a plugin and has no YAML file."""
     _store(f"schema/{group}", name, options, **fixed)
     if not Path(conf_dir(), group, f"{name}.yaml").is_file():
         _store(group, name, options, **fixed)

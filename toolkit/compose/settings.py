@@ -22,7 +22,7 @@ from toolkit.training.run_config import RunConfig
 
 Fields = Mapping[str, FieldInfo]
 CHOSEN_OTHERWISE = ("_target_", "loss_type", "estimator", "options")
-"""What is picked by ``group=choice``, or stands beside it."""
+"""Keys that ``group=choice`` or other settings set, and that are not settings themselves."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Setting:
     key: str
     """Dotted, such as ``loss.aggregation.name``."""
     value: Any
-    """What it is now: as plain numbers, texts, lists and dicts."""
+    """Its current value: plain numbers, strings, lists and dicts."""
     meaning: str | None
-    """The docstring of its field; None where no config class has one."""
+    """The docstring of its field; None if no config class has such a field."""
     is_listed: bool = True
-    """Whether the YAML file of the choice names it; if not, the class alone does."""
+    """Whether the YAML file of the choice lists it; if not, only the class has it."""
 
 
 def settings_in(cfg: DictConfig) -> Iterator[Setting]:
-    """Yield the settings of a composed configuration, in its order; of each part first those that are listed."""
+    """Yield the settings of a composed configuration in its order, the listed ones of each part first."""
     values = _plain(cfg)
-    # The options of a policy loss stand in a group of their own, or inside of the preset that brings the loss along.
+    # The options of a policy loss are in the group policy_loss, or inside a preset that defines its policy loss.
     loss = values["loss"] if isinstance(values["loss"], dict) else {}
     if "policy_loss_cfg" in loss and OmegaConf.is_interpolation(cfg.loss, "policy_loss_cfg"):
         loss.pop("policy_loss_cfg")
@@ -55,7 +55,7 @@ def settings_in(cfg: DictConfig) -> Iterator[Setting]:
             yield Setting(name, value, field.description if field else None)
     for name, node in parts.items():
         fields = _fields_of(name, node)
-        if not fields and name in RunConfig.model_fields:  # a node without a class lists all that it has
+        if not fields and name in RunConfig.model_fields:  # a node without a class lists all of its fields
             known = _fields_of(name, node, RunConfig.model_fields[name])
             fields = {child: field for child, field in known.items() if child in node}
         yield from _of_node(name, node, fields)
@@ -75,7 +75,7 @@ def _of_node(key: str, node: Mapping[str, Any], fields: Fields, is_listed: bool 
 
 
 def _fields_of(name: str, node: Any, field: FieldInfo | None = None) -> Fields:
-    """Return the fields of the config class that a node becomes; none where it becomes no config."""
+    """Return the fields of the config class that a node becomes; empty if it does not become a config."""
     if not isinstance(node, dict):
         return {}
     try:
@@ -91,7 +91,7 @@ def _fields_of(name: str, node: Any, field: FieldInfo | None = None) -> Fields:
 
 
 def _models_in(annotation: Any) -> Iterator[type[Config]]:
-    """Yield the config classes that an annotation names, inside of unions too."""
+    """Yield the config classes that an annotation names, also inside unions."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         yield annotation
     for part in get_args(annotation):
@@ -100,13 +100,13 @@ def _models_in(annotation: Any) -> Iterator[type[Config]]:
 
 def _default(field: FieldInfo) -> Any:
     if field.is_required():
-        return "???"  # Hydra's mark for what must be set
+        return "???"  # Hydra's mark for a required value
     value = field.get_default(call_default_factory=True)
     return value.model_dump() if isinstance(value, Config) else value
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """Return a configuration as dicts; what cannot be resolved stays as it is written."""
+    """Return a configuration as dicts; if it cannot be resolved, interpolations stay as written."""
     try:
         values = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException:

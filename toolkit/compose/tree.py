@@ -1,4 +1,4 @@
-"""Composing the Hydra tree and checking a command line, with errors that name the nearest right key; no torch here."""
+"""Composing the Hydra tree and checking a command line, with errors that name the nearest valid key; no torch here."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from toolkit.compose.diagnosis import choices_composed, diagnose, groups_in, unk
 from toolkit.compose.overrides import (
     adapted,
     check_policy_loss_keys,
+    config_folders_in,
     is_of_loss,
-    own_folders,
     parse,
     plugins_in,
     policy_loss_has_a_group,
@@ -45,48 +45,48 @@ class Root:
     """What a command composes."""
 
     name: str
-    """Of the YAML file in ``conf/``."""
+    """Name of the YAML file in ``conf/``."""
     keys: tuple[str, ...] = tuple(RunConfig.model_fields)
-    """Settings of its top level."""
+    """Its top-level settings."""
     groups: tuple[str, ...] | None = None
-    """Groups that it composes; None: all but those of single commands."""
+    """Groups that it composes; None: all but those in `OF_ONE_COMMAND`."""
     schemas: tuple[type[Config], ...] = ()
-    """Config classes of this command alone."""
+    """Config classes that only this command uses."""
 
 
 TRAIN = Root("config")
 LOSS_ONLY = Root("loss_only")
 OF_ONE_COMMAND = ("bench",)
-"""Groups that a single command composes."""
+"""Groups that only one command composes."""
 MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
-"""What Hydra raises over an override or a YAML file that is wrong."""
+"""What Hydra raises for a wrong override or YAML file."""
 OF_COMMANDS = ("launcher", "sweeper", "help", "hydra_help", "hydra_logging", "output")
-"""Hydra's own groups, which a command needs and a configuration does not; each takes time to compose."""
+"""Groups of Hydra that a command needs and a configuration does not; each takes time to compose."""
 MAX_CHECKED_JOBS = 32
-"""Jobs of a multirun that are checked beforehand; each checks itself again when it starts."""
+"""Jobs of a multirun that are checked in advance; each job checks itself again when it starts."""
 
 
 def compose_config(
     overrides: Sequence[str], *, root: Root = TRAIN, config_dir: str | os.PathLike[str] | None = None
 ) -> DictConfig:
-    """Compose ``conf/`` with `overrides`; may be called again and again in one process, inside Hydra or not.
+    """Compose ``conf/`` with `overrides`; may be called repeatedly in one process, inside Hydra or not.
 
     Args:
         overrides: as on the command line.
-        root: of the command.
-        config_dir: a folder with configuration of the user's own beside ours, as ``--config-dir``.
+        root: what the command composes.
+        config_dir: a folder with additional YAML files, as ``--config-dir``.
 
     Raises:
-        ConfigError: an override names a choice or a key that does not exist; the message names the nearest right one.
+        ConfigError: an override names a choice or a key that does not exist; the message names the nearest valid one.
     """
     return _compose(with_folder(overrides, config_dir), root)[0]
 
 
 def compose_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | None = None) -> DictConfig:
-    """Compose as `compose_config` does, but of the groups that say something of the loss alone if that is enough.
+    """Compose like `compose_config`, but only the groups that affect the loss if that is enough.
 
-    It takes half the time, and the loss is the same. The whole is composed where an override is about something else,
-    and where ``conf/local/default.yaml``, which may set anything, is there.
+    This takes half the time and gives the same loss. Everything is composed if an override is about something else,
+    or if ``conf/local/default.yaml`` exists, because that file may set anything.
     """
     overrides = with_folder(overrides, config_dir)
     is_enough = all(map(is_of_loss, parse(overrides))) and not Path(conf_dir(), "local", "default.yaml").is_file()
@@ -94,18 +94,18 @@ def compose_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str]
 
 
 _losses: dict[tuple[str, ...], tuple[int, BaseLossConfig]] = {}
-"""Losses composed before: overrides -> the state of the registries then, and the loss."""
+"""Losses composed earlier: overrides -> (`register_schemas()` at that time, the loss)."""
 
 
 def load_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | None = None) -> BaseLossConfig:
-    """Return the loss that `overrides` pick; the same list again takes no composing.
+    """Return the loss that `overrides` select; the same overrides are not composed again.
 
     Raises:
         ConfigError: as `compose_config` and `build_config`.
     """
     key = tuple(overrides)
-    # Files of the user's own may change between two calls, and so may the environment that an interpolation reads.
-    is_fixed = config_dir is None and not any("$" in one or "hydra." in one for one in key)
+    # A user's files may change between two calls, and so may environment variables that an interpolation reads.
+    is_fixed = config_dir is None and not any("$" in override or "hydra." in override for override in key)
     if is_fixed and key in _losses:
         load_plugins(plugins_in(parse(key)))
         if _losses[key][0] == register_schemas():
@@ -117,19 +117,20 @@ def load_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | 
 
 
 def _compose(overrides: Sequence[str], root: Root) -> tuple[DictConfig, list[str]]:
-    """Compose one job; return also its overrides as Hydra takes them."""
+    """Compose one job; also return its overrides in the form that Hydra accepts."""
     parsed = parse(overrides)
     check_policy_loss_keys(parsed, lambda loss: Path(conf_dir(), "loss", f"{loss}.yaml").is_file())
     load_plugins(plugins_in(parsed))
     register_schemas(root.schemas)
-    with _own_hydra():
+    with _hydra_of_conf():
         taken = adapted(overrides)
-        touched = any(str(o.key_or_group).startswith("hydra") and o.key_or_group != "hydra.searchpath" for o in parsed)
-        spared = [] if touched else [f"~hydra/{group}" for group in OF_COMMANDS]
+        keys = {str(override.key_or_group) for override in parsed} - {"hydra.searchpath"}
+        sets_hydra = any(key.startswith("hydra") for key in keys)
+        removed = [] if sets_hydra else [f"~hydra/{group}" for group in OF_COMMANDS]
         try:
-            cfg = compose(root.name, overrides=[*taken, *spared])
+            cfg = compose(root.name, overrides=[*taken, *removed])
         except MISTAKES as error:
-            groups = groups_of(root, *own_folders(parsed))
+            groups = groups_of(root, *config_folders_in(parsed))
             wrong = unknown_choice(parsed, groups)
             if wrong is not None:
                 raise ConfigError(wrong) from None
@@ -141,13 +142,13 @@ def _compose(overrides: Sequence[str], root: Root) -> tuple[DictConfig, list[str
             if again == taken:
                 raise ConfigError(mistake) from None
             try:
-                taken, cfg = again, compose(root.name, overrides=[*again, *spared])
+                taken, cfg = again, compose(root.name, overrides=[*again, *removed])
             except MISTAKES:
                 raise ConfigError(mistake) from None
     _check_where_options_are(parsed, cfg)  # Hydra 1.4 follows the interpolation and sets them
     if "loss_type" not in cfg.policy_loss:
         raise ConfigError(
-            "policy_loss has no loss_type; write in its file which policy loss its options are for, such as "
+            "policy_loss has no loss_type; add the policy loss that its options are for to its file, such as "
             "loss_type: vanilla"
         )
     check_unread(parsed, cfg, root.keys)
@@ -155,7 +156,7 @@ def _compose(overrides: Sequence[str], root: Root) -> tuple[DictConfig, list[str
 
 
 def _check_targets(parsed: Sequence[Override], base: DictConfig) -> None:
-    """Raise if the class of a part that an override sets cannot be imported: its settings are not known then."""
+    """Raise if an override sets a part whose class cannot be imported, because its settings are then unknown."""
     for group in {str(override.key_or_group).partition(".")[0] for override in parsed}:
         node = base.get(group)
         if isinstance(node, DictConfig) and "_target_" in node:
@@ -163,7 +164,7 @@ def _check_targets(parsed: Sequence[Override], base: DictConfig) -> None:
 
 
 def _check_where_options_are(parsed: Sequence[Override], base: DictConfig) -> None:
-    """Raise if an option of the policy loss is looked for inside a loss whose file takes it from the group."""
+    """Raise if an override sets an option of the policy loss inside a loss that reads it from the group."""
     for override in parsed:
         is_inside = str(override.key_or_group).startswith("loss.policy_loss_cfg")
         if is_inside and OmegaConf.is_interpolation(base.loss, "policy_loss_cfg"):
@@ -171,7 +172,7 @@ def _check_where_options_are(parsed: Sequence[Override], base: DictConfig) -> No
 
 
 def _with_unlisted(overrides: list[str], parsed: Sequence[Override], base: DictConfig) -> list[str]:
-    """Let Hydra add the fields that a config class has and the YAML file of the choice does not list."""
+    """Let Hydra add the fields that a config class has but the YAML file of the choice does not list."""
     unlisted = {setting.key for setting in settings_in(base) if not setting.is_listed}
     result = []
     for text, override in zip(overrides, parsed, strict=True):
@@ -182,35 +183,35 @@ def _with_unlisted(overrides: list[str], parsed: Sequence[Override], base: DictC
 
 
 @contextlib.contextmanager
-def _own_hydra() -> Iterator[None]:
-    """Initialise Hydra for our folder, also inside a program that uses Hydra itself, and leave that as it was."""
+def _hydra_of_conf() -> Iterator[None]:
+    """Initialise Hydra for ``conf/``, also inside a program that uses Hydra, and restore its Hydra afterwards."""
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=conf_dir(), **BEHAVIOUR):
             yield
     finally:
-        GlobalHydra.instance().hydra = outer  # fetched anew: Hydra may have put another instance in place
+        GlobalHydra.instance().hydra = outer  # looked up again: Hydra may have replaced the instance
 
 
 def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list[RunConfig]:
     """Check a command line as far as possible without torch: choices, keys, types and ranges.
 
     Returns:
-        The configuration of each job; of the first `MAX_CHECKED_JOBS` of a multirun, of none for a sweep that only its
-        sweeper can list.
+        The configuration of each job: at most `MAX_CHECKED_JOBS` of a multirun, none for a sweep that only its sweeper
+        can list.
 
     Raises:
-        ConfigError: the first thing found wrong.
+        ConfigError: something is wrong; the message is about the first mistake.
     """
     return check_command_line(overrides, multirun=multirun)[0]
 
 
 def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> tuple[list[RunConfig], list[str]]:
-    """Check as `check_overrides` does; return also the overrides as Hydra takes them.
+    """Check like `check_overrides`; also return the overrides in the form that Hydra accepts.
 
     Raises:
-        ConfigError: the first thing found wrong.
+        ConfigError: something is wrong; the message is about the first mistake.
     """
     jobs: Iterable[Sequence[str]] = [overrides]
     sweeps = [override.input_line for override in parse(overrides) if override.is_sweep_override()]
@@ -218,7 +219,7 @@ def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> t
         raise ConfigError(f"{sweeps[0]} names several values; add -m to run one job for each")
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "-m runs one job after the other in one process; start each job of several processes by itself"
+            "-m runs one job after another in one process, but WORLD_SIZE is above 1; start each job separately"
         )
     if multirun:
         jobs = islice(sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
@@ -235,10 +236,10 @@ def groups_of(root: Root, *folders: str) -> dict[str, list[str]]:
     """Return the groups of a command with their choices.
 
     Args:
-        root: of the command.
-        folders: configuration folders of the user's own.
+        root: what the command composes.
+        folders: additional configuration folders.
     """
-    found = groups_in(conf_dir(), *folders)
+    groups = groups_in(conf_dir(), *folders)
     if root.groups is not None:
-        return {group: found[group] for group in root.groups}
-    return {group: choices for group, choices in found.items() if group not in OF_ONE_COMMAND}
+        return {group: groups[group] for group in root.groups}
+    return {group: choices for group, choices in groups.items() if group not in OF_ONE_COMMAND}

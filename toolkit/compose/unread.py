@@ -19,7 +19,7 @@ READ_BY = {
     "aggregation": "aggregation",
     "correction": "correction",
 }
-"""The field of a loss config that a group of choices is for."""
+"""Group of choices -> the field of a loss config that reads it."""
 
 
 def check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[str]) -> None:
@@ -42,21 +42,21 @@ def check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[st
         name = str(cfg.policy_loss.loss_type)
         if "anchor" not in policy_loss(name).options_model.model_fields:
             raise ConfigError(
-                f"correction=bypass takes ratios to the sampler's probabilities, but policy loss {name!r} has none; "
-                "leave it out, or choose a policy loss with the option 'anchor'"
+                f"correction=bypass takes ratios to the sampler's probabilities, but policy loss {name!r} has no "
+                "option 'anchor'; remove it, or choose a policy loss with that option"
             )
-    is_its_own = "policy_loss_cfg" in cfg.loss and not OmegaConf.is_interpolation(cfg.loss, "policy_loss_cfg")
+    has_fixed_policy = "policy_loss_cfg" in cfg.loss and not OmegaConf.is_interpolation(cfg.loss, "policy_loss_cfg")
     for override in parsed:
         group = str(override.key_or_group).split(".")[0]
-        if group == "policy_loss" and is_its_own:
+        if group == "policy_loss" and has_fixed_policy:
             raise ConfigError(
-                f"{override.input_line} has no effect: the file of this loss brings its policy loss along; change its "
-                "options by loss.policy_loss_cfg.<option>=..., or write policy_loss_cfg: ${policy_loss} there"
+                f"{override.input_line} has no effect: the file of this loss defines its policy loss; change its "
+                "options with loss.policy_loss_cfg.<option>=..., or write policy_loss_cfg: ${policy_loss} in that file"
             )
         if group == "advantage" and issubclass(target, (OPDLossConfig, CELossConfig)):
-            raise ConfigError(f"{override.input_line} has no effect: {target.__name__} reads no advantages")
+            raise ConfigError(f"{override.input_line} has no effect: {target.__name__} does not read advantages")
         if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):
             raise ConfigError(
                 f"{override.input_line} has no effect: {cfg.loss._target_.rpartition('.')[2]} has no "
-                f"{READ_BY[group]}; leave it out, or choose a loss that has, such as loss=grpo"
+                f"{READ_BY[group]}; remove it, or choose a loss that has it, such as loss=grpo"
             )

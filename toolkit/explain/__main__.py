@@ -1,6 +1,6 @@
 """``python -m toolkit.explain``: what a loss computes, in formulas with numbers; ``--list`` shows every choice.
 
-Takes the overrides of the training command, and loads no torch (unless a plugin of yours does).
+Takes the overrides of the training command, and does not import torch (unless one of your plugins does).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: toolkit-explain loss=grpo policy_loss=gspo kl=k3 aggregation=seq_mean_token_mean",
     )
     parser.add_argument("overrides", nargs="*", help="as for toolkit-train; `list` is the same as --list")
-    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="a folder with YAML files of your own")
+    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="a folder with your YAML files")
     parser.add_argument("--list", action="store_true", help="list everything that can be chosen")
     parser.add_argument(
         "--markdown",
@@ -70,8 +70,8 @@ def _answer(arguments: argparse.Namespace) -> str:
         loss = build_loss(cfg)
         about = list(_around(cfg, loss))
     text = explain_loss(loss, about, **_context(cfg))
-    said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-    return "\n".join([text, *(f"note: {message}" for message in said if not _stands_in(message, text))])
+    messages = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    return "\n".join([text, *(f"note: {message}" for message in messages if not _is_in(message, text))])
 
 
 def _markdown(path: str) -> str:
@@ -88,7 +88,7 @@ def _markdown(path: str) -> str:
 
 
 def _context(cfg: DictConfig) -> dict[str, object]:
-    """Return what the run around the loss tells the warnings."""
+    """Return what the settings of the run tell `warnings_for`."""
     options = _part(cfg, "advantage") or AdvantageConfig.defaults()
     return {
         "advantage": options.pop("estimator", None),
@@ -98,17 +98,17 @@ def _context(cfg: DictConfig) -> dict[str, object]:
 
 
 def _part(cfg: DictConfig, name: str) -> dict[str, Any]:
-    """Return the settings of a part of the run; none where the loss alone was composed, which leaves the defaults."""
+    """Return the settings of a part of the run; empty if only the loss was composed, so the defaults hold."""
     values = OmegaConf.to_container(cfg[name], resolve=True) if name in cfg else {}
     assert isinstance(values, dict)
     return {str(name): value for name, value in values.items() if name != "_target_"}
 
 
 def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
-    """Say what becomes of rewards before the loss sees them, and what steers the KL coefficient.
+    """Describe what happens to rewards before the loss reads them, and what controls the KL coefficient.
 
     Raises:
-        ConfigError: as for training, the run cannot serve the advantage estimator.
+        ConfigError: the run lacks what the advantage estimator needs, as in training.
     """
     if not isinstance(loss, BaseRLLossConfig):
         return
@@ -119,7 +119,7 @@ def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[s
             "reward",
             [
                 f"R - {control.reward_coef:g} x the sum over the completion of {estimator}: {KL_EQUATIONS[estimator]}, "
-                "d = log pi - log pi_ref, without gradient; before advantages are made"
+                "d = log pi - log pi_ref, without gradient; before advantages are computed"
             ],
         )
     if control.target is not None:
@@ -139,8 +139,8 @@ def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[s
     yield "advantage", [f"{chosen.estimator}: {title}" + (f" ({options})" if options else "")]
 
 
-def _stands_in(message: str, text: str) -> bool:
-    """Whether the wrapped text says it already."""
+def _is_in(message: str, text: str) -> bool:
+    """Whether a message is already in the wrapped text."""
     return " ".join(message.split()) in " ".join(text.split())
 
 

@@ -1,7 +1,6 @@
 """Everything that can be chosen, as a table: made from the registries and from the title lines of ``conf/``; no torch.
 
-Nothing is written down here a second time, so that ``python -m toolkit.explain --list`` and README's tables cannot
-drift from the code.
+Nothing is repeated here, so ``python -m toolkit.explain --list`` and README's tables cannot drift from the code.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from toolkit.functional.kl_facts import GRADIENT_FACTS, KL_NAMES
 from toolkit.functional.policy.registry import policy_loss, policy_loss_names
 
 BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
-"""What README's generated part stands between."""
+"""Markers before and after README's generated part."""
 CHOICES = (("loss", "Losses"), ("correction", "Corrections of sampler and trainer"))
-"""Groups of ``conf/`` whose files say all there is to say in a table."""
+"""Groups of ``conf/`` whose tables need nothing but their files."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def policy_losses() -> list[Entry]:
     for name in policy_loss_names():
         loss = policy_loss(name)
         formula = equation(loss, loss.options({}))
-        title = title_of(loss.function) if loss.alias_of is None else f"Another name of {loss.alias_of}"
+        title = title_of(loss.function) if loss.alias_of is None else f"Another name for {loss.alias_of}"
         entries.append(Entry(f"policy_loss={name}", title, formula, loss.facts.source))
     return entries
 
@@ -88,11 +87,11 @@ def advantages() -> list[Entry]:
 
 def presets() -> dict[str, list[Entry]]:
     """Return the losses of other projects, by project."""
-    found: dict[str, list[Entry]] = {}
+    by_project: dict[str, list[Entry]] = {}
     for path in sorted(Path(conf_dir(), "loss", PRESET).glob("*/*.yaml")):
         entry = Entry(f"loss={PRESET}{path.parent.name}/{path.stem}", *_titled(path))
-        found.setdefault(path.parent.name, []).append(entry)
-    return found
+        by_project.setdefault(path.parent.name, []).append(entry)
+    return by_project
 
 
 def _sections() -> Iterator[tuple[str, list[Entry]]]:
@@ -117,8 +116,8 @@ def listing() -> str:
             rows = [(row[0], f"[{scope}] {row[1]}", row[2]) for row, scope in zip(rows, scopes, strict=True)]
         parts.append(_table(title, rows))
     by_project = [
-        (project, ", ".join(entry.override.rpartition("/")[2] for entry in found), "")
-        for project, found in presets().items()
+        (project, ", ".join(entry.override.rpartition("/")[2] for entry in entries), "")
+        for project, entries in presets().items()
     ]
     parts.append(_table(f"Other projects' losses (loss={PRESET}<project>/<name>)", by_project))
     return "\n\n".join(parts)
@@ -137,8 +136,8 @@ def _table(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
 def markdown() -> str:
     """Return README's tables: paper -> override -> equation, and the other choices in short."""
     lines = [
-        "One token's policy loss, numbers at their defaults; A: the advantage, sg(x): x without gradient.",
-        "`python -m toolkit.explain policy_loss=<name> ...` says the rest of each.",
+        "One token's policy loss, with default numbers; A: the advantage, sg(x): x without gradient.",
+        "For details run `python -m toolkit.explain policy_loss=<name> ...`.",
         "",
         "| override | what it does | equation | source | aggregation of its paper |",
         "|---|---|---|---|---|",
@@ -151,14 +150,14 @@ def markdown() -> str:
         lines += [_row(f"`{e.override}`", e.title, e.facts, e.source) for e in entries]
     lines += ["", f"| Other projects (`loss={PRESET}<project>/<name>`) | names |", "|---|---|"]
     lines += [
-        _row(project, ", ".join(f"`{entry.override.rpartition('/')[2]}`" for entry in found))
-        for project, found in presets().items()
+        _row(project, ", ".join(f"`{entry.override.rpartition('/')[2]}`" for entry in entries))
+        for project, entries in presets().items()
     ]
     return "\n".join(lines)
 
 
 def with_markdown(readme: str) -> str:
-    """Return the text of a README with its generated part made anew.
+    """Return the text of a README with its generated part updated.
 
     Raises:
         ValueError: it has no such part.
@@ -178,7 +177,7 @@ def _code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
-# -------------------------------------------------------------------- where it stands
+# -------------------------------------------------------------------- titles and sources
 
 
 def _files(group: str) -> list[Path]:
@@ -203,5 +202,4 @@ def _first(title: str) -> str:
 
 
 def _papers(source: str) -> str:
-    found = list(dict.fromkeys(re.findall(r"arXiv \d{4}\.\d{4,5}", source)))
-    return ", ".join(found)
+    return ", ".join(dict.fromkeys(re.findall(r"arXiv \d{4}\.\d{4,5}", source)))

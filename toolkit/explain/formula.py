@@ -24,7 +24,6 @@ from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CE_AGGREGATIONS, CELossConfig
 from toolkit.losses.config.correction import CLAMPS, CorrectionConfig
 from toolkit.losses.config.policy import BaseRLLossConfig, GRPOLossConfig
-from toolkit.losses.config.term import checked_terms
 
 Sections = Iterable[tuple[str, list[str]]]
 WIDTH, INDENT = 112, 13
@@ -41,37 +40,37 @@ STATISTICS = {
 REDUCTIONS = {"sum": "sum", "mean": "mean", "max": "largest"}
 RATIO_REDUCTIONS = {"sum": "product", "mean": "geometric mean", "max": "largest"}
 _EXACT = LossFacts(
-    ratio="there is no ratio: distributions are compared",
-    gradient="that of the divergence, without noise at each token",
+    ratio="none, because distributions are compared",
+    gradient="the exact gradient of the divergence at each token",
     bound="",
 )
 SERVED_BY = {
-    "token": "each token's loss is its own: one pass over the tokens in chunks, 3 matrix products",
-    "sequence": "a token's loss looks at its sequence: one pass where every sequence fits a chunk, else two passes "
-    "(scores first, then gradients), 3 to 4 products",
-    "group": "a token's loss looks at the sequences of its prompt, all in one micro-batch unless the items have "
-    "current_logprobs: two passes where that is larger than a chunk, up to 4 products",
-    "batch": "a token's loss looks at the whole step: items need current_logprobs where that has several "
-    "micro-batches or ranks; two passes where a micro-batch is larger than a chunk, up to 4 products",
+    "token": "each token's loss is independent: one pass over the tokens in chunks, 3 matrix products",
+    "sequence": "a token's loss depends on its sequence: one pass if every sequence fits in a chunk, else two passes "
+    "(scores first, then gradients), 3 to 4 matrix products",
+    "group": "a token's loss depends on all sequences of its prompt, in one micro-batch unless items have "
+    "current_logprobs: two passes if they do not fit in a chunk, up to 4 matrix products",
+    "batch": "a token's loss depends on all tokens of the step: items need current_logprobs if there are several "
+    "micro-batches or ranks; two passes if a micro-batch does not fit in a chunk, up to 4 matrix products",
 }
-GENERAL = "whole distributions are compared: the general path, logits in chunks, each differentiated by autograd"
-UNCUT = "whole distributions are compared, and a token's loss looks at its {scope}: all logits at once"
+GENERAL = "full distributions are compared: the general path, autograd on logits in chunks"
+UNCUT = "full distributions are compared, and a token's loss depends on its {scope}: all logits at once"
 
 
 def explain_loss(cfg: BaseLossConfig, about: Sections = (), **context: Any) -> str:
     """Say in plain text what a loss computes.
 
     Args:
-        cfg: of any loss.
-        about: sections on the run around it, each a name and its lines.
-        context: what `warnings_for` may know beside it.
+        cfg: config of any loss.
+        about: more sections, on the run; each has a name and lines.
+        context: keyword arguments of `warnings_for`.
     """
     if isinstance(cfg, BaseRLLossConfig):
         sections = _policy_sections(cfg)
     elif isinstance(cfg, CELossConfig):
         sections = _ce_sections(cfg)
     else:
-        sections = _own_sections(cfg)
+        sections = _custom_sections(cfg)
     lines = [line for name, texts in (*sections, *about) for line in _section(name, texts)]
     lines += _section("head", _head(cfg))
     warnings = warnings_for(cfg, **context)
@@ -90,14 +89,14 @@ def _section(name: str, texts: list[str]) -> list[str]:
     return [f"{name if index == 0 else '':<{INDENT}}{line}" for index, line in enumerate(lines)]
 
 
-def _own_sections(cfg: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
-    """Say of a loss of the user's own what its config lists."""
+def _custom_sections(cfg: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
+    """Describe a custom loss by what its config lists."""
     has_title = type(cfg).__doc__ not in (None, BaseLossConfig.__doc__)
     yield "loss", [f"{type(cfg).__name__}: {title_of(type(cfg))}" if has_title else type(cfg).__name__]
     lines = []
-    for term in checked_terms(cfg.terms, type(cfg).__name__):
+    for term in cfg.checked_terms:
         numbers = {name: shown(value) for name, value in term.average.model_dump().items()}
-        chosen = "" if term.token_filter is None else ", over the tokens that its filter chooses"
+        chosen = "" if term.token_filter is None else ", over the tokens that its filter selects"
         weight = _aggregation_lines(term.average.name, numbers)[0]
         lines.append(f"{shown(float(term.coef))} x {term.name}{chosen}; {weight}")
     yield "terms", lines
@@ -109,7 +108,7 @@ def _own_sections(cfg: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
 
 def _policy_sections(cfg: BaseRLLossConfig) -> Iterator[tuple[str, list[str]]]:
     loss, options = cfg.policy, cfg.policy_options
-    yield "loss", _whole(cfg)
+    yield "loss", _total(cfg)
     yield "policy", _policy_term(cfg, loss, options)
     if cfg.use_kl_loss:
         yield "kl", _kl_term(cfg)
@@ -117,7 +116,7 @@ def _policy_sections(cfg: BaseRLLossConfig) -> Iterator[tuple[str, list[str]]]:
         yield "nll", [f"+ {shown(cfg.positive_nll_coef)} x the mean of -log pi over the N+ tokens with A > 0"]
     if cfg.entropy_coef:
         yield "entropy", [f"- {shown(cfg.entropy_coef)} x the policy's entropy at each token, with gradient"]
-    corrections = [_correction_words(own) for own in cfg.correction]
+    corrections = [_correction_words(correction) for correction in cfg.correction]
     if corrections:
         what = "the policy and KL terms" if cfg.correction_on_kl else "the policy term only"
         yield "corrections", [*corrections, f"The product of all weights multiplies {what}, without gradient."]
@@ -131,7 +130,7 @@ def _policy_sections(cfg: BaseRLLossConfig) -> Iterator[tuple[str, list[str]]]:
     yield "source", [". ".join(filter(None, (loss.facts.source, loss.facts.differs))) or "(no source)"]
 
 
-def _whole(cfg: BaseRLLossConfig) -> list[str]:
+def _total(cfg: BaseRLLossConfig) -> list[str]:
     terms = ["policy" if not cfg.correction else "importance x policy"]
     if cfg.use_kl_loss:
         terms.append(f"+ {shown(cfg.kl_loss_coef)} x " + ("importance x KL" if cfg.correction_on_kl else "KL"))
@@ -141,23 +140,23 @@ def _whole(cfg: BaseRLLossConfig) -> list[str]:
     nll = f" + {shown(cfg.positive_nll_coef)} x NLL+" if cfg.positive_nll_coef else ""
     lines = [f"loss = sum over scored tokens of weight x {inside if len(terms) == 1 else f'({inside})'}{nll}"]
     known = (*BaseRLLossConfig.model_fields, *GRPOLossConfig.model_fields)
-    own = {name: getattr(cfg, name) for name in type(cfg).model_fields if name not in known}
-    if own:
-        lines.append(f"{type(cfg).__name__}: {', '.join(f'{name}={shown(value)}' for name, value in own.items())}")
+    extra = {name: getattr(cfg, name) for name in type(cfg).model_fields if name not in known}
+    if extra:
+        lines.append(f"{type(cfg).__name__}: {', '.join(f'{name}={shown(value)}' for name, value in extra.items())}")
     return lines
 
 
 def _policy_term(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> list[str]:
     if cfg.candidates == "teacher":
-        return ["the divergence between policy and teacher over the teacher's candidates, exact, per token"]
+        return ["the exact divergence between policy and teacher over the teacher's candidates, per token"]
     title = title_of(loss.function)
-    name = loss.name if loss.alias_of is None else f"{loss.name} (another name of {loss.alias_of})"
+    name = loss.name if loss.alias_of is None else f"{loss.name} (another name for {loss.alias_of})"
     lines = [f"{name}: {title}" if title else name, equation(loss, options)]
     if options:
         lines.append("options: " + ", ".join(f"{name}={shown(value)}" for name, value in options.items()))
     return [
         *lines,
-        "A: the token's advantage; sg(x): x without gradient; log: natural, log(pi / pi_old): that of the quotient",
+        "A: the token's advantage; sg(x): x without gradient; log: the natural logarithm",
     ]
 
 
@@ -167,30 +166,30 @@ def _kl_term(cfg: BaseRLLossConfig) -> list[str]:
     if cfg.kl_loss_type not in KL_NAMES:
         pair = "reference || policy" if cfg.kl_direction == "forward" else "policy || reference"
         over = "the whole vocabulary" if cfg.kl_loss_type == "full" else "the reference's candidates"
-        return [f"+ {coefficient} x KL({pair}) over {over}: no estimate; autograd has its gradient at each token"]
+        return [f"+ {coefficient} x KL({pair}) over {over}: exact, not estimated; autograd differentiates it"]
     fact = expected_gradient_facts(cfg.kl_loss_type, cfg.kl_gradient)
     is_k3 = fact.estimator == "k3"
     bounds = [
         _bound("d", cfg.kl_input_clamp, MAX_LOG_DIFF if is_k3 else None),
         _bound("the estimate", cfg.kl_output_clamp, MAX_K3 if is_k3 else None),
     ]
-    whose = {
-        "reverse": "that of the reverse KL(policy || reference)",
-        "forward": "that of the forward KL(reference || policy)",
+    gradient = {
+        "reverse": "of the reverse KL(policy || reference)",
+        "forward": "of the forward KL(reference || policy)",
         "zero": "zero",
-        "neither": f"that of neither KL: {fact.note}",
+        "neither": f"of neither KL: {fact.note}",
     }[fact.expected_gradient]
     value = "unbiased" if fact.value_unbiased else "biased"
     return [
         f"+ {coefficient} x {fact.estimator}: {KL_EQUATIONS[fact.estimator]}, d = log pi - log pi_ref",
         f"gradient ({cfg.kl_gradient}): {KL_GRADIENT_WORDS[cfg.kl_gradient].format(anchor=cfg.kl_anchor)}",
-        f"in expectation: value {value}, gradient {whose}" + ("; on older tokens, too" if fact.off_policy else ""),
+        f"in expectation: value {value}, gradient {gradient}" + ("; off-policy tokens, too" if fact.off_policy else ""),
         "; ".join(bounds),
     ]
 
 
-def _bound(what: str, given: Any, usual: float | None) -> str:
-    bound = usual if given == "auto" else given
+def _bound(what: str, clamp: Any, usual: float | None) -> str:
+    bound = usual if clamp == "auto" else clamp
     return f"{what} is not bounded" if bound is None else f"|{what}| at most {bound:g} nats, no gradient beyond"
 
 
@@ -200,20 +199,22 @@ def _normaliser(cfg: BaseRLLossConfig) -> list[str]:
     lines = _aggregation_lines(chosen.name, numbers)
     for term in cfg.terms:
         if term.name in ("kl", "entropy") and term.average != chosen:
-            own = {name: shown(value) for name, value in term.average.model_dump().items()}
-            lines.append(f"{term.name}: " + _aggregation_lines(term.average.name, own)[0])
+            term_numbers = {name: shown(value) for name, value in term.average.model_dump().items()}
+            lines.append(f"{term.name}: " + _aggregation_lines(term.average.name, term_numbers)[0])
     if chosen.count_empty:
-        lines.append("Sequences (prompts) without a scored token count, too.")
-    if any(own.denominator == "survivors" for own in cfg.correction):
+        lines.append("Sequences (prompts) without scored tokens are counted, too.")
+    if any(correction.denominator == "survivors" for correction in cfg.correction):
         lines.append("Tokens rejected by a correction with denominator=survivors are not counted.")
     return lines
 
 
 def _aggregation_lines(name: str, numbers: dict[str, str]) -> list[str]:
-    found = AGGREGATIONS[name]
-    lines = [f"{name}: weight = {found.weight}: {found.words}".format_map(numbers)]
+    aggregation = AGGREGATIONS[name]
+    lines = [f"{name}: weight = {aggregation.weight}: {aggregation.words}".format_map(numbers)]
     if name != "token_sum":
-        lines.append("Counted once over all micro-batches and ranks of the optimizer step, before its first forward.")
+        lines.append(
+            "Counts are over all micro-batches and ranks of the optimizer step, taken before its first forward."
+        )
     return lines
 
 
@@ -223,7 +224,7 @@ def _aggregation_lines(name: str, numbers: dict[str, str]) -> list[str]:
 def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> Iterator[str]:
     is_exact = cfg.candidates == "teacher"
     fact = _EXACT if is_exact else facts_of(loss, options, cfg.log_ratio_range)
-    yield "pi (theta): the policy in training; nothing else has a gradient"
+    yield "pi (theta): the policy in training; only it has a gradient"
     anchor = None if is_exact else options.get("anchor")
     factor = "a factor of the weight" if options.get("use_rollout_weight") else ""
     if is_exact:
@@ -231,8 +232,8 @@ def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) 
     elif fact is not None:
         yield f"ratio: {fact.ratio}" + ("" if anchor is None else f"; it divides by pi_{anchor}")
     elif loss.function.__doc__:
-        yield "ratio: as the function takes it (t.ratio() divides by pi_old)"
-    weighted = {name for own in cfg.correction for name in own.between.split("_")}
+        yield "ratio: as the function computes it (t.ratio() divides by pi_old)"
+    weighted = {name for correction in cfg.correction for name in correction.between.split("_")}
     is_kl = cfg.use_kl_loss and cfg.kl_gradient == "is_corrected"
     roles = {
         "old": [
@@ -251,8 +252,8 @@ def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) 
         "teacher": ["the policy loss" if "teacher_logprobs" in loss.needs else ""],
     }
     who = {"old": "before the optimizer step", "rollout": "as the sampler reported it", "ref": "reference"}
-    for name, found in roles.items():
-        uses = " and ".join(filter(None, found))
+    for name, roles_of_policy in roles.items():
+        uses = " and ".join(filter(None, roles_of_policy))
         if uses or (name in ("old", "rollout") and not is_exact):
             yield f"pi_{name} ({who.get(name, name)}): {uses or 'in metrics only'}"
     if roles["old"][0] or roles["old"][-1]:
@@ -262,40 +263,42 @@ def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) 
 def _gradients(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) -> Iterator[str]:
     fact = _EXACT if cfg.candidates == "teacher" else facts_of(loss, options, cfg.log_ratio_range)
     if fact is None:
-        yield f"t.ratio() and its kin: log ratios are held in {range_words(cfg.log_ratio_range)} before exp"
+        yield f"t.ratio() and related methods: log ratios are held in {range_words(cfg.log_ratio_range)} before exp"
     else:
         yield f"policy term: {fact.gradient}"
         yield from [fact.bound] if fact.bound else []
     if cfg.drop_zero_advantage:
-        yield "tokens with A = 0 are left out of the forward"
+        yield "tokens with A = 0 are skipped in the forward"
 
 
-def _correction_words(own: CorrectionConfig) -> str:
-    p, q = own.between.split("_")
-    unit = UNITS[own.granularity]
-    what = STATISTICS[own.statistic].format(p="pi" if p == "current" else p, q=q).replace("pi_pi", "pi")
-    if own.reduction is not None:
-        table = RATIO_REDUCTIONS if own.statistic == "ratio" else REDUCTIONS
-        what = f"the {table[own.reduction]} over its tokens of {what}"
-    ends = (("at least", own.lower), ("at most", own.upper))
-    bounds = " and ".join(f"{words} {bound:g}" for words, bound in ends if bound is not None)
-    if own.action in CLAMPS:
-        words = f"each {unit} is weighted by {what}" + (f", {bounds}" if bounds else ", unbounded")
-        if own.normalize:
-            words += f"; divided by the mean of these weights over the step's {unit}s"
+def _correction_words(correction: CorrectionConfig) -> str:
+    """Return one correction as a sentence."""
+    p, q = correction.between.split("_")
+    unit = UNITS[correction.granularity]
+    what = STATISTICS[correction.statistic].format(p="pi" if p == "current" else p, q=q).replace("pi_pi", "pi")
+    if correction.reduction is not None:
+        table = RATIO_REDUCTIONS if correction.statistic == "ratio" else REDUCTIONS
+        what = f"the {table[correction.reduction]} over its tokens of {what}"
+    ends = (("at least", correction.lower), ("at most", correction.upper))
+    bounds = " and ".join(f"{side} {bound:g}" for side, bound in ends if bound is not None)
+    if correction.action in CLAMPS:
+        sentence = f"each {unit} is weighted by {what}" + (f", {bounds}" if bounds else ", unbounded")
+        if correction.normalize:
+            sentence += f"; divided by the mean of these weights over the step's {unit}s"
     else:
         signs = {"any": "", "negative": " with A < 0", "positive": " with A > 0"}
-        sign = {**signs, "widening": " whose update would widen the gap"}[own.advantages]
-        if own.action == "mask":
-            words = f"each {unit}{sign} is dropped unless {what} is {bounds}"
+        sign = {**signs, "widening": " whose update would widen the gap"}[correction.advantages]
+        if correction.action == "mask":
+            sentence = f"each {unit}{sign} is dropped unless {what} is {bounds}"
         else:
-            words = f"each sequence is dropped unless {what} is {bounds} for every {unit}{sign} of it"
-        words += "; what is dropped " + (
-            "leaves the denominator and every term"
-            if own.denominator == "survivors"
-            else "still counts in the denominator"
+            sentence = f"each sequence is dropped unless {what} is {bounds} for every {unit}{sign} in it"
+        sentence += "; dropped tokens " + (
+            "are removed from the denominator and from every term"
+            if correction.denominator == "survivors"
+            else "still count in the denominator"
         )
-    return words + ("; known only in the forward, unless items have current_logprobs" if own.needs_current else "")
+    late = "; known only in the forward, unless items have current_logprobs" if correction.needs_current else ""
+    return sentence + late
 
 
 # -------------------------------------------------------------------- cross-entropy, head
@@ -305,7 +308,7 @@ def _ce_sections(cfg: CELossConfig) -> Iterator[tuple[str, list[str]]]:
     yield "loss", ["loss = sum over labelled tokens of weight x (-log pi)"]
     yield "weight", _aggregation_lines(CE_AGGREGATIONS[cfg.loss_reduction], {})
     yield "gradient", ["-weight grad log pi of each label; no other policy appears"]
-    yield "items need", ["shifted_labels: what is to be predicted"]
+    yield "items need", ["shifted_labels: the tokens to predict"]
 
 
 def _head(cfg: BaseLossConfig) -> list[str]:
@@ -315,10 +318,10 @@ def _head(cfg: BaseLossConfig) -> list[str]:
         if cfg.candidates is not None:
             served_by = GENERAL if scope == "token" else UNCUT.format(scope=scope)
     served_by = served_by or SERVED_BY[scope]
-    transform = [f"x {cfg.logit_scale:g}"] if cfg.logit_scale != 1 else []
+    transform = [f"multiplied by {cfg.logit_scale:g}"] if cfg.logit_scale != 1 else []
     transform += [f"soft-capped at {cfg.softcap:g}"] if cfg.softcap is not None else []
-    transform += [f"over temperature {cfg.temperature:g}"] if cfg.temperature != 1 else []
-    size = f"chunks of {cfg.chunk_size} tokens" if cfg.chunk_size != "auto" else "chunks that fit a budget of memory"
+    transform += [f"divided by temperature {cfg.temperature:g}"] if cfg.temperature != 1 else []
+    size = f"chunks of {cfg.chunk_size} tokens" if cfg.chunk_size != "auto" else "chunks that fit a memory budget"
     how = "the logits of all scored tokens at once" if cfg.mode == "eager" else size
     lines = [f"mode={cfg.mode}: {how}", f"scope={scope}: {served_by}"]
     if cfg.mode == "eager":

@@ -1,6 +1,6 @@
-"""Combinations of settings that run but are known to be wrong, or to mislead; no torch here.
+"""Combinations of settings that run but are known to be wrong or misleading; no torch here.
 
-Each check is one small generator of sentences: what is off, and what to write instead. Add yours to `CHECKS`.
+Each check is a small generator of sentences: what is wrong, and what to write instead. Add new ones to `CHECKS`.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ from toolkit.losses.config.correction import CLAMPS, CorrectionConfig
 from toolkit.losses.config.policy import BaseRLLossConfig
 
 LONG_SEQUENCE_RANGE = 0.1
-"""Clip ranges of a sequence's mean ratio above it practically never bind (GSPO's paper: 3e-4)."""
+"""A clip range this wide almost never binds on a sequence's mean ratio (GSPO's paper: 3e-4)."""
 SHORT_TOKEN_RANGE = 0.01
-"""Clip ranges of a token's ratio below it clip nearly every token after one update (PPO's paper: 0.2)."""
+"""A clip range below this clips nearly every token's ratio after one update (PPO's paper: 0.2)."""
 
 SAME_AS_ANOTHER = {("gspo", "seq_mean_token_sum"): "luspo"}
-"""A policy loss under an aggregation that is not its own, and which other loss that is under its own."""
+"""(policy loss, an aggregation other than its paper's) -> the policy loss that this combination equals."""
 
 PER_TOKEN = {
     "topr_sequence": "sums over the tokens of a sequence and takes the mean over sequences",
     "gspo_token": "takes the mean over the tokens of a sequence and then that over sequences",
 }
-"""Losses that look at a whole sequence, with a gradient of its own for each token, and how their papers average."""
+"""Sequence-level losses with a separate gradient for each token, and how their papers average."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A loss config and what is known of the run around it."""
+    """A loss config and what is known about the run."""
 
     cfg: BaseRLLossConfig
     loss: PolicyLoss
     options: Mapping[str, Any]
-    """Of the policy loss, complete."""
+    """All options of the policy loss."""
     advantage: str | None = None
     """Name of the advantage estimator."""
     advantage_options: Mapping[str, Any] = field(default_factory=dict)
     longest: int | None = None
-    """Tokens that a completion may have."""
+    """Largest number of tokens in a completion."""
 
     @property
     def name(self) -> str:
-        """The policy loss as messages call it."""
+        """The name of the policy loss in messages."""
         return f"policy loss {self.loss.name!r}"
 
     @property
     def weights(self) -> list[CorrectionConfig]:
         """Corrections that multiply the loss."""
-        return [own for own in self.cfg.correction if own.action in CLAMPS]
+        return [correction for correction in self.cfg.correction if correction.action in CLAMPS]
 
     @property
     def rejections(self) -> list[CorrectionConfig]:
         """Corrections that drop tokens."""
-        return [own for own in self.cfg.correction if own.action not in CLAMPS]
+        return [correction for correction in self.cfg.correction if correction.action not in CLAMPS]
 
 
 def warnings_for(
@@ -67,13 +67,13 @@ def warnings_for(
     advantage_options: Mapping[str, Any] | None = None,
     longest: int | None = None,
 ) -> list[str]:
-    """Return one sentence for each thing in a config that is known to be wrong or misleading, with the remedy.
+    """Return one sentence for each known problem of a config, with its remedy.
 
     Args:
-        cfg: of any loss; only policy losses have such combinations.
-        advantage: name of the advantage estimator that is used beside it, if known.
+        cfg: config of any loss; only policy losses are checked.
+        advantage: name of the advantage estimator of the run, if known.
         advantage_options: options of that estimator.
-        longest: tokens that a completion may have, if known.
+        longest: largest number of tokens in a completion, if known.
     """
     if not isinstance(cfg, BaseRLLossConfig):
         return []
@@ -86,19 +86,19 @@ def warnings_for(
 
 
 def _aggregation(s: Setting) -> Iterator[str]:
-    """GSPO with token_mean, LUSPO or REAL without their own mean, ..."""
+    """GSPO with token_mean, LUSPO or REAL without their papers' means, ..."""
     chosen, wanted = s.cfg.aggregation.name, s.loss.aggregation
     has_choice = "aggregation" in type(s.cfg).model_fields  # OREAL's is part of its definition
     if wanted is None or chosen == wanted or not has_choice or (s.loss.name, chosen) in SAME_AS_ANOTHER:
         return
     if s.loss.name in PER_TOKEN:
-        why = f"its paper {PER_TOKEN[s.loss.name]}, and its learning rate would not carry over"
+        why = f"its paper {PER_TOKEN[s.loss.name]}, so the paper's learning rate does not apply"
     elif s.loss.scope == "sequence" and chosen in ("token_mean", "token_sum", "seq_mean_token_sum", "constant"):
-        why = "its loss is one number for a whole sequence, which would count once for each of the sequence's tokens"
+        why = "its loss is one value per sequence, which would count once for each token of the sequence"
     elif s.loss.scope == "group":
-        why = "its loss is one number for a whole group, which would count as often as the group has tokens"
+        why = "its loss is one value per group, which would count once for each token of the group"
     else:
-        why = "its paper averages otherwise, and the learning rate that goes with it would not carry over"
+        why = "its paper averages differently, so the paper's learning rate does not apply"
     yield f"{s.name} under aggregation {chosen!r}: {why}; use aggregation={wanted}"
 
 
@@ -108,13 +108,13 @@ def _constant(s: Setting) -> Iterator[str]:
         return
     if s.longest is not None and length < s.longest:
         yield (
-            f"aggregation 'constant' divides by length={length:g}, but a completion may have {s.longest} tokens: "
-            f"such a completion would count more than once; set loss.aggregation.length={s.longest}"
+            f"aggregation 'constant' divides by length={length:g}, but a completion may have {s.longest} tokens "
+            f"and would then count more than once; set loss.aggregation.length={s.longest}"
         )
     if s.advantage == "grpo" and s.advantage_options.get("std", "sample") != "none":
         yield (
-            "aggregation 'constant' (Dr. GRPO) with advantages divided by a standard deviation removes the bias by "
-            "length and keeps the one by difficulty; use advantage=dr_grpo"
+            "aggregation 'constant' (Dr. GRPO) removes the length bias, but advantages divided by a standard deviation "
+            "keep the difficulty bias; use advantage=dr_grpo"
         )
 
 
@@ -125,19 +125,23 @@ def _inverted(s: Setting) -> Iterator[str]:
     for low, high in (("weight_min", "weight_max"), ("cov_low", "cov_high")):
         floor, ceiling = s.options.get(low), s.options.get(high)
         if floor is not None and ceiling is not None and floor > ceiling:
-            yield f"{low}={floor:g} lies above {high}={ceiling:g} in {s.name}: the range is empty; swap them"
+            yield f"{low}={floor:g} is above {high}={ceiling:g} in {s.name}, so the range is empty; swap them"
 
 
 def _absolute_cap(s: Setting) -> Iterator[str]:
-    """The two meanings of an upper bound: TRL's epsilon_high is the cap itself, verl's is added to 1."""
+    """The two meanings of an upper bound: TRL's epsilon_high is the ceiling itself, verl's is added to 1."""
     cap, high = s.options.get("weight_max"), s.options.get("cliprange_high")
     if cap is not None and cap < 1:
-        instead = "write cliprange_high for a ceiling of 1 + it" if "cliprange_high" in s.options else "give 1 or more"
-        yield f"weight_max={cap:g} in {s.name} is the cap itself and shrinks every token, on-policy ones too; {instead}"
+        has_range = "cliprange_high" in s.options
+        remedy = "set cliprange_high for a ceiling of 1 + cliprange_high" if has_range else "use 1 or more"
+        yield (
+            f"weight_max={cap:g} in {s.name} is the ceiling itself and scales down every token, even on-policy ones; "
+            f"{remedy}"
+        )
     if cap is None and "weight_max" in s.options and high is not None and high >= 1:
         yield (
-            f"cliprange_high={high:g} in {s.name} puts the ceiling at {1 + high:g}; if {high:g} is the ceiling itself "
-            f"(as TRL, Liger, ms-swift and Tinker count), write weight_max={high:g}"
+            f"cliprange_high={high:g} in {s.name} sets the ceiling to {1 + high:g}; if {high:g} should be the ceiling "
+            f"itself (as in TRL, Liger, ms-swift and Tinker), set weight_max={high:g}"
         )
 
 
@@ -147,18 +151,18 @@ def _dual_clip(s: Setting) -> Iterator[str]:
         return
     if bound is not None and bound < 1 + high:
         yield (
-            f"clip_ratio_c={bound:g} lies inside the clip range of {s.name} (up to {1 + high:g}): tokens with A < 0 "
-            f"lose their gradient before the range ends; give more than {1 + high:g} (usually 3), or null"
+            f"clip_ratio_c={bound:g} is inside the clip range of {s.name} (up to {1 + high:g}), so tokens with A < 0 "
+            f"lose their gradient before the range ends; use a value above {1 + high:g} (usually 3), or null"
         )
     if delta is not None and delta < 1 + high:
         yield (
-            f"delta={delta:g} lies inside the clip range of {s.name} (up to {1 + high:g}), where it changes what "
-            f"the clip means; give more than {1 + high:g}, or null"
+            f"delta={delta:g} is inside the clip range of {s.name} (up to {1 + high:g}), where it changes what "
+            f"the clip means; use a value above {1 + high:g}, or null"
         )
     if bound is not None and delta is not None:
         yield (
-            f"clip_ratio_c={bound:g} and delta={delta:g} of {s.name} are the same bound where A < 0, and only the "
-            "smaller acts; set one of them to null"
+            f"clip_ratio_c={bound:g} and delta={delta:g} of {s.name} both bound tokens with A < 0, and only the "
+            "smaller has an effect; set one of them to null"
         )
 
 
@@ -169,14 +173,14 @@ def _size_of_range(s: Setting) -> Iterator[str]:
         return
     if s.loss.name in ("gspo", "gspo_token", "luspo") and max(low, high) >= LONG_SEQUENCE_RANGE:
         yield (
-            f"cliprange_low={low:g} and cliprange_high={high:g} of {s.name} hold the mean ratio of a sequence, which "
-            "moves far less than a token's: they practically never bind; its paper has values around 1e-3 "
+            f"cliprange_low={low:g} and cliprange_high={high:g} of {s.name} bound the mean ratio of a sequence, which "
+            "varies far less than a token's ratio, so they almost never bind; use values around 1e-3, as in its paper "
             "(the defaults)"
         )
     if s.loss.name in ("vanilla", "rollout_is", "cispo", "fipo", "aspo") and max(low, high) < SHORT_TOKEN_RANGE:
         yield (
-            f"cliprange_low={low:g} and cliprange_high={high:g} of {s.name} hold the ratio of single tokens, nearly "
-            "all of which leave such a range after one update; give around 0.2, or take policy_loss=gspo"
+            f"cliprange_low={low:g} and cliprange_high={high:g} of {s.name} bound the ratio of single tokens, nearly "
+            "all of which leave such a range after one update; use values around 0.2, or policy_loss=gspo"
         )
 
 
@@ -184,34 +188,35 @@ def _self_anchor(s: Setting) -> Iterator[str]:
     ranges = [name for name in ("cliprange_low", "cliprange_high", "clip_ratio_c") if s.options.get(name) is not None]
     if s.options.get("anchor") == "self" and ranges:
         yield (
-            f"anchor='self' makes every ratio of {s.name} 1, so that {', '.join(ranges)} never bind: this is "
+            f"anchor='self' makes every ratio of {s.name} 1, so {', '.join(ranges)} never bind: this is "
             "REINFORCE; use anchor='old', or policy_loss=reinforce"
         )
 
 
 def _no_share(s: Setting) -> Iterator[str]:
     if s.options.get("clip_cov_ratio") == 0:
-        yield f"clip_cov_ratio=0 of {s.name} still holds back one token of each step; use policy_loss=vanilla"
+        yield f"clip_cov_ratio=0 of {s.name} still drops the gradient of one token per step; use policy_loss=vanilla"
 
 
 # -------------------------------------------------------------------- corrections
 
 
 def _product_weights(s: Setting) -> Iterator[str]:
-    if any(own.granularity == "sequence" and own.reduction == "sum" for own in s.weights):
+    if any(weight.granularity == "sequence" and weight.reduction == "sum" for weight in s.weights):
         yield (
-            "a correction weights sequences by the product of their ratios, which for long completions is near 0 or at "
-            "its bound (0.98^300 = 0.002), so that few of them train; use reduction='mean' or granularity='token'"
+            "a correction weights sequences by the product of their ratios, which is near 0 or at its bound for "
+            "long completions (0.98^300 = 0.002), so few of them train; use reduction='mean' or granularity='token'"
         )
 
 
 def _kept_denominator(s: Setting) -> Iterator[str]:
-    if s.cfg.aggregation.name == "token_mean" and any(own.denominator == "original" for own in s.rejections):
-        late = any(own.denominator == "original" and own.needs_current for own in s.rejections)
+    counting_all = [rejection for rejection in s.rejections if rejection.denominator == "original"]
+    if s.cfg.aggregation.name == "token_mean" and counting_all:
+        is_late = any(rejection.needs_current for rejection in counting_all)
         remedy = (
-            "watch the kept fraction (survivors cannot be counted before the forward here)"
-            if late
-            else ("use denominator='survivors' to keep the scale")
+            "watch the kept fraction (here survivors cannot be counted before the forward)"
+            if is_late
+            else "use denominator='survivors' to keep the scale"
         )
         yield (
             "a correction rejects tokens with denominator='original' under token_mean: the more it rejects, the "
@@ -220,11 +225,11 @@ def _kept_denominator(s: Setting) -> Iterator[str]:
 
 
 def _corrected_twice(s: Setting) -> Iterator[str]:
-    to_rollout = [own for own in s.weights if own.between != "current_old"]
+    to_rollout = [weight for weight in s.weights if weight.between != "current_old"]
     if s.options.get("anchor") == "rollout" and to_rollout:
         yield (
-            f"{s.name} divides by the sampler's probability (anchor='rollout') and a correction weights by a ratio to "
-            "the sampler again: the mismatch is corrected twice; use anchor='old', or correction=none"
+            f"{s.name} divides by the sampler's probability (anchor='rollout') and a correction also weights by a "
+            "ratio to the sampler, so the mismatch is corrected twice; use anchor='old', or correction=none"
         )
     if s.options.get("use_rollout_weight") and to_rollout:
         yield (
@@ -236,8 +241,8 @@ def _corrected_twice(s: Setting) -> Iterator[str]:
 def _correction_on_kl(s: Setting) -> Iterator[str]:
     if s.cfg.correction_on_kl and s.cfg.correction and s.cfg.use_kl_loss:
         yield (
-            "correction_on_kl=True lets importance weights multiply the KL term (of the peers only ms-swift does so): "
-            "rejected tokens are not held to the reference any more; use correction_on_kl=False"
+            "correction_on_kl=True multiplies the KL term by importance weights (of other projects, only ms-swift does "
+            "so), so rejected tokens are no longer held to the reference; use correction_on_kl=False"
         )
 
 
@@ -249,8 +254,8 @@ def _kl(s: Setting) -> Iterator[str]:
         return
     if s.cfg.kl_loss_coef == 0:
         yield (
-            "kl_loss_coef=0: the KL term needs a reference, is computed and reported, and trains nothing; set a "
-            "coefficient, or kl=none"
+            "kl_loss_coef=0: the KL term needs a reference and is computed and reported, but does not affect training; "
+            "set a coefficient above 0, or kl=none"
         )
     elif s.cfg.kl_loss_type in KL_NAMES:
         message = kl_warning(s.cfg.kl_loss_type, s.cfg.kl_gradient)
@@ -261,8 +266,8 @@ def _kl(s: Setting) -> Iterator[str]:
 def _negative_entropy(s: Setting) -> Iterator[str]:
     if s.cfg.entropy_coef < 0:
         yield (
-            f"entropy_coef={s.cfg.entropy_coef:g} lowers the entropy: the policy is made narrower; give it above 0 to "
-            "keep the policy broad"
+            f"entropy_coef={s.cfg.entropy_coef:g} lowers the entropy, which makes the policy narrower; use a value "
+            "above 0 to keep it broad"
         )
 
 
@@ -282,4 +287,4 @@ CHECKS: tuple[Callable[[Setting], Iterator[str]], ...] = (
     _kl,
     _negative_entropy,
 )
-"""In the order in which their sentences are shown."""
+"""In the order in which their sentences are printed."""

@@ -2,7 +2,7 @@
 
 An aggregation gives every token an unnormalised weight and every micro-batch its share of one denominator; the shares
 are added up over all micro-batches and ranks before the first forward. With n the number of scored tokens of a token's
-own sequence, N_p that of its prompt (all sequences of a group), L a constant:
+sequence, N_p that of its prompt (all sequences of a group), L a constant:
 
 ===================  ===========  ============  =================================================================
 name                 weight       denominator   the loss is then
@@ -11,14 +11,14 @@ token_mean           1            tokens        the mean over all tokens (DAPO)
 token_sum            1            1             the sum over all tokens
 seq_mean_token_mean  1 / n        sequences     the mean over sequences of their token means (GRPO)
 seq_mean_token_sum   1            sequences     the mean over sequences of their token sums
-constant             1 / L        sequences     the same over a fixed length (Dr. GRPO): no bias by length
+constant             1 / L        sequences     the same over a fixed length (Dr. GRPO): no length bias
 square               1 / sqrt(n)  sum of them   between token_mean and seq_mean_token_mean (XTuner)
 prompt_mean          1 / N_p      prompts       the mean over prompts of the mean over their tokens
 ===================  ===========  ============  =================================================================
 
 Sources: Shao et al. 2024, arXiv 2402.03300, eq. 3; Yu et al. 2025, arXiv 2503.14476, eq. 8; Liu et al. 2025,
 arXiv 2503.20783, section 3.2; XTuner's ``loss_reduction`` (square). The aggregation ``per_component`` of a policy loss
-is two terms, each a token_mean over tokens of its own (`losses.term`).
+is two terms, each a token_mean over a part of the tokens (`losses.term`).
 
 Legend: B rows, T positions of a row, S sequences.
 """
@@ -33,7 +33,7 @@ from torch import Tensor
 from toolkit.functional.segments import segment_sum
 
 BY_TOKEN = ("token_mean", "token_sum", "prompt_mean")
-"""Aggregations that do not ask which sequence a token belongs to."""
+"""Aggregations that do not depend on which sequence a token belongs to."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Share:
     count: Tensor
     """0-dim float64: what this micro-batch adds to the denominator."""
     is_sum: bool = False
-    """Whether the weights are not to be divided (token_sum)."""
+    """Whether the weights stay undivided (token_sum)."""
 
     def divided(self, denominator: Tensor) -> Tensor:
         """Return the weights over their denominator (0-dim); 0 where that is 0."""
@@ -71,10 +71,10 @@ def share(
         aggregation: one of the table above.
         length: L of "constant", in tokens.
         count_empty: whether sequences without a scored token count where sequences are counted (peers differ).
-        num_sequences: S, empty ones included; as many as `ids` names by default.
+        num_sequences: S, including empty ones; by default the number in `ids`.
         prompt_tokens: of the same shape, the scored tokens of each position's prompt over the whole step; for
             "prompt_mean".
-        num_prompts: prompts that this micro-batch is to count; for "prompt_mean".
+        num_prompts: prompts that this micro-batch counts; for "prompt_mean".
     """
     # fp64: a count above 2^24 would be rounded in fp32, above 256 in bf16.
     dtype = torch.float64 if is_active.device.type != "mps" else torch.float32
@@ -105,8 +105,8 @@ def share(
 
 
 def _lengths(active: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scored tokens of each position's own sequence (at least 1), and the number of sequences with any."""
-    flat = (ids + 1).reshape(-1)  # position 0 collects what belongs to no sequence
+    """Return the scored tokens of each position's sequence (at least 1), and the number of sequences with any."""
+    flat = (ids + 1).reshape(-1)  # slot 0 collects positions outside of all sequences
     num_slots = int(flat.max()) + 1 if flat.numel() else 1
     lengths = segment_sum(active.reshape(-1), flat, num_slots)
     return lengths[flat].reshape(active.shape).clamp(min=1), (lengths[1:] > 0).sum().to(active.dtype)

@@ -1,4 +1,4 @@
-"""What a policy loss may read of `PolicyTerms`: no more than it declares, for the rest may be missing in training."""
+"""Check which fields of `PolicyTerms` a policy loss reads: undeclared ones may be missing in training."""
 
 from __future__ import annotations
 
@@ -17,61 +17,62 @@ from toolkit.functional.terms import PolicyTerms
 
 
 def fields_declared(loss: PolicyLoss, options: Mapping[str, Any]) -> set[str]:
-    """Return which optional fields of `PolicyTerms` a loss is sure to get: by ``needs``, its options and its scope."""
-    found = set(loss.fields_read(options))
+    """Return the optional fields of `PolicyTerms` that a loss always gets, by ``needs``, its options and its scope."""
+    names = set(loss.fields_read(options))
     if loss.scope != "token":
-        found.add("positions")
+        names.add("positions")
     if loss.scope in ("group", "batch"):
-        found.add("group_ids")
-    return found
+        names.add("group_ids")
+    return names
 
 
 OPTIONAL = (*get_args(Need), "group_ids", "positions")
-"""Fields of `PolicyTerms` that a loss gets only where it asks for them."""
+"""Fields of `PolicyTerms` that a loss gets only if it declares them."""
 
 
 def declared(
     loss: PolicyLoss, options: Mapping[str, Any], terms: PolicyTerms, also: tuple[str, ...] = ()
 ) -> PolicyTerms:
-    """Return `terms` without the fields that `loss` does not ask for, except those named in `also`."""
+    """Return `terms` without the fields that `loss` does not declare, except those named in `also`."""
     kept = fields_declared(loss, options).union(also)
     missing: dict[str, Any] = {name: None for name in OPTIONAL if name not in kept}
     return replace(terms, reported={}, reported_means={}, **missing)
 
 
 def undeclared(loss: PolicyLoss, options: Mapping[str, Any], terms: PolicyTerms | None = None) -> str | None:
-    """Say which fields `loss` cannot do without and does not declare; None: there is none, or it fails anyway."""
+    """Return a message on fields that `loss` needs but does not declare; None without any, or if it always fails."""
     terms = made_up_terms(0.3) if terms is None else terms
 
     def works(*also: str) -> bool:
-        own: dict[str, Any] = {name: value.clone() for name, value in tensors_of(terms)}
+        copies: dict[str, Any] = {name: value.clone() for name, value in tensors_of(terms)}
         try:
-            loss.function(declared(loss, options, replace(terms, **own), also), **options)
+            loss.function(declared(loss, options, replace(terms, **copies), also), **options)
         except Exception:  # the user's function may raise anything
             return False
         return True
 
     if works() or not works(*OPTIONAL):
         return None
-    found = [name for name in OPTIONAL if not works(*(other for other in OPTIONAL if other != name))]
-    needs = [name for name in found if name in get_args(Need)]
+    names = [name for name in OPTIONAL if not works(*(other for other in OPTIONAL if other != name))]
+    needs = [name for name in names if name in get_args(Need)]
     declare = f"needs={(*loss.needs, *needs)!r}" if needs else ""
-    if "group_ids" in found or ("positions" in found and loss.scope == "token"):
-        scope = "group" if "group_ids" in found else "sequence"
+    if "group_ids" in names or ("positions" in names and loss.scope == "token"):
+        scope = "group" if "group_ids" in names else "sequence"
         declare += f"{', ' if declare else ''}scope={scope!r}"
-    if not found:
+    if not names:
         return None
+    pronoun = "it" if len(names) == 1 else "them"
     return (
-        f"it reads {' and '.join(f't.{name}' for name in found)}, which it does not declare, so that nothing makes "
-        f"sure that they are there; write @register_policy_loss({loss.name!r}, {declare})"
+        f"it reads {' and '.join(f't.{name}' for name in names)} without declaring {pronoun}; "
+        f"write @register_policy_loss({loss.name!r}, {declare})"
     )
 
 
-def place_of(error: Exception, loss: PolicyLoss) -> str:
-    """Return the line of the loss's own file that raised."""
-    own = loss.function.__code__.co_filename if hasattr(loss.function, "__code__") else ""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
-    return f" ({Path(own).name}:{lines[-1]})" if lines else ""
+def error_location(error: Exception, loss: PolicyLoss) -> str:
+    """Return the file and line of the loss that raised, in parentheses; empty if unknown."""
+    path = loss.function.__code__.co_filename if hasattr(loss.function, "__code__") else ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f" ({Path(path).name}:{lines[-1]})" if lines else ""
 
 
 def has_gradient(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
@@ -84,5 +85,5 @@ def has_gradient(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
 
 def tensors_of(terms: PolicyTerms) -> list[tuple[str, Tensor]]:
     """Return the tensors of `terms` by name."""
-    found = [(field.name, getattr(terms, field.name)) for field in fields(terms)]
-    return [(name, value) for name, value in found if isinstance(value, Tensor)]
+    values = [(field.name, getattr(terms, field.name)) for field in fields(terms)]
+    return [(name, value) for name, value in values if isinstance(value, Tensor)]

@@ -11,7 +11,7 @@ k2      d^2 / 2               d: in expectation the true gradient of the reverse
 k3      exp(-d) - 1 + d       1 - exp(-d): in expectation the gradient of the *forward* KL
 ======  ====================  ===========================================================================
 
-The other gradients, and what each does in expectation, are in `kl_facts`; the KL over a whole distribution, which needs
+The other gradients, and what each does in expectation, are in `kl_facts`; the KL over a full distribution, which needs
 no estimate, is in `kl_exact`.
 """
 
@@ -55,10 +55,10 @@ __all__ = [
 ]
 
 MAX_EXPONENT = 60.0
-"""Bound on |d| in k3 when no other was asked for: e^60 times the largest ratio, e^20, is finite in fp32 (< e^88)."""
+"""Bound on |d| in k3 where the caller sets none: e^60 times the largest ratio, e^20, is finite in fp32 (< e^88)."""
 
 Clamp = float | Literal["auto"] | None
-"""A bound in nats, none, or the one that the estimator is known with."""
+"""A bound in nats, None for no bound, or "auto" for the usual bound of the estimator."""
 
 
 def _k1(difference: Tensor) -> Tensor:
@@ -91,20 +91,20 @@ def kl_estimate(
 
     With v(d) the estimator, l = log pi_theta and sg the stop-gradient, the result per token is
 
-    - ``as_is``: v(d), whatever autograd makes of it;
+    - ``as_is``: v(d), differentiated by autograd as it is;
     - ``straight_through``: the value v(d) with the gradient of k2, which is d;
-    - ``score_corrected``: v(d) exp(l - sg(l)): the same value, and the score-function term v(d) grad l besides. For
-      tokens of the current policy;
+    - ``score_corrected``: v(d) exp(l - sg(l)): the same value, plus the score-function term v(d) grad l. For tokens
+      of the current policy;
     - ``is_corrected``: v(d) exp(log_ratio): the estimator reweighted to the current policy, with the same extra term.
       For tokens of an older policy. With k1 it is the "ratio times k1" of open-instruct, with k3 the unbiased estimate
       of DeepSeek-V3.2.
 
-    `kl_facts.expected_gradient_facts` says whose gradient each is in expectation; no one correction is right for all.
+    `kl_facts.expected_gradient_facts` says which KL each gradient follows in expectation; none is right for all.
 
-    Everything happens in this order: d is clamped, the estimator computed, the weight multiplied on, the *product*
-    clamped. So `output_clamp` bounds what enters the loss, whatever the ratio is. Where the input clamp binds the
-    gradient is exactly 0, that of the weight included; where the output clamp binds it is 0 too, except under
-    ``straight_through``, whose gradient does not come from the value.
+    The order is: clamp d, compute the estimator, multiply by the weight, clamp the *product*. So `output_clamp` bounds
+    what enters the loss, whatever the ratio is. Where the input clamp binds, the gradient is exactly 0, including that
+    of the weight; where the output clamp binds, it is also 0, except under ``straight_through``, whose gradient does
+    not come from the value.
 
     Args:
         logprobs: [N] log pi in nats, with gradient, fp32 or wider.
@@ -116,8 +116,8 @@ def kl_estimate(
         output_clamp: bound on the magnitude of the result in nats, None for none, "auto" for 10 with k3 and none
             otherwise.
         log_ratio: [N] log pi_theta - log pi_anchor in nats, with gradient and already bounded, where pi_anchor is the
-            policy whose tokens these are; a sequence's ratio repeated per token is as good. Only ``is_corrected`` reads
-            it.
+            policy whose tokens these are; a sequence's ratio repeated per token also works. Only ``is_corrected``
+            reads it.
 
     Returns:
         [N] in nats, not yet weighted.
@@ -127,7 +127,7 @@ def kl_estimate(
         DataError: ``is_corrected`` without `log_ratio`.
 
     Source: Schulman 2020 for the estimators; DeepSeek-AI 2025 (DeepSeek-V3.2, arXiv 2512.02556), "Unbiased KL
-    Estimate", for ``is_corrected``. Differs from it in the clamps, which leave no gradient where they bind.
+    Estimate", for ``is_corrected``. Differs from it in the clamps, which have no gradient where they bind.
     """
     estimator = expected_gradient_facts(kl_type, gradient).estimator
     bound = _resolved("input_clamp", input_clamp, MAX_LOG_DIFF if estimator == "k3" else None)
@@ -138,12 +138,12 @@ def kl_estimate(
     difference = raw if bound is None else raw.clamp(-bound, bound)
     value = _VALUES[estimator](difference)
     if gradient == "straight_through":
-        # d - sg(d) is 0 with gradient 1; where the input clamp binds it has none.
+        # d - sg(d) is 0 with gradient 1, or without a gradient where the input clamp binds.
         value = _limited(value, limit).detach()
         return value + difference.detach() * (difference - difference.detach())
     if gradient == "as_is":
         return _limited(value, limit)
-    weight = (logprobs - logprobs.detach() if gradient == "score_corrected" else _given(log_ratio)).exp()
+    weight = (logprobs - logprobs.detach() if gradient == "score_corrected" else _require(log_ratio)).exp()
     if bound is not None:
         weight = torch.where(raw == difference, weight, weight.detach())
     return _limited(weight * value, limit)
@@ -166,7 +166,7 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def sequence_kl(kl_tokens: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
-    """Sum an estimator over each sequence, without gradient: the KL that a reward is charged with.
+    """Sum an estimator over each sequence, without gradient: the KL penalty of a reward.
 
     The penalised reward of sequence i is ``reward_i - kl_coef * KL_i``. A penalty in the reward needs the *value* to
     be right (k1 or k3): the policy gradient supplies the score-function term. Take k1 when in doubt: the clamps of k3
@@ -199,10 +199,10 @@ def _limited(value: Tensor, limit: float | None) -> Tensor:
     return value if limit is None else value.clamp(-limit, limit)
 
 
-def _given(log_ratio: Tensor | None) -> Tensor:
+def _require(log_ratio: Tensor | None) -> Tensor:
     if log_ratio is None:
         raise DataError(
             "gradient='is_corrected' of the KL term needs log_ratio, the bounded log pi_theta - log pi_anchor of each "
-            "token; pass it, or choose gradient='score_corrected', which takes the policy itself for the anchor"
+            "token; pass it, or choose gradient='score_corrected', which uses the policy itself as the anchor"
         )
     return log_ratio

@@ -1,7 +1,7 @@
-"""Divergences between whole next-token distributions, not sampled tokens. N: positions, V: vocabulary, K: candidates.
+"""Exact divergences between next-token distributions, without sampling. N: positions, V: vocabulary, K: candidates.
 
-A sampled estimate is unbiased and noisy; these are exact over what they are given, at the price of the log-probability
-of every token (or of K tokens) under both policies.
+A sampled estimate is unbiased but noisy. These are exact over their tokens, but need the log-probability of every token
+(or of K tokens) under both policies.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from toolkit.errors import ConfigError, did_you_mean, listed
 KL_DIRECTIONS: tuple[str, ...] = ("reverse", "forward", "jensen_shannon")
 """KL(policy || reference), KL(reference || policy), or half of each against their even mixture."""
 KL_TAILS: tuple[str, ...] = ("drop", "one_bucket")
-"""What becomes of the probability outside the candidates."""
+"""How the probability outside of the candidates is treated."""
 
 
 def full_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return the exact reverse KL of each position, sum over the vocabulary of p (log p - log q).
 
-    Autograd of it is the true gradient: the sum over tokens holds what sampling would have left to the score function.
+    Autograd of it is the true gradient: the sum over tokens includes the score-function term, which sampling omits.
 
     Args:
-        logprobs: [N, V] log-probabilities of the policy in nats, with gradient; -inf for a token that cannot come,
-            which then adds exactly 0.
+        logprobs: [N, V] log-probabilities of the policy in nats, with gradient; -inf for an impossible token,
+            which adds exactly 0.
         ref_logprobs: [N, V] those of the reference, finite wherever `logprobs` is.
 
     Returns:
@@ -40,10 +40,11 @@ def top_k_kl(logprobs: Tensor, ref_logprobs: Tensor, *, direction: str = "revers
 
     The remaining mass, 1 - sum of the candidates, is either
 
-    - ``one_bucket``: one more outcome on both sides. The result is the divergence of the coarser distributions: never
-      negative, never above the full one, 0 only if they agree on the candidates, and moving mass out of them is seen;
-    - ``drop``: left out. The terms of the full divergence that belong to the candidates: it may be negative, and it can
-      be lowered by moving mass out of the candidates alone.
+    - ``one_bucket``: one more outcome for both policies. The result is the divergence of the coarser distributions:
+      never negative, never above the full one, 0 only if they agree on the candidates, and sensitive to mass leaving
+      the candidates;
+    - ``drop``: ignored. The result is the candidates' terms of the full divergence: it may be negative, and moving mass
+      out of the candidates is enough to lower it.
 
     Args:
         logprobs: [N, K] log-probabilities of the candidates under the policy, over its full vocabulary (not
@@ -60,10 +61,10 @@ def top_k_kl(logprobs: Tensor, ref_logprobs: Tensor, *, direction: str = "revers
     Raises:
         ConfigError: an unknown direction or tail.
     """
-    for name, given, allowed in (("direction", direction, KL_DIRECTIONS), ("tail", tail, KL_TAILS)):
-        if given not in allowed:
+    for name, value, allowed in (("direction", direction, KL_DIRECTIONS), ("tail", tail, KL_TAILS)):
+        if value not in allowed:
             raise ConfigError(
-                f"{name}={given!r} of the top-k KL is not known; choose {listed(allowed)}{did_you_mean(given, allowed)}"
+                f"{name}={value!r} of the top-k KL is not known; choose {listed(allowed)}{did_you_mean(value, allowed)}"
             )
     if tail == "one_bucket":
         logprobs, ref_logprobs = _with_tail(logprobs), _with_tail(ref_logprobs)
@@ -71,7 +72,7 @@ def top_k_kl(logprobs: Tensor, ref_logprobs: Tensor, *, direction: str = "revers
         return _divergence(logprobs, ref_logprobs)
     if direction == "forward":
         return _divergence(ref_logprobs, logprobs)
-    # logaddexp has a NaN gradient at (-inf, -inf); both divergences leave such an outcome out.
+    # logaddexp has a NaN gradient at (-inf, -inf); both divergences skip such an outcome.
     absent = logprobs.isneginf() & ref_logprobs.isneginf()
     mixture = torch.logaddexp(logprobs.masked_fill(absent, 0.0), ref_logprobs.masked_fill(absent, 0.0)) - math.log(2)
     return 0.5 * (_divergence(logprobs, mixture) + _divergence(ref_logprobs, mixture))

@@ -1,9 +1,9 @@
-"""What the KL estimators are called, and where their gradients lead in expectation; no torch here.
+"""Names of the KL estimators, and which KL their gradients follow in expectation; no torch here.
 
 A KL penalty on sampled tokens has two separate properties: the expectation of its *value*, which is what a curve shows,
 and the expectation of its *gradient*, which is what the policy follows. Differentiating an unbiased value does not
 give an unbiased gradient, because the tokens were drawn from the policy that is being differentiated:
-``grad E_pi[v] = E_pi[grad v + v grad log pi]``, and plain autograd has the first term alone.
+``grad E_pi[v] = E_pi[grad v + v grad log pi]``, and plain autograd has only the first term.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MAX_K3 = 10.0
 """Bound on the value of k3, in nats (as XTuner and verl); the gradient is 0 above."""
 
 Expected = Literal["reverse", "forward", "zero", "neither"]
-"""Whose gradient: KL(policy || reference), KL(reference || policy), nothing at all, or something else."""
+"""That of KL(policy || reference), that of KL(reference || policy), zero, or that of neither KL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientFact:
-    """What one estimator with one gradient does in expectation over the sampled tokens, clamps aside.
+    """What one estimator with one gradient does in expectation over the sampled tokens, without clamps.
 
     The expectation is over tokens drawn from the current policy. With ``is_corrected`` it is over tokens drawn from any
     policy that gives every token some probability, provided that the ratio is against that policy and not bounded.
@@ -51,7 +51,7 @@ class GradientFact:
     value_unbiased: bool
     """Whether the expected value is KL(policy || reference)."""
     expected_gradient: Expected
-    """Whose gradient the expected gradient is."""
+    """Which KL the expected gradient belongs to."""
     off_policy: bool
     """Whether both facts also hold on tokens drawn from another policy than the current one."""
     note: str = ""
@@ -66,13 +66,13 @@ _EXPECTED: dict[str, tuple[Expected, Expected, Expected, Expected]] = {
     "k2": ("reverse", "reverse", "neither", "neither"),
     "k3": ("forward", "reverse", "reverse", "reverse"),
 }
-_OWN_EXPECTATION = "it is that of its own biased expectation"
+_BIASED = "it is that of the biased expected value"
 _NOTES = {
     ("abs", "as_is"): "it is that of twice the total variation distance",
-    ("abs", "score_corrected"): _OWN_EXPECTATION,
-    ("abs", "is_corrected"): _OWN_EXPECTATION,
-    ("k2", "score_corrected"): _OWN_EXPECTATION,
-    ("k2", "is_corrected"): _OWN_EXPECTATION,
+    ("abs", "score_corrected"): _BIASED,
+    ("abs", "is_corrected"): _BIASED,
+    ("k2", "score_corrected"): _BIASED,
+    ("k2", "is_corrected"): _BIASED,
 }
 
 GRADIENT_FACTS: dict[tuple[str, str], GradientFact] = {
@@ -94,7 +94,7 @@ def estimator_of(kl_type: str) -> str:
     """Return ``k1``, ``abs``, ``k2`` or ``k3`` for any accepted spelling.
 
     Raises:
-        ConfigError: there is no such estimator.
+        ConfigError: the name is unknown.
     """
     if kl_type not in KL_NAMES:
         raise ConfigError(
@@ -123,7 +123,7 @@ def expected_gradient_facts(kl_type: str, gradient: str = "as_is") -> GradientFa
 
 
 def kl_warning(kl_type: str, gradient: str = "as_is") -> str | None:
-    """Say in one sentence what is wrong with the expected gradient of a choice, or None when it is the reverse KL's.
+    """Return one sentence on what is wrong with the expected gradient, or None if it is that of the reverse KL.
 
     Args:
         kl_type: a name in `KL_NAMES`, aliases included.

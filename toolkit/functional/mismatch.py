@@ -1,8 +1,8 @@
 """Corrections for sampling from one policy and training another: importance weights, clamps and rejections.
 
-The sampler's probabilities q differ from the trainer's p, by numerics or because the weights moved on meanwhile. Each
-correction is four choices: over which unit (granularity), what is measured there (statistic and reduction), what
-happens then (action), and which tokens the loss is divided by afterwards (denominator). They compose by multiplication.
+The sampler's probabilities q differ from the trainer's p, by numerics or because the weights have changed since. Each
+correction makes four choices: the unit (granularity), what is measured on it (statistic and reduction), what is done
+with the result (action), and which tokens the loss is divided by (denominator). Corrections are multiplied.
 
 Legend: N selected tokens, U units (tokens, turns or sequences), C corrections. All results are float64, without
 gradient. With finite log-probabilities every result is finite, also where a product of ratios is e^-107.
@@ -23,16 +23,16 @@ from toolkit.functional.segments import segment_mean, segment_sum
 from toolkit.metrics import EffectiveSampleSize, Max, Mean, Metric, Min
 
 LARGEST_LOG = 500.0
-"""Bound on |log ratio| in nats where none is asked for: sums and products of a few e^500 still fit float64."""
+"""Bound on |log ratio| in nats where the user sets none: sums and products of a few e^500 still fit float64."""
 LARGEST_WEIGHT = 1e30
 """Bound on a product of weights: times a token's loss it still fits fp32."""
 SMALLEST_MEAN = 1e-8
-"""Weights whose mean is smaller are left as they are instead of divided by it (as in verl)."""
+"""Weights with a smaller mean are not divided by it (as in verl)."""
 CLAMPS = ("clamp", "clamp_upper")
 
 
 class Correction(Protocol):
-    """What a correction says; `CorrectionConfig` documents each field and its choices."""
+    """The fields of a correction; `CorrectionConfig` documents each of them and its choices."""
 
     granularity: Any
     statistic: Any
@@ -50,7 +50,7 @@ class Correction(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MismatchTerms:
-    """The tensors that corrections look at, selected tokens only; a turn or sequence must be here as a whole."""
+    """The tensors that corrections read, selected tokens only; turns and sequences must be complete."""
 
     rollout_logprobs: Tensor
     """[N] log q, in nats, of the sampled tokens as the sampler reported them; finite."""
@@ -59,7 +59,7 @@ class MismatchTerms:
     current_logprobs: Tensor | None = None
     """[N] under the policy in training, known only in the forward."""
     advantages: Tensor | None = None
-    """[N], for corrections that look at their sign."""
+    """[N], for corrections that depend on their sign."""
     sequence_ids: Tensor | None = None
     """[N] int64, the sequence of each token."""
     num_sequences: int = 0
@@ -70,36 +70,36 @@ class MismatchTerms:
     def policies(self, between: str) -> tuple[Tensor, Tensor]:
         """Return log p and log q, [N] each, of "old_rollout", "current_rollout" or "current_old"."""
         first, second = between.split("_")
-        return self._given(f"{first}_logprobs"), self._given(f"{second}_logprobs")
+        return self._require(f"{first}_logprobs"), self._require(f"{second}_logprobs")
 
     def units(self, granularity: str) -> tuple[Tensor | None, int]:
         """Return the unit of each token, [N] int64, and how many units there are; (None, 0) for "token"."""
         if granularity == "token":
             return None, 0
         if granularity == "segment":
-            return self._given("turn_ids"), self.num_turns
-        return self._given("sequence_ids"), self.num_sequences
+            return self._require("turn_ids"), self.num_turns
+        return self._require("sequence_ids"), self.num_sequences
 
     def has_sign(self, advantages: str, between: str) -> Tensor | bool:
-        """Return where the advantage is as a correction asks for: [N] bool, or True for "any"."""
+        """Return where the advantage has the sign that a correction asks for: [N] bool, or True for "any"."""
         if advantages == "any":
             return True
-        given = self._given("advantages")
+        values = self._require("advantages")
         if advantages == "widening":
-            return given.sign() * torch.sub(*self.policies(between)).sign() > 0
-        return given < 0 if advantages == "negative" else given > 0
+            return values.sign() * torch.sub(*self.policies(between)).sign() > 0
+        return values < 0 if advantages == "negative" else values > 0
 
-    def _given(self, name: str) -> Tensor:
+    def _require(self, name: str) -> Tensor:
         values = getattr(self, name)
         if values is None:
-            raise DataError(f"a correction needs {name}, which this batch lacks; give one for each scored token")
+            raise DataError(f"a correction needs {name}, but this batch has none; give one for each scored token")
         assert isinstance(values, Tensor)
         return values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corrected:
-    """What the corrections decided for each token, [N]."""
+    """The result of the corrections for each token, [N]."""
 
     weights: Tensor
     """float64 factor of the token's loss, 0 where rejected, at most `LARGEST_WEIGHT`."""
@@ -108,7 +108,7 @@ class Corrected:
     in_denominator: Tensor
     """bool, False where a correction with denominator "survivors" rejected the token."""
     is_hit: tuple[Tensor, ...]
-    """For each correction, bool: it rejected the token, or clamped its ratio."""
+    """For each correction, bool: whether it rejected the token or clamped its ratio."""
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -122,7 +122,7 @@ TOKEN_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "prob_diff": lambda log_ratio, p, q: p.exp() - q.exp(),
     "ratio_tv": lambda log_ratio, p, q: log_ratio.expm1().abs(),
 }
-"""Of (log p - log q, log p, log q), [N] each; "ratio" is apart, for it is reduced before exp."""
+"""Of (log p - log q, log p, log q), [N] each; "ratio" is not listed because it is reduced before exp."""
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def unit_statistic(
 
     With d = log p - log q of a sampled token: ratio e^d, k1 -d, k2 d^2/2, k3 e^d - 1 - d (all three estimate
     KL(q || p) on samples of q), tv |p - q|, prob_diff p - q, ratio_tv |e^d - 1|. The ratio of a unit is reduced in log
-    space: the product ("sum"), the geometric mean ("mean"), the largest ("max"). Others are reduced as they are.
+    space: the product ("sum"), the geometric mean ("mean"), the largest ("max"). Others are reduced directly.
 
     Args:
         trainer_logprobs: [N] log p in nats.
@@ -152,7 +152,7 @@ def unit_statistic(
         reduction: "sum", "mean" or "max"; not read where `ids` is None.
         max_log_ratio: bound in nats on |d| in k1, k2, k3, ratio_tv, and on the log of the reduced ratio, before exp;
             None: `LARGEST_LOG`.
-        max_token_log_ratio: bound in nats on |d| of each token before anything else; None: none.
+        max_token_log_ratio: bound in nats on |d| of each token before anything else; None: no bound.
 
     Returns:
         [N] float64, each token with the value of its unit.
@@ -200,7 +200,7 @@ def corrected(
 ) -> Corrected:
     """Apply corrections to each token: multiply the weights of those that clamp, reject what others reject.
 
-    The order makes no difference: each correction measures all tokens, also those that another one rejects.
+    The order makes no difference: each correction measures all tokens, including those that another one rejects.
 
     Args:
         corrections: C objects such as `CorrectionConfig`.
@@ -218,10 +218,10 @@ def corrected(
         value = _statistic(correction, terms)
         is_hit = _is_outside(value, correction.lower, correction.upper)
         if correction.action in CLAMPS:
-            own = _clamped(value, correction)
+            factor = _clamped(value, correction)
             if correction.normalize:
-                own = own / _normalizer(normalizer_sums, index)
-            weights = (weights * own).clamp(max=LARGEST_WEIGHT)
+                factor = factor / _normalizer(normalizer_sums, index)
+            weights = (weights * factor).clamp(max=LARGEST_WEIGHT)
         else:
             if correction.action == "veto":
                 is_hit = _anywhere_in_sequence(is_hit, terms)
@@ -236,25 +236,25 @@ def corrected(
 
 @torch.no_grad()
 def normalizer_parts(corrections: Sequence[Correction], terms: MismatchTerms) -> Tensor:
-    """Return what the mean weights of a step are made of; add them up over its micro-batches and ranks.
+    """Return the sums and counts of the mean weights of a step; add them up over its micro-batches and ranks.
 
     Args:
         corrections: C objects.
         terms: the tensors of one micro-batch.
 
     Returns:
-        [C, 2] float64: the sum of the units' clamped ratios and the number of units, the unit being the correction's
-        own (a sequence counts once, however long); zeros for a correction that does not normalise.
+        [C, 2] float64: the sum of the units' clamped ratios and the number of units, by the granularity of the
+        correction (a sequence counts once, however long); zeros for a correction that does not normalise.
     """
     parts = torch.zeros(len(corrections), 2, dtype=torch.float64, device=terms.rollout_logprobs.device)
     for index, correction in enumerate(corrections):
         if correction.normalize:
-            own = _clamped(_statistic(correction, terms), correction)
+            ratio = _clamped(_statistic(correction, terms), correction)
             ids, num = terms.units(correction.granularity)
-            share = torch.ones_like(own)
+            share = torch.ones_like(ratio)
             if ids is not None:
                 share = share / segment_sum(share, ids, num)[ids]
-            parts[index, 0], parts[index, 1] = (own * share).sum(), share.sum()
+            parts[index, 0], parts[index, 1] = (ratio * share).sum(), share.sum()
     return parts
 
 
@@ -298,18 +298,18 @@ def mismatch_metrics(
     sequence_ids: Tensor | None = None,
     num_sequences: int = 0,
 ) -> dict[str, Metric]:
-    """Measure how far sampler and trainer are apart, and what the corrections made of it.
+    """Measure how far sampler and trainer are apart, and the effect of the corrections.
 
-    The metrics of parts merge to those of the whole. With d = log p - log q: ``rollout_mismatch`` mean |d|, ``_max``
+    Metrics of parts merge to those of all tokens. With d = log p - log q: ``rollout_mismatch`` mean |d|, ``_max``
     the largest; ``rollout_k1`` and ``_k3`` KL(q || p); ``rollout_chi2`` mean e^2d - 1; ``rollout_prob_diff`` mean
     |p - q|; ``rollout_weight`` (with ``_min`` and ``_max``) and ``rollout_ess`` the final weights, 0 where rejected;
-    ``rollout_kept`` the tokens kept, ``rollout_kept_sequences`` those with a token left.
+    ``rollout_kept`` the tokens kept, ``rollout_kept_sequences`` the sequences with a kept token.
 
     Args:
         old_logprobs: [N] log p in nats.
-        rollout_logprobs: [N] log q in nats; a NaN (not reported) leaves the token out of what compares policies.
-        weights: [N] of `corrected`.
-        is_kept: [N] of `corrected`.
+        rollout_logprobs: [N] log q in nats; a NaN (not reported) excludes the token from comparisons of the policies.
+        weights: [N] from `corrected`.
+        is_kept: [N] from `corrected`.
         sequence_ids: [N] int64, to count sequences too.
         num_sequences: S.
     """
@@ -340,7 +340,7 @@ def mismatch_metrics(
 def correction_metrics(corrections: Sequence[Correction], result: Corrected) -> dict[str, Metric]:
     """Return the fraction of tokens that each correction rejected or clamped, e.g. ``rollout_mask_token_ratio``.
 
-    A second correction of the same kind gets "_2" behind its name, and so on.
+    A second correction of the same kind gets "_2" after its name, and so on.
     """
     metrics: dict[str, Metric] = {}
     for correction, is_hit in zip(corrections, result.is_hit, strict=True):

@@ -21,11 +21,11 @@ KLEstimator = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 KLTerm = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "top_k", "full"]
 """Estimators, and the exact divergences over K candidates or the whole vocabulary."""
 EXACT_KL = ("top_k", "full")
-"""Those that need no estimate."""
+"""Exact KL terms, which need no estimate."""
 KLDirection = Literal["reverse", "forward", "jensen_shannon"]
 """KL(policy || reference), KL(reference || policy), or half of each against their even mixture."""
 KLTail = Literal["drop", "one_bucket"]
-"""What becomes of the probability outside the candidates."""
+"""How the probability outside of the candidates is treated."""
 KLGradient = Literal["as_is", "straight_through", "score_corrected", "is_corrected"]
 """What flows back through the KL term."""
 MAX_LOG_RATIO = 20.0

@@ -1,4 +1,4 @@
-"""The options of a registered function: what its signature declares becomes a validated model; no torch here."""
+"""Turn the signature of a registered function into a validated options model; no torch here."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ClipLow = Annotated[float, Ge(0), Le(1)]
 ClipHigh = Annotated[float, Ge(0)]
 """A ratio's ceiling is 1 plus it."""
 AboveOne = Annotated[float, Gt(1)]
-"""A cap on ratios that leaves a ratio of 1 alone."""
+"""A cap on ratios that does not change a ratio of 1."""
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 
 
 class _Options(Config):
-    """Base of all options. Each has a description already: looking for it in the source takes longest of all."""
+    """Base of all options. Descriptions are passed explicitly, because looking them up in the source is slow."""
 
     model_config = ConfigDict(use_attribute_docstrings=False)
 
@@ -38,9 +38,9 @@ def options_model(
 
     Args:
         kind: what is registered, such as "policy loss"; for the error messages.
-        name: under which name.
-        function: its first parameter is data; every other one must be keyword-only with a default.
-        reserved: words that no option may be called.
+        name: its registered name.
+        function: its first parameter is data; all others must be keyword-only with a default.
+        reserved: names that no option may have.
 
     Raises:
         ConfigError: a parameter may be passed by position, has no default or a reserved name.
@@ -56,7 +56,7 @@ def options_model(
             )
         if option.name in reserved:
             raise ConfigError(
-                f"{kind} {name!r} has an option called {option.name!r}; that word picks the {kind.split()[-1]} itself"
+                f"{kind} {name!r} has an option called {option.name!r}; that name selects the {kind.split()[-1]} itself"
             )
         described = Field(option.default, description=meanings.get(option.name))
         fields[option.name] = (_annotation(option.annotation, kind, function), described)
@@ -64,7 +64,7 @@ def options_model(
 
 
 def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether two functions are one function of one file, loaded twice: again, or as a module and as a plugin."""
+    """Whether two functions are the same one of a file that was loaded twice: reloaded, or as module and as plugin."""
     if one.__qualname__ != other.__qualname__:
         return False
     files = [getattr(getattr(function, "__code__", None), "co_filename", "<unknown>") for function in (one, other)]
@@ -72,14 +72,14 @@ def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
 
 
 def arguments_described(function: Callable[..., Any]) -> dict[str, str]:
-    """Return what the section ``Args:`` of a docstring says of each argument; nothing where there is no such section.
+    """Return the description of each argument in the section ``Args:`` of a docstring; empty without such a section.
 
-    An argument begins a line, one level deeper than ``Args:``, and its lines go on deeper still.
+    An argument starts a line one level deeper than ``Args:``; its continuation lines are indented further.
     """
-    _, found, section = (inspect.getdoc(function) or "").partition("\nArgs:\n")
+    _, heading, section = (inspect.getdoc(function) or "").partition("\nArgs:\n")
     meanings: dict[str, str] = {}
     depth, name = None, ""
-    for line in section.splitlines() if found else []:
+    for line in section.splitlines() if heading else []:
         indent = len(line) - len(line.lstrip())
         if line.strip() and indent == 0:
             break
@@ -96,8 +96,8 @@ def arguments_described(function: Callable[..., Any]) -> dict[str, str]:
 def _annotation(annotation: Any, kind: str, function: Callable[..., Any]) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any
-    # Strings come from `from __future__ import annotations`; only options are evaluated, so that the annotations
-    # of tensors may name types that are imported for type checking alone.
+    # Strings come from `from __future__ import annotations`; only options are evaluated, so annotations of
+    # tensors may use types that are imported only for type checking.
     try:
         return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
     except NameError as error:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from toolkit.functional.names import MAX_LOG_RATIO
 
-ROOM = 20.0
+HEADROOM = 20.0
 """Nats between the largest ratio and the largest number of the dtype."""
 
 
@@ -21,12 +21,12 @@ def bounded(log_ratio: Tensor, low: float | None = -MAX_LOG_RATIO, high: float |
 
     Args:
         log_ratio: [N] in nats, fp32 or wider.
-        low: floor in nats; None: none.
+        low: floor in nats; None: no floor.
         high: ceiling in nats; None: only what the dtype can hold after exp and some arithmetic (68.7 nats in fp32).
 
     Returns:
         [N] in nats.
     """
-    # An infinite ratio times an advantage of 0 would be NaN; the room is for advantages, weights and sums over tokens.
-    largest = math.log(torch.finfo(log_ratio.dtype).max) - ROOM
+    # An infinite ratio times an advantage of 0 would be NaN; the headroom is for advantages, weights and sums.
+    largest = math.log(torch.finfo(log_ratio.dtype).max) - HEADROOM
     return log_ratio.clamp(low, largest if high is None else min(high, largest))

@@ -20,42 +20,42 @@ from toolkit.schema import Config, located
 class Registered:
     """A registered function."""
 
-    place: ClassVar[str]
-    """Where its options stand in a config, for messages."""
+    config_path: ClassVar[str]
+    """Path of its options in a config, for messages."""
 
     name: str
     function: Callable[..., Any]
     options_model: type[Config]
     """Validates the keyword-only parameters of `function`."""
 
-    def options(self, given: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
-        """Validate `given` and fill in the defaults.
+    def options(self, values: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
+        """Validate `values` and fill in the defaults.
 
         Args:
-            given: options by name.
-            where: what messages call the place; None: `place`.
+            values: options by name.
+            where: path to name in messages; None: `config_path`.
 
         Raises:
             ConfigError: an option is unknown, of the wrong type or out of range.
         """
-        with located(where or self.place):
-            return self.options_model(**given).model_dump()
+        with located(where or self.config_path):
+            return self.options_model(**values).model_dump()
 
 
 EntryT = TypeVar("EntryT", bound=Registered)
 
 
 class Registry(Generic[EntryT]):
-    """Registered functions of one kind, those of a package among them: its modules are imported when one is missing."""
+    """Registered functions of one kind, including those of a package, whose modules are imported on demand."""
 
     def __init__(self, kind: str, *, package: str, key: str, how: str) -> None:
-        """Make an empty one.
+        """Create an empty registry.
 
         Args:
             kind: what its functions are, such as "policy loss".
             package: dotted; its modules register the built-in ones.
-            key: what a name is given for, such as "loss_type".
-            how: a clause that says how one's own is registered.
+            key: the setting that selects by name, such as "loss_type".
+            how: a clause that says how to register a custom function.
         """
         self._kind, self._package, self._key, self._how = kind, package, key, how
         self.entries: dict[str, EntryT] = {}
@@ -64,7 +64,7 @@ class Registry(Generic[EntryT]):
         """Register a function.
 
         Raises:
-            ConfigError: another one has its name, and is not to be replaced.
+            ConfigError: another function has this name, and `overwrite` is False.
         """
         known = self.entries.get(entry.name)
         if known is not None and not overwrite and not is_same_source(known.function, entry.function):
@@ -78,9 +78,9 @@ class Registry(Generic[EntryT]):
         """Return the function called `name`.
 
         Raises:
-            ConfigError: there is none; the message lists those that exist.
+            ConfigError: the name is unknown; the message lists the known ones.
         """
-        if name in self.entries:  # it is asked for in every chunk; listing the modules takes longer
+        if name in self.entries:  # called for every chunk; listing the modules takes longer
             return self.entries[name]
         names = self.names()
         if name not in names:
@@ -109,7 +109,7 @@ def document_source(function: Callable[..., Any], source: str, differs: str = ""
 
 
 def check_needs(who: str, needs: Sequence[str], known: Sequence[str], lacking: str) -> None:
-    """Raise `ConfigError` if a function that is to be registered needs what nobody has."""
+    """Raise `ConfigError` if a function to register needs a field that does not exist."""
     unknown = next((need for need in needs if need not in known), None)
     if unknown is not None:
         raise ConfigError(f"{who} needs {unknown!r}, which {lacking}; choose {listed(known)}")

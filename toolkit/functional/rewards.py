@@ -1,7 +1,7 @@
-"""What an advantage estimator gets to see: one bundle of rewards, and the statistics that estimators share.
+"""The input of an advantage estimator: one bundle of rewards, and the statistics that estimators share.
 
 S: sequences (completions), T: positions of a row, K: rewards of one sequence. A group is the sequences of one prompt;
-it may have any size, and its members may stand anywhere.
+it may have any size, and its members any position.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ ROUNDING = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTerms:
-    """The rewards of a batch of sequences, and what some estimators need beside them."""
+    """The rewards of a batch of sequences, and what some estimators also need."""
 
     rewards: Tensor
-    """[S] one reward per sequence; NaN or inf: it could not be computed. Such a sequence gets advantage 0 and enters no
-    statistic of the others."""
+    """[S] one reward per sequence; NaN or inf: it could not be computed. Such a sequence gets advantage 0 and is
+    skipped in all statistics."""
     group_ids: Tensor
-    """[S] int64, any numbers; equal ones are one group."""
+    """[S] int64, any numbers; equal numbers form a group."""
     lengths: Tensor | None = None
     """[S] scored tokens of each sequence; those of `mask` by default."""
     mask: Tensor | None = None
-    """[S, T] bool, True where a token is scored; may have holes (what a tool said between two turns)."""
+    """[S, T] bool, True where a token is scored; may have holes (tool output between two turns)."""
     token_rewards: Tensor | None = None
-    """[S, T] reward of each token; without them the reward stands at the last scored token. Ignored where masked."""
+    """[S, T] reward of each token; by default the last scored token has the reward. Ignored where masked."""
     values: Tensor | None = None
     """[S, T] a critic's estimate of the return from each token on."""
     logprobs: Tensor | None = None
@@ -51,11 +51,11 @@ class RewardTerms:
     baselines: Tensor | None = None
     """[S] a running baseline from earlier batches, equal within a group."""
     input_lengths: Tensor | None = None
-    """[S] tokens that were read and not written: the prompt, what tools said."""
+    """[S] tokens that were read, not written: the prompt and tool output."""
     num_turns: Tensor | None = None
     """[S] turns of each sequence."""
 
-    def given(self, name: str) -> Tensor:
+    def require(self, name: str) -> Tensor:
         """Return the field called `name`.
 
         Raises:
@@ -72,7 +72,7 @@ class RewardTerms:
 
     @cached_property
     def wide(self) -> torch.dtype:
-        """What statistics are computed in: rewards are few, so float64 costs nothing (MPS has only float32)."""
+        """The dtype of statistics: rewards are few, so float64 costs nothing (MPS has only float32)."""
         return torch.float32 if self.rewards.device.type == "mps" else torch.float64
 
     @cached_property
@@ -90,17 +90,17 @@ class RewardTerms:
         return torch.unique(self.group_ids, return_inverse=True)[1]
 
     @cached_property
-    def place_in_group(self) -> Tensor:
-        """[S] int64, how many sequences of its group stand before each one."""
+    def index_in_group(self) -> Tensor:
+        """[S] int64, the index of each sequence within its group, in batch order."""
         order = self._groups.argsort(stable=True)
-        place = torch.arange(len(order), device=order.device)
+        positions = torch.arange(len(order), device=order.device)
         is_first = torch.ones_like(order, dtype=torch.bool)
         is_first[1:] = self._groups[order][1:] != self._groups[order][:-1]
-        start = place.where(is_first, 0).cummax(0).values if len(order) else place
-        return torch.empty_like(order).scatter(0, order, place - start)
+        start = positions.where(is_first, 0).cummax(0).values if len(order) else positions
+        return torch.empty_like(order).scatter(0, order, positions - start)
 
     def with_rewards(self, rewards: Tensor) -> RewardTerms:
-        """Return the bundle with other rewards [S]; those that are not known here are not known there."""
+        """Return the bundle with other rewards [S]; rewards that are unknown here stay unknown."""
         return replace(self, rewards=rewards.where(self.known, float("nan")))
 
     def _index(self, level: Level) -> Tensor:
@@ -129,14 +129,14 @@ class RewardTerms:
 
     @cached_property
     def is_alone(self) -> Tensor:
-        """[S] bool, whether a sequence has no other to be compared with in its group."""
+        """[S] bool, whether no other sequence of its group has a known reward."""
         return self.known & (self.count() < 2)
 
     def mean(self, level: Level = "group", weights: Tensor | None = None) -> Tensor:
         """Return for each sequence the mean of the known rewards of its group, or of the batch, [S].
 
         Args:
-            level: over what.
+            level: over the group or the batch.
             weights: [S] weight of each reward, not negative; equal ones by default.
         """
         weights = self.known.to(self.wide) if weights is None else weights.to(self.wide).where(self.known, 0.0)
@@ -152,7 +152,7 @@ class RewardTerms:
 
     def centred(self, level: Level = "group", weights: Tensor | None = None) -> Tensor:
         """Return reward - mean, [S]: exactly 0 where the reward is not known or all are equal."""
-        # A mean of equal numbers may miss them by a rounding; that must not become an advantage.
+        # The mean of equal numbers may differ from them by rounding, which must not become an advantage.
         return (self.filled - self.mean(level, weights)).where(self.known & self.varies(level), 0.0)
 
     def residual(self, level: Literal["group", "batch", "none"] = "group", *, leave_one_out: bool = False) -> Tensor:
@@ -160,7 +160,7 @@ class RewardTerms:
 
         Args:
             level: the baseline is the mean of the group, of the batch, or 0.
-            leave_one_out: leave a sequence out of its own mean: ``n / (n - 1)`` times the centred reward.
+            leave_one_out: exclude a sequence from its baseline: ``n / (n - 1)`` times the centred reward.
         """
         if level == "none":
             return self.filled
@@ -190,25 +190,25 @@ class RewardTerms:
     @cached_property
     def inside(self) -> Tensor:
         """[S, T] bool, True up to the last scored token: the scored tokens and the holes between them."""
-        return self.given("mask").flip(-1).cummax(-1).values.flip(-1)
+        return self.require("mask").flip(-1).cummax(-1).values.flip(-1)
 
     def at(self, where: Tensor, name: str) -> Tensor:
         """Return the field `name` [S, T], wide, 0 where `where` [S, T] is False."""
-        return self.given(name).to(self.wide).where(where, 0.0)
+        return self.require(name).to(self.wide).where(where, 0.0)
 
     def complete(self, where: Tensor, *names: str) -> Tensor:
         """Return which sequences have a known reward and only finite numbers at `where` [S, T] in fields `names`."""
-        fields = [self.given(name) for name in names] + [t for t in (self.token_rewards,) if t is not None]
-        found = self.known
+        fields = [self.require(name) for name in names] + [t for t in (self.token_rewards,) if t is not None]
+        is_complete = self.known
         for field in fields:
-            found = found & (field.isfinite() | ~where).all(-1)
-        return found
+            is_complete = is_complete & (field.isfinite() | ~where).all(-1)
+        return is_complete
 
     def rewards_at(self, where: Tensor) -> Tensor:
         """Return the reward of each token, [S, T], wide, 0 where `where` is False; see `token_rewards`."""
         if self.token_rewards is not None:
             return self.at(where, "token_rewards")
-        mask = self.given("mask")
+        mask = self.require("mask")
         is_last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
         return self.filled.unsqueeze(-1).where(is_last, 0.0)
 
@@ -225,7 +225,7 @@ class RewardTerms:
 
         Args:
             values: [S] or [S, T]; finite.
-            weights: how often each value counts, same shape: 1 and 0, or the tokens of a sequence.
+            weights: the weight of each value, same shape: 1 or 0, or the tokens of a sequence.
             std: divide the sum of squares by their number minus 1, or by their number.
             eps: added to the variance or to its root, as `eps_to` says.
             eps_to: see `eps`.

@@ -1,7 +1,7 @@
-"""Does a policy loss keep what it declares? Checked on a few made-up tokens, in a millisecond, before it is used.
+"""Check that a policy loss keeps its declared scope: on a few made-up tokens, in a millisecond, before it is used.
 
-A loss that declares scope "token" and looks at its neighbours gives one gradient in eager mode and another in chunks,
-without any error: GSPO cut into chunks of 4 tokens has been seen to change its sign.
+A loss that declares scope "token" but reads other tokens gives one gradient in eager mode and another in chunks,
+without an error: in chunks of 4 tokens the gradient of GSPO has been seen to change its sign.
 
 Legend: N tokens.
 """
@@ -33,11 +33,11 @@ _passed: set[tuple[Any, ...]] = set()
 
 
 def check_policy_loss(name: str, **options: Any) -> None:
-    """Check that the loss of a token (or sequence) is the same whether others are there or not, as its scope declares.
+    """Check that the loss of a token (or sequence) does not depend on tokens outside of its declared scope.
 
     Args:
-        name: of a registered policy loss.
-        options: of that loss; defaults for the rest.
+        name: name of a registered policy loss.
+        options: its options; others have their defaults.
 
     Raises:
         ConfigError: the values or gradients differ; the message names the scope that would be right.
@@ -47,7 +47,7 @@ def check_policy_loss(name: str, **options: Any) -> None:
 
 
 def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
-    """Check `loss` with complete `options` once; later calls with the same return at once.
+    """Check `loss` with complete `options` once; later calls with the same arguments return at once.
 
     Raises:
         ConfigError: it uses more than its scope allows.
@@ -65,13 +65,13 @@ def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
 
 
 def is_zero_without_advantage(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
-    """Whether tokens with advantage 0 have loss and gradient exactly 0, so that leaving them out changes nothing."""
+    """Return whether tokens with advantage 0 have loss and gradient exactly 0, so they can be skipped."""
     key = (*_key(loss, options), "zero")
     if key not in _passed:
         for spread in SPREADS:
             terms = made_up_terms(spread)
             idle = replace(terms, advantages=torch.zeros_like(terms.advantages))
-            if any(bool(found.any()) for found in _values_and_grads(loss, options, idle)):
+            if any(bool(values.any()) for values in _values_and_grads(loss, options, idle)):
                 return False
         _passed.add(key)
     return True
@@ -88,9 +88,9 @@ def check_token_losses(token_losses: object, logprobs: Tensor, name: str) -> Non
         DataError: it returned something else, such as a mean.
     """
     if not isinstance(token_losses, Tensor) or token_losses.shape != logprobs.shape:
-        given = list(token_losses.shape) if isinstance(token_losses, Tensor) else type(token_losses).__name__
+        result = list(token_losses.shape) if isinstance(token_losses, Tensor) else type(token_losses).__name__
         raise DataError(
-            f"policy loss {name!r} returned {given}; it must return one loss for each of the {len(logprobs)} selected "
+            f"policy loss {name!r} returned {result}; it must return one loss for each of the {len(logprobs)} selected "
             "tokens, without a mean or a sum (the calibrated weights do that)"
         )
 
@@ -98,19 +98,19 @@ def check_token_losses(token_losses: object, logprobs: Tensor, name: str) -> Non
 def _wrong_scope(loss: PolicyLoss, needed: str, what: str) -> ConfigError:
     return ConfigError(
         f"policy loss {loss.name!r} is registered with scope={loss.scope!r}, but a token's loss changes with {what}; "
-        f"cut into chunks its gradient would be wrong. Register it with "
+        f"in chunks its gradient would be wrong. Register it with "
         f"@register_policy_loss({loss.name!r}, scope={needed!r})"
     )
 
 
 def _is_local(loss: PolicyLoss, options: Mapping[str, Any], scope: str) -> bool:
-    """Whether each sequence (or token) alone has the values and gradients that it has among the others."""
+    """Return whether each sequence (or token) has the same values and gradients alone as among the others."""
     for spread in SPREADS:
         terms = made_up_terms(spread)
-        whole = _values_and_grads(loss, options, terms)
+        full = _values_and_grads(loss, options, terms)
         for rows in _parts(terms, scope):
             part = _values_and_grads(loss, options, _part(terms, rows))
-            for among, alone in zip(whole, part, strict=True):
+            for among, alone in zip(full, part, strict=True):
                 if not torch.allclose(among[rows], alone, rtol=TOLERANCE, atol=TOLERANCE):
                     return False
     return True
@@ -144,7 +144,7 @@ def _part(terms: PolicyTerms, rows: Tensor) -> PolicyTerms:
         for field in fields(terms)
         if isinstance(value := getattr(terms, field.name), Tensor)
     }
-    # As in a micro-batch that holds no more than these tokens.
+    # As in a micro-batch that holds only these tokens.
     numbers: dict[str, Any] = {
         f"num_{what}s": int(tensors[f"{what}_ids"].max()) + 1
         for what in ("sequence", "turn", "group")
@@ -165,13 +165,13 @@ def made_up_terms(spread: float) -> PolicyTerms:
     logprobs = -2 + noise(0.3)
     unequal = torch.tensor(UNEQUAL, dtype=torch.float64).repeat_interleave(lengths)
     sequences = torch.arange(len(LENGTHS)).repeat_interleave(lengths)
-    # Of every sequence of 3 tokens and more the last two are a turn of their own.
+    # In every sequence of 3 or more tokens, the last two form a second turn.
     old, advantages = logprobs + noise(spread) * unequal, noise(1.0)
     others: dict[str, Any] = {
         name: logprobs + noise(spread) * unequal for name in get_args(Need) if name != "entropies"
     }
-    places = torch.cat([torch.arange(length) for length in LENGTHS])
-    turns = 2 * sequences + ((places >= lengths[sequences] - 2) & (lengths[sequences] > 2))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    turns = 2 * sequences + ((positions >= lengths[sequences] - 2) & (lengths[sequences] > 2))
     return PolicyTerms(
         logprobs=logprobs,
         old_logprobs=old,
@@ -184,5 +184,5 @@ def made_up_terms(spread: float) -> PolicyTerms:
         num_turns=2 * len(LENGTHS),
         group_ids=torch.tensor(GROUPS)[sequences],
         num_groups=max(GROUPS) + 1,
-        positions=places,
+        positions=positions,
     )

@@ -1,4 +1,4 @@
-"""Sequences on packed and padded rows; the only place that knows what ``cu_seq_lens`` means.
+"""Sequences on packed and padded rows; the only module that interprets ``cu_seq_lens``.
 
 Legend: B rows, T positions of a row, S sequences, N selected (active) tokens.
 """
@@ -25,7 +25,7 @@ def sequence_ids(shape: torch.Size, cu_seq_lens: Tensor | None, device: torch.de
     Args:
         shape: shape of the labels, [T], [1, T] (packed) or [B, T] (padded).
         cu_seq_lens: [S + 1] int boundaries, 0 first, not decreasing, at most T; only for one packed row.
-        device: where to build the result; that of `cu_seq_lens` by default.
+        device: device of the result; that of `cu_seq_lens` by default.
 
     Returns:
         int64 of `shape`; `NO_SEQUENCE` where a position belongs to no sequence.
@@ -59,7 +59,7 @@ def turn_ids(is_scored: Tensor, sequence_ids: Tensor) -> Tensor:
     """Number the turns: each contiguous run of scored positions within a sequence is one.
 
     In a conversation the positions between two runs belong to someone else (a user, a tool). Two sequences packed side
-    by side never share a turn, and neither do two rows.
+    by side never share a turn, nor do two rows.
 
     Args:
         is_scored: bool [B, T] (or [T]).
@@ -96,13 +96,13 @@ def segment_mean(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
 
 
 def suffix_sum(values: Tensor, ids: Tensor, discount: float = 1.0, positions: Tensor | None = None) -> Tensor:
-    """Sum each token's value and those after it in its own sequence: ``sum over k >= t of discount^(k - t) values_k``.
+    """Sum each token's value and those after it in its sequence: ``sum over k >= t of discount^(k - t) values_k``.
 
     Args:
-        values: [N], the tokens of a sequence side by side and in order.
+        values: [N], the tokens of a sequence contiguous and in order.
         ids: [N] int64, the sequence of each token.
         discount: in (0, 1].
-        positions: [N] int64, what k and t mean where some tokens between were left out; None: side by side.
+        positions: [N] int64, the positions k and t where tokens between were skipped; None: consecutive.
 
     Returns:
         [N].

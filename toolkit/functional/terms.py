@@ -1,6 +1,6 @@
-"""What a policy loss gets to see: one bundle of per-token tensors of the selected tokens.
+"""The input of a policy loss: one bundle of per-token tensors of the selected tokens.
 
-N: selected tokens (every scored position of a micro-batch, masked ones already left out), S: sequences, G: groups
+N: selected tokens (every scored position of a micro-batch, masked ones already removed), S: sequences, G: groups
 (the completions of one prompt), U: turns (runs of scored tokens inside a sequence).
 """
 
@@ -26,7 +26,7 @@ KINDS: dict[str, type[Mean] | type[Min] | type[Max]] = {"mean": Mean, "min": Min
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTerms:
-    """The tensors of a policy loss. Every value is real: masked positions were selected out before."""
+    """The tensors of a policy loss, scored tokens only; masked positions are already removed."""
 
     logprobs: Tensor
     """[N] log pi_theta of the sampled tokens, in nats, fp32 or wider, with gradient."""
@@ -37,7 +37,7 @@ class PolicyTerms:
     ref_logprobs: Tensor | None = None
     """[N] under the reference policy, if there is one."""
     rollout_logprobs: Tensor | None = None
-    """[N] as reported by the sampler, if it did."""
+    """[N] as reported by the sampler, if it reports them."""
     teacher_logprobs: Tensor | None = None
     """[N] under a teacher, if there is one."""
     entropies: Tensor | None = None
@@ -49,26 +49,26 @@ class PolicyTerms:
     """[N] int64, the turn of each token, never shared by two sequences."""
     num_turns: int = 0
     group_ids: Tensor | None = None
-    """[N] int64, the group of each token; given to losses of scope "group" and "batch"."""
+    """[N] int64, the group of each token; set for losses of scope "group" and "batch"."""
     num_groups: int = 0
     positions: Tensor | None = None
-    """[N] int64, where each token stands in its row: how far apart two tokens are when some between are not scored."""
+    """[N] int64, position of each token in its row: the distance of two tokens with unscored ones between them."""
     log_ratio_range: LogRatioRange = (-MAX_LOG_RATIO, MAX_LOG_RATIO)
     """Bounds of every log ratio in nats, before exp; the gradient is 0 outside. None: no bound."""
     reported: dict[str, Metric] = field(default_factory=dict)
-    """What the policy loss reported of itself, means over all N tokens apart; `reports` has all of it."""
+    """Metrics that the policy loss reported, except means over all N tokens; `reports` has all of them."""
     reported_means: dict[str, Tensor] = field(default_factory=dict)
-    """[N] each, without gradient: they are summed together."""
+    """[N] each, without gradient: reported with their mean over all N tokens, and summed together."""
 
     def report(self, name: str, values: Tensor, kind: Literal["mean", "min", "max"] = "mean") -> None:
-        """Show the mean (or smallest, or largest) of `values` [n], over all of them in the step, as metric `name`."""
+        """Report the mean (or smallest, or largest) of `values` [n] over the step as metric `name`."""
         if kind == "mean" and values.shape == self.logprobs.shape:
             self.reported_means[name] = values.detach()
         else:
             self.reported[name] = KINDS[kind].of(values)
 
     def reports(self) -> dict[str, Metric]:
-        """Return what the policy loss reported of itself."""
+        """Return the metrics that the policy loss reported."""
         return {**Mean.of_each(self.reported_means), **self.reported}
 
     # ------------------------------------------------------------------ ratios
@@ -77,11 +77,11 @@ class PolicyTerms:
         """Return what a ratio divides by, [N]: "old", "rollout", or "self" (the current ones, without gradient).
 
         Raises:
-            DataError: the sampler's log-probabilities are wanted and were not given.
+            DataError: `anchor` is "rollout" and `rollout_logprobs` is None.
         """
         if anchor == "self":
             return self.logprobs.detach()
-        return self.old_logprobs if anchor == "old" else self.given("rollout_logprobs")
+        return self.old_logprobs if anchor == "old" else self.require("rollout_logprobs")
 
     def log_ratio(self, anchor: Anchor = "old") -> Tensor:
         """Return log pi_theta - log pi_anchor, bounded, [N]."""
@@ -92,19 +92,19 @@ class PolicyTerms:
         return self.log_ratio(anchor).exp()
 
     def sequence_log_ratio(self, anchor: Anchor = "old") -> Tensor:
-        """Return the mean log ratio of each token's own sequence, bounded, [N]."""
+        """Return the mean log ratio of each token's sequence, bounded, [N]."""
         return self.bounded(self.segment_mean(self.logprobs - self.anchor_logprobs(anchor)))
 
     def sequence_ratio(self, anchor: Anchor = "old") -> Tensor:
-        """Return the geometric mean of the ratios of each token's own sequence, bounded, [N]."""
+        """Return the geometric mean of the ratios of each token's sequence, bounded, [N]."""
         return self.sequence_log_ratio(anchor).exp()
 
     def turn_ratio(self, anchor: Anchor = "old") -> Tensor:
-        """Return the geometric mean of the ratios of each token's own turn, bounded, [N]."""
+        """Return the geometric mean of the ratios of each token's turn, bounded, [N]."""
         return self.bounded(self.turn_mean(self.logprobs - self.anchor_logprobs(anchor))).exp()
 
     def product_ratio(self, anchor: Anchor = "old") -> Tensor:
-        """Return the product of the ratios of each token's own sequence, bounded, [N]."""
+        """Return the product of the ratios of each token's sequence, bounded, [N]."""
         return self.bounded(self.segment_sum(self.logprobs - self.anchor_logprobs(anchor))).exp()
 
     def bounded(self, log_ratio: Tensor) -> Tensor:
@@ -114,12 +114,12 @@ class PolicyTerms:
     # ------------------------------------------------------------------ statistics of other tokens
 
     def segment_sum(self, values: Tensor) -> Tensor:
-        """Sum over each token's own sequence, given back per token: [N] -> [N]."""
+        """Sum over each token's sequence, returned per token: [N] -> [N]."""
         ids = self._ids("sequence")
         return segment_sum(values, ids, self.num_sequences)[ids]
 
     def segment_mean(self, values: Tensor) -> Tensor:
-        """Average over each token's own sequence, given back per token: [N] -> [N]."""
+        """Average over each token's sequence, returned per token: [N] -> [N]."""
         ids = self._ids("sequence")
         return segment_mean(values, ids, self.num_sequences)[ids]
 
@@ -128,14 +128,14 @@ class PolicyTerms:
         return suffix_sum(values, self._ids("sequence"), discount, self.positions)
 
     def turn_mean(self, values: Tensor) -> Tensor:
-        """Average over each token's own turn, given back per token: [N] -> [N]."""
+        """Average over each token's turn, returned per token: [N] -> [N]."""
         self._ids("sequence")
         if self.turn_ids is None:
             raise DataError("this policy loss uses turns, but PolicyTerms.turn_ids is missing")
         return segment_mean(values, self.turn_ids, self.num_turns)[self.turn_ids]
 
     def group_sum_of_sequences(self, values: Tensor) -> Tensor:
-        """Sum over the sequences of each token's own group, given back per token.
+        """Sum over the sequences of each token's group, returned per token.
 
         Args:
             values: [N], the same for all tokens of a sequence.
@@ -147,16 +147,16 @@ class PolicyTerms:
         return segment_sum(values.where(is_first, 0.0), groups, self.num_groups)[groups]
 
     def group_max(self, values: Tensor) -> Tensor:
-        """Return the largest value of each token's own group, without gradient: [N] -> [N]."""
+        """Return the largest value of each token's group, without gradient: [N] -> [N]."""
         groups = self._ids("group")
         lowest = values.new_full((self.num_groups,), float("-inf"))
         return lowest.scatter_reduce(0, groups, values.detach(), "amax")[groups]
 
     def selected_at_random(self, is_eligible: Tensor, count: int, seed: int) -> Tensor:
-        """Pick `count` of the eligible tokens, [N] bool: the same ones for the same tokens and seed anywhere.
+        """Pick `count` of the eligible tokens, [N] bool: the same ones for the same tokens and seed on every rank.
 
         The advantages' bits are mixed into the seed (as integers, whose sum does not depend on its order), because with
-        the seed alone every step would pick the same places. Hashed, because the generator reads 32 bits of its seed
+        the seed alone every step would pick the same positions. Hashed, because the generator reads 32 bits of its seed
         and the low bits of a rounded number are 0.
         """
         content = int(self.advantages.double().view(torch.int64).sum())
@@ -168,11 +168,11 @@ class PolicyTerms:
         chosen[keys.argsort(stable=True)[:count]] = True
         return chosen & is_eligible
 
-    def given(self, name: str) -> Tensor:
+    def require(self, name: str) -> Tensor:
         """Return an optional field of this bundle, [N].
 
         Raises:
-            DataError: it was not given.
+            DataError: it is None.
         """
         values = getattr(self, name)
         if not isinstance(values, Tensor):

@@ -1,9 +1,9 @@
 """From hidden states to log-probabilities, without ever holding the logits of all tokens at once.
 
-Knows nothing of RL, configs or ranks: a loss cannot tell which pass served it. `token_logprobs` serves any training
-loop; `fused_loss` computes a loss with the head in 3 matrix products; `explain` says what either will cost.
+Independent of RL, configs and ranks; a loss does not see which pass computes its scores. `token_logprobs` works in any
+training loop; `fused_loss` computes a loss with the head in 3 matrix products; `explain` gives the cost of either.
 
-They are loaded when first used, for configs read `HeadOptions` before torch is imported.
+They are loaded when first used, because configs read `HeadOptions` before torch is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from toolkit.head.plan import HeadPlan
     from toolkit.head.scores import TokenScores
 
-_HOMES = {
+_MODULES = {
     "HeadPlan": "plan",
     "TokenScores": "scores",
     "explain": "engine",
@@ -30,6 +30,6 @@ __all__ = ["HeadOptions", "HeadPlan", "TokenScores", "explain", "fused_loss", "t
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'toolkit.head' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"toolkit.head.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"toolkit.head.{_MODULES[name]}"), name)

@@ -1,6 +1,6 @@
-"""Finding the trunk and the head of a causal language model, and the weight that its head really multiplies with.
+"""Find the trunk and the head of a causal language model, and the weight that the head multiplies by.
 
-Duck-typed: it knows how models of transformers and adapters of PEFT look, and imports neither.
+Duck-typed for models of transformers and adapters of PEFT; imports neither.
 
 Legend: T positions, D hidden width, V vocabulary, r summed rank of the active LoRA adapters.
 """
@@ -18,41 +18,41 @@ from toolkit.errors import ConfigError, DataError
 from toolkit.head.logits import LogitTransform
 
 HeadTensors = tuple[Tensor, Tensor, Tensor | None]
-"""Hidden states [..., D], weight [V, D] and bias [V] or None, to be given to `token_logprobs` or a loss context."""
+"""Hidden states [..., D], weight [V, D] and bias [V] or None, for `token_logprobs` or a loss context."""
 
 _SCALES = (("logits_scaling", -1), ("logit_scale", 1), ("lm_head_multiplier", 1), ("output_multiplier", 1))
-"""Names that configs have for a factor on the logits; -1 where the model divides by it."""
+"""Config fields for a factor on the logits; -1 where the model divides by it."""
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
-"""Names that configs have for a soft cap of the logits."""
+"""Config fields for a soft cap of the logits."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A causal language model taken apart: what computes the hidden states, and what follows."""
+    """A causal language model in two parts: the trunk, which computes hidden states, and the head."""
 
     lm: Any
     """The model itself, without PEFT's wrapper."""
     trunk: Callable[..., Any]
-    """Called as the model itself, it returns an object with `last_hidden_state`, [B, T, D]."""
+    """Takes the model's arguments and returns an object with `last_hidden_state`, [B, T, D]."""
     module: nn.Module
-    """The head as the model calls it, adapters included."""
+    """The head as the model calls it, including adapters."""
     transform: LogitTransform = field(default_factory=LogitTransform)
-    """What the model's config says to do with the logits."""
+    """Scale and soft cap of the logits, from the model's config."""
 
     def inputs(self, hidden: Tensor) -> HeadTensors:
-        """Return hidden states, weight and bias whose product is what the head makes of `hidden`.
+        """Return hidden states, weight and bias whose product is the head's output for `hidden`.
 
-        Call it inside of the wrapped model's forward, each time anew: adapters may be switched, merged or disabled,
-        and a sharded weight is whole only there. A LoRA adapter widens hidden states and weight by its rank: ``[h, s
-        A h] [W, B]^T = h W^T + s h A^T B^T``. So its dropout works, and a small update is not lost by rounding ``W +
-        s B A`` to bf16 (there, one of 1 % of the weight's own size kept 73 % of its effect on the logits). It costs a
-        copy of the weight, V (D + r) elements, in each forward; and the gradient of the widened weight is accumulated
-        in fp32, V (D + r) more, although W itself is frozen and keeps none.
+        Call it inside each forward of the wrapped model: adapters may be switched, merged or disabled, and a sharded
+        weight is gathered only there. A LoRA adapter widens hidden states and weight by its rank: ``[h, s A h] [W,
+        B]^T = h W^T + s h A^T B^T``. So its dropout works, and a small update is not lost by rounding ``W + s B A`` to
+        bf16 (there, an update of 1 % of the weight's size kept 73 % of its effect on the logits). It costs a copy of
+        the weight, V (D + r) elements, in each forward; and the gradient of the widened weight is accumulated in fp32,
+        V (D + r) more, although W itself is frozen and keeps none.
 
         Raises:
-            ConfigError: an adapter of another kind sits on the head, or its weight is quantized or sharded by a
-                back-end that is not supported.
-            DataError: the weight is a shard: this is not inside of the wrapped model's forward.
+            ConfigError: the head has another kind of adapter, or its weight is quantized or sharded by a back-end that
+                is not supported.
+            DataError: the weight is a shard, because this is not inside the wrapped model's forward.
         """
         layer, adapters = _unwrapped(self.module)
         weight, bias = self._checked(layer)
@@ -71,7 +71,7 @@ class Head:
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Return the effective weight [V, D] and bias [V] or None, differentiable: W + s B A under LoRA.
 
-        For a loop that wants the usual pair; prefer `inputs`, which rounds less and serves dropout.
+        For loops that need one weight; prefer `inputs`, which rounds less and supports dropout.
 
         Raises:
             ConfigError: as `inputs`, or there is dropout between the hidden states and the adapter.
@@ -82,7 +82,7 @@ class Head:
         for lora in adapters:
             if getattr(lora.dropout, "p", 0.0) > 0 and lora.dropout.training:
                 raise ConfigError(
-                    "the LoRA adapter of the head has dropout, which no weight can stand for; set lora_dropout=0, "
+                    "the LoRA adapter of the head has dropout, which one weight cannot represent; set lora_dropout=0, "
                     "call .eval(), or use Head.inputs(hidden)"
                 )
             weight = torch.addmm(weight, lora.up.weight, lora.down.weight, alpha=lora.scaling)
@@ -97,12 +97,12 @@ class Head:
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ConfigError(
                 f"the head {type(layer).__name__} has a weight of {list(weight.shape)} {weight.dtype}; it must be a "
-                "floating-point [V, D]: leave the head out of quantization (llm_int8_skip_modules=['lm_head'])"
+                "floating-point [V, D]; exclude the head from quantization (llm_int8_skip_modules=['lm_head'])"
             )
         if hasattr(weight, "device_mesh") and any(type(m).__name__.startswith("FSDP") for m in self.lm.modules()):
             raise DataError(
-                "the head is sharded by FSDP and was not gathered: call the loss inside of the wrapped model's forward "
-                "(toolkit.models.policy.Policy), or another method of it through Policy.inside"
+                "the head is sharded by FSDP and was not gathered; call the loss inside the wrapped model's forward "
+                "(toolkit.models.policy.Policy), or call another of its methods through Policy.inside"
             )
         return weight, bias
 
@@ -121,22 +121,22 @@ def find_head(lm: Any) -> Head:
     """Find trunk, head and logit transform of a causal language model.
 
     Args:
-        lm: a model as transformers has them, with `base_model` (or `get_decoder`) and `get_output_embeddings`; or
+        lm: a model like those of transformers, with `base_model` (or `get_decoder`) and `get_output_embeddings`; or
             PEFT's wrapper of one.
 
     Raises:
-        ConfigError: there is no trunk or no head to be found, PEFT changes the input (prompt learning), an adapter
-            cannot be served, or a back-end has wrapped the model that the head cannot live with.
+        ConfigError: the model has no trunk or no head, PEFT changes the input (prompt learning), or an adapter or the
+            back-end that wraps the model is not supported.
     """
     refuse_wrappers(lm)
     inner = lm
-    if hasattr(lm, "get_base_model"):  # PEFT: its own `base_model` is the tuner, which is not the trunk
+    if hasattr(lm, "get_base_model"):  # PEFT: its `base_model` is the tuner, which is not the trunk
         if getattr(getattr(lm, "active_peft_config", None), "is_prompt_learning", False):
             raise ConfigError(
                 "PEFT's prompt learning puts virtual tokens before the text, and the trunk alone does not; use LoRA"
             )
         inner = lm.get_base_model()
-    # OPT's get_decoder() leaves out a projection of its base model.
+    # OPT's get_decoder() skips a projection of its base model.
     trunk = getattr(inner, "base_model", None)
     if trunk is None or trunk is inner:
         trunk = inner.get_decoder() if hasattr(inner, "get_decoder") else None
@@ -144,8 +144,8 @@ def find_head(lm: Any) -> Head:
     if trunk is None or trunk is inner or module is None:
         missing = "head (get_output_embeddings)" if module is None else "trunk (base_model)"
         raise ConfigError(
-            f"{type(inner).__name__} has no {missing}; take a causal language model (AutoModelForCausalLM), or call "
-            "the loss with your own hidden states and weight"
+            f"{type(inner).__name__} has no {missing}; use a causal language model (AutoModelForCausalLM), or call "
+            "the loss with hidden states and a weight"
         )
     head = Head(inner, trunk, module, next(iter(transforms_of(inner)), LogitTransform()))
     _unwrapped(module)
@@ -153,22 +153,22 @@ def find_head(lm: Any) -> Head:
 
 
 def transforms_of(lm: Any) -> Iterator[LogitTransform]:
-    """Yield the transforms that the model's config may stand for, the likeliest first; nothing if it names none.
+    """Yield the transforms that the model's config may mean, the likeliest first; nothing if it sets none.
 
-    A name alone does not settle everything: most models divide by `logits_scaling`, a few multiply. The start-up
-    check (`toolkit.models.policy.check_head`) picks the one that gives the model's own logits.
+    A name alone is ambiguous: most models divide by `logits_scaling`, a few multiply. The start-up check
+    (`toolkit.models.policy.check_head`) picks the one that reproduces the model's logits.
     """
     config = getattr(lm, "config", None)
     if config is None:
         return
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    softcap = next((found for name in _SOFTCAPS if (found := getattr(config, name, None))), None)
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
     scales = [(float(s), sign) for name, sign in _SCALES if (s := getattr(config, name, None)) not in (None, 0, 1)]
-    # The model's own attribute: Cohere reads its config once, when it is built.
-    own = getattr(lm, "logit_scale", None)
-    if isinstance(own, float | int) and own not in (0, 1):
-        scales = [(float(own), 1), *[(scale, sign) for scale, sign in scales if scale != own]]
+    # An attribute of the model: Cohere reads its config once, when it is built.
+    model_scale = getattr(lm, "logit_scale", None)
+    if isinstance(model_scale, float | int) and model_scale not in (0, 1):
+        scales = [(float(model_scale), 1), *[(scale, sign) for scale, sign in scales if scale != model_scale]]
     for scale, sign in scales:
         yield LogitTransform(scale**sign, softcap)
     for scale, sign in scales:
@@ -178,10 +178,10 @@ def transforms_of(lm: Any) -> Iterator[LogitTransform]:
 
 
 def refuse_wrappers(module: Any) -> None:
-    """Refuse what hides the head's weight from a loss of our own.
+    """Raise if a wrapper or back-end hides the head's weight from the loss.
 
     Raises:
-        ConfigError: FSDP 1, DataParallel or ZeRO-3 holds the weights; says what to use instead.
+        ConfigError: FSDP 1, DataParallel or ZeRO-3 holds the weights; the message suggests an alternative.
     """
     if not isinstance(module, nn.Module):
         return
@@ -189,7 +189,7 @@ def refuse_wrappers(module: Any) -> None:
         names = {kind.__name__ for kind in type(part).__mro__}
         if "FullyShardedDataParallel" in names:
             raise ConfigError(
-                "FullyShardedDataParallel (FSDP 1) flattens the head's weight away; use FSDP 2: "
+                "FullyShardedDataParallel (FSDP 1) flattens the head's weight; use FSDP 2: "
                 "training.sharding=fsdp2, or torch.distributed.fsdp.fully_shard on the Policy"
             )
         if names & {"DataParallel"}:
@@ -199,8 +199,8 @@ def refuse_wrappers(module: Any) -> None:
             )
         if names & {"DistributedDataParallel"}:
             raise ConfigError(
-                "the language model is wrapped in DistributedDataParallel already, whose hooks would not see the head; "
-                "make Policy(lm) first and wrap that"
+                "the language model is already wrapped in DistributedDataParallel, whose hooks would not see the head; "
+                "create Policy(lm) first and wrap that"
             )
     for parameter in module.parameters():
         _refuse_sharded(parameter)
@@ -209,8 +209,8 @@ def refuse_wrappers(module: Any) -> None:
 def _refuse_sharded(weight: Tensor) -> None:
     if hasattr(weight, "ds_id") and hasattr(weight, "ds_status"):
         raise ConfigError(
-            "DeepSpeed ZeRO-3 has partitioned the weights, and gathers them only in the forward of each module, not "
-            "for the head's backward; use ZeRO-1 or ZeRO-2, or training.sharding=fsdp2, which shards as much"
+            "DeepSpeed ZeRO-3 partitioned the weights and gathers them only in the forward of each module, not for "
+            "the head's backward; use ZeRO-1 or ZeRO-2, or training.sharding=fsdp2, which shards as much"
         )
     if getattr(weight, "_fsdp_flattened", False):
         raise ConfigError("FullyShardedDataParallel (FSDP 1) holds the head; use FSDP 2: training.sharding=fsdp2")
@@ -226,35 +226,34 @@ def _unwrapped(module: Any) -> tuple[Any, list[_Lora]]:
             module = module.original_module if is_off or not active else module.modules_to_save[active[0]]
         elif hasattr(module, "base_layer"):
             if module.merged and is_off:
-                module.unmerge()  # as its own forward does
+                module.unmerge()  # as its forward does
             if not is_off and not module.merged:
                 adapters += _lora_adapters(module)
             module = module.base_layer
         elif hasattr(module, "token_adapter"):
-            raise _unserved("trainable_token_indices")
+            raise _unsupported("trainable_token_indices")
         elif isinstance(getattr(module, "weight", None), Tensor):
             return module, adapters
         else:
             raise ConfigError(
-                f"the head is a {type(module).__name__} without a weight [V, D]; it must be a linear layer, with LoRA "
-                "or without"
+                f"the head is a {type(module).__name__} without a weight [V, D]; it must be a linear layer, with or "
+                "without LoRA"
             )
 
 
 def _lora_adapters(layer: Any) -> list[_Lora]:
     if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) or hasattr(layer, "lora_E"):
-        raise _unserved(type(layer).__name__)
+        raise _unsupported(type(layer).__name__)
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     for name in names:
         variant = getattr(layer, "lora_variant", {}).get(name)
         if variant is not None:
-            raise _unserved("DoRA" if layer.use_dora.get(name) else type(variant).__name__)
+            raise _unsupported("DoRA" if layer.use_dora.get(name) else type(variant).__name__)
     return [_Lora(layer.lora_A[n], layer.lora_B[n], float(layer.scaling[n]), layer.lora_dropout[n]) for n in names]
 
 
-def _unserved(kind: str) -> ConfigError:
+def _unsupported(kind: str) -> ConfigError:
     return ConfigError(
-        f"the adapter on the head ({kind}) is not a plain LoRA adapter, and its weight cannot be given to the loss; "
-        "leave the head out (exclude_modules=['lm_head']), train it whole (modules_to_save=['lm_head']) or merge the "
-        "adapter"
+        f"the adapter on the head ({kind}) is not a plain LoRA adapter, and the loss cannot use its weight; exclude "
+        "the head (exclude_modules=['lm_head']), train all of it (modules_to_save=['lm_head']) or merge the adapter"
     )

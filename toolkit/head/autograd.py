@@ -1,4 +1,4 @@
-"""What the passes ask of torch: no second derivative, no second copy of a gradient, no foreign hooks, no compiling."""
+"""How the passes use autograd: no second derivative, no second copy of a gradient, no other hooks, no compiling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """The identity on a gradient; whoever differentiates it once more is told that it cannot be done."""
+    """The identity on a gradient; differentiating it again raises an error."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
@@ -21,30 +21,30 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            "the head has no second derivative: its gradient is computed chunk by chunk without a graph; for one, "
+            "the head does not support second derivatives: its gradient is computed chunk by chunk without a graph; "
             "compute the logits with torch.nn.functional.linear (mode='eager')"
         )
 
 
 def refuses_second_derivative(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Refuse second derivatives, also where ``once_differentiable`` would take the gradient for a constant."""
+    """Raise for second derivatives, also where ``once_differentiable`` would take the gradient for a constant."""
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         with torch.no_grad():
-            found = backward(ctx, *grads)
+            input_grads = backward(ctx, *grads)
         if not torch.is_grad_enabled():
-            return found
+            return input_grads
         anchor = torch.ones((), requires_grad=True)
-        return tuple(_NoSecondDerivative.apply(g, anchor) if isinstance(g, Tensor) else g for g in found)
+        return tuple(_NoSecondDerivative.apply(g, anchor) if isinstance(g, Tensor) else g for g in input_grads)
 
     return wrapped
 
 
 def not_compiled(function: Any) -> Any:
-    """Leave a function out of ``torch.compile``, as ``torch.compiler.disable`` does, which loads the whole compiler.
+    """Exclude a function from ``torch.compile``, as ``torch.compiler.disable`` does, which loads the compiler.
 
-    It is loaded when something is compiled; a program that compiles nothing starts more than a second sooner.
+    Here, that happens only if something is compiled; other programs start more than a second sooner.
     """
 
     @functools.wraps(function)
@@ -56,14 +56,14 @@ def not_compiled(function: Any) -> Any:
 
 
 def rescaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """Return ``grad * factor``, without a second V x D tensor where `grad` will not be asked for again."""
+    """Return ``grad * factor``, without a second V x D tensor if `grad` will not be used again."""
     if not _graph_is_freed():
         return grad * factor
     return grad if factor.device.type == "cpu" and float(factor) == 1 else grad.mul_(factor)
 
 
 def _graph_is_freed() -> bool:
-    """Whether the saved gradients will not be asked for again (``retain_graph=False``)."""
+    """Whether the saved gradients will not be used again (``retain_graph=False``)."""
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keep_graph is not None and not keep_graph()
 
@@ -72,7 +72,7 @@ def _graph_is_freed() -> bool:
 def quiet(hidden: Tensor) -> Iterator[None]:
     """No autocast, no saved-tensor hooks."""
     device = hidden.device.type
-    # Detached: a hook that kept a saved output itself would tie it to its own graph, and neither were ever freed.
+    # Detached: a hook that kept a saved output would tie it to its graph, and neither would ever be freed.
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
     with torch.autocast(device, enabled=False), hooks:
         yield

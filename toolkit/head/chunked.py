@@ -24,7 +24,7 @@ def chunked_loss(
     """Sum `loss_fn` over chunks of the token axis; each chunk's gradient is taken in forward, then its graph is freed.
 
     The gradient reaches the three inputs and every other leaf that `loss_fn` depends on, such as a learnable
-    temperature of its own. Any upstream gradient is respected. A second derivative is refused.
+    temperature. Any upstream gradient is respected. A second derivative raises an error.
 
     Args:
         loss_fn: called once for each chunk; it may do anything with the chunk, logits included.
@@ -34,7 +34,7 @@ def chunked_loss(
         lengths: positions of each chunk, T in all.
 
     Returns:
-        The summed scalar loss (fp32 or wider), and what `loss_fn` returned besides, a list with one entry a chunk.
+        The summed scalar loss (fp32 or wider), and what else `loss_fn` returned, a list with one entry per chunk.
     """
     if not torch.is_grad_enabled():
         parts = [
@@ -48,18 +48,18 @@ def chunked_loss(
         extras: list[Any] = []
         try:
             loss = _ChunkedLoss.apply(hidden_states, head_weight, head_bias, loss_fn, tuple(lengths), extras, *others)
-        except _OtherLeaves as found:
-            if found.index <= before:
+        except _OtherLeaves as new:
+            if new.index <= before:
                 raise DataError(
-                    "loss_fn makes a tensor that asks for a gradient, another one in every call; detach it"
+                    "loss_fn makes a new tensor that requires a gradient in every call; detach it"
                 ) from None
-            others, before = others + found.leaves, found.index
+            others, before = others + new.leaves, new.index
             continue
         return loss, extras
 
 
 class _OtherLeaves(Exception):
-    """The loss depends on leaves that autograd was not told of; they must become inputs before the first chunk."""
+    """The loss depends on leaves that autograd does not know of; they must become inputs before the first chunk."""
 
     def __init__(self, leaves: list[Tensor], index: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        # Scaled in fp32, where a loss scale of 65536 is a number and not inf as in fp16; and out of place, for the
-        # saved gradients must survive a second backward (retain_graph=True).
+        # Scaled in fp32, where a loss scale of 65536 is a number and not inf as in fp16; and out of place, because
+        # the saved gradients must survive a second backward (retain_graph=True).
         scaled = [None if dtype is None else (next(saved) * grad_loss).to(dtype) for dtype in ctx.dtypes]
         return (*scaled[:3], None, None, None, *scaled[3:])

@@ -1,7 +1,7 @@
-"""What a pass will cost: products, operations, bytes at the worst moment.
+"""What a pass will cost: products, operations, peak bytes.
 
-Legend: T positions, N scored tokens, n tokens of the largest chunk, D hidden width, V vocabulary (own rows, where it is
-split over ranks: all costs are those of one rank).
+Legend: T positions, N scored tokens, n tokens of the largest chunk, D hidden width, V vocabulary (local rows where it
+is split over ranks: all costs are those of one rank).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Group = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Course:
-    """How a call will go, as far as its cost depends on it."""
+    """The properties of a call that determine its cost."""
 
     name: str
     """Of the pass."""
     groups: tuple[Group, ...]
     retained: int
-    """Chunks that stay in memory, besides the last of a group where the loss is computed with the head."""
+    """Chunks that stay in memory, besides the last of a group if the loss is computed with the head."""
     is_fused: bool
     """Whether the loss is computed with the head."""
     with_entropy: bool
@@ -62,7 +62,7 @@ def products_of(course: Course, tokens: int) -> float:
     if course.is_fused:
         twice = sum(length_of(group[: len(group) - kept_of(group, course.retained)]) for group in course.groups)
     else:
-        # Between forward and a backward of its own nothing is kept but what the budget pays for.
+        # Between forward and a separate backward only the chunks within the budget are kept.
         twice = length_of(course.chunks[: max(0, len(course.chunks) - course.retained)])
     return 1 + backward + twice / tokens
 
@@ -74,7 +74,7 @@ def gradient_bytes(inputs: HeadInputs, needs: tuple[bool, bool, bool]) -> int:
 
 
 def peak_bytes(inputs: HeadInputs, course: Course) -> int:
-    """Return the bytes over the inputs at the worst moment: in forward, in backward, or when dtypes are changed."""
+    """Return the peak bytes beyond the inputs: in forward, in backward, or when dtypes are changed."""
     parts = _parts(inputs, course)
     sums, casts = _sums(inputs, course)
     width, tokens = inputs.weight.shape[1], len(inputs.positions)
@@ -82,7 +82,7 @@ def peak_bytes(inputs: HeadInputs, course: Course) -> int:
     if course.name == "no-grad":
         return parts.base + parts.buffer + parts.score_scratch
     if inputs.vocab.is_split and course.needs[0] and tokens < inputs.hidden.shape[0]:
-        casts += slopes  # the scored rows of the hidden gradient on their way to the other ranks
+        casts += slopes  # the scored rows of the hidden gradient while they are sent to the other ranks
     if course.is_fused:
         most = max((kept_of(group, course.retained) for group in course.groups), default=1)
         return max(sums + parts.base + most * parts.buffer + parts.scratch + parts.rows, sums + casts)
@@ -97,7 +97,7 @@ def peak_bytes(inputs: HeadInputs, course: Course) -> int:
 
 
 def sent_bytes(inputs: HeadInputs, course: Course) -> int:
-    """Return the bytes that this rank gives to the sums over the ranks that share the vocabulary."""
+    """Return the bytes that this rank contributes to sums over the ranks that share the vocabulary."""
     if not inputs.vocab.is_split:
         return 0
     tokens, wide = len(inputs.positions), 8 if inputs.compute_dtype == torch.float64 else 4
@@ -113,7 +113,7 @@ class _Parts:
     base: int
     """Inputs of a chunk, what oneDNN returns, vectors, a weight in another dtype."""
     rows: int
-    """A chunk's part of the hidden gradient on its way, or its scaled inputs."""
+    """A chunk's part of the hidden gradient before it is written, or its scaled inputs."""
     score_scratch: int
     """Blocks of rows in forward."""
     grad_scratch: int
@@ -148,7 +148,7 @@ def _parts(inputs: HeadInputs, course: Course) -> _Parts:
 
 
 def _sums(inputs: HeadInputs, course: Course) -> tuple[int, int]:
-    """Return the bytes of the running sums of the gradients, and of those that are cast when they are complete."""
+    """Return the bytes of the running sums of the gradients, and of those that are cast at the end."""
     hidden, weight, bias = course.needs
     positions, width = inputs.hidden.shape
     sums = hidden * positions * width * _hidden_sum_size(inputs)

@@ -1,4 +1,4 @@
-"""The public functions of the head: log-probabilities, a loss over them, and what either will cost.
+"""The public functions of the head: log-probabilities, a loss over them, and the cost of either.
 
 Legend: T positions, N scored tokens, D hidden width, V vocabulary.
 """
@@ -20,8 +20,8 @@ from toolkit.head.passes import (
     OtherLeaves,
     ScoreLoss,
     Scores,
+    check_progress,
     checked_loss,
-    discover,
     score_without_grad,
     total_of,
 )
@@ -61,16 +61,16 @@ def token_logprobs(
 ) -> Tensor | TokenScores:
     """Score each label under the head's softmax, without ever holding the logits of all tokens.
 
-    Differentiable in hidden states, weight and bias, whatever loss is computed from the result: 4 matrix products (the
-    logits are computed again in backward), 2 when the head is frozen, 1 without gradient. Ignored positions enter no
-    product, may hold NaN, and come back as 0. Tokens that get a gradient of exactly 0 enter no product of backward.
-    A loss that can be computed in one go is better off with `fused_loss`: 3 products.
+    Differentiable in hidden states, weight and bias, for any loss: 4 matrix products (backward computes the logits
+    again), 2 if the head is frozen, 1 without gradient. Ignored positions are skipped, may hold NaN, and come back as
+    0. Backward skips tokens with a gradient of exactly 0. A loss that can be computed in one go should use
+    `fused_loss`: 3 products.
 
     The vocabulary may be split over ranks: a DTensor `head_weight` whose rows are sharded by ``Shard(0)`` over a
-    one-dimensional mesh, with the same hidden states, labels and options on all ranks of it. Each rank holds logits of
-    its own rows only; all get the same result. 3 or 4 numbers a token are sent in forward, and in backward the gradient
-    of the scored hidden states, once. The gradient of the weight is a DTensor, computed without communication; that of
-    hidden states, or of a plain bias, is the full one on every rank (not a part to be added up over the mesh); in low
+    one-dimensional mesh, with the same hidden states, labels and options on all its ranks. Each rank holds the logits
+    of its local rows only; all get the same result. Forward sends 3 or 4 numbers a token, and backward sends the
+    gradient of the scored hidden states once. The gradient of the weight is a DTensor, computed without communication;
+    that of hidden states, or of a plain bias, is the full one on every rank (do not add it up over the mesh); in low
     precision each rank rounds its part of it, as column-parallel layers do.
 
     Args:
@@ -78,7 +78,7 @@ def token_logprobs(
         head_weight: [V, D], or a DTensor of these, see above.
         labels: [...] int64 in 0 .. V - 1, or `ignore_idx`.
         head_bias: [V], optional; a DTensor sharded as the weight, or plain.
-        options: fields of `HeadOptions`, given as keywords (``temperature=0.7``) or all at once.
+        options: a `HeadOptions`, or its fields as keywords (``temperature=0.7``).
 
     Returns:
         [...] log-probabilities in nats, never above 0, fp32 (float64 for float64 inputs); with `entropy` a
@@ -87,8 +87,8 @@ def token_logprobs(
     Raises:
         DataError: shapes or dtypes do not fit, a label lies outside the vocabulary, the weight is sharded in another
             way, or the ranks that share it have different labels or options.
-        ConfigError: an option makes no sense.
-        RuntimeError: on a second derivative, which is not implemented.
+        ConfigError: an option is not valid.
+        RuntimeError: on a second derivative, which is not supported.
     """
     inputs = head_inputs(hidden_states, head_weight, labels, head_bias, options)
     job = _job(inputs, None, None, options)
@@ -117,27 +117,27 @@ def fused_loss(
     """Compute a loss over log-probabilities together with its gradient: 3 matrix products for most losses.
 
     The loss is a sum over groups of tokens that `scope` describes; `loss_fn` is called once for each group, and its
-    gradient is taken at once, while the group's logits are still there. Any upstream gradient is respected. The
+    gradient is taken at once, while the group's logits are in memory. Any upstream gradient is respected. The
     gradient also reaches other leaves that `loss_fn` depends on; where the vocabulary is split over ranks, each rank
     has the full one, and `loss_fn` must return the same loss on all of them.
 
     Args:
         loss_fn: ``f(scores, positions) -> (scalar, extra)`` with `TokenScores` of [n] tokens and their positions [n]
-            in the flattened labels. Where it depends on leaves of its own it is called once more for each group that
-            brings some; it must not keep scores from one call to the next with their graph.
-        hidden_states: [..., D], as in `token_logprobs`, like all arguments not named here.
+            in the flattened labels. If it depends on other leaves, it is called once more for each group with new
+            ones; it must not keep scores with their graph from one call to the next.
+        hidden_states: [..., D]; this and the other arguments are as in `token_logprobs`.
         head_weight: [V, D].
         labels: [...] int64.
         head_bias: [V], optional.
-        scope: what one token's loss depends on. "token": itself, so any chunk is a group. "sequence": tokens of its
-            own sequence; a group holds whole sequences, as many as fit a chunk. "batch": all tokens, one group. Only
-            a group larger than a chunk is computed twice, less its last chunk.
+        scope: what one token's loss depends on. "token": itself, so any chunk is a group. "sequence": tokens of the
+            same sequence; a group holds complete sequences, as many as fit a chunk. "batch": all tokens, one group.
+            Only a group larger than a chunk is computed twice, except for its last chunk.
         sequence_ids: [...] int64, the sequence of each position; for scope "sequence".
-        options: fields of `HeadOptions`, given as keywords or all at once; ``entropy=True`` hands `loss_fn` entropies
-            with gradient, "metric" without.
+        options: a `HeadOptions`, or its fields as keywords; ``entropy=True`` gives `loss_fn` entropies with gradient,
+            "metric" without.
 
     Returns:
-        The summed scalar loss, fp32 or wider, and what `loss_fn` returned besides, a list with one entry a group.
+        The summed scalar loss, fp32 or wider, and what else `loss_fn` returned, a list with one entry per group.
 
     Raises:
         DataError, ConfigError, RuntimeError: as `token_logprobs`.
@@ -154,9 +154,9 @@ def fused_loss(
         extras: list[Any] = []
         try:
             loss = FusedLoss.apply(inputs.hidden, inputs.weight, inputs.bias, job, loss_fn, extras, *others)
-        except OtherLeaves as found:
-            discover(before, found)
-            others, before = others + found.leaves, found
+        except OtherLeaves as new:
+            check_progress(before, new)
+            others, before = others + new.leaves, new
             continue
         return loss, extras
 
@@ -172,16 +172,16 @@ def explain(
     sequence_ids: Tensor | None = None,
     options: HeadOptions,
 ) -> HeadPlan:
-    """Return which pass would serve this call, why, and what it will cost; ``print`` it.
+    """Return which pass this call would use, why, and what it will cost; ``print`` it.
 
     Args:
-        hidden_states: as in `token_logprobs` (with ``scope=None``) and `fused_loss`, like all others.
+        hidden_states: [..., D]; all arguments are as in `token_logprobs` (with ``scope=None``) and `fused_loss`.
         head_weight: [V, D].
         labels: [...] int64.
         head_bias: [V], optional.
         scope: None for `token_logprobs`, else that of `fused_loss`.
         sequence_ids: [...] int64.
-        options: fields of `HeadOptions`, given as keywords or all at once.
+        options: a `HeadOptions`, or its fields as keywords.
     """
     inputs = head_inputs(hidden_states, head_weight, labels, head_bias, options)
     inputs, ids = _by_sequence(inputs, scope, sequence_ids, labels)
@@ -194,7 +194,7 @@ def _job(inputs: HeadInputs, scope: Scope | None, ids: Tensor | None, options: H
 
 
 def _check_ranks(job: Job, labels: Tensor) -> None:
-    """Stop where the ranks that share the vocabulary would go through it differently."""
+    """Raise if ranks that share the vocabulary would process it differently."""
     needs, names = job.needs, [*get_args(PassName)]
     flags = [needs.hidden, needs.weight, needs.bias, job.entropy is True, job.entropy == "metric"]
     job.inputs.vocab.check_same(labels, len(job.plan.chunks), names.index(job.plan.name), *flags)
@@ -207,10 +207,10 @@ def _by_sequence(
     if scope != "sequence" or sequence_ids is None:
         return inputs, None
     if sequence_ids.is_floating_point() or sequence_ids.dtype == torch.bool:
-        raise DataError(f"sequence_ids has dtype {sequence_ids.dtype}; they are integers")
+        raise DataError(f"sequence_ids has dtype {sequence_ids.dtype}; it must be an integer tensor")
     if sequence_ids.shape != labels.shape:
         raise DataError(
-            f"sequence_ids has shape {list(sequence_ids.shape)}; like the labels it must be {list(labels.shape)}"
+            f"sequence_ids has shape {list(sequence_ids.shape)}; it must be that of the labels, {list(labels.shape)}"
         )
     ids = sequence_ids.reshape(-1).index_select(0, inputs.positions)
     if bool((ids.diff() >= 0).all()):
@@ -233,7 +233,7 @@ def _loss_without_grad(job: Job, loss_fn: ScoreLoss) -> tuple[Tensor, list[Any]]
 
 
 def _scattered(values: Tensor, inputs: HeadInputs, labels: Tensor) -> Tensor:
-    """Return [N] values at their places among the labels, 0 elsewhere."""
+    """Return [N] values at their positions among the labels, 0 elsewhere."""
     if len(values) == labels.numel():
         return values.reshape(labels.shape)
     return values.new_zeros(labels.numel()).index_copy(0, inputs.positions, values).reshape(labels.shape)

@@ -1,4 +1,4 @@
-"""Gradients of the head's inputs, and of whatever else a loss depends on, summed over chunks."""
+"""Gradients of the head's inputs, and of other leaves that a loss depends on, summed over chunks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Inputs = tuple[Tensor, Tensor, Tensor | None]
 class HeadGradients:
     """Collects the gradients of hidden states, weight and bias over chunks, in fp32 or wider.
 
-    Summing the weight gradient of many chunks in bf16 loses it bit by bit: 9.6e-3 relative error against 2.4e-3 with
-    an fp32 accumulator (4096 tokens in chunks of 64). Nothing is allocated for an input that needs no gradient.
+    Summing the weight gradient of many chunks in bf16 loses precision: 9.6e-3 relative error against 2.4e-3 with
+    an fp32 accumulator (4096 tokens in chunks of 64). Nothing is allocated for an input without a gradient.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class HeadGradients:
         ]
 
     def leaves(self, hidden_chunk: Tensor) -> Inputs:
-        """Return hidden chunk, weight and bias as leaves of a fresh graph; the caller's tensors stay untouched."""
+        """Return hidden chunk, weight and bias as leaves of a fresh graph; the caller's tensors do not change."""
         return hidden_chunk.detach().requires_grad_(self._hidden_needs_grad), self._weight_leaf, self._bias_leaf
 
     def add(self, outputs: list[Tensor], upstream: list[Tensor] | None, inputs: Inputs, span: slice) -> None:
-        """Differentiate one chunk's outputs and add what comes out.
+        """Differentiate one chunk's outputs and add the gradients.
 
         Args:
-            outputs: what the chunk computed from `inputs`; those without a graph are passed over.
-            upstream: the gradient of each output; None for scalars stands for 1.
+            outputs: what the chunk computed from `inputs`; those without a graph are skipped.
+            upstream: the gradient of each output; None: scalars with gradient 1.
             inputs: from `leaves`.
-            span: the chunk's place along the token axis.
+            span: the chunk's slice of the token axis.
         """
         targets = [
             (tensor, total if index else total.narrow(self._token_dim, span.start, span.stop - span.start))
@@ -67,7 +67,7 @@ class HeadGradients:
             [tensor for tensor, _ in targets],
             None if upstream is None else [upstream[i] for i in live],
             allow_unused=True,
-            # What other tensors were computed from is shared by all chunks.
+            # All chunks share the graph of the other tensors.
             retain_graph=bool(self._others),
         )
         for (_, total), grad in zip(targets, grads, strict=True):
@@ -80,7 +80,7 @@ class HeadGradients:
 
 
 def leaves_of(output: Tensor) -> Iterator[Tensor]:
-    """Yield the leaf tensors that `output` was computed from and that ask for a gradient."""
+    """Yield the leaf tensors that `output` was computed from and that require a gradient."""
     pending, seen = [output.grad_fn], set()
     if output.grad_fn is None and output.requires_grad:
         yield output

@@ -1,4 +1,4 @@
-"""What every pass starts from: checked, flattened, and the scored tokens picked out.
+"""The inputs of every pass: checked, flattened, and the scored tokens selected.
 
 Legend: T positions, N scored tokens, D hidden width, V vocabulary.
 """
@@ -14,29 +14,29 @@ from torch import Tensor
 from toolkit.errors import ConfigError, DataError
 from toolkit.head.logits import LogitTransform
 from toolkit.head.options import HeadOptions
-from toolkit.head.vocabulary import VocabGroup, own_part, replicated
+from toolkit.head.vocabulary import VocabGroup, local_part, replicated
 
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """Flat views of what the caller gave."""
+    """Flat views of the caller's tensors."""
 
     hidden: Tensor
     """[T, D]."""
     weight: Tensor
-    """[V, D]; own rows only where the vocabulary is split."""
+    """[V, D]; local rows only where the vocabulary is split."""
     bias: Tensor | None
-    """[V], or own entries only."""
+    """[V], or local entries only."""
     positions: Tensor
-    """[N] int64, where the scored tokens lie among the T positions."""
+    """[N] int64, the scored tokens among the T positions."""
     targets: Tensor
     """[N] int64, their labels."""
     transform: LogitTransform
     """Its temperature, if a tensor, has one value for each of the T positions."""
     compute_dtype: torch.dtype
-    """Of the matrix products."""
+    """Dtype of the matrix products."""
     vocab: VocabGroup
-    """Whose rows `weight` holds."""
+    """Which rows `weight` holds."""
 
     def reordered(self, order: Tensor) -> HeadInputs:
         """Return the same with the scored tokens in another order, [N]."""
@@ -59,16 +59,16 @@ def head_inputs(
     head_bias: Tensor | None,
     options: HeadOptions,
 ) -> HeadInputs:
-    """Check and flatten; positions whose label is ``options.ignore_idx`` are left out here and never touched again.
+    """Check and flatten; positions whose label is ``options.ignore_idx`` are dropped here and not used again.
 
     Raises:
         DataError: shapes or dtypes do not fit, or a label lies outside the vocabulary or its mask.
-        ConfigError: a scale, soft cap or temperature makes no sense.
+        ConfigError: a scale, soft cap or temperature is not valid.
     """
     hidden_states, ignore_idx = replicated(hidden_states), options.ignore_idx
     transform = LogitTransform(options.logit_scale, options.softcap, options.temperature, options.vocab_mask)
     check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx)
-    weight, bias, vocab = own_part(head_weight, head_bias)
+    weight, bias, vocab = local_part(head_weight, head_bias)
     labels = labels.long()
     flat = labels.reshape(-1)
     positions = (flat != ignore_idx).nonzero().squeeze(-1)
@@ -97,7 +97,7 @@ def check_head(
     """Check shapes, dtypes and label range.
 
     Raises:
-        DataError: names what does not fit and what would.
+        DataError: names what does not fit and what is allowed.
     """
     if hidden_states.shape[:-1] != labels.shape:
         raise DataError(
@@ -105,7 +105,7 @@ def check_head(
             "they must agree in all but the last dimension (drop the last position of the text: it has no label)"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise DataError(f"{labels_name} has dtype {labels.dtype}; token ids are int64")
+        raise DataError(f"{labels_name} has dtype {labels.dtype}; it must be int64")
     if head_weight.dim() != 2 or head_weight.shape[1] != hidden_states.shape[-1]:
         raise DataError(
             f"head_weight has shape {list(head_weight.shape)}; it must be [V, {hidden_states.shape[-1]}] "
@@ -116,7 +116,7 @@ def check_head(
     is_cast = torch.is_autocast_enabled(hidden_states.device.type)
     if hidden_states.dtype != head_weight.dtype and not is_cast:
         raise DataError(
-            f"hidden_states are {hidden_states.dtype}, head_weight is {head_weight.dtype}; bring both to one "
+            f"hidden_states are {hidden_states.dtype}, head_weight is {head_weight.dtype}; cast both to one "
             "dtype, or run under torch.autocast"
         )
     vocabulary, labels = head_weight.shape[0], labels.long()
@@ -129,7 +129,7 @@ def check_head(
         where = ((ids < 0) | (ids >= vocabulary)).nonzero()[0].tolist()
         raise DataError(
             f"{labels_name}{where} = {int(labels[tuple(where)])} lies outside the vocabulary of {vocabulary} "
-            f"(0 .. {vocabulary - 1}); positions that are not scored carry ignore_idx = {ignore_idx}"
+            f"(0 .. {vocabulary - 1}); use ignore_idx={ignore_idx} for positions that are not scored"
         )
 
 
@@ -156,7 +156,7 @@ def _checked_transform(
             raise ConfigError(f"temperature={temperature} must be a number above 0")
         return transform
     if temperature.requires_grad:
-        raise DataError("temperature is a constant of the softmax and gets no gradient; give temperature.detach()")
+        raise DataError("temperature requires a gradient, but gets none; pass temperature.detach()")
     if temperature.dim() == 0:
         return _checked_transform(
             _with_temperature(transform, float(temperature)), labels, targets, weight, hidden, ignore_idx
@@ -167,11 +167,11 @@ def _checked_transform(
             f"{list(labels.shape)}"
         )
     wide = torch.promote_types(_compute_dtype(hidden), torch.float32)
-    own = temperature.detach().reshape(-1).to(hidden.device, wide).clone()  # ours: backward reads it again
-    scored = own[(labels != ignore_idx).reshape(-1)]
+    copied = temperature.detach().reshape(-1).to(hidden.device, wide).clone()  # backward reads it again
+    scored = copied[(labels != ignore_idx).reshape(-1)]
     if bool((~((scored > 0) & scored.isfinite())).any()):
         raise DataError("temperature is 0, negative or not finite at a scored position; it must be above 0")
-    return _with_temperature(transform, own)
+    return _with_temperature(transform, copied)
 
 
 def _with_temperature(transform: LogitTransform, temperature: float | Tensor) -> LogitTransform:

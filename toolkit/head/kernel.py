@@ -1,13 +1,13 @@
 """Logits to probabilities to gradient, in place, a block of rows at a time.
 
-A block fits the processor's cache, so that its passes cost little beside the products (0.9 ns an element against about
-80 for three products of width 1024). Nothing of the size of a chunk is ever allocated. ``logsumexp`` is not used: on a
+A block fits the processor's cache, so its passes cost little compared to the products (0.9 ns an element against about
+80 for three products of width 1024). Nothing as large as a chunk is ever allocated. ``logsumexp`` is not used: on a
 CPU it takes 8x the time of an in-place softmax.
 
-Where the vocabulary is split over ranks, a block holds the softmax over own columns; a row's own share of the whole
-probability, known once the ranks have spoken, is multiplied in when its gradient is taken.
+Where the vocabulary is split over ranks, a block holds the softmax over local columns; a row's local share of the
+total probability, known after the ranks communicate, is multiplied in when its gradient is taken.
 
-Legend: n tokens of a chunk, V vocabulary (own columns, where it is split).
+Legend: n tokens of a chunk, V vocabulary (local columns where it is split).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from toolkit.head.logits import LogitTransform
-from toolkit.head.vocabulary import OwnLabels, VocabGroup
+from toolkit.head.vocabulary import LocalLabels, VocabGroup
 
 BLOCK_ELEMENTS = {"cpu": 2**19}
 """Elements of a block of rows: 2 MB in fp32, a part of the cache."""
@@ -30,14 +30,14 @@ UNDERFLOW = 1e-30
 
 @dataclass(frozen=True)
 class RowStats:
-    """Of each row of a chunk, [n] in fp32 or wider."""
+    """Statistics of each row of a chunk, [n] in fp32 or wider."""
 
     logprobs: Tensor
     lse: Tensor
     """log of the sum of exp(logits)."""
     entropy: Tensor | None
     share: Tensor | None = None
-    """Probability of own columns, by which their own softmax is still to be multiplied; None without a split."""
+    """Probability of the local columns, by which their softmax is still to be multiplied; None without a split."""
 
     def select(self, rows: Tensor | slice) -> RowStats:
         """Return the statistics of some rows."""
@@ -46,7 +46,7 @@ class RowStats:
 
 
 class Kernel:
-    """The passes over logits between the products; owns its scratch memory and reuses it."""
+    """The passes over logits between the products; allocates its scratch memory once and reuses it."""
 
     def __init__(
         self, transform: LogitTransform, bias: Tensor | None, vocab: VocabGroup, *, wide: torch.dtype, rows: int
@@ -54,9 +54,9 @@ class Kernel:
         """Make a kernel.
 
         Args:
-            transform: what happens to the logits; a per-token temperature is handed in with each chunk.
+            transform: what happens to the logits; a per-token temperature is passed with each chunk.
             bias: [V], added to the logits first.
-            vocab: whose columns these are.
+            vocab: which columns these are.
             wide: dtype of the arithmetic, fp32 or float64.
             rows: n of the largest chunk.
         """
@@ -76,15 +76,15 @@ class Kernel:
         with_entropy: bool,
         known: RowStats | None = None,
     ) -> RowStats:
-        """Turn raw logits [n, V] into probabilities in place and return what is worth knowing of each row.
+        """Turn raw logits [n, V] into probabilities in place and return statistics of each row.
 
         Args:
             logits: the head's product, without its bias.
             targets: [n] labels.
             transform: that of these rows.
             with_entropy: also compute the entropies.
-            known: what an earlier call returned for these rows where the vocabulary is split: the ranks need not speak
-                again.
+            known: what an earlier call returned for these rows where the vocabulary is split, so ranks need not
+                communicate again.
         """
         before, after = transform.row_factors()
         is_split, with_entropy = self._vocab.is_split, with_entropy and known is None
@@ -100,12 +100,12 @@ class Kernel:
             if self._vocab_mask is not None:
                 block.masked_fill_(~self._vocab_mask, -torch.inf)
             if is_split:
-                stats[0][span], stats[1][span], stats[2][span] = self._own_softmax_(block, targets[span])
+                stats[0][span], stats[1][span], stats[2][span] = self._local_softmax_(block, targets[span])
             else:
-                own = targets[span].unsqueeze(1)
-                logit, largest = block.gather(1, own).squeeze(1), block.amax(1)
+                columns = targets[span].unsqueeze(1)
+                logit, largest = block.gather(1, columns).squeeze(1), block.amax(1)
                 torch.softmax(block, -1, out=block)
-                stats[0][span], stats[1][span] = _logprobs(block, own, logit, largest)
+                stats[0][span], stats[1][span] = _logprobs(block, columns, logit, largest)
             if with_entropy:
                 stats[-1][span] = self._entropy(block)
             if rows is not block:
@@ -127,7 +127,7 @@ class Kernel:
         """Turn probabilities [n, V] in place into the gradient of the raw logits, up to a factor for each row.
 
         Without softcap and entropy gradient that is ``p - onehot``, whatever the upstream gradient: it stays outside,
-        so that the chunk is not read again.
+        so the chunk is not read again.
 
         Args:
             probs: from `probabilities_`.
@@ -168,8 +168,8 @@ class Kernel:
             block = self._widened(rows)
             total.add_(block.sum(0) if factor is None else torch.mv(block.t(), factor[span].to(block.dtype)))
 
-    def _own_softmax_(self, block: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the softmax over own columns; return the label's logit, the largest one, sum of exp(logit - largest)."""
+    def _local_softmax_(self, block: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the local softmax; return the label's logit, the largest one, sum of exp(logit - largest)."""
         if self._is_excluded:  # a softmax over nothing
             block.zero_()
             nothing = block[:, 0]
@@ -181,15 +181,16 @@ class Kernel:
     def _merged(
         self, targets: Tensor, logit: Tensor, largest: Tensor, total: Tensor, entropy: Tensor | None
     ) -> RowStats:
-        """Return the statistics of whole rows from those of own columns, [n] each: 3 or 4 numbers a token are sent.
+        """Return the statistics of full rows from those of local columns, [n] each: 3 or 4 numbers a token are sent.
 
-        With own columns' sum of exponentials e_r and entropy H_r, and S the sum of all e_r: the share is e_r / S, and
+        With e_r and H_r the sum of exponentials and entropy of rank r, and S the sum of all e_r: the share is e_r / S,
+        and
         ``H = log S + sum_r e_r (H_r - log e_r) / S``.
         """
         top = self._vocab.max_(largest.clone())
         total = total * (largest - top).exp()
-        is_own = self._vocab.labels(targets).is_own
-        parts = [total, (logit - top).where(is_own, 0) if is_own is not None else logit - top]
+        is_local = self._vocab.labels(targets).is_local
+        parts = [total, (logit - top).where(is_local, 0) if is_local is not None else logit - top]
         if entropy is not None:
             parts.append(total * entropy - torch.xlogy(total, total))
         sums = self._vocab.sum_(torch.stack(parts))
@@ -199,7 +200,7 @@ class Kernel:
         return RowStats((sums[1] - log_sum).clamp_(max=0), top + log_sum, entropy, total / sums[0])
 
     def _scale_to_share_(self, probs: Tensor, stats: RowStats) -> None:
-        """Turn the softmax over own columns into their part of the whole one, where the vocabulary is split."""
+        """Turn the softmax over local columns into their part of the full one, where the vocabulary is split."""
         if stats.share is None:
             return
         for span, rows in self._blocks(probs):
@@ -212,7 +213,7 @@ class Kernel:
         self,
         rows: Tensor,
         span: slice,
-        labels: OwnLabels,
+        labels: LocalLabels,
         stats: RowStats,
         transform: LogitTransform,
         logprob_grads: Tensor,
@@ -240,9 +241,9 @@ class Kernel:
             rows.copy_(block)
 
     def _cap_slope(
-        self, logs: Tensor, span: slice, labels: OwnLabels, stats: RowStats, transform: LogitTransform
+        self, logs: Tensor, span: slice, labels: LocalLabels, stats: RowStats, transform: LogitTransform
     ) -> Tensor | None:
-        """Return d softcap(z) / dz = 1 - (softcap(z) / softcap)^2, with the capped logit found again from log p."""
+        """Return d softcap(z) / dz = 1 - (softcap(z) / softcap)^2, with the capped logit recovered from log p."""
         if self._softcap is None:
             return None
         _, after = transform.row_factors()
@@ -250,7 +251,7 @@ class Kernel:
         back = 1 / (after[span].unsqueeze(1) if isinstance(after, Tensor) else after) / self._softcap
         slope = torch.add(logs, lse, out=self._like(logs, 2)).mul_(back).square_().neg_().add_(1).clamp_min_(0)
         exact = ((stats.logprobs[span].unsqueeze(1) + lse) * back).square().neg().add(1)
-        return labels.put_(slope, exact.squeeze(1))  # of the label even where its probability underflows
+        return labels.put_(slope, exact.squeeze(1))  # exact for the label even where its probability underflows
 
     def _entropy(self, block: Tensor) -> Tensor:
         logs = torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()
@@ -277,14 +278,14 @@ class Kernel:
 
 
 def block_rows(rows: int, vocabulary: int, device: str) -> int:
-    """Return how many rows are worked on at a time."""
+    """Return how many rows are processed at a time."""
     block = BLOCK_ELEMENTS.get(device, GPU_BLOCK_ELEMENTS) // vocabulary
-    return max(1, min(rows, -(-max(1, block) // 8) * 8))  # whole shares for the threads
+    return max(1, min(rows, -(-max(1, block) // 8) * 8))  # a multiple of 8, for the threads
 
 
-def _logprobs(probs: Tensor, own: Tensor, logit: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+def _logprobs(probs: Tensor, columns: Tensor, logit: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """Return log p of the labels and the rows' log-sum-exp; log p is never above 0."""
-    prob = probs.gather(1, own).squeeze(1)
+    prob = probs.gather(1, columns).squeeze(1)
     logprobs = prob.log().clamp_(max=0)
     lse = logit - logprobs
     tiny = prob < UNDERFLOW

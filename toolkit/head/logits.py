@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """``scale`` -> ``softcap`` -> ``temperature`` -> vocabulary mask, after the head's own bias.
+    """``scale`` -> ``softcap`` -> ``temperature`` -> vocabulary mask, after the head's bias.
 
     The order is that of the models that have these (Granite and Cohere scale, Gemma 2 caps) and of the sampler, which
     divides by its temperature last. Entries that the mask excludes have probability exactly 0.
@@ -26,7 +26,7 @@ class LogitTransform:
     temperature: float | Tensor = 1.0
     """Logits are divided by it: one number, or [N] one for each token."""
     vocab_mask: Tensor | None = None
-    """[V] bool, False where a vocabulary entry cannot be sampled (padding of the vocabulary, say)."""
+    """[V] bool, False where a vocabulary entry cannot be sampled (padding of the vocabulary, for example)."""
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the transformed logits, [N, V], differentiable."""

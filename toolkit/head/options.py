@@ -1,4 +1,4 @@
-"""What every public function of the head can be told, once; no torch here, for configs answer with it, too.
+"""The options of every public function of the head; imports no torch, because configs use it, too.
 
 Legend: V vocabulary.
 """
@@ -23,10 +23,10 @@ Entropy = Literal[False, "metric", True]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadOptions:
-    """What `token_logprobs`, `fused_loss` and `explain` take by keyword, or all at once as ``options``.
+    """What `token_logprobs`, `fused_loss` and `explain` take by keyword, or as one object, ``options``.
 
     Raises:
-        ConfigError: an option makes no sense.
+        ConfigError: an option is not valid.
     """
 
     chunk_size: int | Literal["auto"] = "auto"
@@ -36,7 +36,7 @@ class HeadOptions:
     ignore_idx: int = -100
     """Label of positions that are not scored."""
     temperature: float | Tensor = 1.0
-    """Of the sampling that is scored; a number, or one for each label, [...]. Not differentiable."""
+    """Sampling temperature of the scored tokens; a number, or one for each label, [...]. Not differentiable."""
     softcap: float | None = None
     """Logits become ``softcap * tanh(logits / softcap)``, after `logit_scale` and before `temperature`. In bf16 the
     gradient of logits far beyond the cap (3 times and more) loses its precision."""
@@ -47,7 +47,7 @@ class HeadOptions:
     entropy: Entropy = False
     """True for entropies with gradient, "metric" for entropies without."""
     retain_bytes: int = 0
-    """Memory in which chunks may wait for their gradient instead of being computed twice."""
+    """Memory for chunks that are kept until their gradient is taken, instead of being computed twice."""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.entropy, bool) or self.entropy == "metric"):
@@ -74,7 +74,7 @@ def is_count(value: object) -> bool:
 
 
 def takes_head_options(function: Callable[..., Any]) -> Any:
-    """Let callers of `function` give the fields of its ``options`` as keywords; its signature then shows them."""
+    """Let callers of `function` pass the fields of its ``options`` as keywords, and show them in its signature."""
 
     @functools.wraps(function)
     def call(*args: Any, options: HeadOptions | None = None, **keywords: Any) -> Any:
@@ -86,7 +86,7 @@ def takes_head_options(function: Callable[..., Any]) -> Any:
         return function(*args, options=options, **keywords)
 
     signature = inspect.signature(function)
-    plain = [own for own in signature.parameters.values() if own.name != "options"]
+    plain = [parameter for parameter in signature.parameters.values() if parameter.name != "options"]
     at_once = signature.parameters["options"].replace(default=None, annotation="HeadOptions | None")
     keywords = [
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)

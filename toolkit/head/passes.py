@@ -1,11 +1,10 @@
-"""The two autograd functions of the head: scores for a loss elsewhere, and a loss computed while the logits are there.
+"""The two autograd functions of the head: scores for a loss elsewhere, and a loss computed while logits are in memory.
 
-Where the vocabulary is split over ranks, they speak in the first pass over a chunk and once for the gradient of the
-hidden states, never in the second pass: rows are left out of it freely, and a rank that left out others could not hang
-the rest.
+Where the vocabulary is split over ranks, they communicate only in the first pass over a chunk and once for the gradient
+of the hidden states, never in the second pass: each rank may skip different rows there, so a collective would deadlock.
 
-Both run under disabled autocast (their dtypes are chosen) and with saved-tensor hooks switched off inside: under
-activation checkpointing the small graph of a loss must not be packed away while its gradient is being taken.
+Both run with autocast disabled (their dtypes are explicit) and without saved-tensor hooks inside: under activation
+checkpointing the small graph of a loss must not be packed while its gradient is being taken.
 
 Legend: T positions, N scored tokens, n tokens of a group of chunks, D hidden width, V vocabulary.
 """
@@ -50,7 +49,7 @@ class Job:
 
     @property
     def has_free_entropy(self) -> bool:
-        """Whether entropies come from the frozen pass's own products."""
+        """Whether entropies come from the products of the frozen pass."""
         return has_free_entropy(self.inputs, self.plan.name, self.entropy)
 
 
@@ -124,12 +123,11 @@ class Scores(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:3])
         work = HeadWork(job.inputs, needs, job.plan, with_entropy=entropy_grads is not None)
         with quiet(hidden):
-            # The retained chunks first, so that one of their buffers serves the others.
+            # The retained chunks first, so the others can reuse one of their buffers.
             for index, span in sorted(enumerate(job.plan.chunks), key=lambda item: item[0] not in ctx.kept):
-                own = logprob_grads[span], None if entropy_grads is None else entropy_grads[span]
-                _second_pass(work, span, ctx.kept.pop(index, None), ctx.seen.get(index), *own)
-        found = work.gradients()
-        return (*_in_dtypes(found, (hidden, weight, bias)), None)
+                upstream = logprob_grads[span], None if entropy_grads is None else entropy_grads[span]
+                _second_pass(work, span, ctx.kept.pop(index, None), ctx.seen.get(index), *upstream)
+        return (*_in_dtypes(work.gradients(), (hidden, weight, bias)), None)
 
 
 class FusedLoss(torch.autograd.Function):
@@ -154,8 +152,8 @@ class FusedLoss(torch.autograd.Function):
             for index, group in enumerate(job.plan.groups):
                 try:
                     loss, extra = _run_group(job, work, group, loss_fn, others, other_grads)
-                except OtherLeaves as found:
-                    found.group = index
+                except OtherLeaves as new:
+                    new.group = index
                     raise
                 losses.append(loss)
                 extras.append(extra)
@@ -177,7 +175,7 @@ class FusedLoss(torch.autograd.Function):
 
 
 class OtherLeaves(Exception):
-    """The loss depends on leaves that autograd was not told of; they must become inputs before the first chunk."""
+    """The loss depends on leaves that autograd does not know of; they must become inputs before the first chunk."""
 
     def __init__(self, leaves: list[Tensor], group: int) -> None:
         super().__init__()
@@ -194,26 +192,26 @@ def checked_loss(result: Any) -> tuple[Tensor, Any]:
         raise DataError(f"loss_fn returned {type(result).__name__}; return (loss, extra)")
     loss, extra = result
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        given = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise DataError(f"loss_fn returned a loss of {given}; return the scalar sum over its tokens")
+        actual = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise DataError(f"loss_fn returned a loss of {actual}; return the scalar sum over its tokens")
     return loss, extra
 
 
-def discover(leaves: OtherLeaves | None, found: OtherLeaves) -> None:
-    """Refuse leaves that are new in every call: the one before found some in this group already.
+def check_progress(before: OtherLeaves | None, new: OtherLeaves) -> None:
+    """Raise if leaves are new in every call: the call before already had new ones in this group.
 
     Raises:
-        DataError: says what such a leaf can be.
+        DataError: the message says where such a leaf may come from.
     """
-    if leaves is not None and found.group <= leaves.group:
+    if before is not None and new.group <= before.group:
         raise DataError(
-            "loss_fn depends on a tensor that asks for a gradient and is another one in every call: one that it makes "
-            "itself, or the scores of another chunk that it kept; detach it"
+            "loss_fn depends on a tensor that requires a gradient and is a new one in every call (one that it makes, "
+            "or the scores of another chunk that it kept); detach it"
         )
 
 
 def total_of(losses: Sequence[Tensor], job: Job) -> Tensor:
-    """Return the sum of the groups' losses in fp32 or wider; 0 where there is none."""
+    """Return the sum of the groups' losses in fp32 or wider; 0 without groups."""
     wide = torch.promote_types(job.inputs.compute_dtype, torch.float32)
     if not losses:
         return torch.zeros((), dtype=wide, device=job.inputs.hidden.device)
@@ -257,8 +255,8 @@ def _run_group(
         if is_frozen:
             work.scale_hidden_gradient(job.inputs.positions[group[index]], -logprob_grads[local])
         else:
-            own = logprob_grads[local], None if entropy_grads is None else entropy_grads[local]
-            _second_pass(work, group[index], kept.pop(index, None), seen[index], *own)
+            upstream = logprob_grads[local], None if entropy_grads is None else entropy_grads[local]
+            _second_pass(work, group[index], kept.pop(index, None), seen[index], *upstream)
     return loss, extra
 
 
@@ -270,7 +268,7 @@ def _second_pass(
     logprob_grads: Tensor,
     entropy_grads: Tensor | None,
 ) -> None:
-    """Take the gradients of a chunk; compute it again where it was not kept, less the rows without a coefficient."""
+    """Take the gradients of a chunk; if it was not kept, compute it again without the rows that have no coefficient."""
     if chunk is None:
         is_live = logprob_grads != 0
         if entropy_grads is not None:
@@ -294,7 +292,7 @@ def _differentiate(
     *,
     is_live: bool,
 ) -> tuple[Tensor, Any, Tensor, Tensor | None]:
-    """Return the loss of a group, what it returned besides, and its gradients in log-probabilities and entropies."""
+    """Return the loss of a group, what else `loss_fn` returned, and gradients of log-probabilities and entropies."""
     with torch.enable_grad():
         logprobs = scores.logprobs.requires_grad_()
         entropy = scores.entropy if scores.entropy is None else scores.entropy.requires_grad_(is_live)
@@ -323,7 +321,7 @@ def _in_dtypes(grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None])
 
 
 def _with_tensors(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Job:
-    """Return `job` over the tensors that autograd handed in; jobs keep none of their own alive."""
+    """Return `job` with the tensors that autograd passed in; a job keeps no tensors alive."""
     return replace(job, inputs=replace(job.inputs, hidden=hidden, weight=weight, bias=bias))
 
 

@@ -1,6 +1,6 @@
-"""Which pass serves, in which chunks, and what it will cost; decided before the first product.
+"""Which pass is used, in which chunks, and what it will cost; decided before the first product.
 
-Legend: T positions, N scored tokens, D hidden width, V vocabulary (own rows, where it is split over ranks); a product:
+Legend: T positions, N scored tokens, D hidden width, V vocabulary (local rows where it is split over ranks); a product:
 2 N D V operations.
 """
 
@@ -21,20 +21,20 @@ from toolkit.head.options import Entropy, HeadOptions
 from toolkit.head.vocabulary import vocab_group
 
 Scope = Literal["token", "sequence", "batch"]
-"""What one token's loss depends on: itself, its whole sequence, or all tokens."""
+"""What one token's loss depends on: itself, its sequence, or all tokens."""
 PassName = Literal["no-grad", "frozen", "one-pass", "two-pass", "general", "eager"]
 
 CHUNK_BYTES = {"cpu": 128 * 2**20}
 GPU_CHUNK_BYTES = 2**30
-"""Memory for the logits of a chunk with ``chunk_size="auto"``: few chunks, for each one more reads and writes the
-weight gradient."""
+"""Memory for the logits of a chunk with ``chunk_size="auto"``: few chunks, because each one more reads and writes
+the weight gradient."""
 MIN_AUTO_CHUNK = 256
 SCOPES = ("token", "sequence", "batch")
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """What a call will do and what it will cost; ``print(plan)`` says it in words."""
+    """What a call will do and what it will cost; ``print(plan)`` describes it."""
 
     name: PassName
     why: str
@@ -50,13 +50,13 @@ class HeadPlan:
     """Matrix products, in units of 2 N D V operations; fewer where coefficients are exactly 0."""
     flops: int
     peak_bytes: int
-    """At the worst moment, over the inputs, returned gradients included."""
+    """Peak beyond the inputs, including the returned gradients."""
     gradient_bytes: int
-    """Of the returned gradients alone."""
+    """The returned gradients alone."""
     ranks: int = 1
-    """That share the vocabulary; bytes and operations are those of one."""
+    """Ranks that share the vocabulary; bytes and operations are those of one."""
     sent_bytes: int = 0
-    """That one rank gives to sums over them: a few numbers a token, and once the gradient of the hidden states."""
+    """Bytes that one rank sends for sums over them: a few numbers a token, and the hidden gradient once."""
 
     @property
     def chunks(self) -> list[slice]:
@@ -89,7 +89,7 @@ class HeadPlan:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which inputs want a gradient."""
+    """Which inputs require a gradient."""
 
     hidden: bool
     weight: bool
@@ -126,10 +126,10 @@ def make_plan(
 
     Args:
         inputs: of the call.
-        needs: which of them want a gradient.
+        needs: which of them require a gradient.
         options: of the call; sizes of chunks and entropies are read here.
-        scope: of the loss that is computed with the head; None when the caller takes log-probabilities away and
-            differentiates later.
+        scope: of the loss that is computed with the head; None if the caller takes log-probabilities and differentiates
+            later.
         sequence_ids: [N] sequence of each scored token, not decreasing; for scope "sequence".
     """
     tokens, entropy = len(inputs.positions), options.entropy
@@ -137,7 +137,7 @@ def make_plan(
     groups = tuple(_groups(tokens, size, scope or "token", sequence_ids))
     name, why = _choose(needs, scope, entropy, fits=all(len(group) == 1 for group in groups))
     if merged:
-        why += "; all tokens in one chunk, for a second one would need an fp32 weight gradient as large"
+        why += "; all tokens in one chunk, because a second one would need an fp32 weight gradient as large"
     largest = max(span.stop - span.start for group in groups for span in group)
     chunk_cost = max(1, largest) * inputs.vocab.most_rows * inputs.compute_dtype.itemsize
     retained = options.retain_bytes // chunk_cost if name == "two-pass" else 0
@@ -170,9 +170,9 @@ def make_plan(
 
 
 def has_free_entropy(inputs: HeadInputs, name: PassName, entropy: Entropy) -> bool:
-    """Whether ``H = -log p - <x, y>`` serves: y = d(-log p)/dx of every row is there before the loss wants H.
+    """Whether ``H = -log p - <x, y>`` can be used: y = d(-log p)/dx of every row is known before the loss needs H.
 
-    Only in the frozen pass, for elsewhere rows without a coefficient are left out of that product. Not with a soft cap
+    Only in the frozen pass, because others skip rows without a coefficient in that product. Not with a soft cap
     (the logits are not linear in x), in low precision (y is rounded: errors of 0.04 nats) or with a bias (its part
     would be missing).
     """
@@ -182,21 +182,21 @@ def has_free_entropy(inputs: HeadInputs, name: PassName, entropy: Entropy) -> bo
 
 def _choose(needs: Needs, scope: Scope | None, entropy: Entropy, *, fits: bool) -> tuple[PassName, str]:
     if not needs:
-        return "no-grad", "no input asks for a gradient, so each chunk is scored and forgotten"
+        return "no-grad", "no input requires a gradient, so each chunk is scored and discarded"
     is_at_once = scope is not None and fits
     if not (needs.weight or needs.bias) and (is_at_once or entropy is not True):
-        return "frozen", "only the hidden states ask for a gradient, and d(-log p)/d(hidden) serves any loss"
+        return "frozen", "only the hidden states require a gradient, and d(-log p)/d(hidden) is enough for any loss"
     if scope is None:
-        return "two-pass", "the loss is computed elsewhere: scores now, each chunk once more in backward"
+        return "two-pass", "the loss is computed elsewhere: scores now, each chunk again in backward"
     if not fits:
         what = "a sequence is longer than a chunk" if scope == "sequence" else "the batch is larger than a chunk"
-        return "two-pass", f"{what}, so scores come first; all but its last chunk are then computed once more"
+        return "two-pass", f"{what}, so scores come first; all but its last chunk are then computed again"
     reasons = {
-        "token": "each token's loss is its own",
+        "token": "each token's loss depends on that token alone",
         "sequence": "every sequence fits a chunk",
-        "batch": "the whole batch fits one chunk",
+        "batch": "the batch fits one chunk",
     }
-    return "one-pass", f"{reasons[scope or 'token']}, so a chunk's gradient is taken while its logits are there"
+    return "one-pass", f"{reasons[scope or 'token']}, so a chunk's gradient is taken while its logits are in memory"
 
 
 def _chunk_size(inputs: HeadInputs, needs: Needs, tokens: int, options: HeadOptions) -> tuple[int, bool]:
@@ -206,8 +206,8 @@ def _chunk_size(inputs: HeadInputs, needs: Needs, tokens: int, options: HeadOpti
         size = auto_chunk(inputs.vocab.most_rows, dtype, inputs.hidden.device, options.chunk_bytes)
     else:
         size = int(options.chunk_size)
-    # With more than one chunk a low-precision weight gradient is added up in fp32: 4 V D bytes, as many as 2 D more
-    # rows of logits take.
+    # With several chunks a low-precision weight gradient is summed in fp32: 4 V D bytes, as many as 2 D more rows of
+    # logits take.
     is_low = inputs.compute_dtype.itemsize == 2 and inputs.weight.dtype == inputs.compute_dtype
     if needs.weight and is_low and inputs.compute_dtype != torch.float16 and size < tokens <= size + 2 * width:
         return tokens, True
@@ -226,7 +226,7 @@ def _groups(tokens: int, size: int, scope: Scope, ids: Tensor | None) -> Iterato
     if scope not in SCOPES:
         raise ConfigError(f"scope={scope!r} is unknown; choose {listed(SCOPES)}")
     if tokens == 0:
-        yield (slice(0, 0),)  # the loss is asked even then, for its metrics
+        yield (slice(0, 0),)  # the loss is called even then, for its metrics
         return
     if scope == "token":
         yield from ((span,) for span in equal_chunks(0, tokens, size))
@@ -253,7 +253,7 @@ def _groups(tokens: int, size: int, scope: Scope, ids: Tensor | None) -> Iterato
 
 
 def equal_chunks(start: int, stop: int, size: int) -> list[slice]:
-    """Cut into as few chunks as possible, whose lengths differ by at most 1: a small last one wastes a pass."""
+    """Cut into as few chunks as possible, whose lengths differ by at most 1: a small last chunk wastes a pass."""
     number = -(-(stop - start) // size)
     cuts = [start + (stop - start) * i // number for i in range(number + 1)] if number else []
     return [slice(a, b) for a, b in pairwise(cuts)]
@@ -267,7 +267,7 @@ def autograd_plan(
     bias: Tensor | None,
     spans: Sequence[slice],
 ) -> HeadPlan:
-    """Estimate what a loss costs that autograd differentiates chunk by chunk: logits, log-softmax, gather.
+    """Estimate the cost of a loss that autograd differentiates chunk by chunk: logits, log-softmax, gather.
 
     Log-softmax, its gradient and that of the gather are alive at once: three times the logits of a chunk, in fp32 or
     wider.
@@ -285,7 +285,7 @@ def autograd_plan(
     )
     wide = max(4, hidden.dtype.itemsize)
     logits = rows * vocab.rows * (3 * wide + (hidden.dtype.itemsize if hidden.dtype.itemsize == 2 else 0))
-    # The sums over chunks are fp32; a chunk's own gradient of the weight is alive beside them.
+    # The sums over chunks are fp32; the weight gradient of one chunk is alive at the same time.
     sums = (1 + (len(spans) > 1)) * needs.weight * weight_size * wide if name == "general" else 0
     products = 1 + needs.hidden + needs.weight
     return HeadPlan(

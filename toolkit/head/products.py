@@ -1,11 +1,11 @@
-"""The three matrix products of the head, each by the library that does it fastest here.
+"""The three matrix products of the head, each by the fastest library for it.
 
 Legend: n tokens of a chunk, D hidden width, V vocabulary.
 
-Measured on an AMD Zen 4 (fp32, n 512, D 1024, V 32768, CPU milliseconds): logits 500 with the BLAS that PyTorch brings
-(MKL), 426 with oneDNN over the whole vocabulary, 345 in slabs of 4096 entries, 365 in slabs of 1024; gradient of the
-inputs 422, 403, 349 and 380; of the weight 446 with either. Slabs keep oneDNN's freshly allocated output and its copy
-of the weight small enough for the allocator to reuse: 24 MB in slabs of 4096, 6 MB in slabs of 1024.
+Measured on an AMD Zen 4 (fp32, n 512, D 1024, V 32768, CPU milliseconds): logits 500 with PyTorch's BLAS
+(MKL), 426 with oneDNN over the full vocabulary, 345 in slabs of 4096 entries, 365 in slabs of 1024; gradient of the
+inputs 422, 403, 349 and 380; of the weight 446 with either library. Slabs keep oneDNN's newly allocated output and its
+copy of the weight small enough for the allocator to reuse: 24 MB in slabs of 4096, 6 MB in slabs of 1024.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _by_onednn(inputs: Tensor, weight: Tensor) -> bool:
 
 
 def slab_bytes(rows: int, weight: Tensor, dtype: torch.dtype) -> int:
-    """Return the bytes of what oneDNN returns for a chunk of `rows`, computed in `dtype`; 0 where BLAS computes it."""
+    """Return the bytes of what oneDNN returns for a chunk of `rows`, computed in `dtype`; 0 if BLAS computes it."""
     is_plain = weight.device.type == "cpu" and dtype == torch.float32 and weight.is_contiguous()
     if not (is_plain and rows * weight.numel() >= SMALL and onednn_wins()):
         return 0
@@ -81,7 +81,7 @@ def slab_bytes(rows: int, weight: Tensor, dtype: torch.dtype) -> int:
 
 @cache
 def onednn_wins() -> bool:
-    """Whether fp32 products go to oneDNN: on AMD processors, where MKL is slow. A rule, so that runs repeat bit by bit.
+    """Whether fp32 products go to oneDNN: on AMD processors, where MKL is slow. A fixed rule, so runs repeat bitwise.
 
     Tried once on a small product: the operator is private and may change.
     """

@@ -1,4 +1,4 @@
-"""What the head says of each token, and the plain way to get it.
+"""The scores of each token, and the direct way to compute them.
 
 Legend: N tokens, K candidates, D hidden width, V vocabulary.
 """
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from toolkit.errors import DataError
 from toolkit.head.logits import LogitTransform
-from toolkit.head.vocabulary import SumOverRanks, UsedByRanks, VocabGroup, own_part, replicated
+from toolkit.head.vocabulary import SumOverRanks, UsedByRanks, VocabGroup, local_part, replicated
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What the head says of each token; unpacks to log-probabilities and entropies."""
+    """The scores of each token; unpacks to log-probabilities and entropies."""
 
     logprobs: Tensor
     """[...] log-probability of the label in nats, fp32 or wider."""
     entropy: Tensor | None = None
-    """[...] entropy of the distribution in nats, fp32 or wider; None unless asked for."""
+    """[...] entropy of the distribution in nats, fp32 or wider; None unless requested."""
     candidates: Tensor | None = None
     """[..., K] log-probabilities of other tokens, over the full vocabulary; -inf where there is no candidate. None
-    unless asked for."""
+    unless requested."""
 
     def __iter__(self) -> Iterator[Tensor | None]:
         return iter((self.logprobs, self.entropy))
@@ -47,16 +47,16 @@ def eager_scores(
     """Score [N] labels from [N, D] hidden states with the logits of all of them at once, under plain autograd.
 
     The reference that every pass is tested against, and what ``mode="eager"`` runs. It alone scores candidates:
-    `candidate_ids` [N, K] int64, negative for none, or "all" for the whole vocabulary in order.
+    `candidate_ids` [N, K] int64, negative for none, or "all" for the full vocabulary in order.
 
-    A weight whose vocabulary is split over ranks (see `toolkit.head.vocabulary`) gives the logits of own columns; the
+    A weight whose vocabulary is split over ranks (see `toolkit.head.vocabulary`) gives logits of the local columns; the
     ranks then exchange 3 + K numbers a token, and the gradient [N, D] of the hidden states.
 
     Raises:
-        DataError: all candidates are asked of a split vocabulary.
+        DataError: all candidates of a split vocabulary are requested.
     """
     hidden = replicated(hidden)
-    weight, bias, vocab = own_part(weight, bias)
+    weight, bias, vocab = local_part(weight, bias)
     if vocab.is_split:
         return _split_scores(hidden, weight, labels, bias, vocab, transform, with_entropy, candidate_ids)
     all_logprobs = transform(_wide(F.linear(hidden, weight, bias))).log_softmax(-1)
@@ -76,24 +76,24 @@ def _split_scores(
     with_entropy: bool,
     candidate_ids: Tensor | Literal["all"] | None,
 ) -> TokenScores:
-    """Score with own columns of the logits; ``log p = z - log sum_r exp(z_r)`` with one sum over the ranks."""
+    """Score with the local columns of the logits; ``log p = z - log sum_r exp(z_r)`` with one sum over the ranks."""
     if isinstance(candidate_ids, str):
         raise DataError(
-            f"the log-probabilities of all {vocab.vocabulary} tokens are asked for, but the head's vocabulary is split "
-            f"over {vocab.ranks} ranks, which do not exchange logits; give candidate_ids (the most likely ones)"
+            f"the loss needs log-probabilities of all {vocab.vocabulary} tokens, but the head's vocabulary is split "
+            f"over {vocab.ranks} ranks, which do not exchange logits; pass candidate_ids (the most likely ones)"
         )
     ids = labels.unsqueeze(-1)
     if candidate_ids is not None:
         ids = torch.cat([ids, candidate_ids], dim=-1)  # the label is the first candidate
     vocab.check_same(ids, ids.shape[-1], hidden.requires_grad, with_entropy)
-    own = replace(transform, vocab_mask=vocab.own_mask(transform.vocab_mask, weight.device))
-    logits = own(_wide(F.linear(UsedByRanks.apply(hidden, vocab), weight, bias)))
+    local_transform = replace(transform, vocab_mask=vocab.local_mask(transform.vocab_mask, weight.device))
+    logits = local_transform(_wide(F.linear(UsedByRanks.apply(hidden, vocab), weight, bias)))
     logits = logits - vocab.max_(logits.detach().amax(-1)).unsqueeze(-1)
     exps = logits.exp()
     columns = ids - vocab.start
-    is_own = (columns >= 0) & (columns < vocab.rows)
-    found = logits.gather(-1, columns.clamp(0, logits.shape[-1] - 1)).where(is_own, 0)
-    parts = [exps.sum(-1, keepdim=True), found]
+    is_local = (columns >= 0) & (columns < vocab.rows)
+    id_logits = logits.gather(-1, columns.clamp(0, logits.shape[-1] - 1)).where(is_local, 0)
+    parts = [exps.sum(-1, keepdim=True), id_logits]
     if with_entropy:
         parts.append((exps * logits.clamp(min=-1e4)).sum(-1, keepdim=True))
     sums = SumOverRanks.apply(torch.cat(parts, dim=-1), vocab)

@@ -1,8 +1,8 @@
-"""A head whose vocabulary is split over ranks: whose columns are whose, and what is summed over them.
+"""A head whose vocabulary is split over ranks: which rank has which columns, and what is summed over ranks.
 
-All ranks of the group have the same hidden states and labels; each has the head rows of its own part of the vocabulary.
-Of every token [n] numbers travel, never logits: the largest logit, then the sum of exponentials, the label's logit and
-the entropy's part. The plain head is the group of one rank, which sends nothing.
+All ranks of the group have the same hidden states and labels; each has the head rows of its part of the vocabulary.
+Ranks exchange [n] numbers, never logits: the largest logit, then the sum of exponentials, the label's logit and the
+entropy's part. A head that is not split is the group of one rank, which sends nothing.
 
 Legend: T positions, N scored tokens, n tokens of a chunk, D hidden width, V vocabulary, R ranks that share it.
 """
@@ -28,13 +28,13 @@ class VocabGroup:
     vocabulary: int
     """V, of all ranks."""
     start: int = 0
-    """The first own entry."""
+    """The first local entry."""
     rows: int = -1
-    """Own entries; 0 on the last ranks where V is small."""
+    """Local entries; 0 on the last ranks if V is small."""
     ranks: int = 1
     """R."""
     group: Any = field(default=None, repr=False)
-    """Of torch.distributed; None for one rank."""
+    """Process group of torch.distributed; None for one rank."""
 
     def __post_init__(self) -> None:
         if self.rows < 0:
@@ -47,23 +47,23 @@ class VocabGroup:
 
     @property
     def most_rows(self) -> int:
-        """Entries of the largest part, by which all ranks cut the same chunks."""
+        """Entries of the largest part, from which all ranks make the same chunks."""
         return -(-self.vocabulary // self.ranks)
 
-    def own_mask(self, vocab_mask: Tensor | None, device: torch.device) -> Tensor | None:
-        """Return the own part of a mask [V]; a rank without entries has one of padding, which is excluded."""
+    def local_mask(self, vocab_mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """Return the local part of a mask [V]; a rank without entries has one padding entry, which is excluded."""
         if self.rows == 0 and self.is_split:
             return torch.zeros(1, dtype=torch.bool, device=device)
         return vocab_mask if vocab_mask is None or not self.is_split else vocab_mask[self.start :][: self.rows]
 
-    def labels(self, targets: Tensor) -> OwnLabels:
-        """Return where the labels [n] lie among own columns."""
+    def labels(self, targets: Tensor) -> LocalLabels:
+        """Return the labels [n] as indices into the local columns."""
         rows = torch.arange(len(targets), device=targets.device)
         if not self.is_split:
-            return OwnLabels((rows, targets), None)
+            return LocalLabels((rows, targets), None)
         columns = targets - self.start
-        is_own = (columns >= 0) & (columns < self.rows)
-        return OwnLabels((rows, columns.clamp(0, max(0, self.rows - 1))), is_own)
+        is_local = (columns >= 0) & (columns < self.rows)
+        return LocalLabels((rows, columns.clamp(0, max(0, self.rows - 1))), is_local)
 
     def max_(self, values: Tensor) -> Tensor:
         """Replace `values` by their largest over the ranks."""
@@ -74,7 +74,7 @@ class VocabGroup:
         return self._reduced_(values, "SUM")
 
     def sum_rows_(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Sum the given rows [N] of values [T, D] over the ranks, in place; the others are 0 everywhere."""
+        """Sum `rows` [N] of values [T, D] over the ranks, in place; the others are 0 everywhere."""
         if not self.is_split or len(rows) == 0:
             return values
         if len(rows) == len(values):
@@ -82,14 +82,14 @@ class VocabGroup:
         return values.index_copy_(0, rows, self.sum_(values.index_select(0, rows)))
 
     def check_same(self, labels: Tensor, *options: int) -> None:
-        """Stop where the ranks were not given the same labels and options; one collective of a few numbers.
+        """Raise if the ranks have different labels or options; one collective of a few numbers.
 
-        A head that FSDP sharded looks the same as one whose vocabulary is split, but its ranks have other tokens:
-        without this check they would wait for each other for ever, or return nonsense.
+        A head sharded by FSDP looks the same as one whose vocabulary is split, but its ranks have different tokens:
+        without this check they would deadlock or return wrong results.
 
         Args:
             labels: [...], of all positions.
-            options: whatever decides which collectives follow.
+            options: everything that decides which collectives follow.
 
         Raises:
             DataError: on every rank alike.
@@ -98,20 +98,20 @@ class VocabGroup:
             return
         flat = labels.reshape(-1).long()
         mixed = (flat * (2 * torch.arange(len(flat), device=flat.device) + 1)).sum()
-        own = torch.stack([flat.new_tensor(len(flat)), mixed, *(flat.new_tensor(option) for option in options)])
-        most, least = self.max_(torch.cat([own, -own])).chunk(2)
+        numbers = torch.stack([flat.new_tensor(len(flat)), mixed, *(flat.new_tensor(option) for option in options)])
+        most, least = self.max_(torch.cat([numbers, -numbers])).chunk(2)
         differs = (most != -least).tolist()
         if any(differs[:2]):
             raise DataError(
                 f"head_weight is sharded over {self.ranks} ranks by its vocabulary rows, but their labels differ. If "
                 "FSDP sharded the head, it was not gathered: call the loss inside the wrapped model's forward. If its "
-                "vocabulary is meant to be split, give all ranks of the mesh the same hidden states and labels"
+                "vocabulary is meant to be split, pass the same hidden states and labels on all ranks of the mesh"
             )
         if any(differs):
             raise DataError(
                 f"the {self.ranks} ranks that share the head's vocabulary call it with different options (chunk_size, "
-                "entropy, scope, retain_bytes, or which of hidden states, weight and bias ask for a gradient); give "
-                "all of them the same"
+                "entropy, scope, retain_bytes, or which of hidden states, weight and bias require a gradient); pass "
+                "the same on all ranks"
             )
 
     def _reduced_(self, values: Tensor, operation: str) -> Tensor:
@@ -121,36 +121,38 @@ class VocabGroup:
 
 
 @dataclass(frozen=True)
-class OwnLabels:
-    """Where the labels of n rows lie among own columns; a label of another rank points to any column."""
+class LocalLabels:
+    """The labels of n rows as indices into the local columns; a label of another rank points to any column."""
 
     at: tuple[Tensor, Tensor]
     """Rows and columns, [n] each."""
-    is_own: Tensor | None
-    """[n]; None where all are."""
+    is_local: Tensor | None
+    """[n]; None if all are."""
 
     def take(self, block: Tensor) -> Tensor:
         """Return the labels' entries of `block`, [n], 0 for those of other ranks."""
         values = block[self.at]
-        return values if self.is_own is None else values.masked_fill(~self.is_own, 0)
+        return values if self.is_local is None else values.masked_fill(~self.is_local, 0)
 
     def put_(self, block: Tensor, values: Tensor) -> Tensor:
-        """Replace the labels' entries of `block`; ``index_put_``, for ``scatter_`` takes 100x the time on a CPU."""
-        return block.index_put_(self.at, values if self.is_own is None else values.where(self.is_own, block[self.at]))
+        """Replace the labels' entries of `block`; ``scatter_`` would take 100x the time of ``index_put_`` on a CPU."""
+        return block.index_put_(
+            self.at, values if self.is_local is None else values.where(self.is_local, block[self.at])
+        )
 
     def add_(self, block: Tensor, values: Tensor) -> Tensor:
         """Add to the labels' entries of `block`."""
-        own = values if self.is_own is None else values.masked_fill(~self.is_own, 0)
-        return block.index_put_(self.at, own, accumulate=True)
+        local_values = values if self.is_local is None else values.masked_fill(~self.is_local, 0)
+        return block.index_put_(self.at, local_values, accumulate=True)
 
 
 def vocab_group(weight: Tensor) -> VocabGroup:
     """Return how the vocabulary of a head's weight [V, D] is split: not at all, or by ``Shard(0)`` on a 1-D mesh.
 
     Raises:
-        DataError: the weight is sharded in a way that the head cannot work with.
+        DataError: the weight is sharded in a way that the head does not support.
     """
-    if not _is_cut(weight):
+    if not _is_sharded(weight):
         return VocabGroup(weight.shape[0])
     mesh, placements = _as_any(weight).device_mesh, _as_any(weight).placements
     if mesh.ndim != 1 or not _is_row_shard(placements[0]):
@@ -161,34 +163,36 @@ def vocab_group(weight: Tensor) -> VocabGroup:
         )
     vocabulary, size = weight.shape[0], -(-weight.shape[0] // mesh.size())
     start = min(vocabulary, mesh.get_local_rank() * size)
-    rows, found = min(vocabulary, start + size) - start, _local(weight.detach()).shape[0]
-    if rows != found:
+    rows, actual_rows = min(vocabulary, start + size) - start, _local(weight.detach()).shape[0]
+    if rows != actual_rows:
         raise DataError(
-            f"head_weight has {found} of {vocabulary} vocabulary rows on rank {mesh.get_local_rank()} of "
-            f"{mesh.size()}; DTensor's Shard(0) gives it {rows}. Make it with distribute_tensor, or give "
-            "DTensor.from_local the global shape"
+            f"head_weight has {actual_rows} of {vocabulary} vocabulary rows on rank {mesh.get_local_rank()} of "
+            f"{mesh.size()}; DTensor's Shard(0) gives it {rows}. Make it with distribute_tensor, or pass "
+            "the global shape to DTensor.from_local"
         )
     if mesh.size() == 1:
         return VocabGroup(vocabulary)
     return VocabGroup(vocabulary, start, rows, mesh.size(), mesh.get_group())
 
 
-def own_part(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, VocabGroup]:
-    """Return own rows of weight [V, D] and bias [V] as plain tensors, differentiable, and whose they are.
+def local_part(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, VocabGroup]:
+    """Return the local rows of weight [V, D] and bias [V] as plain tensors, differentiable, and their group.
 
-    The gradient of a DTensor is a DTensor of the same placement: each rank computes that of its own rows and sends
+    The gradient of a DTensor is a DTensor of the same placement: each rank computes that of its local rows and sends
     nothing. A plain bias, the same on all ranks, gets its full gradient on each of them.
     """
     group = vocab_group(weight)
     weight = _local(weight)
     if bias is not None:
-        is_own = _is_cut(bias)
-        if is_own and vocab_group(bias) != group:
-            raise DataError("head_bias is sharded otherwise than head_weight; shard both by Shard(0) on the same mesh")
+        is_sharded = _is_sharded(bias)
+        if is_sharded and vocab_group(bias) != group:
+            raise DataError(
+                "head_bias is sharded differently from head_weight; shard both by Shard(0) on the same mesh"
+            )
         bias = _local(bias)
-        if group.is_split and not is_own:
-            bias = _OwnRows.apply(bias, group)
-    if group.is_split and group.rows == 0:  # one row of padding, so that no product is empty
+        if group.is_split and not is_sharded:
+            bias = _LocalRows.apply(bias, group)
+    if group.is_split and group.rows == 0:  # one row of padding, so no product is empty
         weight, bias = F.pad(weight, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
     return weight, bias, group
 
@@ -197,18 +201,18 @@ def replicated(hidden: Tensor) -> Tensor:
     """Return hidden states as a plain tensor.
 
     Raises:
-        DataError: they are sharded.
+        DataError: the hidden states are sharded.
     """
-    if _is_cut(hidden):
+    if _is_sharded(hidden):
         raise DataError(
             f"hidden_states is a DTensor with placements {_as_any(hidden).placements}; the head needs all of it on "
-            "each rank: redistribute it to Replicate() first"
+            "each rank; redistribute it to Replicate() first"
         )
     return _local(hidden)
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum over ranks; what follows is the same on each of them, so its gradient is each part's."""
+    """The sum over ranks; every rank uses it alike, so its gradient is that of each part."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:  # noqa: D102
@@ -220,7 +224,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class UsedByRanks(torch.autograd.Function):
-    """The identity on what all ranks have and each uses for its own part; its gradient is the sum of theirs."""
+    """The identity on a tensor that each rank uses for its part; the gradient is summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:  # noqa: D102
@@ -232,8 +236,8 @@ class UsedByRanks(torch.autograd.Function):
         return ctx.group.sum_(grads[0].clone(memory_format=torch.contiguous_format)), None
 
 
-class _OwnRows(torch.autograd.Function):
-    """Own rows of what all ranks have; each gets the gradient of all rows."""
+class _LocalRows(torch.autograd.Function):
+    """The local rows of a tensor that all ranks have; each rank gets the gradient of all rows."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:
@@ -248,11 +252,11 @@ class _OwnRows(torch.autograd.Function):
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # without which there is none
+    module = sys.modules.get("torch.distributed.tensor")  # not loaded: no DTensor exists
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _is_cut(tensor: Tensor) -> bool:
+def _is_sharded(tensor: Tensor) -> bool:
     """Whether a rank has only a part of `tensor`."""
     return _is_dtensor(tensor) and not all(placement.is_replicate() for placement in _as_any(tensor).placements)
 
@@ -270,5 +274,5 @@ def _is_row_shard(placement: Any) -> bool:
 def _local(tensor: Tensor) -> Tensor:
     if not _is_dtensor(tensor):
         return tensor
-    own: Tensor = _as_any(tensor).to_local(grad_placements=_as_any(tensor).placements)
-    return own
+    local: Tensor = _as_any(tensor).to_local(grad_placements=_as_any(tensor).placements)
+    return local

@@ -1,4 +1,4 @@
-"""One chunk at a time: score it, differentiate it, and add its gradients up. One logits buffer serves all chunks.
+"""One chunk at a time: score it, differentiate it, and add its gradients up. All chunks share one logits buffer.
 
 Legend: T positions, N scored tokens, n tokens of a chunk, D hidden width, V vocabulary.
 """
@@ -34,9 +34,9 @@ class Chunk:
     targets: Tensor
     transform: LogitTransform
     buffer: Tensor
-    """What `probs` is the beginning of."""
+    """The memory whose beginning is `probs`."""
     probs: Tensor
-    """[n, V], later overwritten by the gradient; where the vocabulary is split, the softmax over own columns."""
+    """[n, V], later overwritten by the gradient; where the vocabulary is split, the softmax over local columns."""
     stats: RowStats
 
 
@@ -44,12 +44,13 @@ class HeadWork:
     """Buffers and accumulators of one forward (or backward) over the head."""
 
     def __init__(self, inputs: HeadInputs, needs: Needs, plan: HeadPlan, *, with_entropy: bool) -> None:
-        self._given, self._needs, self._with_entropy = inputs, needs, with_entropy
+        self._inputs, self._needs, self._with_entropy = inputs, needs, with_entropy
         self._hidden = inputs.hidden.detach()
         weight = self._weight = inputs.weight.detach().to(inputs.compute_dtype)
         self._wide = torch.promote_types(inputs.compute_dtype, torch.float32)
-        own = replace(inputs.transform, vocab_mask=inputs.vocab.own_mask(inputs.transform.vocab_mask, weight.device))
-        self._kernel = Kernel(own, inputs.bias, inputs.vocab, wide=self._wide, rows=plan.largest)
+        local_mask = inputs.vocab.local_mask(inputs.transform.vocab_mask, weight.device)
+        local_transform = replace(inputs.transform, vocab_mask=local_mask)
+        self._kernel = Kernel(local_transform, inputs.bias, inputs.vocab, wide=self._wide, rows=plan.largest)
         self._rows = plan.largest
         self._free: list[Tensor] = []
         self._is_single = len(plan.chunks) == 1
@@ -73,9 +74,9 @@ class HeadWork:
         Args:
             span: the chunk, as a slice of the scored tokens.
             keep_rows: [k] rows of the chunk to compute; all by default.
-            known: statistics of the whole chunk, where the vocabulary is split and it was scored before.
+            known: statistics of the full chunk, if the vocabulary is split and it was scored before.
         """
-        positions, targets = self._given.positions[span], self._given.targets[span]
+        positions, targets = self._inputs.positions[span], self._inputs.targets[span]
         if keep_rows is not None:
             positions, targets = positions.index_select(0, keep_rows), targets.index_select(0, keep_rows)
             known = None if known is None else known.select(keep_rows)
@@ -83,21 +84,21 @@ class HeadWork:
         buffer = self._free.pop() if self._free else self._new_buffer()
         probs = buffer[: len(targets)]
         logits_into(probs, inputs, self._weight)
-        transform = self._given.transform.at(positions)
+        transform = self._inputs.transform.at(positions)
         stats = self._kernel.probabilities_(probs, targets, transform, with_entropy=self._with_entropy, known=known)
         return Chunk(inputs, positions, targets, transform, buffer, probs, stats)
 
     def release(self, chunk: Chunk) -> None:
-        """Give a chunk's logits buffer back for the next one."""
+        """Return a chunk's logits buffer for reuse by the next one."""
         self._free.append(chunk.buffer)
 
     def differentiate(self, chunk: Chunk, logprob_grads: Tensor, entropy_grads: Tensor | None) -> None:
-        """Add up the gradients of a chunk; its probabilities are used up.
+        """Add up the gradients of a chunk; its probabilities are overwritten.
 
         Args:
             chunk: from `score`.
             logprob_grads: [n] upstream gradient of the log-probabilities. Rows where it (and that of the entropies) is
-                exactly 0 are left out of the products.
+                exactly 0 are skipped.
             entropy_grads: [n] upstream gradient of the entropies.
         """
         chunk, logprob_grads, entropy_grads = _without_idle_rows(chunk, logprob_grads, entropy_grads)
@@ -109,7 +110,7 @@ class HeadWork:
         if self._hidden_grad is not None:
             products = input_gradient(chunk.probs, self._weight)
             self.set_hidden_gradient(chunk.positions, _scaled(products, factor, self.hidden_grad_dtype))
-            del products  # it need not outlive the larger ones below
+            del products  # free it before the larger ones below are made
         if self._weight_grad is not None:
             shrink = _fp16_shrink(factor, chunk.inputs) if chunk.inputs.dtype == torch.float16 else 1.0
             inputs = _scaled(chunk.inputs, None if factor is None else factor / shrink, chunk.inputs.dtype)
@@ -119,7 +120,7 @@ class HeadWork:
             self._kernel.add_bias_gradient(self._bias_grad, chunk.probs, factor)
 
     def keep_input_gradient(self, chunk: Chunk) -> Tensor:
-        """Return d(-log p)/d(hidden) of a chunk's tokens, [n, D]; its probabilities are used up."""
+        """Return d(-log p)/d(hidden) of a chunk's tokens, [n, D]; its probabilities are overwritten."""
         factor = self._kernel.gradient_(chunk.probs, chunk.targets, chunk.stats, chunk.transform, None, None)
         return _scaled(input_gradient(chunk.probs, self._weight), factor, self.hidden_grad_dtype)
 
@@ -135,14 +136,14 @@ class HeadWork:
         self.set_hidden_gradient(positions, _scaled(rows, factor, self.hidden_grad_dtype))
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of hidden states [T, D], weight and bias, each None if not needed; buffers are freed.
+        """Return the gradients of hidden states [T, D], weight and bias, each None if not needed; frees the buffers.
 
-        That of the hidden states is summed over the ranks that share the vocabulary; those of weight and bias are of
-        own rows.
+        That of the hidden states is summed over the ranks that share the vocabulary; those of weight and bias are
+        those of local rows.
         """
         self._free.clear()
         if self._hidden_grad is not None:
-            self._given.vocab.sum_rows_(self._hidden_grad, self._given.positions)
+            self._inputs.vocab.sum_rows_(self._hidden_grad, self._inputs.positions)
         if self._weight_grad is not None and self._is_first:
             self._weight_grad.zero_()
         return self._hidden_grad, self._weight_grad, self._bias_grad
@@ -151,9 +152,9 @@ class HeadWork:
         return self._weight.new_empty(self._rows, self._weight.shape[0])
 
     def _weight_grad_dtype(self) -> torch.dtype:
-        """Return fp32 where more than one low-precision product is added up, or where small values would be lost."""
+        """Return fp32 where more than one low-precision product is summed, or where small values would be lost."""
         dtype = self._weight.dtype
-        is_direct = self._is_single and dtype == self._given.weight.dtype and dtype != torch.float16
+        is_direct = self._is_single and dtype == self._inputs.weight.dtype and dtype != torch.float16
         return dtype if is_direct else self._wide
 
 
@@ -187,7 +188,7 @@ def _without_idle_rows(
 
 
 def _scaled(rows: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return ``factor * rows`` in `dtype`, multiplied in fp32 or wider and rounded once; `rows` are used up."""
+    """Return ``factor * rows`` in `dtype`, multiplied in fp32 or wider and rounded once; may overwrite `rows`."""
     if factor is None:
         return rows.to(dtype)
     if rows.dtype == factor.dtype:

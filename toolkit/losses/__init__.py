@@ -1,6 +1,6 @@
-"""Loss configs, items, kwargs and contexts: functional, head and calibration joined in the order of the paper.
+"""Loss configs, items, kwargs and contexts, which join functional, head and calibration in the paper's order.
 
-Helpers for loops of one's own are loaded when first used, for configs must be readable before torch is imported.
+Helpers for custom loops load on first use, because configs must be readable before torch is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from toolkit.losses.auxiliary import auxiliary_weights
     from toolkit.losses.packing import in_order, pack, plan_rows, unpack
 
-_HOMES = {
+_MODULES = {
     "auxiliary_weights": "auxiliary",
     "in_order": "packing",
     "pack": "packing",
@@ -24,6 +24,6 @@ __all__ = ["auxiliary_weights", "in_order", "pack", "plan_rows", "unpack"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'toolkit.losses' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"toolkit.losses.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"toolkit.losses.{_MODULES[name]}"), name)

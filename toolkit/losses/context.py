@@ -19,9 +19,9 @@ from toolkit.head.chunked import chunked_loss
 from toolkit.head.inputs import check_head
 from toolkit.head.logits import LogitTransform
 from toolkit.head.plan import HeadPlan, Scope, auto_chunk, autograd_plan, equal_chunks
-from toolkit.head.vocabulary import own_part, replicated, vocab_group
+from toolkit.head.vocabulary import local_part, replicated, vocab_group
 from toolkit.losses.config.base import BaseLossConfig
-from toolkit.losses.config.term import LossTerm, checked_terms
+from toolkit.losses.config.term import LossTerm
 from toolkit.losses.kwargs import BaseLossKwargs
 from toolkit.losses.record import PerToken
 from toolkit.losses.step.builder import ItemT, KwargsBuilder
@@ -30,17 +30,17 @@ from toolkit.metrics import Metric, Sum, merge_metrics, metrics_in, wide_dtype
 
 
 class BaseLossContext(KwargsBuilder[ItemT]):
-    """A config and the kwargs of one micro-batch: call `forward` with what the trunk computed.
+    """A config and the kwargs of one micro-batch: call `forward` with hidden states and head.
 
-    A loss of your own lists its terms in its config and returns their values here, unreduced:
+    A custom loss lists its terms in its config and returns their values here, unreduced:
 
     * `losses_from_logits` for values of whole distributions, or `token_losses` of a `ScoredLossContext` for values of
-      log-probabilities and entropies: counting, ranks, shards, packing, chunks and metrics are then taken care of;
+      log-probabilities and entropies: the base then handles counting, ranks, shards, packing, chunks and metrics;
     * `loss_fn` for anything else: it returns a *sum* over tokens of weight times value (`summed` makes it).
     """
 
     has_vocabulary: ClassVar[bool] = True
-    """Whether the head scores tokens, so that labels must be among its rows; False for a head of values, [1, D]."""
+    """Whether the head scores tokens, so labels must be among its rows; False for a value head, [1, D]."""
 
     loss_cfg: Any
     loss_kwargs: Any
@@ -67,7 +67,7 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         """Return ``sum over terms of coef * sum over tokens of weight * value``, and metrics.
 
         Args:
-            values: [n] unreduced for each term by its name; of a single term the tensor alone.
+            values: [n] unreduced for each term by its name; for a single term, the tensor alone.
             loss_kwargs: the kwargs of these tokens.
             importance: [n] factor of the terms with ``use_correction``; None: that of the kwargs.
 
@@ -78,8 +78,8 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         by_name = {self.terms[0].name: values} if isinstance(values, Tensor) else values
         if not isinstance(by_name, Mapping):
             raise DataError(
-                f"{owner} returned {type(values).__name__} for its values; return a tensor [n], or a dict of such by "
-                f"the name of their term ({', '.join(term.name for term in self.terms)})"
+                f"{owner} returned {type(values).__name__} for its values; return a tensor [n], or a dict of one "
+                f"tensor per term ({', '.join(term.name for term in self.terms)})"
             )
         sums = term_sums(self.terms, by_name, loss_kwargs, importance, owner=owner)
         loss, metrics = total(self.terms, sums, self.loss_cfg.gradient_reduction)
@@ -89,17 +89,16 @@ class BaseLossContext(KwargsBuilder[ItemT]):
     @cached_property
     def terms(self) -> tuple[LossTerm, ...]:
         """The terms of the config."""
-        return checked_terms(self.loss_cfg.terms, type(self.loss_cfg).__name__)
+        return self.loss_cfg.checked_terms
 
     def loss_fn(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: Any
     ) -> tuple[Tensor, Any]:
         """Return the loss of these positions and anything else (metrics by name are merged, None is fine).
 
-        By default it is `summed` over `losses_from_logits` of the scored ones. In chunk mode it is called once for
-        each chunk of the scored tokens, as one row with the kwargs of these tokens, and the results are added up; see
-        `scope` for losses where that is wrong. A loss that needs log-probabilities only is better off as a
-        `ScoredLossContext`.
+        By default it is `summed` over `losses_from_logits` of the scored ones. In chunk mode it is called once per
+        chunk of the scored tokens, as one row with the kwargs of these tokens, and the results are added; see `scope`
+        for losses where that is wrong. A loss of log-probabilities only should be a `ScoredLossContext`.
 
         Args:
             hidden_states: [..., T, D], with T positions as in `loss_kwargs`.
@@ -108,13 +107,13 @@ class BaseLossContext(KwargsBuilder[ItemT]):
             loss_kwargs: kwargs of these positions.
 
         Raises:
-            DataError: the vocabulary is split over ranks: each has only its own logits.
+            DataError: the vocabulary is split over ranks, so each rank has only part of the logits.
         """
-        weight, bias, vocab = own_part(head_weight, head_bias)
+        weight, bias, vocab = local_part(head_weight, head_bias)
         if vocab.is_split:
             raise DataError(
-                f"{type(self).__name__} takes logits of the whole vocabulary, but that is split over ranks; gather the "
-                "head, or write the loss of log-probabilities (token_losses of a ScoredLossContext)"
+                f"{type(self).__name__} takes logits of the whole vocabulary, but it is split over ranks; gather the "
+                "head, or compute the loss from log-probabilities (token_losses of a ScoredLossContext)"
             )
         scored = (loss_kwargs.shifted_labels != self.loss_cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
         hidden = replicated(hidden_states).reshape(-1, hidden_states.shape[-1]).index_select(0, scored)
@@ -125,12 +124,12 @@ class BaseLossContext(KwargsBuilder[ItemT]):
 
     @property
     def transform(self) -> LogitTransform:
-        """What the config does to logits before the softmax."""
+        """The change of logits before the softmax that the config asks for."""
         return LogitTransform(self.loss_cfg.logit_scale, self.loss_cfg.softcap, self.loss_cfg.temperature)
 
     @property
     def scope(self) -> Scope:
-        """What one token's loss depends on: itself ("token"), its "sequence" or the "batch"; not cut unless "token"."""
+        """What one token's loss depends on: itself ("token"), its "sequence" or the "batch"; only "token" is cut."""
         return "token"
 
     def forward(
@@ -138,9 +137,9 @@ class BaseLossContext(KwargsBuilder[ItemT]):
     ) -> tuple[Tensor, Any]:
         """Return the loss of this micro-batch and its metrics.
 
-        The loss is calibrated: over the micro-batches of a step the losses add up, and *averaged* over ranks they
-        give the loss of the whole batch. Its gradient is right under a back-end that averages gradients (DDP, FSDP);
-        set ``gradient_reduction="sum"`` in the config for one that sums.
+        The loss is calibrated: summed over the micro-batches of a step and *averaged* over ranks, it is the loss of
+        the whole batch. Its gradient is right under a back-end that averages gradients (DDP, FSDP); for one that sums,
+        set ``gradient_reduction="sum"`` in the config.
 
         Args:
             hidden_states: [1, T, D] or [B, T, D], the last hidden states; those of ignored positions may be anything.
@@ -148,11 +147,11 @@ class BaseLossContext(KwargsBuilder[ItemT]):
             head_bias: [V], optional.
 
         Returns:
-            A scalar (fp32, float64 for float64 hidden states) with a live graph, and what `loss_fn` returned besides:
-            for the losses of this package a dict of mergeable metrics.
+            A scalar (fp32, float64 for float64 hidden states) with a live graph, and what else `loss_fn` returned: for
+            the losses of this package a dict of mergeable metrics.
 
         Raises:
-            DataError: shapes do not fit, or a label lies outside the vocabulary.
+            DataError: shapes do not match, or a label is outside the vocabulary.
         """
         self._check(hidden_states, head_weight, head_bias)
         if self.loss_cfg.mode == "eager" or self.scope != "token":
@@ -170,10 +169,10 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         return loss, merge_extras(extras)
 
     def num_learning(self) -> Tensor:
-        """Return how many tokens this micro-batch can learn from, a 0-dim tensor; a step with none anywhere is void.
+        """Return how many tokens this micro-batch can learn from, a 0-dim tensor; 0 everywhere: the step is empty.
 
-        Those with a weight in some term whose coefficient is not 0: a token that a correction rejected has none in the
-        policy's.
+        Counts tokens with a weight in some term whose coefficient is not 0; tokens that a correction rejected have
+        none in the policy's.
         """
         is_scored = self.loss_kwargs.shifted_labels != self.loss_cfg.ignore_idx
         if self.loss_kwargs.loss_weight is not None:
@@ -181,10 +180,10 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         return is_scored.sum()
 
     def explain(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None) -> HeadPlan:
-        """Return how `forward` with these tensors would go through the head, why, and at what cost; ``print`` it.
+        """Return the pass of the head that `forward` would take with these tensors, why, and its cost; ``print`` it.
 
-        Costs are those of the head; for the eager and the general path they are estimates, for there the loss may do
-        anything with the logits.
+        Costs are those of the head; for the eager and the general path they are estimates, because there the loss may
+        do anything with the logits.
 
         Raises:
             DataError: as `forward`.
@@ -202,7 +201,7 @@ class BaseLossContext(KwargsBuilder[ItemT]):
     def _chunk_plan(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> HeadPlan:
         name = type(self).__name__
         if self.scope != "token":
-            why = f"{name}.loss_fn takes the logits of a whole {self.scope}, so that it cannot be cut"
+            why = f"{name}.loss_fn takes the logits of a whole {self.scope}, so it cannot be cut"
             spans = [slice(0, self.loss_kwargs.shifted_labels.numel())]
             return autograd_plan("eager", why, hidden_states, head_weight, head_bias, spans)
         why = f"{name} computes its loss_fn from hidden states and head, so each chunk is differentiated by autograd"
@@ -214,7 +213,7 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         return auto_chunk(head_weight.shape[0], head_weight.dtype, head_weight.device) if size == "auto" else size
 
     def _scored_positions(self) -> Tensor:
-        """Return where the scored tokens lie; the first position if there is none, for a loss that needs one."""
+        """Return the positions of the scored tokens; if there are none, the first position, as a loss needs one."""
         labels = self.loss_kwargs.shifted_labels.reshape(-1)
         positions = (labels != self.loss_cfg.ignore_idx).nonzero().squeeze(-1)
         return positions if len(positions) else labels.new_zeros(min(1, len(labels)))
@@ -225,9 +224,10 @@ class BaseLossContext(KwargsBuilder[ItemT]):
             raise DataError(f"{type(self).__name__}.loss_fn returned {type(result).__name__}; return (loss, extra)")
         loss, extra = result
         if not isinstance(loss, Tensor) or loss.dim() != 0:
-            given = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            returned = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise DataError(
-                f"{type(self).__name__}.loss_fn returned a loss of {given}; return the scalar sum of weight times loss"
+                f"{type(self).__name__}.loss_fn returned a loss of {returned}; return the scalar sum of weight times "
+                "loss"
             )
         return loss, extra
 
@@ -250,21 +250,21 @@ class BaseLossContext(KwargsBuilder[ItemT]):
 
 
 def check_counted_once(group: Any) -> None:
-    """Refuse ranks that share a vocabulary (`group`, None: nobody does) and count each other's tokens.
+    """Raise if ranks that share a vocabulary (`group`; None: no ranks do) count the same tokens.
 
     Raises:
-        DataError: says how to count over the others alone.
+        DataError: they do; the message shows how to count each token once.
     """
     shared = counted_with(group) if group is not None else 0
     if shared > 1:
         raise DataError(
-            f"{shared} ranks share the head's vocabulary, and each counts the same tokens: build the kwargs, run the "
-            "loss and reduce metrics inside `with toolkit.distributed.counting_over(group)`, group being the ranks "
-            'with other tokens, such as mesh["dp"].get_group() of a mesh of ("dp", "tp"). If it was FSDP that sharded '
-            "the head, it was not gathered: call the loss inside the wrapped model's forward"
+            f"{shared} ranks share the head's vocabulary, and each counts the same tokens; build the kwargs, run the "
+            "loss and reduce metrics inside `with toolkit.distributed.counting_over(group)`, with the group of ranks "
+            'that hold other tokens, such as mesh["dp"].get_group() of a mesh of ("dp", "tp"). If FSDP sharded the '
+            "head, it was not gathered: call the loss inside the wrapped model's forward"
         )
 
 
 def merge_extras(extras: list[Any]) -> Any:
-    """Merge metrics by name; anything else a chunk returned (such as its logits) is let go."""
+    """Merge metrics by name; anything else a chunk returned (such as its logits) is dropped."""
     return merge_metrics(map(metrics_in, extras)) or None

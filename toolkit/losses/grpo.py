@@ -1,4 +1,4 @@
-"""GRPO and its relatives: a registered policy loss plus optional terms.
+"""GRPO and related losses: a registered policy loss plus optional terms.
 
 Legend: B rows, T positions of a row, N selected tokens, S sequences.
 """
@@ -30,7 +30,7 @@ from toolkit.losses.scored import ScoredLossContext
 from toolkit.losses.step import policy_step
 from toolkit.losses.step.candidates import check_vocabulary
 from toolkit.losses.step.corrections import late_correction
-from toolkit.losses.step.global_view import Whole, emptied, with_gradient_of
+from toolkit.losses.step.global_view import GlobalView, emptied, with_gradient_of
 from toolkit.losses.step.item_checks import check_policy_loss, scored_labels
 from toolkit.losses.step.step import Extra, Step, StepRow
 from toolkit.losses.step.weights import loss_metric
@@ -41,13 +41,13 @@ __all__ = ["GRPOLossContext", "GRPOLossKwargs"]
 
 _NEEDED = [name for name in get_args(Need) if name in GRPOLossKwargs.model_fields]
 FIELDS_OF_TERMS = ("advantages", "old_logprobs", *_NEEDED)
-"""What `PolicyTerms` has by the names of the kwargs."""
+"""Fields of the kwargs that `PolicyTerms` has under the same names."""
 
 
 class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     """``loss = sum_t weight_t (importance_t policy_loss_t + kl_loss_coef kl_t - entropy_coef H_t)``, and so on.
 
-    weight_t is that of the term's aggregation, fixed for the whole step; importance_t that of the corrections, 1
+    weight_t comes from the term's aggregation and is fixed for the step; importance_t comes from the corrections, 1
     without any.
     """
 
@@ -85,7 +85,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
 
     @classmethod
     def fields_of(cls, row: StepRow) -> dict[str, Any]:
-        """Return the fields of the kwargs: the item's by name, corrections, and what a wider scope looks at."""
+        """Return the fields of the kwargs: the item's by name, corrections, and what a wider scope reads."""
         return {**super().fields_of(row), **policy_step.fields_of(row)}
 
     @classmethod
@@ -95,16 +95,16 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
 
     @classmethod
     def of_this_rank(cls, batches: list[Any], step: Step) -> list[Any]:
-        """Return this rank's kwargs, with what other tokens their loss looks at and with their own candidates."""
-        own = super().of_this_rank(policy_step.with_wider_views(batches, step), step)
-        return policy_step.with_own_candidates(own, step)
+        """Return this rank's kwargs, with the other tokens that their loss looks at and with their candidates."""
+        local = super().of_this_rank(policy_step.with_wider_views(batches, step), step)
+        return policy_step.with_local_candidates(local, step)
 
     # ------------------------------------------------------------------ the loss
 
     @property
     def scope(self) -> Scope:
-        """What the chosen policy loss and its corrections look at; a micro-batch holds its groups whole."""
-        if self.loss_kwargs.whole is not None:
+        """What the policy loss and its corrections look at; "batch" for groups, which are complete in a micro-batch."""
+        if self.loss_kwargs.global_view is not None:
             return "batch"
         scope = self.loss_cfg.policy.scope if self.loss_kwargs.has_current else self.loss_cfg.scope
         return "batch" if scope == "group" else scope
@@ -122,9 +122,10 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         return self.loss_kwargs.sequence_ids
 
     def scored_labels(self) -> Tensor:
-        """Return the labels, less tokens that `drop_zero_advantage` leaves out; none where a KL or bonus needs them."""
-        own = self.loss_kwargs
-        return own.shifted_labels if own.whole is not None else scored_labels(own, self.loss_cfg)
+        """Return the labels without the tokens that `drop_zero_advantage` skips; a KL or bonus keeps them."""
+        loss_kwargs = self.loss_kwargs
+        has_view = loss_kwargs.global_view is not None
+        return loss_kwargs.shifted_labels if has_view else scored_labels(loss_kwargs, self.loss_cfg)
 
     def candidate_ids(self, loss_kwargs: GRPOLossKwargs) -> Tensor | Literal["all"] | None:
         """Return the candidates that an exact divergence compares."""
@@ -136,7 +137,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         """Return the candidates' log-probabilities [N, K] under the policy, with gradient, and under the other one.
 
         Raises:
-            DataError: the head was not asked for them.
+            DataError: the scores have no candidates.
         """
         if scores.candidates is None or loss_kwargs.candidate_logprobs is None:
             raise DataError("this loss compares whole distributions, but the scores have no candidates")
@@ -148,13 +149,13 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         """Return the loss of this micro-batch and its metrics; see `BaseLossContext.forward`."""
         loss, extra = super().forward(hidden_states, head_weight, head_bias)
         if extra is not None and not isinstance(extra, Mapping):
-            return loss, extra  # a subclass's own
+            return loss, extra  # of a subclass
         return loss, {**(extra or {}), **(self.loss_kwargs.step_metrics or {})}
 
     def loss_from_scores(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor, dict[str, Metric]]:
         """Return the sum of the terms, and the metrics of all."""
         terms = self._terms(scores, loss_kwargs)
-        if loss_kwargs.whole is None:
+        if loss_kwargs.global_view is None:
             wide = _Wide(*self._importance(terms, loss_kwargs), {}, None)
         else:
             wide = self._wide(scores, loss_kwargs)
@@ -173,7 +174,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         return loss, metrics
 
     def token_losses(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> dict[str, Tensor]:
-        """Return the values of every term [N], unreduced and not corrected, as far as they look at own tokens alone."""
+        """Return the values of every term [N], unreduced and not corrected, computed from these tokens alone."""
         return self._values(self._terms(scores, loss_kwargs), scores, loss_kwargs)
 
     def policy_losses(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
@@ -189,20 +190,17 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
 
     def _check(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
         super()._check(hidden_states, head_weight, head_bias)
-        own = self.loss_kwargs
-        found = None if own.num_scored is None else int((own.shifted_labels != self.loss_cfg.ignore_idx).sum())
-        if found != own.num_scored:
+        loss_kwargs, labels, ignore_idx = self.loss_kwargs, self.loss_kwargs.shifted_labels, self.loss_cfg.ignore_idx
+        expected = loss_kwargs.num_scored
+        num_scored = None if expected is None else int((labels != ignore_idx).sum())
+        if num_scored != expected:
             raise DataError(
-                f"these kwargs hold {found} of the {own.num_scored} scored tokens of their micro-batch, but the loss "
-                f"{self.loss_cfg.policy.name!r} (or a correction) looks at whole sequences; give "
-                "forward the kwargs as they were built (mode='chunk' keeps memory small)"
+                f"these kwargs hold {num_scored} of the {expected} scored tokens of their micro-batch, but the loss "
+                f"{self.loss_cfg.policy.name!r} (or a correction) looks at whole sequences; pass forward the kwargs as "
+                "they were built (mode='chunk' keeps memory small)"
             )
         check_vocabulary(
-            own.candidate_ids,
-            own.candidate_logprobs,
-            own.shifted_labels,
-            head_weight.shape[0],
-            self.loss_cfg.ignore_idx,
+            loss_kwargs.candidate_ids, loss_kwargs.candidate_logprobs, labels, head_weight.shape[0], ignore_idx
         )
 
     @property
@@ -228,21 +226,21 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
 
     def _wide(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> _Wide:
         """Look at all tokens that the policy loss or a correction looks at, those of others as constants."""
-        whole: Whole = loss_kwargs.whole
-        assert loss_kwargs.place is not None
-        place: Tensor = loss_kwargs.place
+        view: GlobalView = loss_kwargs.global_view
+        assert loss_kwargs.view_index is not None
+        view_index: Tensor = loss_kwargs.view_index
         loss = self.loss_cfg.policy
-        seen = whole.scores(scores.logprobs, scores.entropy if "entropies" in loss.needs else None, place)
-        everyone = self._terms(seen, whole.kwargs)
-        importance, measured = self._importance(everyone, whole.kwargs, own=place)
-        own = None if importance is None else importance[place]
+        all_scores = view.scores(scores.logprobs, scores.entropy if "entropies" in loss.needs else None, view_index)
+        all_terms = self._terms(all_scores, view.kwargs)
+        importance, measured = self._importance(all_terms, view.kwargs, view_index)
+        local_importance = None if importance is None else importance[view_index]
         if loss.scope == "token":  # only a correction looks at the others
-            return _Wide(own, measured, {}, None)
-        policy = self._token_losses(everyone, seen, whole.kwargs)
+            return _Wide(local_importance, measured, {}, None)
+        policy = self._token_losses(all_terms, all_scores, view.kwargs)
         values = {term.name: policy for term in self._policy_terms}
-        sums = term_sums(self.terms, values, whole.kwargs, importance, owner=type(self).__name__, partly=True)
-        reported = everyone.reports() if whole.reports else emptied(everyone.reports())
-        return _Wide(own, {**reported, **measured}, sums, policy.detach()[place])
+        sums = term_sums(self.terms, values, view.kwargs, importance, owner=type(self).__name__, partly=True)
+        reported = all_terms.reports() if view.reports else emptied(all_terms.reports())
+        return _Wide(local_importance, {**reported, **measured}, sums, policy.detach()[view_index])
 
     def _token_losses(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
         token_losses = self.policy_losses(terms, scores, loss_kwargs)
@@ -250,55 +248,55 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         return token_losses
 
     def _importance(
-        self, terms: PolicyTerms, loss_kwargs: GRPOLossKwargs, own: Tensor | None = None
+        self, terms: PolicyTerms, loss_kwargs: GRPOLossKwargs, view_index: Tensor | None = None
     ) -> tuple[Tensor | None, dict[str, Metric]]:
         """Return the importance weights [N] of all corrections, without gradient (None: all are 1), and metrics."""
         late: Tensor | None = None
         metrics: dict[str, Metric] = {}
         if not loss_kwargs.has_current:
-            late, metrics = late_correction(terms, self.loss_cfg, own)
-        found = [as_loss_dtype(each, terms.logprobs) for each in (loss_kwargs.importance, late) if each is not None]
-        return (None if not found else torch.stack(found).prod(0).clamp(max=LARGEST_WEIGHT)), metrics
+            late, metrics = late_correction(terms, self.loss_cfg, view_index)
+        factors = [as_loss_dtype(each, terms.logprobs) for each in (loss_kwargs.importance, late) if each is not None]
+        return (None if not factors else torch.stack(factors).prod(0).clamp(max=LARGEST_WEIGHT)), metrics
 
     def _terms(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> PolicyTerms:
         """Return what the policy loss sees, in the dtype of the log-probabilities."""
         logprobs = scores.logprobs
-        given: dict[str, Any] = {
+        fields: dict[str, Any] = {
             name: _constant(values, logprobs)
             for name in FIELDS_OF_TERMS
             if (values := getattr(loss_kwargs, name)) is not None
         }
-        given.setdefault("old_logprobs", logprobs.detach())
+        fields.setdefault("old_logprobs", logprobs.detach())
         if self.scope != "token":
-            for what in ("sequence", "turn", "group"):
-                ids = getattr(loss_kwargs, f"{what}_ids")
+            for unit in ("sequence", "turn", "group"):
+                ids = getattr(loss_kwargs, f"{unit}_ids")
                 if ids is not None:
-                    given |= {f"{what}_ids": ids, f"num_{what}s": int(ids.max()) + 1 if len(ids) else 0}
-            given["positions"] = loss_kwargs.positions
+                    fields |= {f"{unit}_ids": ids, f"num_{unit}s": int(ids.max()) + 1 if len(ids) else 0}
+            fields["positions"] = loss_kwargs.positions
         entropies = None if scores.entropy is None else scores.entropy.detach()
         return PolicyTerms(
-            logprobs=logprobs, entropies=entropies, log_ratio_range=self.loss_cfg.log_ratio_range, **given
+            logprobs=logprobs, entropies=entropies, log_ratio_range=self.loss_cfg.log_ratio_range, **fields
         )
 
 
 @dataclass(frozen=True)
 class _Wide:
-    """What came of looking at all tokens that the loss or a correction looks at."""
+    """Results over all tokens that the loss or a correction looks at; local tokens are those of this micro-batch."""
 
     importance: Tensor | None
-    """[n] of own tokens."""
+    """[n] of local tokens."""
     metrics: dict[str, Metric]
     policy_sums: dict[str, Tensor]
-    """Of the policy terms over all tokens, with the gradient of own ones; empty where only a correction looks."""
+    """Of the policy terms over all tokens, with the gradient of local ones; empty where only a correction looks."""
     policy_values: Tensor | None
-    """[n] of own tokens, without gradient."""
+    """[n] of local tokens, without gradient."""
 
 
 def _sampled_kl(terms: PolicyTerms, cfg: BaseRLLossConfig) -> Tensor:
     assert cfg.kl_loss_type is not None
     return kl_estimate(
         terms.logprobs,
-        terms.given("ref_logprobs"),
+        terms.require("ref_logprobs"),
         cfg.kl_loss_type,
         gradient=cfg.kl_gradient,
         input_clamp=cfg.kl_input_clamp,
@@ -308,7 +306,7 @@ def _sampled_kl(terms: PolicyTerms, cfg: BaseRLLossConfig) -> Tensor:
 
 
 def _constant(values: Tensor, like: Tensor) -> Tensor:
-    """Cut `values` off from any graph: a live old_logprobs would cancel the policy's own gradient."""
+    """Detach `values` from any graph: a live old_logprobs would cancel the gradient of the policy."""
     return without_graph(values).to(like.dtype)
 
 

@@ -1,7 +1,7 @@
-"""What a user hands in: one item for each micro-batch.
+"""The inputs of a loss: one item per micro-batch.
 
 Legend: B rows, T positions of a row, K candidates, V vocabulary. Labels are already shifted: position t of every field
-speaks of the token that the model predicts from position t, i.e. of token t + 1 of the text.
+belongs to the token that the model predicts from position t, i.e. to token t + 1 of the text.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from toolkit.losses.shift import has_next, shift_labels, shift_values
 class LossContextInputItem(TensorRecord):
     """The base of all items: labels, and a check of every per-token field against them.
 
-    A field that holds a tensor never changes. One that is still None may be filled once (the interface assigns
-    ``item.old_logprobs`` after computing it); the check runs then, too.
+    Items are write-once: a `None` field may be assigned once (the interface assigns ``item.old_logprobs`` after
+    computing it) and is then checked, too.
     """
 
     shifted_labels: Annotated[Tensor, PerToken(pad=-100)]
@@ -53,25 +53,25 @@ class LossContextInputItem(TensorRecord):
         has_last_hidden: bool = True,
         **fields: Any,
     ) -> Self:
-        """Build an item from what samplers and rewards give: everything at index t speaks of token t itself.
+        """Build an item from the outputs of samplers and rewards, which are indexed by token.
 
-        Labels, mask and all per-token fields are shifted together, so that position t of the item speaks of the token
-        that is predicted from position t. With tokens [10, 11, 12, 13] and mask [0, 0, 1, 0] label, advantage and
-        log-probability of token 12 stand at position 1. The last position of every sequence is ignored.
+        Labels, mask and all per-token fields are shifted together, so position t of the item holds the values of the
+        token that it predicts. With tokens [10, 11, 12, 13] and mask [0, 0, 1, 0] label, advantage and log-probability
+        of token 12 are at position 1. The last position of every sequence is ignored.
 
         Args:
             input_ids: [B, T] int64, or [1, T] packed.
-            mask: [B, T]; which tokens are learnt from; None: all that are predicted.
-            attention_mask: [B, T]; 0 for padding, needed for rows that are padded on the left.
+            mask: [B, T]; which tokens are trained on; None: all that are predicted.
+            attention_mask: [B, T]; 0 for padding, needed for rows padded on the left.
             cu_seq_lens: [S + 1] boundaries of the sequences in a packed row.
             ignore_idx: that of the loss config.
             has_last_hidden: False where the model is run on ``input_ids[:, :-1]``; the item is then [B, T - 1].
-            fields: as in the constructor, such as ``advantages``. Log-probabilities that nobody reported are NaN, never
-                0, which would be a probability of 1; at tokens that count, a loss that reads them refuses NaN. [B, 1]
-                (one value a row) and ``group_ids`` speak of whole sequences and are not shifted.
+            fields: as in the constructor, such as ``advantages``. Unreported log-probabilities are NaN, never 0, which
+                would be a probability of 1; a loss that reads NaN at a token that counts raises. [B, 1] (one value
+                per row) and ``group_ids`` describe whole sequences and are not shifted.
 
         Raises:
-            DataError: a field is unknown or has not one value for each of the T tokens.
+            DataError: a field is unknown or does not have one value for each of the T tokens.
         """
         if "shifted_labels" in fields:
             raise DataError("from_unshifted makes shifted_labels from input_ids; leave it out, or use the constructor")
@@ -86,19 +86,19 @@ class LossContextInputItem(TensorRecord):
 
     @classmethod
     def _shifted(cls, name: str, value: Any, is_followed: Tensor) -> Any:
-        """Return a field as the constructor wants it, from one that speaks of the tokens themselves."""
+        """Return a field as the constructor wants it, from one that is indexed by token."""
         if not isinstance(value, Tensor) or not cls.is_per_token(name):
             return value
         mark, shape = cls.layout(name), is_followed.shape
         assert isinstance(mark, PerToken)
-        own = mark.positions(value)
-        if len(shape) == 2 and own == (shape[0], 1) != shape:
+        value_shape = mark.positions(value)
+        if len(shape) == 2 and value_shape == (shape[0], 1) != shape:
             return value
-        if own not in (shape, shape[-1:]):
+        if value_shape not in (shape, shape[-1:]):
             allowed = f"{list(shape)}" + (f", [{shape[-1]}] or [{shape[0]}, 1]" if len(shape) == 2 else "")
             raise DataError(
                 f"{name} has shape {list(value.shape)}, but input_ids has {list(shape)}; allowed are {allowed}: one "
-                "value for each token, the first included, NaN where nobody reported a log-probability"
+                "value for each token, including the first; NaN where a log-probability was not reported"
             )
         if name == "group_ids":
             return value
@@ -113,13 +113,11 @@ class LossContextInputItem(TensorRecord):
         if name in type(self).model_fields and getattr(self, name, None) is None:
             raise DataError(f"{type(self).__name__}.{name} must be a tensor, not {type(value).__name__}")
         if name in type(self).model_fields:
-            raise DataError(
-                f"{type(self).__name__}.{name} is set and does not change; item.replace({name}=...) gives a new item"
-            )
+            raise DataError(f"{type(self).__name__}.{name} is already set; item.replace({name}=...) returns a new item")
         raise DataError(f"{type(self).__name__} has no field {name!r}; it has: {', '.join(type(self).model_fields)}")
 
     def _fitted(self, name: str, value: Tensor) -> Tensor:
-        """Return `value` in the shape of the labels: given so, or [T] for every row, or [B, 1] for a whole row."""
+        """Return `value` in the shape of the labels; it has that shape, or [T] (every row), or [B, 1] (one per row)."""
         mark = self.layout(name)
         if not isinstance(mark, PerToken):
             return value
@@ -156,7 +154,7 @@ class CELossContextInputItem(LossContextInputItem):
 
 
 class RLLossContextInputItem(LossContextInputItem):
-    """All materials of a policy loss. Masked positions may hold anything, NaN included."""
+    """All inputs of a policy loss. Masked positions may hold anything, NaN included."""
 
     advantages: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """[1, T] or [B, T]; [T] and [B, 1] broadcast."""
@@ -165,7 +163,7 @@ class RLLossContextInputItem(LossContextInputItem):
     current_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities under the policy that is about to be updated, in nats, from a forward without gradient before
     the step. With them, losses of scope "group" and "batch" see the whole step, however it is cut, and corrections that
-    compare the current policy know their survivors."""
+    compare the current policy are applied before the forward."""
     ref_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities of the reference policy, in nats; needed with ``use_kl_loss``."""
     rollout_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
@@ -174,7 +172,7 @@ class RLLossContextInputItem(LossContextInputItem):
     teacher_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities of a teacher, in nats; for distillation."""
     teacher_topk_ids: Annotated[Tensor | None, PerToken(pad=-1, trailing=1, kind="integer")] = None
-    """[.., T, K] int64, candidate tokens of each position; a negative one stands for none. None: the whole vocabulary,
+    """[.., T, K] int64, candidate tokens of each position; a negative id means none. None: the whole vocabulary,
     K = V in order."""
     teacher_topk_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, trailing=1, kind="float")] = None
     """[.., T, K] the teacher's log-probabilities of them in nats, over its full vocabulary, at the temperature of the
@@ -185,6 +183,6 @@ class RLLossContextInputItem(LossContextInputItem):
     """[.., T, K] the same of the reference policy; for ``kl_loss_type`` "top_k" and "full"."""
     group_ids: Annotated[Tensor | None, PerToken(pad=-1, kind="integer")] = None
     """int64, the prompt that a position's sequence answers; the same number for all completions of one prompt, in
-    every micro-batch and on every rank. For ``prompt_mean`` and losses of scope "group"; [B, 1] broadcasts."""
+    all micro-batches and on all ranks. For ``prompt_mean`` and losses of scope "group"; [B, 1] broadcasts."""
     rollout_spec: LogprobSpec | None = None
-    """How ``rollout_logprobs`` were taken; compared with the loss's own settings before they are used."""
+    """How ``rollout_logprobs`` were taken; compared with the settings of the loss before they are used."""

@@ -1,4 +1,4 @@
-"""What one forward of a loss needs, made from an item once the whole step is known.
+"""The inputs of one forward of a loss, built from an item once the totals of the step are known.
 
 Legend: B rows, T positions of a row, K columns of weights.
 """
@@ -22,7 +22,7 @@ class BaseLossKwargs(TensorRecord):
     loss_weight: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     """Calibrated weight of each token, same shape; the loss is ``(loss_weight * token_losses).sum()``."""
     term_weights: Annotated[Tensor | None, PerToken(pad=0.0, trailing=1)] = None
-    """[.., T, K] the same for each way in which terms count; None: there is one, and `loss_weight` has it."""
+    """[.., T, K] the same for each weighting of the terms; None: there is one, in `loss_weight`."""
     importance: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     """Factor of the terms with ``use_correction``, 0 for a rejected token, without gradient; None: 1 everywhere."""
 
@@ -53,17 +53,17 @@ class GRPOLossKwargs(BaseLossKwargs):
     group_ids: Annotated[Tensor | None, PerToken(pad=NO_SEQUENCE)] = None
     positions: Annotated[Tensor | None, PerToken(pad=0)] = None
     step_metrics: Any = None
-    """Metrics that are known before the forward; reported once, by the micro-batch as a whole."""
+    """Metrics that are known before the forward; reported once per micro-batch."""
     has_current: bool = False
-    """Whether all corrections were applied before the forward, for the items had `current_logprobs`."""
+    """Whether all corrections were applied before the forward, because the items had `current_logprobs`."""
     num_scored: int | None = None
-    """Tokens that a loss of more than one token must be given together; None: it may be given pieces."""
-    place: Annotated[Tensor | None, PerToken(pad=NO_SEQUENCE)] = None
-    """int64, where each scored token stands among those of `whole`."""
-    whole: Any = None
-    """A `Whole`: the tokens that the loss looks at, where others than this micro-batch's piece are among them."""
+    """Number of scored tokens that a loss of several tokens must get together; None: it may get pieces."""
+    view_index: Annotated[Tensor | None, PerToken(pad=NO_SEQUENCE)] = None
+    """int64, the index of each scored token among those of `global_view`, -1 elsewhere."""
+    global_view: Any = None
+    """A `GlobalView`: all tokens that the loss looks at, if some are outside this micro-batch's piece; else None."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Return a copy with every tensor on `device`, those of `whole` included."""
+        """Return a copy with every tensor on `device`, those of `global_view` included."""
         moved = super().to(device)
-        return moved if self.whole is None else moved.replace(whole=self.whole.to(device))
+        return moved if self.global_view is None else moved.replace(global_view=self.global_view.to(device))

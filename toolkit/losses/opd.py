@@ -23,8 +23,8 @@ class OPDLossContext(GRPOLossContext):
     """``loss = sum_t weight_t importance_t d_t`` with d the policy loss ``opd``, or a divergence from the teacher.
 
     Variant ``sampled``: an estimate from the sampled token, see `functional.policy.distillation.opd`; variant
-    ``top_k``: the divergence over the teacher's candidates, or over the whole vocabulary, whose gradient autograd has
-    exactly. The items need no advantages; corrections see 0 where there are none.
+    ``top_k``: the divergence over the teacher's candidates, or over the whole vocabulary, with autograd's exact
+    gradient. The items need no advantages; corrections see 0 where there are none.
 
     Source: Agarwal et al. 2023, arXiv 2306.13649, with on-policy data throughout; of its generalised Jensen-Shannon
     divergences only the even mixture. Thinking Machines 2025, "On-policy distillation", for ``sampled``.
@@ -35,7 +35,7 @@ class OPDLossContext(GRPOLossContext):
 
     @classmethod
     def completed(cls, item: RLLossContextInputItem, loss_cfg: OPDLossConfig) -> RLLossContextInputItem:
-        """Return an item with advantages of 0 where it has none, and the teacher that the config names."""
+        """Return an item with advantages of 0 if it has none, and with the teacher that the config names."""
         changes: dict[str, Tensor] = {}
         if item.advantages is None:
             changes["advantages"] = torch.zeros(item.shifted_labels.shape, device=item.shifted_labels.device)

@@ -1,4 +1,4 @@
-"""OREAL: what `GRPOLossContext` computes under the settings of `OrealLossConfig`. Legend: N+ and N- tokens."""
+"""OREAL: `GRPOLossContext` with the settings of `OrealLossConfig`. Legend: N+ and N- tokens."""
 
 from __future__ import annotations
 

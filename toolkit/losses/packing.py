@@ -1,4 +1,4 @@
-"""Sequences side by side in one row, and back again.
+"""Pack sequences side by side into one row, and unpack them.
 
 Legend: T positions of a row, S sequences, M rows (one for each micro-batch).
 """
@@ -19,11 +19,11 @@ ItemT = TypeVar("ItemT", bound=LossContextInputItem)
 
 
 def plan_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Deal sequences out to as few rows as come easily: the longest first, each into the first row with room.
+    """Assign sequences to few rows (not always the fewest): the longest first, each to the first row with room.
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: what a row holds; a sequence that is longer gets a row of its own.
+        max_tokens: capacity of a row; a longer sequence gets a separate row.
 
     Returns:
         For each of M rows the numbers of its sequences, in ascending order; pass it to `in_order` afterwards.
@@ -31,27 +31,28 @@ def plan_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     rows: list[list[int]] = []
     room: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        place = next((place for place, free in enumerate(room) if lengths[number] <= free), len(rows))
-        if place == len(rows):
+        row = next((row for row, free in enumerate(room) if lengths[number] <= free), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(max_tokens)
-        rows[place].append(number)
-        room[place] -= lengths[number]
-    return [sorted(row) for row in rows]
+        rows[row].append(number)
+        room[row] -= lengths[number]
+    return [sorted(numbers) for numbers in rows]
 
 
 def pack(items: Sequence[ItemT]) -> tuple[ItemT, Tensor]:
     """Put items side by side into one packed row.
 
     Args:
-        items: of one class, each [1, T] or [T], a sequence each; shifted, as items are, so that no label crosses from
-            one sequence into the next. All must have the same fields.
+        items: of one class, one sequence each, [1, T] or [T]; already shifted, as all items are, so no label crosses
+            into the next sequence. All must have the same fields.
 
     Returns:
         The item [1, T of all], and its boundaries ``cu_seq_lens`` [S + 1] int64.
 
     Raises:
-        DataError: there is none, one has several rows or lacks a field that another has, or ``rollout_spec`` differs.
+        DataError: `items` is empty, an item has several rows or other fields than the first, or ``rollout_spec``
+            differs.
     """
     if not items:
         raise DataError("pack() got no items; give at least one")
@@ -59,17 +60,17 @@ def pack(items: Sequence[ItemT]) -> tuple[ItemT, Tensor]:
     names = [name for name, _ in first.tensors()]
     for index, item in enumerate(items):
         if item.shifted_labels.dim() == 2 and len(item.shifted_labels) != 1:
-            raise DataError(f"items[{index}] has {len(item.shifted_labels)} rows; give pack() one item a sequence")
+            raise DataError(f"items[{index}] has {len(item.shifted_labels)} rows; give pack() one item per sequence")
         differ = sorted({*names} ^ {name for name, _ in item.tensors()})
         if type(item) is not type(first) or differ:
             what = (
                 f"only one of items[0] and items[{index}] has {', '.join(differ)}" if differ else "their classes differ"
             )
-            raise DataError(f"items of one row have the same fields, but {what}")
+            raise DataError(f"items of one row must have the same fields, but {what}")
     others = {name: getattr(first, name) for name in type(first).model_fields if name not in names}
     for name, value in others.items():
         if any(getattr(item, name) != value for item in items):
-            raise DataError(f"items of one row share {name}, but it is not the same in all of them")
+            raise DataError(f"items of one row must have the same {name}, but it differs between them")
     joined = {}
     for name in names:
         mark = first.layout(name)
@@ -86,7 +87,7 @@ def unpack(values: Tensor, cu_seq_lens: Tensor, *, dim: int = -1) -> list[Tensor
 
     Args:
         values: [1, T] or [T], or with `dim` anything that has a token axis, such as hidden states [1, T, D].
-        cu_seq_lens: [S + 1], as from `pack`; what lies behind the last boundary is padding and left out.
+        cu_seq_lens: [S + 1], as from `pack`; positions after the last boundary are padding and are skipped.
         dim: the token axis.
 
     Returns:
@@ -99,10 +100,10 @@ def unpack(values: Tensor, cu_seq_lens: Tensor, *, dim: int = -1) -> list[Tensor
 
 
 def in_order(parts: Sequence[Sequence[Tensor]], rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the values of each sequence in the order in which the sequences were given.
+    """Return the values of each sequence in the original order of the sequences.
 
-    Dealt out by length, sequences come back in another order than they went: log-probabilities, entropies or weights
-    that are not put back belong to somebody else's prompt, and nothing fails.
+    Rows planned by length hold sequences in another order: without this call, log-probabilities, entropies or weights
+    would belong to the wrong prompts, and nothing would fail.
 
     Args:
         parts: for each row the values of its sequences, as from `unpack`.

@@ -1,4 +1,4 @@
-"""Records of tensors (items, kwargs) that never change: every transform gives back a new one.
+"""Immutable records of tensors (items, kwargs): every transform returns a new one.
 
 Legend: B rows, T positions of a row, K values of one position. A per-token field has the shape of ``shifted_labels``,
 [1, T] or [B, T]; or [.., T, K] where it is declared with a trailing axis.
@@ -30,7 +30,7 @@ class PerToken:
     """Marks a field with one value for each position: ``Annotated[Tensor | None, PerToken(pad=0.0)]``."""
 
     pad: float
-    """What stands where there is no token; 0 is False."""
+    """Value where there is no token; 0 is False."""
     trailing: int = 0
     """1 where a position has K values, [B, T, K]."""
     kind: Kind = "any"
@@ -39,8 +39,8 @@ class PerToken:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind) or self.trailing not in (0, 1):
             raise ConfigError(
-                f"PerToken(kind={self.kind!r}, trailing={self.trailing!r}): kind is {listed(get_args(Kind))}, trailing "
-                "0 or 1"
+                f"PerToken(kind={self.kind!r}, trailing={self.trailing!r}): kind must be {listed(get_args(Kind))}; "
+                "trailing must be 0 or 1"
             )
 
     @property
@@ -55,7 +55,7 @@ class PerToken:
 
 @dataclass(frozen=True)
 class Shared:
-    """Marks a tensor that belongs to the whole micro-batch and is the same in every chunk and shard."""
+    """Marks a tensor of the micro-batch that is the same in every chunk and shard."""
 
 
 class TensorRecord(Model):
@@ -66,16 +66,16 @@ class TensorRecord(Model):
 
     @classmethod
     def layout(cls, name: str) -> PerToken | Shared:
-        """Return how field `name` lies over the tokens, declared in this class or in one that it extends.
+        """Return the layout of field `name`, declared in this class or in one that it extends.
 
         Raises:
-            DataError: nobody declared it.
+            DataError: it is not declared.
         """
         if (mark := _mark_of(cls, name)) is not None:
             return mark
         raise DataError(
-            f"{cls.__name__}.{name} is a tensor, but how it lies over the tokens is not declared; write "
-            f"{name}: Annotated[Tensor, PerToken(pad=0.0)] if it has one value a position, else "
+            f"{cls.__name__}.{name} is a tensor without a declared layout; write "
+            f"{name}: Annotated[Tensor, PerToken(pad=0.0)] if it has one value per position, else "
             "Annotated[Tensor, Shared()]"
         )
 
@@ -91,7 +91,7 @@ class TensorRecord(Model):
                 yield name, value
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed, checked as a new one is."""
+        """Return a copy with some fields changed, checked like a new record."""
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
     def to(self, device: torch.device | str) -> Self:
@@ -103,16 +103,16 @@ class TensorRecord(Model):
 
         Args:
             positions: [n] int64, in the flattened per-token fields.
-            as_row: give the per-token fields as one row [1, n] instead of [n].
+            as_row: return the per-token fields as one row [1, n] instead of [n].
         """
         taken = {}
         for name, value in self.tensors():
             mark = self.layout(name)
             if isinstance(mark, PerToken):
                 flat = value.reshape(-1, *value.shape[-mark.trailing :]) if mark.trailing else value.reshape(-1)
-                own = flat.index_select(0, positions)
-                taken[name] = own.unsqueeze(0) if as_row else own
-        return self.model_copy(update=taken)  # what was checked once is right in part, too
+                selected = flat.index_select(0, positions)
+                taken[name] = selected.unsqueeze(0) if as_row else selected
+        return self.model_copy(update=taken)  # parts of a checked record need no check
 
     def chunk(self, chunk_size: int) -> list[Self]:
         """Cut the token axis into pieces of at most `chunk_size` positions, views of this record."""
@@ -142,7 +142,7 @@ class TensorRecord(Model):
         return self.model_copy(update=changes)
 
     def __delattr__(self, name: str) -> None:
-        raise self.error_class(f"{type(self).__name__}.{name} cannot be deleted: a {type(self).__name__} never changes")
+        raise self.error_class(f"{type(self).__name__}.{name} cannot be deleted: a {type(self).__name__} is immutable")
 
     def __repr__(self) -> str:
         shown = []
@@ -159,7 +159,7 @@ class TensorRecord(Model):
 
 @cache
 def _mark_of(record: type[TensorRecord], name: str) -> PerToken | Shared | None:
-    """Return what a class, or one that it extends, declares of a field."""
+    """Return what a class, or one that it extends, declares for a field."""
     for owner in record.__mro__:
         field = getattr(owner, "model_fields", {}).get(name)
         for mark in field.metadata if field is not None else ():
@@ -169,7 +169,7 @@ def _mark_of(record: type[TensorRecord], name: str) -> PerToken | Shared | None:
 
 
 def check_finite(fields: Mapping[str, Tensor], labels: Tensor, ignore_idx: int) -> None:
-    """Refuse NaN and inf at scored positions. Waits for the device once, whatever the number of fields.
+    """Raise on NaN and inf at scored positions. Waits for the device once, whatever the number of fields.
 
     Args:
         fields: [B, T] each, by the names that messages use.
@@ -180,14 +180,14 @@ def check_finite(fields: Mapping[str, Tensor], labels: Tensor, ignore_idx: int) 
         DataError: names the first such field and position.
     """
     is_free = labels == ignore_idx
-    sums = [own.detach().masked_fill(is_free, 0.0).sum(dtype=wide_dtype(own)) for own in fields.values()]
+    sums = [field.detach().masked_fill(is_free, 0.0).sum(dtype=wide_dtype(field)) for field in fields.values()]
     if not sums or math.isfinite(torch.stack(sums).sum().item()):
-        return  # a sum that is finite has finite parts; one that is not may have overflowed
+        return  # a finite sum has finite parts; any other may have overflowed
     for name, values in fields.items():
         broken = ~values.isfinite() & ~is_free
         if bool(broken.any()):
             where = broken.nonzero()[0].tolist()
             raise DataError(
                 f"{name}{where} = {float(values[tuple(where)])} at a scored position; only positions whose label is "
-                f"ignore_idx = {ignore_idx} may hold NaN or inf. Mask the position or repair the value"
+                f"ignore_idx = {ignore_idx} may hold NaN or inf; mask the position or fix the value"
             )

@@ -1,7 +1,7 @@
-"""Made-up items and batches, the one maker of them: for layouts, checks, the rehearsal, measurements.
+"""Random items and batches for layouts, checks, the rehearsal and measurements; no other module makes them.
 
-What a field gets follows from its declaration (`PerToken`) and, for log-probabilities and candidates, from the end of
-its name: a field that is declared is made up, a user's own included.
+The values of a field follow from its declaration (`PerToken`) and, for log-probabilities and candidates, from the end
+of its name. All declared fields are filled, those of custom items included.
 
 Legend: B rows (a sequence each), T positions of a row, K candidates, D hidden width, V vocabulary.
 """
@@ -22,19 +22,19 @@ from toolkit.losses.record import PerToken
 from toolkit.losses.step.builder import item_class
 
 GARBAGE = 3.0
-"""What stands at positions that are not scored unless the caller wants something else, such as NaN."""
+"""Value at positions that are not scored, unless the caller wants another one, such as NaN."""
 HOLES = 0.25
 """Share of the positions inside a sequence that are not scored, such as a tool's answer."""
 SPREAD = 0.4
-"""Of log-probabilities around the policy's own, in nats: wide enough for clips, masks and vetoes to bind."""
+"""Of log-probabilities around those of the policy, in nats: wide enough for clips, masks and vetoes to act."""
 NUM_VALUES = 2
-"""Values of one position where a field of the user's own has several."""
+"""Values per position of custom fields that have several."""
 NEAR = 1e-4
 """Factor of the spread in the first sequence."""
 LARGEST_LOGPROB = -1e-3
 ONE, TWIN = 1, 3
-"""Rows of the sequence of one token, and of another one with the same label and everything else its own: who sorts
-sequences by their tokens alone meets a tie."""
+"""Rows of two one-token sequences with the same label and different other fields: a tie for code that sorts sequences
+by their tokens alone."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Batch:
     head_bias: Tensor | None = None
     """[V]"""
     lengths: tuple[int, ...] | None = None
-    """Positions of each row before padding; None: all T. Packing leaves the others out."""
+    """Positions of each row before padding; None: all T. Packing skips the others."""
     garbage: float = GARBAGE
-    """What fills padding, and every position of an idle micro-batch."""
+    """Value of padding, and of every position of an idle micro-batch."""
 
     def __post_init__(self) -> None:
         shape = self.item.shifted_labels.shape
@@ -63,7 +63,7 @@ class Batch:
             )
         if self.lengths is not None and (len(self.lengths) != shape[0] or max(self.lengths, default=0) > shape[1]):
             raise DataError(
-                f"lengths={self.lengths} must name the positions of each of {shape[0]} rows, at most {shape[1]}"
+                f"lengths={self.lengths} must hold the length of each of {shape[0]} rows, at most {shape[1]}"
             )
 
     @property
@@ -83,16 +83,16 @@ class Batch:
         return Batch(item, as_dtype(self.hidden_states), as_dtype(self.head_weight), bias, self.lengths, self.garbage)
 
     def with_current_logprobs(self, cfg: BaseLossConfig) -> Batch:
-        """Return a copy whose items say what the policy gives its tokens before the step (a forward of its own)."""
-        found = token_logprobs(
+        """Return a copy whose item has the policy's log-probabilities before the step, from a separate forward."""
+        logprobs = token_logprobs(
             self.hidden_states.detach(),
             self.head_weight.detach(),
             self.item.shifted_labels,
             None if self.head_bias is None else self.head_bias.detach(),
             options=cfg.head_options,
         )
-        own = found.masked_fill(self.item.shifted_labels == cfg.ignore_idx, self.garbage)
-        item = self.item.replace(current_logprobs=own.detach())
+        logprobs = logprobs.masked_fill(self.item.shifted_labels == cfg.ignore_idx, self.garbage)
+        item = self.item.replace(current_logprobs=logprobs.detach())
         return Batch(item, self.hidden_states, self.head_weight, self.head_bias, self.lengths, self.garbage)
 
 
@@ -110,23 +110,23 @@ def random_batch(
 ) -> Batch:
     """Make a ragged batch with everything that breaks a layout-dependent loss.
 
-    The first sequence is the longest, the second has one token, the last none that is scored; others are drawn, with
-    unscored positions inside. From five sequences on, two have the same tokens, for different prompts and with other
-    hidden states and advantages. Two sequences in a row answer the same prompt, one has advantage 0 throughout, and
-    every field that some loss reads is there.
+    The first sequence is the longest, the second has one token, the last has no scored token; others are drawn, with
+    unscored positions inside. With five or more sequences, two have the same tokens but different prompts, hidden
+    states and advantages. Adjacent pairs of sequences answer the same prompt, one sequence has advantage 0 throughout,
+    and every field that some loss reads is filled.
 
     Args:
-        loss_cfg: of the loss that it is for: items of the class that its context takes, fields of your own included
-            (floating-point unless their kind says else), with what an exact KL of this config compares.
+        loss_cfg: config of the loss: items have the class that its context takes, custom fields included
+            (floating-point unless their kind differs), with the candidates that an exact KL of this config compares.
             None: items of a policy loss.
-        seed: another one gives other lengths and numbers.
+        seed: lengths and numbers depend on it.
         num_sequences: B, at least 3.
         longest: T, positions of the longest sequence, at least 3.
         width: D.
         vocabulary: V.
         num_candidates: K, of teacher and reference; some are missing.
         dtype: of hidden states, head and fields.
-        garbage: what stands wherever nothing is scored; NaN and inf are allowed for losses of this package.
+        garbage: value wherever nothing is scored; NaN and inf are allowed for losses of this package.
 
     Raises:
         ConfigError: a size is too small for such a batch.
@@ -134,7 +134,8 @@ def random_batch(
     if num_sequences < 3 or longest < 3 or vocabulary < 3 or not 1 <= num_candidates <= vocabulary:
         raise ConfigError(
             f"random_batch with num_sequences={num_sequences}, longest={longest}, vocabulary={vocabulary} and "
-            f"num_candidates={num_candidates}: give at least 3 of each, and 1 to vocabulary candidates"
+            f"num_candidates={num_candidates} is too small or has too many candidates; give at least 3 of "
+            "each, and 1 to vocabulary candidates"
         )
     draw = torch.Generator().manual_seed(seed)
     ignore_idx = -100 if loss_cfg is None else loss_cfg.ignore_idx
@@ -171,20 +172,20 @@ def sample_fields(
     vocabulary: int = 2,
     candidates: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Make up the per-token fields that a class of items declares, beside the labels.
+    """Draw the per-token fields that a class of items declares, except the labels.
 
-    Names that end in ``_topk_logprobs`` get log-probabilities of candidates over the whole vocabulary, those in
-    ``_topk_ids`` the candidates; in ``logprobs`` values near `logprobs`, in the first row nearer than any clip range;
-    ``group_ids`` number pairs of rows. Everything else follows from the declared kind.
+    Names that end in ``_topk_logprobs`` get log-probabilities of candidates over the whole vocabulary, in ``_topk_ids``
+    the candidates, in ``logprobs`` values near `logprobs` (in the first row closer than any clip range);
+    ``group_ids`` number pairs of rows. Other fields follow from the declared kind.
 
     Args:
-        item_cls: whose fields are made up.
-        logprobs: [B, T] of the policy itself, in nats.
-        draw: where random numbers come from.
-        names: of the fields that are wanted; None: all.
+        item_cls: class that declares the fields.
+        logprobs: [B, T] of the policy, in nats.
+        draw: generator of the random numbers.
+        names: fields to draw; None: all.
         spread: of log-probabilities, in nats.
         vocabulary: V.
-        candidates: K of each owner of candidates, such as ``{"ref": 3}``; V: the whole vocabulary, without ids.
+        candidates: K of each policy with candidates, such as ``{"ref": 3}``; V: the whole vocabulary, without ids.
 
     Returns:
         [B, T] or [B, T, K] each; floating-point ones in the dtype of `logprobs`.
@@ -202,7 +203,7 @@ def sample_fields(
         mark = item_cls.layout(name)
         assert isinstance(mark, PerToken)
         if name.endswith("_topk_ids"):
-            continue  # beside their log-probabilities
+            continue  # set together with their log-probabilities
         if name.endswith("_topk_logprobs"):
             owner = name.removesuffix("_topk_logprobs")
             of_all = noise(vocabulary).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Losses that look at log-probabilities (and entropies) only: every pass of the head serves them.
+"""Losses that read only log-probabilities (and entropies), so they run in every pass of the head.
 
 Legend: B rows, T positions of a row, N scored tokens, n of them in one call, D hidden width, V vocabulary.
 """
@@ -24,14 +24,14 @@ from toolkit.metrics import Metric
 
 SMALL_LOGITS = 2**20
 """Bytes of a micro-batch's fp32 logits up to which ``mode="chunk"`` computes all of them at once, as eager mode does,
-if they are one chunk: there is no memory to be saved, and a call takes half the time."""
+if they are one chunk: chunks would save no memory, and a call takes half the time."""
 
 
 class ScoredLossContext(BaseLossContext[ItemT]):
     """Base of losses of log-probabilities. Subclass it and define `token_losses`; `loss_fn` follows from it.
 
-    In chunk mode the head then takes 3 matrix products instead of whatever autograd makes of `loss_fn`, drops ignored
-    tokens before the first of them, and leaves tokens without a gradient out of the last two.
+    In chunk mode the head then takes 3 matrix products instead of whatever autograd makes of `loss_fn`. It skips
+    ignored tokens in all of them, and tokens without a gradient in the last two.
     """
 
     def token_losses(self, scores: TokenScores, loss_kwargs: Any) -> Tensor | Mapping[str, Tensor]:
@@ -44,11 +44,11 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         raise ConfigError(f"{type(self).__name__} computes nothing yet: define token_losses(scores, loss_kwargs)")
 
     def metrics_of(self, scores: TokenScores, loss_kwargs: Any) -> dict[str, Metric]:
-        """Return what these tokens are to report beside the loss and its terms; nothing by default."""
+        """Return metrics of these tokens besides the loss and its terms; none by default."""
         return {}
 
     def loss_from_scores(self, scores: TokenScores, loss_kwargs: Any) -> tuple[Tensor, Any]:
-        """Return the loss of n scored tokens and metrics; override it only for a loss that is no sum of terms."""
+        """Return the loss of n scored tokens and metrics; override it only for a loss that is not a sum of terms."""
         loss, metrics = self.summed(self.token_losses(scores, loss_kwargs), loss_kwargs)
         return loss, {**self.metrics_of(scores, loss_kwargs), **metrics}
 
@@ -59,11 +59,11 @@ class ScoredLossContext(BaseLossContext[ItemT]):
 
     @property
     def entropy(self) -> Entropy:
-        """Which entropies `token_losses` wants: False, "metric" (without gradient) or True."""
+        """Which entropies `token_losses` needs: False, "metric" (without gradient) or True."""
         return False
 
     def scored_labels(self) -> Tensor:
-        """Return the labels, `ignore_idx` wherever a token need not be scored."""
+        """Return the labels, with `ignore_idx` wherever a token need not be scored."""
         return self.loss_kwargs.shifted_labels
 
     def sequence_ids(self) -> Tensor | None:
@@ -71,7 +71,7 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         return None
 
     def candidate_ids(self, loss_kwargs: Any) -> Tensor | Literal["all"] | None:
-        """Return the tokens that `token_losses` wants scored beside the labels; the head's path is then general.
+        """Return the tokens that `token_losses` needs scored besides the labels; the head then takes the general path.
 
         Args:
             loss_kwargs: the kwargs of n tokens.
@@ -129,7 +129,7 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         return explain(hidden_states, head_weight, self.scored_labels(), head_bias, **self._head_options())
 
     def _is_small(self, head_weight: Tensor) -> bool:
-        """Whether all logits at once are small; counts every position, so that the device is not waited for."""
+        """Whether all logits at once are small; counts every position, to avoid waiting for the device."""
         positions, size = self.loss_kwargs.shifted_labels.numel(), self.loss_cfg.chunk_size
         is_one_chunk = size == "auto" or positions <= size
         is_little = positions * head_weight.shape[0] * 4 <= SMALL_LOGITS
@@ -137,7 +137,7 @@ class ScoredLossContext(BaseLossContext[ItemT]):
 
     @property
     def _is_general(self) -> bool:
-        """Whether a subclass overrides `loss_fn`, which then is the loss, or wants candidates: autograd serves both."""
+        """Whether a subclass overrides `loss_fn` or needs candidates; autograd then computes the gradient."""
         return type(self).loss_fn is not ScoredLossContext.loss_fn or self.candidate_ids(self.loss_kwargs) is not None
 
     def _head_options(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From unshifted text to shifted labels and fields: the one place that owns the off-by-one.
+"""Shift labels and fields from each token to the position that predicts it; no other module shifts.
 
 Legend: B rows, T tokens of a row, K values of one token.
 """
@@ -24,19 +24,19 @@ def shift_labels(
 
     Args:
         input_ids: [B, T] (or [T]) int64.
-        loss_mask: same shape; which tokens are to be scored *as targets*; None: all. With tokens [10, 11, 12, 13] and
-            mask [0, 0, 1, 0] the label 12 stands at position 1 and everything else is ignored.
+        loss_mask: same shape; which tokens are scored *as targets*; None: all. With tokens [10, 11, 12, 13] and mask
+            [0, 0, 1, 0] the label 12 is at position 1 and everything else is ignored.
         cu_seq_lens: [S + 1] boundaries of a packed row: the last token of each sequence has no label.
         attention_mask: same shape; 1 for text, 0 for padding on either side, which neither predicts nor is predicted.
-            Rows that are padded on the left need it (or a `loss_mask` without their first token), for nothing else says
-            that the first token of the text does not follow from the padding before it.
+            Rows padded on the left need it (or a `loss_mask` without their first token): without it, the padding would
+            predict the first token of the text.
         ignore_idx: label of positions without one.
 
     Returns:
         int64 of the shape of `input_ids`; the last position of every sequence holds `ignore_idx`.
 
     Raises:
-        DataError: a mask has another shape or other values than 0 and 1, or the boundaries do not fit.
+        DataError: a mask has the wrong shape or values other than 0 and 1, or the boundaries do not fit.
     """
     for name, mask in (("loss_mask", loss_mask), ("attention_mask", attention_mask)):
         if mask is not None and mask.shape != input_ids.shape:
@@ -45,8 +45,8 @@ def shift_labels(
             )
         if mask is not None and mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
             raise DataError(
-                f"{name} holds other values than 0 and 1; it says which tokens count. (Labels with -100 where nothing "
-                "is scored are shifted_labels: give them to the constructor, already shifted)"
+                f"{name} holds values other than 0 and 1; 1 marks the tokens that count. (Labels with -100 where "
+                "nothing is scored are shifted_labels: pass them to the constructor, already shifted)"
             )
     is_scored = has_next(input_ids.shape, cu_seq_lens, attention_mask, input_ids.device)
     if loss_mask is not None:
@@ -59,25 +59,25 @@ def has_next(
 ) -> Tensor:
     """Return whether position t and token t + 1 belong to the same sequence, bool of `shape`; False at the end."""
     ids = sequence_ids(shape, cu_seq_lens, device)
-    found = torch.zeros(shape, dtype=torch.bool, device=device)
-    found[..., :-1] = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)
+    is_followed = torch.zeros(shape, dtype=torch.bool, device=device)
+    is_followed[..., :-1] = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)
     if attention_mask is not None:
         is_text = attention_mask.bool()
-        found[..., :-1] &= is_text[..., 1:] & is_text[..., :-1]
-    return found
+        is_followed[..., :-1] &= is_text[..., 1:] & is_text[..., :-1]
+    return is_followed
 
 
 def shift_values(values: Tensor, is_followed: Tensor, *, pad: float, dim: int = -1) -> Tensor:
     """Move the value of token t + 1 to position t, where it is predicted.
 
     Args:
-        values: [B, T] (or [T], or with K values a token [B, T, K]); index t speaks of token t.
+        values: [B, T] (or [T], or with K values per token [B, T, K]); index t belongs to token t.
         is_followed: bool [B, T] (or [T]), from `has_next`.
-        pad: what stands where there is no next token.
+        pad: the value where there is no next token.
         dim: the token axis of `values`, counted from the end.
 
     Returns:
         A new tensor of the shape and dtype of `values`.
     """
-    later = values.roll(-1, dim)  # what comes round from the first token meets a False of `is_followed`
+    later = values.roll(-1, dim)  # the first token wraps round to the last position: never followed
     return later.where(is_followed if dim == -1 else is_followed.unsqueeze(-1), pad).to(values.dtype)

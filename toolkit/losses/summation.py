@@ -1,6 +1,6 @@
-"""The one place where values of tokens become a loss: ``sum over terms of coef * sum over tokens of weight * value``.
+"""Turn values of tokens into a loss: ``sum over terms of coef * sum over tokens of weight * value``.
 
-Legend: n tokens of one call, [1, T] or [B, T] of a whole micro-batch, K columns of weights.
+Legend: n tokens of one call, [1, T] or [B, T] of a micro-batch, K columns of weights.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def weights_of(terms: Sequence[LossTerm], loss_kwargs: Any) -> Iterator[tuple[Lo
     """Yield each term with its weights, of the shape of the labels in `loss_kwargs`.
 
     Args:
-        terms: all of the loss, for together they say which column is whose.
+        terms: all terms of the loss; which column a term reads depends on the others.
         loss_kwargs: with the weights.
     """
     for term, column in zip(terms, weight_columns(terms), strict=True):
-        every = loss_kwargs.term_weights
-        yield term, loss_kwargs.loss_weight if every is None else every[..., column]
+        columns = loss_kwargs.term_weights
+        yield term, loss_kwargs.loss_weight if columns is None else columns[..., column]
 
 
 def term_sums(
@@ -45,11 +45,11 @@ def term_sums(
         values: [n] of each term by its name, unreduced.
         loss_kwargs: the kwargs of these tokens.
         importance: [n] factor of the terms with ``use_correction``; None: that of the kwargs.
-        owner: who returned the values, for messages.
-        partly: sum the terms that have values, and leave the others out.
+        owner: name of the class that returned the values, for messages.
+        partly: sum only the terms that have values.
 
     Raises:
-        DataError: values of a term are missing or not one for each token, or the kwargs have no weights.
+        DataError: values of a term are missing or not one per token, or the kwargs have no weights.
     """
     if loss_kwargs.loss_weight is None:
         raise DataError(
@@ -70,9 +70,9 @@ def term_sums(
 
 def _weighted_sum(term: LossTerm, weights: Tensor, values: Tensor, importance: Tensor | None, owner: str) -> Tensor:
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.shape != weights.shape:
-        given = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        returned = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise DataError(
-            f"{owner} returned {given} for term {term.name!r}; return the value of each token, "
+            f"{owner} returned {returned} for term {term.name!r}; return the value of each token, "
             f"{list(weights.shape)} floating-point, without a mean or sum"
         )
     weights = as_loss_dtype(weights, values)
@@ -80,7 +80,7 @@ def _weighted_sum(term: LossTerm, weights: Tensor, values: Tensor, importance: T
         weights = weights * as_loss_dtype(importance, values)
     elif term.token_filter is None:
         return (weights * values).sum()
-    # A token that does not count is selected out: its value may be inf, and inf * 0 is NaN.
+    # Values of tokens that do not count become 0 first: they may be inf, and inf * 0 is NaN.
     return (weights * values.where(weights != 0, 0.0)).sum()
 
 
@@ -93,7 +93,7 @@ def weighted(terms: Sequence[LossTerm], sums: Mapping[str, Tensor]) -> Tensor:
 def total(
     terms: Sequence[LossTerm], sums: Mapping[str, Tensor], gradient_reduction: str
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """Return the loss from the sums of its terms, and as metrics the loss and, where there are several, these sums."""
+    """Return the loss from the sums of its terms; as metrics the loss and, if there are several terms, their sums."""
     loss = weighted(terms, sums)
     parts: dict[str, Metric] = {}
     if len(terms) > 1:

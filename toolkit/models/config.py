@@ -17,7 +17,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class ModelConfig(Config):
-    """What every model offers."""
+    """Base config of a model."""
 
     cpu_threads: Positive | None = None
     """CPU threads of PyTorch in each process; None: PyTorch's own choice."""
@@ -40,7 +40,7 @@ class TinyLlamaConfig(ModelConfig):
     num_heads: Positive = 4
     """Attention heads; must divide hidden_size."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Of weights and computation; float64 is for comparing runs to the last digits."""
+    """Dtype of weights and computation; float64 is for comparing runs to the last digits."""
     cpu_threads: Positive | None = 1
     """Two threads take 29 s for the default run instead of 33 s, but beside two busy processes 92 s instead of 52 s."""
 
@@ -69,9 +69,9 @@ class PretrainedConfig(ModelConfig):
     dtype: str = "float32"
     """Torch dtype of the weights."""
     logit_scale: float | None = None
-    """The model multiplies its logits by it; None: what its own config names (Granite, Cohere)."""
+    """Factor of the model's logits; None: from the model's config (Granite, Cohere)."""
     softcap: Annotated[float, Field(gt=0)] | None = None
-    """Soft cap of its logits; None: what its own config names (Gemma 2)."""
+    """Soft cap of the model's logits; None: from the model's config (Gemma 2)."""
 
     def build(self, alphabet: str) -> tuple[Policy, Any]:
         """Load model and tokenizer; needs the extra [train]."""

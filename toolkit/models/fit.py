@@ -1,4 +1,4 @@
-"""Which scale or soft cap turns one tensor of logits into another: for the words of the start-up check.
+"""Find the scale and soft cap between two tensors of logits, for the error message of the start-up check.
 
 Legend: N tokens, V vocabulary.
 """
@@ -21,14 +21,14 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def fitted_transform(raw: Tensor, theirs: Tensor, tolerance: float) -> LogitTransform | None:
-    """Return the scale and soft cap that make `theirs` of `raw`, or None if no such pair does.
+    """Return the scale and soft cap that turn `raw` into `theirs`, or None if no pair does.
 
     A scale is a least-squares fit. Under a cap c the fit is that of ``c atanh(theirs / c)``, which is linear in `raw`
-    for the right c, so that only c is searched. Rounded to 4 digits: these are settings that a person chose.
+    for the right c, so only c is searched. Rounded to 4 digits, because people choose these settings.
 
     Args:
-        raw: [N, V] what the head's product gives.
-        theirs: [N, V] the model's own logits.
+        raw: [N, V] logits of the head, not transformed.
+        theirs: [N, V] logits of the model.
         tolerance: the largest difference that rounding explains, as `difference` measures it.
     """
     raw, theirs = raw.double(), theirs.double()

@@ -37,15 +37,15 @@ class Policy(nn.Module):
     """A causal language model whose forward returns a loss or log-probabilities, never logits.
 
     Wrap it (DDP, `fully_shard`; see `toolkit.training.sharding`), not the language model in it. The head may be plain,
-    tied to the embedding, biased or frozen, with PEFT's LoRA on it or trained whole as one of `modules_to_save`.
+    tied to the embedding, biased or frozen, with PEFT's LoRA on it or fully trained as one of `modules_to_save`.
     """
 
     def __init__(self, lm: Any, transform: LogitTransform | None = None) -> None:
-        """Take a causal language model, or PEFT's wrapper of one.
+        """Wrap a causal language model, or PEFT's wrapper of one.
 
         Args:
             lm: as `toolkit.head.adapters.find_head` takes it.
-            transform: what the model does to its logits after the head; None: what its config names.
+            transform: what the model does to its logits after the head; None: from its config.
 
         Raises:
             ConfigError: `lm` has no trunk and head that a loss can use; says why.
@@ -53,12 +53,12 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         head = find_head(lm)
-        self.is_transform_given = transform is not None
+        self.is_transform_explicit = transform is not None
         self.transform = head.transform if transform is None else transform
 
     @property
     def head(self) -> Head:
-        """Trunk and head as they are now: adapters come and go."""
+        """Trunk and head as they are now: adapters may be added and removed."""
         return find_head(self.lm)
 
     def forward(
@@ -71,23 +71,23 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         auxiliary_weight: Tensor | float | None = None,
     ) -> Any:
-        """Return ``(loss, metrics)`` of `loss_ctx`, or without one the log-probabilities of the text itself.
+        """Return ``(loss, metrics)`` of `loss_ctx`, or without one the log-probabilities of the text.
 
         Args:
             input_ids: [B, T] token ids, padded on either side.
             attention_mask: [B, T], 1 at real tokens.
-            loss_ctx: its kwargs speak of positions 0 .. T - 2, each predicting the next token.
+            loss_ctx: its kwargs refer to positions 0 .. T - 2, each predicting the next token.
             score_chunk: tokens whose logits are held at once when there is no `loss_ctx`.
-            temperature: of the softmax when there is no `loss_ctx`.
+            temperature: temperature of the softmax when there is no `loss_ctx`.
             auxiliary_weight: factor of this micro-batch's router loss (`toolkit.losses.auxiliary.auxiliary_weights`),
-                beside the model's own coefficient; only read if the model's config asks for a router loss.
+                besides the model's coefficient; only read if the model's config asks for a router loss.
 
         Returns:
             What ``loss_ctx.forward`` returns, the router loss added to both; or [B, T - 1] log-probabilities of tokens
             1 .. T - 1 in nats.
 
         Raises:
-            ConfigError: `loss_ctx` scales or caps logits otherwise than the model does, or the policy is wrapped in
+            ConfigError: `loss_ctx` scales or caps logits differently from the model, or the policy is wrapped in
                 DataParallel.
         """
         if getattr(self, "_is_replica", False):
@@ -96,8 +96,8 @@ class Policy(nn.Module):
         if loss_ctx is not None:
             self._check_transform(loss_ctx)
         has_router_loss = loss_ctx is not None and self.training and router.wants_router_loss(head.lm)
-        found = self._trunk_output(head, input_ids[:, :-1], mask, with_router=has_router_loss)
-        hidden, weight, bias = head.inputs(found.last_hidden_state)
+        output = self._trunk_output(head, input_ids[:, :-1], mask, with_router=has_router_loss)
+        hidden, weight, bias = head.inputs(output.last_hidden_state)
         if loss_ctx is None:
             return token_logprobs(
                 hidden,
@@ -112,7 +112,7 @@ class Policy(nn.Module):
         loss, metrics = loss_ctx.forward(hidden, weight, bias)
         if not has_router_loss:
             return loss, metrics
-        return _with_router_loss(loss, metrics, head.lm, found.router_logits, mask, auxiliary_weight)
+        return _with_router_loss(loss, metrics, head.lm, output.router_logits, mask, auxiliary_weight)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the trunk's last hidden states, [B, T, D]."""
@@ -123,15 +123,15 @@ class Policy(nn.Module):
         return self.transform(self._raw_logits(input_ids, attention_mask))
 
     def inside(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        """Return ``function(lm, *args, **kwargs)`` with the weights in place, as in a forward: for generation.
+        """Return ``function(lm, *args, **kwargs)`` with the full weights gathered, as in a forward: for generation.
 
-        Under `fully_shard` the embedding and the head are whole only inside of a forward of the policy, so that calling
-        ``policy.lm`` from outside fails with mixed tensors; this method counts as one. All ranks must call it.
+        Under `fully_shard` the embedding and the head are complete only inside a forward of the policy, so calling
+        ``policy.lm`` directly fails with mixed tensors; this method counts as a forward. All ranks must call it.
         """
         return function(self.lm, *args, **kwargs)
 
     def fitted(self, loss_cfg: AnyLossConfig) -> AnyLossConfig:
-        """Return `loss_cfg` with the logit transform of this model, which its defaults leave open.
+        """Return `loss_cfg` with the logit transform of this model filled in.
 
         Raises:
             ConfigError: it has another scale or soft cap than the model.
@@ -139,11 +139,11 @@ class Policy(nn.Module):
         ours = {"logit_scale": self.transform.scale, "softcap": self.transform.softcap}
         fields = type(loss_cfg).model_fields
         for name, value in ours.items():
-            given = getattr(loss_cfg, name)
-            if given not in (fields[name].default, value):
-                raise ConfigError(self._other_transform(name, given, value))
-        left_open = {name: value for name, value in ours.items() if getattr(loss_cfg, name) != value}
-        return loss_cfg.model_copy(update=left_open) if left_open else loss_cfg
+            configured = getattr(loss_cfg, name)
+            if configured not in (fields[name].default, value):
+                raise ConfigError(self._other_transform(name, configured, value))
+        missing = {name: value for name, value in ours.items() if getattr(loss_cfg, name) != value}
+        return loss_cfg.model_copy(update=missing) if missing else loss_cfg
 
     def _check_transform(self, loss_ctx: BaseLossContext[Any]) -> None:
         cfg = loss_ctx.loss_cfg
@@ -151,10 +151,10 @@ class Policy(nn.Module):
             if getattr(cfg, name, value) != value:
                 raise ConfigError(self._other_transform(name, getattr(cfg, name), value))
 
-    def _other_transform(self, name: str, given: Any, value: Any) -> str:
+    def _other_transform(self, name: str, configured: Any, value: Any) -> str:
         return (
-            f"loss.{name}={given}, but {type(self.head.lm).__name__} has {name}={value}; leave loss.{name} alone (the "
-            "training command fills it in), or in a loop of your own take loss_cfg = policy.fitted(loss_cfg)"
+            f"loss.{name}={configured}, but {type(self.head.lm).__name__} has {name}={value}; do not set loss.{name} "
+            "(the training command fills it in), or in a custom loop use loss_cfg = policy.fitted(loss_cfg)"
         )
 
     def _raw_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Policy(nn.Module):
     def _trunk_output(self, head: Head, input_ids: Tensor, mask: Tensor, *, with_router: bool = False) -> Any:
         options: dict[str, Any] = {
             "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0),
-            "use_cache": False,  # nothing is generated: keys and values of all layers would be kept for nothing
+            "use_cache": False,  # nothing is generated, so keys and values are not needed
         }
         if with_router:
             options["output_router_logits"] = True
@@ -177,30 +177,30 @@ class Policy(nn.Module):
 def _with_router_loss(
     loss: Tensor, metrics: Any, lm: Any, router_logits: Any, mask: Tensor, weight: Tensor | float | None
 ) -> tuple[Tensor, Any]:
-    """Add the model's load-balancing loss, with its own coefficient and the weight of this micro-batch."""
+    """Add the model's load-balancing loss, times its coefficient and the weight of this micro-batch."""
     if not router.can_compute(lm) or weight is None:
         router.warn_left_out(lm)
         return loss, metrics
-    found, tokens = router.router_loss(lm, router_logits, mask), mask.sum()
-    if not bool(tokens):  # a rank without work: the mean over no tokens is 0/0
-        found = sum((part.sum() * 0 for part in router_logits), loss.new_zeros(()))
+    unscaled, tokens = router.router_loss(lm, router_logits, mask), mask.sum()
+    if not bool(tokens):  # a rank without tokens: the mean over them is 0/0
+        unscaled = sum((part.sum() * 0 for part in router_logits), loss.new_zeros(()))
     share = torch.as_tensor(weight, dtype=loss.dtype, device=loss.device) * router.router_coef(lm)
-    tokens = tokens * (share != 0)  # a silent micro-batch has a row of attention for the trunk's sake alone
-    measured = {"router_loss": Mean(found.detach().double() * tokens, tokens.double())}
-    return loss + share * found.to(loss), {**(metrics or {}), **measured}
+    tokens = tokens * (share != 0)  # an empty micro-batch has one attended row only to run the trunk
+    measured = {"router_loss": Mean(unscaled.detach().double() * tokens, tokens.double())}
+    return loss + share * unscaled.to(loss), {**(metrics or {}), **measured}
 
 
 @torch.no_grad()
 def check_head(policy: Policy, vocab_size: int) -> None:
-    """Compare head(trunk(x)) with the model's own logits on a few tokens, and settle ``policy.transform``.
+    """Compare head(trunk(x)) with the model's logits on a few tokens, and set ``policy.transform``.
 
-    Some models scale or cap their logits after the head (Granite, Cohere, Gemma 2). What the config names is tried
-    first: multiplied, divided, with and without. A soft cap far above all logits of these tokens changes them by less
-    than rounding does, and then the config's word is taken.
+    Some models scale or cap their logits after the head (Granite, Cohere, Gemma 2). The settings of the
+    config are tried first: multiplied, divided, with and without. A soft cap far above all logits of these tokens
+    changes them by less than rounding does; then the config is trusted.
 
     Args:
         policy: not yet wrapped or sharded.
-        vocab_size: of the tokenizer; some of its first tokens are used.
+        vocab_size: vocabulary size of the tokenizer; some of its first tokens are used.
 
     Raises:
         ConfigError: they differ; names the transform that would make them equal, if there is one.
@@ -224,36 +224,36 @@ def check_head(policy: Policy, vocab_size: int) -> None:
             "the same shape and be finite"
         )
     candidates = [policy.transform]
-    if not policy.is_transform_given:
+    if not policy.is_transform_explicit:
         candidates += [*transforms_of(policy.head.lm), LogitTransform()]
     for candidate in candidates:
         if difference(candidate(raw), theirs) <= tolerance:
             policy.transform = candidate
             return
-    raise ConfigError(_missing_words(policy, raw, theirs, tolerance))
+    raise ConfigError(_mismatch_message(policy, raw, theirs, tolerance))
 
 
-def _missing_words(policy: Policy, raw: Tensor, theirs: Tensor, tolerance: float) -> str:
+def _mismatch_message(policy: Policy, raw: Tensor, theirs: Tensor, tolerance: float) -> str:
     name = type(policy.head.lm).__name__
-    found = fitted_transform(raw, theirs, tolerance)
-    if found is None:
+    fit = fitted_transform(raw, theirs, tolerance)
+    if fit is None:
         return (
             f"{name} changes its logits after the head in a way that is neither a scale nor a soft cap (largest "
             f"difference {difference(raw, theirs):.2g} of the largest logit); its log-probabilities would be wrong "
-            "here: use another model, or the losses with the hidden states and weight of a loop of your own"
+            "here; use another model, or pass hidden states and weight to the losses in a custom loop"
         )
     settings, does = [], []
-    if found.scale != 1:
-        is_division = abs(found.scale) < 1 and abs(1 / found.scale - round(1 / found.scale)) < 1e-3
-        does.append(f"divides its logits by {1 / found.scale:.4g}" if is_division else f"scales them by {found.scale}")
-        settings.append(("logit_scale", found.scale))
-    if found.softcap is not None:
-        does.append(f"caps its logits at {found.softcap}")
-        settings.append(("softcap", found.softcap))
-    named = " and ".join(f"model.{key}={value}" for key, value in settings or [("logit_scale", 1.0)])
-    own = " and ".join(f"loss.{key}={value}" for key, value in settings or [("logit_scale", 1.0)])
-    given = f", not as Policy was told ({policy.transform})" if policy.is_transform_given else ""
+    if fit.scale != 1:
+        is_division = abs(fit.scale) < 1 and abs(1 / fit.scale - round(1 / fit.scale)) < 1e-3
+        does.append(f"divides its logits by {1 / fit.scale:.4g}" if is_division else f"scales them by {fit.scale}")
+        settings.append(("logit_scale", fit.scale))
+    if fit.softcap is not None:
+        does.append(f"caps its logits at {fit.softcap}")
+        settings.append(("softcap", fit.softcap))
+    model_settings = " and ".join(f"model.{key}={value}" for key, value in settings or [("logit_scale", 1.0)])
+    loss_settings = " and ".join(f"loss.{key}={value}" for key, value in settings or [("logit_scale", 1.0)])
+    explicit = f", unlike transform={policy.transform} of Policy" if policy.is_transform_explicit else ""
     return (
-        f"{name} changes its logits after the head: it {' and '.join(does) or 'leaves them alone'}{given}. Set {named} "
-        f"(Policy(lm, transform=...)); in a loop of your own without Policy, {own}"
+        f"{name} changes its logits after the head: it {' and '.join(does) or 'leaves them alone'}{explicit}; set "
+        f"{model_settings} (Policy(lm, transform=...)); in a custom loop without Policy, {loss_settings}"
     )

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, first_line
 from toolkit.head.logits import LogitTransform
 from toolkit.models.policy import Policy, check_head
 
 
 def build_pretrained(path: str, *, dtype: str, logit_scale: float | None, softcap: float | None) -> tuple[Policy, Any]:
-    """Load a causal language model and its tokenizer, and check that we know what follows its head.
+    """Load a causal language model and its tokenizer, and check the transform after its head.
 
     For the settings see `PretrainedConfig`.
 
     Raises:
-        ConfigError: there is nothing to load at this path, the dtype is unknown, or the model changes its logits
-            after the head in a way that neither its config nor ours names.
+        ConfigError: nothing can be loaded from this path, the dtype is unknown, or the model changes its logits
+            after the head in a way that neither its config nor the arguments name.
     """
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype):
@@ -28,10 +28,10 @@ def build_pretrained(path: str, *, dtype: str, logit_scale: float | None, softca
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"model.path={path!r} cannot be loaded: {first_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    is_given = logit_scale is not None or softcap is not None
-    policy = Policy(lm, LogitTransform(logit_scale or 1.0, softcap) if is_given else None)
+    is_explicit = logit_scale is not None or softcap is not None
+    policy = Policy(lm, LogitTransform(logit_scale or 1.0, softcap) if is_explicit else None)
     check_head(policy, len(tokenizer))
     return policy, tokenizer

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts, computed as the model's own forward would.
+"""The load-balancing loss of a mixture of experts, computed as in the model's forward.
 
 Legend: B rows, T tokens of a row.
 """
@@ -14,19 +14,19 @@ from toolkit.errors import warn_once
 
 
 def wants_router_loss(lm: Any) -> bool:
-    """Whether the model's config asks for a router loss in training (`output_router_logits`)."""
+    """Return whether the model's config asks for a router loss in training (`output_router_logits`)."""
     config = getattr(lm, "config", None)
     return bool(getattr(config, "output_router_logits", False)) and router_coef(lm) != 0
 
 
 def router_coef(lm: Any) -> float:
-    """Return the coefficient that the model's own forward gives to its router loss."""
-    found = getattr(lm, "router_aux_loss_coef", None)
-    return float(getattr(lm.config, "router_aux_loss_coef", 0.0) if found is None else found)
+    """Return the coefficient of the router loss in the model's forward."""
+    coefficient = getattr(lm, "router_aux_loss_coef", None)
+    return float(getattr(lm.config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
 
 
 def router_loss(lm: Any, router_logits: Any, attention_mask: Tensor) -> Tensor:
-    """Return the model's own load-balancing loss of these tokens, not yet multiplied by its coefficient.
+    """Return the model's load-balancing loss of these tokens, not yet multiplied by its coefficient.
 
     Args:
         lm: the model, without PEFT's wrapper.
@@ -35,8 +35,8 @@ def router_loss(lm: Any, router_logits: Any, attention_mask: Tensor) -> Tensor:
 
     Source: Fedus et al. 2021, arXiv 2101.03961, eq. 4-6, by transformers' `load_balancing_loss_func`.
     """
-    homes = [sys.modules[kind.__module__] for kind in type(lm).__mro__ if kind.__module__ in sys.modules]
-    function = next(f for home in homes if (f := getattr(home, "load_balancing_loss_func", None)) is not None)
+    modules = [sys.modules[kind.__module__] for kind in type(lm).__mro__ if kind.__module__ in sys.modules]
+    function = next(f for module in modules if (f := getattr(module, "load_balancing_loss_func", None)) is not None)
     experts = getattr(lm, "num_experts", None) or getattr(lm.config, "num_local_experts", None)
     return function(
         tuple(router_logits),
@@ -47,15 +47,15 @@ def router_loss(lm: Any, router_logits: Any, attention_mask: Tensor) -> Tensor:
 
 
 def can_compute(lm: Any) -> bool:
-    """Whether the model's own module has a load-balancing loss to call."""
-    homes = [sys.modules.get(kind.__module__) for kind in type(lm).__mro__]
-    return any(hasattr(home, "load_balancing_loss_func") for home in homes)
+    """Return whether the model's module has a load-balancing loss to call."""
+    modules = [sys.modules.get(kind.__module__) for kind in type(lm).__mro__]
+    return any(hasattr(module, "load_balancing_loss_func") for module in modules)
 
 
 def warn_left_out(lm: Any) -> None:
-    """Say once that a router loss which the config asks for is not part of the loss."""
+    """Warn once that the router loss that the config asks for is not part of the loss."""
     warn_once(
-        f"{type(lm).__name__}.config asks for a router loss (output_router_logits, coefficient {router_coef(lm)}), and "
-        "it is left out: give Policy.forward an auxiliary_weight (toolkit.losses.auxiliary.auxiliary_weights), or set "
+        f"{type(lm).__name__}.config asks for a router loss (output_router_logits, coefficient {router_coef(lm)}), but "
+        "it is skipped; pass auxiliary_weight to Policy.forward (toolkit.losses.auxiliary.auxiliary_weights), or set "
         "output_router_logits=False"
     )

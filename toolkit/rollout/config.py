@@ -17,10 +17,10 @@ class RolloutConfig(Config):
     prompts_per_step: Positive = 128
     """Prompts in one rollout, over all processes."""
     group_size: Positive = 8
-    """Completions of each prompt: the group that most advantages are relative to, and which then needs 2 or more."""
+    """Completions of each prompt: the group that most advantages are relative to; these need 2 or more."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature; the loss scores tokens at the same one."""
     max_new_tokens: Positive | None = None
     """Longest completion; None: as long as the task's longest answer."""
     skip_uniform_groups: bool = True
-    """Leave out groups whose advantages are all 0, as those of equal rewards are in GRPO (DAPO's dynamic sampling)."""
+    """Skip groups whose advantages are all 0, as those of equal rewards are in GRPO (DAPO's dynamic sampling)."""

@@ -41,7 +41,7 @@ class Completions:
 
 
 class _Chooser(LogitsProcessor):
-    """Chooses the tokens and keeps their log-probabilities; ``generate`` then takes the only one that is left."""
+    """Chooses the tokens and keeps their log-probabilities; ``generate`` then takes the only one left."""
 
     def __init__(self, temperature: float, uniforms: Tensor | None) -> None:
         self.temperature = temperature
@@ -61,7 +61,7 @@ class _Chooser(LogitsProcessor):
 def inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Return the first token at which the cumulated probability exceeds the uniform number, [R, 1].
 
-    The sums are float64: then another layout, whose logits differ in their last bits, chooses the same token unless the
+    The sums are float64, so another layout, whose logits differ in their last bits, chooses the same token unless the
     number lies within these bits of an edge. A token of probability 0 is never chosen.
 
     Args:
@@ -72,12 +72,12 @@ def inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     edges = logprobs.to(wide).exp().cumsum(-1)
     total = edges[:, -1:]
     # The product of a number just below 1 may round to the total itself, which no edge exceeds.
-    place = torch.minimum(uniforms.to(wide).unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(edges, place, right=True)
+    target = torch.minimum(uniforms.to(wide).unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(edges, target, right=True)
 
 
 def wide_on(device: torch.device) -> torch.dtype:
-    """Return float64, or the widest that the device has."""
+    """Return float64, or the widest float of the device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -106,12 +106,12 @@ def complete(
     Args:
         lm: a transformers causal language model, not wrapped.
         tokenizer: pads on the left.
-        prompts: texts; the completions of one prompt lie side by side.
+        prompts: texts; the completions of one prompt are consecutive.
         max_new_tokens: where an unfinished continuation is cut.
         group_size: completions of each prompt.
-        temperature: of the sampling; None takes the most probable token (greedy).
+        temperature: sampling temperature; None takes the most probable token (greedy).
         uniforms: [R, max_new_tokens] numbers in [0, 1) that choose the tokens; None: from torch's global generator.
-        synced_gpus: go on until the last process has finished: for weights that each forward gathers over processes.
+        synced_gpus: continue until all processes have finished; needed if each forward gathers weights over processes.
 
     Returns:
         `Completions` with R = len(prompts) x group_size rows.
@@ -144,8 +144,8 @@ def complete(
     is_end = (new == tokenizer.eos_token_id).int()
     written = (is_end.cumsum(-1) - is_end) == 0  # up to and including the first end
     is_new = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), written], -1)
-    nothing = torch.full_like(prompt_mask, torch.nan, dtype=chooser.chosen[0].dtype)
-    logprobs = torch.cat([nothing, *chooser.chosen[: new.shape[1]]], -1)
+    not_sampled = torch.full_like(prompt_mask, torch.nan, dtype=chooser.chosen[0].dtype)
+    logprobs = torch.cat([not_sampled, *chooser.chosen[: new.shape[1]]], -1)
     return Completions(
         input_ids=sequences,
         attention_mask=torch.cat([prompt_mask, written.to(prompt_mask.dtype)], -1),

@@ -1,4 +1,4 @@
-"""`LossRunner`: a loss in one call, for notebooks and for loops of one's own.
+"""`LossRunner`: a loss in one call, for notebooks and custom loops.
 
 Legend: B rows, T positions that have hidden states, K candidates, D hidden width, V vocabulary.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
-from toolkit.errors import ConfigError, DataError, nearest
+from toolkit.errors import ConfigError, DataError, first_line, nearest
 from toolkit.head import HeadPlan
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
@@ -28,14 +28,14 @@ from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_float
 
 RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
 FIELDS = ("input_ids", "shifted_labels", "loss_mask", "cu_seq_lens", *RL_FIELDS)
-"""What a batch may hold for the loss; whatever else it holds is for the caller's own forward."""
+"""Keys of a batch that the loss reads; all others are for the caller's forward."""
 Forward = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
 """``forward(batch) -> (hidden_states, head_weight)`` or ``(hidden_states, head_weight, head_bias)``."""
 
 
 @dataclass(frozen=True)
 class LossResult:
-    """A loss and what was measured on the way."""
+    """A loss and its metrics."""
 
     loss: Tensor
     """Scalar; with a live graph when it comes from a call, detached when it comes from `LossRunner.step`."""
@@ -57,7 +57,7 @@ class LossResult:
 
 
 class LossRunner:
-    """Runs a configured loss and hides items, kwargs and contexts. It keeps no state: a cell may be run again.
+    """Runs a configured loss and hides items, kwargs and contexts. It keeps no state, so a cell may be run again.
 
     Example:
         >>> runner = LossRunner.from_overrides(["loss=grpo", "kl=k3", "mode=chunk"])
@@ -81,10 +81,10 @@ class LossRunner:
 
         Args:
             overrides: a list, or a single one.
-            config_dir: a folder with YAML files of your own, as ``--config-dir`` on the command line.
+            config_dir: a folder with custom YAML files, as ``--config-dir`` on the command line.
 
         Raises:
-            ConfigError: names the nearest right override, or one that says nothing of the loss.
+            ConfigError: an override is mistyped (the message suggests the nearest one) or does not concern the loss.
         """
         from toolkit.compose.overrides import is_of_loss, parse
         from toolkit.compose.tree import compose_config, load_loss
@@ -92,7 +92,7 @@ class LossRunner:
         chosen = [overrides] if isinstance(overrides, str) else list(overrides)
         for override in parse(chosen):
             if not is_of_loss(override):
-                compose_config(chosen, config_dir=config_dir)  # a mistyped word is a mistake of another kind
+                compose_config(chosen, config_dir=config_dir)  # raises if the override is mistyped
                 raise ConfigError(_not_of_loss(override.input_line or "", str(override.key_or_group)))
         return cls(load_loss(chosen, config_dir=config_dir))
 
@@ -118,12 +118,12 @@ class LossRunner:
         ref_topk_ids: Tensor | None = None,
         ref_topk_logprobs: Tensor | None = None,
         cu_seq_lens: Tensor | None = None,
-        **own_fields: Any,
+        **extra_fields: Any,
     ) -> LossResult:
         """Return the loss of one batch, normalised over this batch (and the other ranks, if there are any).
 
-        Give either `input_ids`, which are shifted here, or `shifted_labels`. Position t of every other field speaks of
-        the token that is predicted from position t; where your fields speak of token t itself, as samplers give them,
+        Give either `input_ids`, which are shifted here, or `shifted_labels`. All other fields are indexed by the
+        position that predicts a token. Sampler outputs are indexed by token:
         ``RLLossContextInputItem.from_unshifted(input_ids, mask, ...)`` shifts them together with the labels.
 
         Args:
@@ -133,13 +133,13 @@ class LossRunner:
             input_ids: [B, T] token ids (or [B, T + 1] when the last one has no hidden state).
             shifted_labels: [B, T], -100 (`ignore_idx`) where nothing is scored.
             loss_mask: like `input_ids`: which *tokens* count, e.g. 1 on completions; only with `input_ids`.
-            advantages: a number, [B] one per row, [T] for every row, [B, 1] or [B, T]; [B] is refused where B = T.
+            advantages: a number, [B] one per row, [T] for every row, [B, 1] or [B, T]; [B] raises where B = T.
             old_logprobs: [B, T] in nats; None: on-policy.
             ref_logprobs: [B, T] in nats; needed with a KL term.
             rollout_logprobs: [B, T] in nats, as the sampler reported them; measured, and read by corrections and
                 ``anchor="rollout"``.
             teacher_logprobs: [B, T] in nats; for distillation.
-            current_logprobs: [B, T] in nats, of a forward without gradient before the step; for losses over groups and
+            current_logprobs: [B, T] in nats, from a forward without gradient before the step; for losses of groups and
                 batches in `step`, and rejections by the current policy.
             group_ids: integers, [B] one per row, [B, 1] or [B, T]: the prompt that a row answers.
             rollout_spec: how `rollout_logprobs` were taken.
@@ -148,10 +148,10 @@ class LossRunner:
             ref_topk_ids: [B, T, K] the same of the reference.
             ref_topk_logprobs: [B, T, K] the same of the reference; for an exact KL.
             cu_seq_lens: [S + 1] boundaries of the sequences in one packed row.
-            own_fields: what else the items of your own loss declare.
+            extra_fields: other fields that the items of a custom loss declare.
 
         Raises:
-            DataError: a field is missing, of the wrong shape, or not finite where it is scored.
+            DataError: a field is missing, has the wrong shape, or is not finite at a scored position.
         """
         fields = {
             "input_ids": input_ids,
@@ -170,19 +170,19 @@ class LossRunner:
             "ref_topk_ids": ref_topk_ids,
             "ref_topk_logprobs": ref_topk_logprobs,
             "cu_seq_lens": cu_seq_lens,
-            **own_fields,
+            **extra_fields,
         }
-        self._check_names(own_fields)
+        self._check_names(extra_fields)
         loss, extra = self._context(fields, hidden_states).forward(hidden_states, head_weight, head_bias)
         return LossResult(loss, metrics_in(extra))
 
     def explain(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None, **fields: Any
     ) -> HeadPlan:
-        """Say which pass of the head a call with these arguments would take, why, and at what cost; ``print`` it.
+        """Return the pass of the head that a call with these arguments would take, why, and its cost; ``print`` it.
 
         Args:
-            hidden_states: [B, T, D], as in `__call__`, like all others.
+            hidden_states: [B, T, D]; all arguments are as in `__call__`.
             head_weight: [V, D].
             head_bias: [V], optional.
             fields: ``input_ids``, ``advantages`` ...
@@ -191,11 +191,11 @@ class LossRunner:
         return self._context(fields, hidden_states).explain(hidden_states, head_weight, head_bias)
 
     def step(self, batches: Iterable[Mapping[str, Any]], forward: Forward) -> LossResult:
-        """Accumulate the gradient of several micro-batches as if they were one batch; the optimizer step is yours.
+        """Accumulate the gradient of several micro-batches as if they were one batch; run the optimizer step yourself.
 
         Args:
-            batches: each a mapping with the fields of `__call__` (and whatever else `forward` reads).
-            forward: gives the hidden states and the head of one batch; called once for each.
+            batches: mappings with the fields of `__call__` (and whatever else `forward` reads).
+            forward: returns the hidden states and the head of one batch; called once for each.
 
         Returns:
             The loss of all batches together (detached) and its metrics, summed over ranks too.
@@ -206,8 +206,8 @@ class LossRunner:
         if not batches:
             raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
         items = [self._item(batch, None) for batch in batches]
-        found = [batch.get("cu_seq_lens") for batch in batches]
-        bounds = None if all(own is None for own in found) else found
+        cu_seq_lens = [batch.get("cu_seq_lens") for batch in batches]
+        bounds = None if all(value is None for value in cu_seq_lens) else cu_seq_lens
         context = self.loss_cfg.loss_ctx_cls
         parts: list[dict[str, Metric]] = []
         for batch, kwargs in zip(batches, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
@@ -237,8 +237,8 @@ class LossRunner:
                 raise DataError(f"{key!r} is not a field of a batch (did you mean {close!r}?)")
         labels = self._labels(fields, num_positions)
         names = {*RL_FIELDS, *item_cls.model_fields} - {"shifted_labels"}
-        given = {name: fields[name] for name in names if fields.get(name) is not None}
-        unread = [name for name in RL_FIELDS if name in given and name not in item_cls.model_fields]
+        values = {name: fields[name] for name in names if fields.get(name) is not None}
+        unread = [name for name in RL_FIELDS if name in values and name not in item_cls.model_fields]
         if unread:
             if isinstance(self.loss_cfg, CELossConfig):
                 raise DataError(f"{unread[0]} has no effect on cross-entropy; leave it out or use a policy loss")
@@ -248,9 +248,9 @@ class LossRunner:
                 f"{self.loss_cfg.loss_ctx_cls.__name__}"
             )
         for name in ("advantages", "group_ids"):
-            if name in given:
-                given[name] = _spread(name, given[name], labels)
-        return item_cls(shifted_labels=labels, **given)
+            if name in values:
+                values[name] = _spread(name, values[name], labels)
+        return item_cls(shifted_labels=labels, **values)
 
     @property
     def _item_cls(self) -> type[LossContextInputItem]:
@@ -267,7 +267,7 @@ class LossRunner:
     def _labels(self, fields: Mapping[str, Any], num_positions: int | None) -> Tensor:
         input_ids, labels = fields.get("input_ids"), fields.get("shifted_labels")
         if (input_ids is None) == (labels is None):
-            raise DataError("give either input_ids (shifted here) or shifted_labels, not both and not neither")
+            raise DataError("give exactly one of input_ids (shifted here) and shifted_labels")
         if labels is not None:
             if fields.get("loss_mask") is not None:
                 raise DataError(
@@ -288,7 +288,7 @@ class LossRunner:
 
 
 def _not_of_loss(override: str, key: str) -> str:
-    """Say why a loss alone cannot honour an override."""
+    """Return the error message for an override that does not concern the loss."""
     from toolkit.compose.overrides import LOSS_GROUPS
 
     if key == "kl":
@@ -299,18 +299,18 @@ def _not_of_loss(override: str, key: str) -> str:
     )
 
 
-def _spread(name: str, given: Tensor | float | None, labels: Tensor) -> Tensor | None:
-    """Bring a number, or one value a row, to a shape that items broadcast."""
-    if given is None or (isinstance(given, Tensor) and given.dim() == 2):
-        return given
-    is_number = isinstance(given, (int, float)) and name == "advantages"
+def _spread(name: str, value: Tensor | float | None, labels: Tensor) -> Tensor | None:
+    """Bring a number, or one value per row, to a shape that items broadcast."""
+    if value is None or (isinstance(value, Tensor) and value.dim() == 2):
+        return value
+    is_number = isinstance(value, (int, float)) and name == "advantages"
     try:
-        values = torch.as_tensor(given, dtype=torch.get_default_dtype() if is_number else None)
+        values = torch.as_tensor(value, dtype=torch.get_default_dtype() if is_number else None)
     except (TypeError, ValueError, RuntimeError) as error:
         kind = "integers" if name == "group_ids" else "numbers"
         raise DataError(
-            f"{name} is a {type(given).__name__} that does not become a tensor ({str(error).splitlines()[0]}); give a "
-            f"tensor of {kind}"
+            f"{name} is a {type(value).__name__} that cannot be converted to a tensor ({first_line(error)}); "
+            f"give a tensor of {kind}"
         ) from None
     if values.dim() == 0:
         return values.to(labels.device).expand(labels.shape)
@@ -318,7 +318,7 @@ def _spread(name: str, given: Tensor | float | None, labels: Tensor) -> Tensor |
         if labels.shape[0] == labels.shape[1] > 1:
             raise DataError(
                 f"{name} of shape [{len(values)}] may mean rows or positions here; give [{len(values)}, 1] for "
-                f"one a row, or {list(labels.shape)}"
+                f"one per row, or {list(labels.shape)}"
             )
         return values.unsqueeze(-1)
     return values

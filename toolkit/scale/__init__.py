@@ -1,5 +1,5 @@
-"""Scale on paper: what one optimizer step communicates because of the loss, and what the head holds in memory.
+"""Formulas of scale: what one optimizer step communicates because of the loss, and the memory of the head.
 
-Formulas for any number of ranks, and the counters that check them against real processes at small sizes. ``python -m
+They hold for any number of ranks; counters check them against real processes at small sizes. ``python -m
 toolkit.scale`` prints the tables.
 """

@@ -1,4 +1,4 @@
-"""``python -m toolkit.scale``: print what a step communicates and what the head holds, for any number of ranks."""
+"""``python -m toolkit.scale``: print what a step communicates and the memory of the head, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ def main() -> None:
     parser.add_argument(
         "--vocab-parallel", type=int, help="ranks that share the head's vocabulary (default: 8, or what divides)"
     )
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     from toolkit.scale import table  # loads torch
     from toolkit.scale.head import MODELS
 
-    usual = table.usual_mesh(given.ranks)
-    sequence, vocab = (usual if own is None else own for own in (given.sequence_parallel, given.vocab_parallel))
+    usual = table.usual_mesh(arguments.ranks)
+    meshes = (arguments.sequence_parallel, arguments.vocab_parallel)
+    sequence, vocab = (usual if mesh is None else mesh for mesh in meshes)
     try:
         setup = table.Setup(
-            given.ranks,
-            next(model for model in MODELS if model.name == given.model),
-            given.micro_batches,
-            given.tokens,
+            arguments.ranks,
+            next(model for model in MODELS if model.name == arguments.model),
+            arguments.micro_batches,
+            arguments.tokens,
             sequence,
             vocab,
         )
         print(table.step_table(setup))
         print()
-        print(table.head_table(given.tokens, max(2, vocab), max(2, min(64, given.ranks))))
+        print(table.head_table(arguments.tokens, max(2, vocab), max(2, min(64, arguments.ranks))))
     except ToolkitError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -1,4 +1,4 @@
-"""Count the bytes of every tensor that an operator brings into being, and the most that live at once."""
+"""Count the bytes of every tensor that an operator allocates, and the most that are alive at once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class AllocationCounter(TorchDispatchMode):
-    """Follow storages from their first sight to their end: what a call really holds, whatever the allocator does.
+    """Track storages from allocation to release: the memory that a call needs, whatever the allocator does.
 
     Args:
-        known: tensors that were there before, and do not count.
+        known: tensors that exist already and do not count.
 
     Example:
         >>> with AllocationCounter(hidden, weight) as seen:
@@ -27,18 +27,18 @@ class AllocationCounter(TorchDispatchMode):
         super().__init__()
         self._known = {_local(tensor).untyped_storage()._cdata for tensor in known}
         self.live = 0
-        """Bytes now."""
+        """Bytes alive now."""
         self.peak = 0
-        """Bytes at the worst moment."""
+        """Most bytes alive at once."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._meet(_local(leaf).untyped_storage())
+                self._track(_local(leaf).untyped_storage())
         return result
 
-    def _meet(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)

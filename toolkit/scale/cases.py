@@ -1,4 +1,4 @@
-"""Small steps of every kind, each beside the formula of what it communicates; `toolkit.scale.measure` runs them.
+"""Small steps of every kind, each with the formula of what it communicates; `toolkit.scale.measure` runs them.
 
 Legend: B rows, T positions of a row, D hidden width, V vocabulary, R ranks.
 """
@@ -31,10 +31,11 @@ ROWS, POSITIONS, WIDTH, VOCABULARY, MICRO_BATCHES = 2, 12, 8, 32, 3
 CHUNKS = 4
 CHUNK = ROWS * POSITIONS // CHUNKS
 MANY_PROMPTS = 300
-"""More than fit one exchange."""
+"""More than fit in one exchange."""
 LONG = 4096
-"""Positions of a row where the bytes of pickled tensors are to outweigh their wrapping."""
-WRAPPING = 0.05
+"""Positions of a row: enough for the values of pickled tensors to outweigh their overhead."""
+PICKLE_OVERHEAD = 0.05
+"""Relative to the bytes of the values."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,15 @@ class Case:
     formula: list[Collective]
     run: Callable[[], Any]
     tolerance: float = 0.0
-    """By which the bytes may exceed the formula, relative."""
+    """Relative amount by which the bytes may exceed the formula."""
 
 
 def all_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
-    """Yield every case; all ranks must go through them together.
+    """Yield every case; all ranks must run them together.
 
     Args:
         ranks: R, of the process group.
-        mesh: all of them.
+        mesh: of all ranks.
     """
     yield from counting_cases(ranks)
     yield from sequence_parallel_cases(ranks, mesh)
@@ -81,9 +82,9 @@ def counting_cases(ranks: int) -> Iterator[Case]:
     wide = GRPOLossConfig(policy_loss_cfg={"loss_type": "kl_cov"})
     items = _items(2, positions=LONG, with_current=True)
     (one, _) = build(items, wide)
-    size = sum(value.dtype.itemsize for _, value in one.whole.kwargs.tensors())
-    gathered = step.whole_step(ranks, tokens=2 * ROWS * LONG, bytes_per_token=size)
-    yield Case("a loss of the whole batch", [*counts, *gathered], partial(build, items, wide), WRAPPING)
+    size = sum(value.dtype.itemsize for _, value in one.global_view.kwargs.tensors())
+    gathered = step.gathered_tokens(ranks, tokens=2 * ROWS * LONG, bytes_per_token=size)
+    yield Case("a loss of the whole batch", [*counts, *gathered], partial(build, items, wide), PICKLE_OVERHEAD)
 
 
 def sequence_parallel_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
@@ -97,7 +98,7 @@ def sequence_parallel_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
     yield Case("sequence parallelism, before the forward", before, build)
     yield Case(
         "sequence parallelism, a loss of whole sequences",
-        step.whole_rows(ranks, tokens=tokens, micro_batches=MICRO_BATCHES),
+        step.row_logprobs(ranks, tokens=tokens, micro_batches=MICRO_BATCHES),
         partial(_forwards, cfg, build(), torch.randn(VOCABULARY, WIDTH, requires_grad=True)),
     )
 
@@ -106,7 +107,7 @@ def vocabulary_parallel_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
     """Yield forward and backward of a head whose vocabulary is cut over all ranks, with and without entropies."""
     pair = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "tp"))
     weight = distribute_tensor(torch.randn(VOCABULARY, WIDTH), pair["tp"], [Shard(0)]).requires_grad_()
-    alone = pair["dp"].get_group()  # nobody else has tokens of its own
+    alone = pair["dp"].get_group()  # all ranks share the same tokens
     for entropy_coef in (0.0, 0.01):
         cfg = GRPOLossConfig(mode="chunk", chunk_size=CHUNK, entropy_coef=entropy_coef)
         formula = step.vocabulary_parallel(

@@ -1,8 +1,8 @@
-"""What a collective costs: bytes that a rank sends, and messages that must follow one another.
+"""What a collective costs: bytes that a rank sends, and messages that must wait for each other.
 
-A *collective* is a call that all ranks of a group make together. Only its payload can be seen from outside; what then
-travels depends on the algorithm of the back-end. Here: the ring, which sends the fewest bytes, and for the number of
-messages the better of ring and tree.
+A *collective* is a call that all ranks of a group make together. Only its payload is visible from outside; what is
+sent depends on the algorithm of the back-end. The formulas here assume the ring, which sends the fewest bytes, and for
+the number of messages the better of ring and tree.
 
 Legend: R ranks of the group, n bytes of the payload.
 """
@@ -20,16 +20,16 @@ MICROSECOND = 1e-6
 
 @dataclass(frozen=True)
 class Collective:
-    """Calls of one kind, and what each rank brings to each of them."""
+    """Calls of one kind, and what each rank contributes to each of them."""
 
     what: str
-    """What it is for, in words."""
+    """Its purpose."""
     kind: Kind
     payload: int
-    """Bytes that one rank brings to one call: the whole tensor for all_reduce and reduce_scatter, its own shard for
+    """Bytes that one rank contributes to one call: the full tensor for all_reduce and reduce_scatter, its shard for
     all_gather."""
     ranks: int
-    """R, that take part in one call."""
+    """R, the ranks of one call."""
     calls: int = 1
     """In one optimizer step."""
 
@@ -41,11 +41,11 @@ class Collective:
 
     @property
     def messages(self) -> int:
-        """Messages that wait for one another, in all calls together: that of the better of ring and tree."""
+        """Messages that wait for each other, in all calls together, by the better of ring and tree."""
         return self.calls * latency_steps(self.kind, self.ranks)
 
     def seconds(self, *, bandwidth: float, latency: float = 10 * MICROSECOND) -> float:
-        """Return the time of all calls: messages times latency, plus bytes over bandwidth; nothing overlaps.
+        """Return the seconds of all calls: messages times latency, plus bytes over bandwidth; nothing overlaps.
 
         Args:
             bandwidth: bytes a second that a rank can send.
@@ -73,9 +73,9 @@ def ring_all_gather(payload: float, ranks: int) -> float:
 
 
 def latency_steps(kind: Kind, ranks: int) -> int:
-    """Return how many messages follow one another: 2 ceil(log2 R) for an all-reduce, ceil(log2 R) for the others.
+    """Return how many messages wait for each other: 2 ceil(log2 R) for an all-reduce, ceil(log2 R) for the others.
 
-    That is a tree (a butterfly for the gather): what back-ends choose for small payloads. A ring takes R - 1 or twice
+    That is a tree (a butterfly for the gather), which back-ends choose for small payloads. A ring takes R - 1 or twice
     that, and is chosen where bytes outweigh messages.
     """
     hops = math.ceil(math.log2(ranks)) if ranks > 1 else 0
@@ -84,14 +84,14 @@ def latency_steps(kind: Kind, ranks: int) -> int:
 
 def total_sent(collectives: Iterable[Collective]) -> float:
     """Return the bytes that each rank sends in all of them."""
-    return sum(own.sent for own in collectives)
+    return sum(collective.sent for collective in collectives)
 
 
 def total_payload(collectives: Iterable[Collective]) -> int:
-    """Return the bytes that each rank brings to all calls of all of them: what a counter can see."""
-    return sum(own.calls * own.payload for own in collectives)
+    """Return the bytes that each rank contributes to all calls of all of them: what a counter can see."""
+    return sum(collective.calls * collective.payload for collective in collectives)
 
 
 def total_calls(collectives: Iterable[Collective]) -> int:
-    """Return the calls of all of them; those of a group of one rank are not made."""
-    return sum(own.calls for own in collectives if own.ranks > 1)
+    """Return the calls of all of them; a group of one rank makes none."""
+    return sum(collective.calls for collective in collectives if collective.ranks > 1)

@@ -1,7 +1,7 @@
-"""Count every collective that PyTorch really makes: calls, bytes, ranks.
+"""Count every collective that PyTorch makes: calls, bytes, ranks.
 
-The counter sits below every interface (`torch.distributed`, DDP, FSDP2, DTensor): it sees the operators that they all
-end in, those of backward included.
+The counter works below every interface (`torch.distributed`, DDP, FSDP2, DTensor): it sees the operators that they all
+call, including those of backward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# operator: (kind, which argument holds what this rank brings)
+# operator: (kind, index of the argument with the tensors of this rank)
 _OPERATORS = {
     "allreduce_": ("all_reduce", 0),
     "allreduce_coalesced_": ("all_reduce", 0),
@@ -47,17 +47,17 @@ _NO_TRAFFIC = ("wait_tensor", "_wrap_tensor_autograd")
 
 @dataclass(frozen=True)
 class Call:
-    """One collective as it was made."""
+    """One collective that was made."""
 
     kind: str
     payload: int
-    """Bytes that this rank brought."""
+    """Bytes that this rank contributed."""
     ranks: int
     """Of its group."""
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Note every collective that is made inside ``with CollectiveCounter() as seen:``.
+    """Record every collective that is made inside ``with CollectiveCounter() as seen:``.
 
     Example:
         >>> with CollectiveCounter() as seen:
@@ -76,19 +76,19 @@ class CollectiveCounter(TorchDispatchMode):
 
     @property
     def payload(self) -> int:
-        """Bytes that this rank brought to all of them."""
+        """Bytes that this rank contributed to all of them."""
         return sum(call.payload for call in self.calls)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
-            self._note(func._opname, args)
+            self._record(func._opname, args)
         return func(*args, **(kwargs or {}))
 
-    def _note(self, name: str, args: Sequence[Any]) -> None:
+    def _record(self, name: str, args: Sequence[Any]) -> None:
         if name in _NO_TRAFFIC:
             return
-        kind, place = _OPERATORS.get(name, (name, 0))
-        size = sum(leaf.nbytes for leaf in tree_leaves(args[place]) if isinstance(leaf, Tensor))
+        kind, index = _OPERATORS.get(name, (name, 0))
+        size = sum(leaf.nbytes for leaf in tree_leaves(args[index]) if isinstance(leaf, Tensor))
         self.calls.append(Call(kind, size, _ranks_of(args)))
 
 

@@ -1,7 +1,7 @@
-"""What the head holds in memory on one rank: planned for any size, without allocating any of it.
+"""Memory of the head on one rank, planned for any size without allocating it.
 
 The engine plans from shapes alone (`toolkit.head.explain`), and a tensor that repeats one number has the shape of a
-large one but the memory of a single element. So a head of 163,840 x 7,168 is planned on a laptop by the very code that
+large one but the memory of a single element. So a laptop can plan a head of 163,840 x 7,168 with the same code that
 decides on a GPU.
 
 Legend: N scored tokens of a micro-batch, D hidden width, V vocabulary, P ranks that share the vocabulary, F ranks that
@@ -25,7 +25,7 @@ ADAM_BYTES = 12
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model, as far as its head and its gradient are concerned."""
+    """The sizes of a model that its head and its gradient depend on."""
 
     name: str
     vocabulary: int
@@ -45,7 +45,7 @@ MODELS = (
     ModelShape("70B", 128_256, 8_192, 70.6e9, "Llama-3.1-70B, config.json"),
     ModelShape("1T", 163_840, 7_168, 1.04e12, "Kimi-K2, config.json"),
 )
-"""One of each class, by the numbers that their authors publish."""
+"""One of each class, with the sizes that their authors publish."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ class HeadMemory:
     """Bytes of the head on one rank, in a forward and backward of one micro-batch."""
 
     weight: int
-    """As the loss sees it: gathered under FSDP, own rows under vocabulary parallelism."""
+    """As the loss sees it: gathered under FSDP, this rank's rows under vocabulary parallelism."""
     gradients: int
     """Of the weight and of the hidden states, as they are returned."""
     logits: int
     """Of the largest chunk."""
     other: int
-    """What the pass needs besides: fp32 sums, blocks of rows."""
+    """What else the pass needs: fp32 sums, blocks of rows."""
     kept: int
-    """Between the steps: Adam's states, and under FSDP the rank's own share of the weight."""
+    """Between the steps: Adam's states, and under FSDP this rank's shard of the weight."""
     plan: HeadPlan
 
     @property
     def peak(self) -> int:
-        """At the worst moment of the loss, over the hidden states: all of the above."""
+        """The maximum during the loss, without the hidden states: the sum of the above."""
         return self.weight + self.gradients + self.logits + self.other + self.kept
 
 
@@ -77,7 +77,7 @@ def head_memory(
     *,
     vocab_parallel: int = 1,
     fsdp: int = 1,
-    is_whole: bool = False,
+    is_eager: bool = False,
     is_frozen: bool = False,
     scope: Scope | None = "token",
     dtype: torch.dtype = torch.bfloat16,
@@ -91,15 +91,15 @@ def head_memory(
         vocabulary: V.
         width: D.
         tokens: N of one micro-batch on this rank; ranks that share the vocabulary score the same tokens.
-        vocab_parallel: P, ranks of which each holds V / P rows of the weight.
-        fsdp: F, ranks over which FSDP2 cuts what is kept between steps; it is gathered for the loss all the same.
-        is_whole: whether the logits of all tokens are held at once (``mode=eager``), for comparison.
-        is_frozen: whether the weight gets no gradient, and so no optimizer state.
+        vocab_parallel: P, ranks that hold V / P rows of the weight each.
+        fsdp: F, ranks over which FSDP2 shards what is kept between steps; the weight is still gathered for the loss.
+        is_eager: whether the logits of all tokens are held at once (``mode=eager``), for comparison.
+        is_frozen: whether the weight gets no gradient and so no optimizer state.
         scope: of the loss; None for log-probabilities that leave the head.
         dtype: of weight and hidden states.
         chunk_size: tokens of a chunk; None: as many as `chunk_bytes` hold.
-        chunk_bytes: memory for a chunk's logits; by default what the engine takes on a GPU.
-        optimizer_bytes: of each parameter; 12 for Adam with fp32 states and copy, 0 to leave it out.
+        chunk_bytes: memory for a chunk's logits; default: the engine's on a GPU.
+        optimizer_bytes: of each parameter; 12 for Adam with fp32 states and copy, 0 to exclude it.
 
     Raises:
         ConfigError: a number of ranks is not positive, or there are more ranks than rows.
@@ -110,7 +110,7 @@ def head_memory(
             "rows of the vocabulary"
         )
     rows = -(-vocabulary // vocab_parallel)
-    plan = _plan(rows, width, tokens, is_whole, is_frozen, scope, dtype, chunk_size, chunk_bytes)
+    plan = _plan(rows, width, tokens, is_eager, is_frozen, scope, dtype, chunk_size, chunk_bytes)
     weight = rows * width * dtype.itemsize
     trained = 0 if is_frozen else -(-rows * width // fsdp) * optimizer_bytes
     logits = plan.largest * rows * dtype.itemsize
@@ -129,7 +129,7 @@ def _plan(
     rows: int,
     width: int,
     tokens: int,
-    is_whole: bool,
+    is_eager: bool,
     is_frozen: bool,
     scope: Scope | None,
     dtype: torch.dtype,
@@ -138,7 +138,7 @@ def _plan(
 ) -> HeadPlan:
     hidden = weightless((tokens, width), dtype).requires_grad_()
     weight = weightless((rows, width), dtype).requires_grad_(not is_frozen)
-    if is_whole:
+    if is_eager:
         return autograd_plan("eager", "the logits of all tokens at once", hidden, weight, None, [slice(0, tokens)])
     size: dict[str, int | str] = (
         {"chunk_size": "auto", "chunk_bytes": chunk_bytes} if chunk_size is None else {"chunk_size": chunk_size}

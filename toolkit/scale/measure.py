@@ -1,6 +1,6 @@
-"""``python -m toolkit.scale.measure 2 4``: count what real processes communicate, beside what the formulas say.
+"""``python -m toolkit.scale.measure 2 4``: count what real processes communicate, and compare with the formulas.
 
-Starts as many processes (gloo, on the CPU), lets them take small steps of every kind and prints a JSON object for each.
+Starts that many processes (gloo, on the CPU), runs small steps of every kind and prints a JSON object for each.
 
 Legend: B rows, T positions of a row, N scored tokens, D hidden width, V vocabulary.
 """
@@ -36,35 +36,35 @@ HEAD = (8_000, 64, 256)
 HEAD_CHUNK = 64
 MEMORY_TOLERANCE = 0.1
 AUTOGRAD_TOLERANCE = 0.25
-"""The plan of all logits at once is an upper bound: autograd frees some of them earlier in bf16."""
+"""The plan for all logits at once is an upper bound: autograd frees some of them earlier in bf16."""
 WARM_UP = 2
-"""Steps that are not counted: DDP arranges its buckets in the first ones."""
+"""Steps that are not counted, because DDP arranges its buckets in the first ones."""
 
 
 @dataclass(frozen=True)
 class Counted:
-    """One kind of step, as the formulas say and as it was counted on rank 0."""
+    """One kind of step: the formulas, and the count on rank 0."""
 
     what: str
     ranks: int
     calls: int
     payload: int
-    """Bytes that a rank brings, by the formulas."""
+    """Bytes that a rank contributes, by the formulas."""
     counted_calls: int
     counted_payload: int
     tolerance: float = 0.0
-    """By which the bytes may exceed the formula, relative: 0 but for what travels pickled."""
+    """Relative amount by which the bytes may exceed the formula: 0 except for pickled tensors."""
 
     @property
     def agrees(self) -> bool:
-        """Whether calls and bytes are equal."""
+        """Whether the calls are equal, and the bytes within the tolerance."""
         most = self.payload * (1 + self.tolerance)
         return self.calls == self.counted_calls and self.payload <= self.counted_payload <= most
 
 
 @dataclass(frozen=True)
 class Held:
-    """The head's memory on rank 0, over weight and hidden states: as planned for any size, and as measured."""
+    """The head's memory on rank 0, without weight and hidden states: planned, and measured."""
 
     what: str
     ranks: int
@@ -72,8 +72,7 @@ class Held:
     """Ranks that share the vocabulary."""
     planned: int
     measured: int
-    """Bytes of all tensors that live at the worst moment of forward and backward."""
-
+    """Most bytes of tensors alive at once in forward and backward."""
     tolerance: float = MEMORY_TOLERANCE
     """Allowed difference, relative."""
 
@@ -90,7 +89,7 @@ def count_all(ranks: int) -> list[Counted]:
         ranks: of the process group, 2 or more.
     """
     mesh = init_device_mesh("cpu", (ranks,))
-    found = []
+    counted = []
     torch.manual_seed(0)  # ranks that share a vocabulary have the same tokens
     for case in all_cases(ranks, mesh):
         for _ in range(WARM_UP):
@@ -98,12 +97,12 @@ def count_all(ranks: int) -> list[Counted]:
         with CollectiveCounter() as seen:
             case.run()
         calls, payload = total_calls(case.formula), total_payload(case.formula)
-        found.append(Counted(case.what, ranks, calls, payload, seen.num_calls, seen.payload, case.tolerance))
-    return found
+        counted.append(Counted(case.what, ranks, calls, payload, seen.num_calls, seen.payload, case.tolerance))
+    return counted
 
 
 def hold_all(ranks: int) -> list[Held]:
-    """Return the memory of heads that are whole, and split over all ranks; all must call it together.
+    """Return the memory of heads, on one rank and sharded over all; all ranks must call it together.
 
     Args:
         ranks: of the process group.
@@ -111,16 +110,16 @@ def hold_all(ranks: int) -> list[Held]:
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "tp"))
     torch.manual_seed(0)
     size = f"head of {HEAD[0]:,} x {HEAD[1]:,}"
-    whole = head_memory(*HEAD, is_whole=True).plan.peak_bytes
+    planned = head_memory(*HEAD, is_eager=True).plan.peak_bytes
     measured = _measured_peak(torch.bfloat16, None, mode="eager")
-    found = [Held(f"{size}, bfloat16, all logits at once", ranks, 1, whole, measured, AUTOGRAD_TOLERANCE)]
-    for dtype in (torch.bfloat16, torch.float64):  # fp32 takes another product on a CPU, with a buffer of its own
+    held = [Held(f"{size}, bfloat16, all logits at once", ranks, 1, planned, measured, AUTOGRAD_TOLERANCE)]
+    for dtype in (torch.bfloat16, torch.float64):  # fp32 uses another product on a CPU, with an extra buffer
         for shared_by in (1, ranks):
             plan = head_memory(*HEAD, vocab_parallel=shared_by, dtype=dtype, chunk_size=HEAD_CHUNK).plan
             measured = _measured_peak(dtype, mesh if shared_by > 1 else None, mode="chunk")
             name = f"{size}, {str(dtype).removeprefix('torch.')}"
-            found.append(Held(name, ranks, shared_by, plan.peak_bytes, measured))
-    return found
+            held.append(Held(name, ranks, shared_by, plan.peak_bytes, measured))
+    return held
 
 
 def _measured_peak(dtype: torch.dtype, mesh: DeviceMesh | None, *, mode: Literal["eager", "chunk"]) -> int:
@@ -146,8 +145,7 @@ def measure(*numbers: int) -> tuple[list[Counted], list[Held]]:
     """Start processes and return what rank 0 counted and held.
 
     Args:
-        numbers: of processes that work together; as many as the largest are started, and the others of a smaller
-            number look on.
+        numbers: of processes; as many as the largest are started, and a smaller number leaves the others idle.
     """
     counted: list[Counted] = []
     held: list[Held] = []
@@ -168,9 +166,9 @@ def _process(rank: int, numbers: tuple[int, ...], folder: str) -> None:
         store = dist.FileStore(os.path.join(folder, f"{ranks}.store"), ranks)
         dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
         try:
-            found = count_all(ranks), hold_all(ranks)
+            results = count_all(ranks), hold_all(ranks)
             if rank == 0:
-                text = json.dumps([[asdict(row) for row in rows] for rows in found])
+                text = json.dumps([[asdict(row) for row in rows] for rows in results])
                 (Path(folder) / f"{ranks}.json").write_text(text)
         finally:
             dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""What one optimizer step communicates because of the loss, and what it communicates anyway.
+"""What one optimizer step communicates because of the loss, and what it communicates in any case.
 
-Every function gives the `Collective` calls of one cause, for one rank and one step. The numbers are those of this
-package's code, not of an idea of it: `toolkit.scale.measure` counts the calls of real processes and finds the same.
+Every function returns the `Collective` calls of one cause, for one rank and one step. The formulas describe this
+package's code: `toolkit.scale.measure` counts the same calls in real processes.
 
 Legend: R ranks of the step, P ranks of a mesh within it, M micro-batches, T positions of a micro-batch's rows (all rows
 together, before any cut), N scored tokens of a micro-batch, D hidden width.
@@ -17,66 +17,67 @@ from toolkit.scale.collectives import Collective
 
 FLOAT64, FLOAT32 = 8, 4
 """Bytes."""
-CENSUS_FLAGS = 2
-"""Numbers with which a rank says that its items were refused."""
-CENSUS_HEADS = 3
-"""Micro-batches, those with log-probabilities of the current policy, those with anything to score."""
+ERROR_FLAGS = 2
+"""Numbers with which a rank reports that its items are invalid."""
+FIXED_COUNTS = 3
+"""Micro-batches, those with log-probabilities of the current policy, those with scored tokens."""
 FINGERPRINT = 24
-"""Bytes by which the ranks of a mesh make sure that they hold the same fields."""
+"""Bytes with which the ranks of a mesh check that they hold the same fields."""
 SAME_CALL = 144
-"""Bytes by which the ranks that share a vocabulary make sure that they were called alike."""
+"""Bytes with which the ranks that share a vocabulary check that their calls are the same."""
 
 
 def counting(ranks: int, *, numbers: int) -> list[Collective]:
     """Return the exchange of counts before the first forward: one, of a few float64 numbers.
 
-    Neither tokens nor micro-batches enter: they are counted on each rank first.
+    The size does not depend on tokens or micro-batches, because each rank counts them first.
 
     Args:
         ranks: R.
-        numbers: K, that the loss counts; see `numbers_counted`.
+        numbers: K, which the loss counts; see `numbers_counted`.
     """
-    return [Collective("counts of the step", "all_reduce", (CENSUS_FLAGS + numbers) * FLOAT64, ranks)]
+    return [Collective("counts of the step", "all_reduce", (ERROR_FLAGS + numbers) * FLOAT64, ranks)]
 
 
 def counting_prompts(ranks: int, *, numbers: int, prompts: int, tables: int = 1) -> list[Collective]:
-    """Return the exchange of counts where prompts are compared: every rank gets the table of every other.
+    """Return the exchange of counts if prompts are compared: every rank gets the table of every other.
 
     Args:
         ranks: R.
-        numbers: K, that the loss counts; see `numbers_counted`.
-        prompts: of the rank that has most of them.
+        numbers: K, which the loss counts; see `numbers_counted`.
+        prompts: of the rank that has the most.
         tables: 1 for the aggregation ``prompt_mean``, 1 for a loss of groups.
     """
-    own = CENSUS_FLAGS + numbers + tables * (1 + 2 * prompts)
-    found = [Collective("counts of the step", "all_gather", (1 + ROOM) * FLOAT64, ranks)]
-    more = max(0, own - ROOM)
-    return [*found, Collective("counts of more prompts", "all_gather", more * FLOAT64, ranks)] if more else found
+    table_size = ERROR_FLAGS + numbers + tables * (1 + 2 * prompts)
+    first = Collective("counts of the step", "all_gather", (1 + ROOM) * FLOAT64, ranks)
+    more = max(0, table_size - ROOM)
+    return [first, Collective("counts of more prompts", "all_gather", more * FLOAT64, ranks)] if more else [first]
 
 
 def numbers_counted(*, terms: int = 1, corrections: int = 0) -> int:
     """Return K, the numbers that a policy loss counts.
 
     Args:
-        terms: that count in ways of their own: the policy loss (two under the aggregation ``per_component``), KL and
-            entropy beside the latter, a likelihood of good tokens beside another one, a ``kl_aggregation``.
-        corrections: of sampler and trainer, whether their weights are divided by a mean or not.
+        terms: that are counted separately: the policy loss (two under the aggregation ``per_component``), KL and
+            entropy with ``per_component``, a likelihood of good tokens next to another one, a ``kl_aggregation``.
+        corrections: of sampler and trainer, with or without weights divided by a mean.
     """
-    return CENSUS_HEADS + terms + 2 * corrections
+    return FIXED_COUNTS + terms + 2 * corrections
 
 
 def metrics(ranks: int, *, numbers: int) -> list[Collective]:
     """Return the exchange of metrics at the end of the step.
 
-    Every rank gets the packet of every other: the one part of a step that grows with the ranks. A packet is 1 KiB.
+    Every rank gets the packet of every other; only this part of a step grows with the ranks. A packet is 1 KiB.
 
     Args:
         ranks: R.
-        numbers: that the metrics of a rank consist of; a mean has two.
+        numbers: in the metrics of a rank; a mean has two.
     """
-    found = [Collective("metrics", "all_gather", PACKET * FLOAT64, ranks)]
+    packet = Collective("metrics", "all_gather", PACKET * FLOAT64, ranks)
     more = numbers - (PACKET - 1)
-    return [*found, Collective("metrics beyond one packet", "all_gather", more * FLOAT64, ranks)] if more > 0 else found
+    beyond = Collective("metrics beyond one packet", "all_gather", more * FLOAT64, ranks)
+    return [packet, beyond] if more > 0 else [packet]
 
 
 def small_fields(mesh: int, *, positions: int, fields: int, micro_batches: int = 1) -> list[Collective]:
@@ -88,33 +89,33 @@ def small_fields(mesh: int, *, positions: int, fields: int, micro_batches: int =
         fields: per-token tensors of an item: labels, advantages, log-probabilities ...
         micro_batches: M; the number of exchanges does not depend on it.
     """
-    own = -(-positions // mesh)
+    local_positions = -(-positions // mesh)
     return [
         Collective("fields of the items agree", "all_gather", FINGERPRINT, mesh),
-        Collective("fields of the items", "all_gather", micro_batches * fields * own * FLOAT64, mesh),
+        Collective("fields of the items", "all_gather", micro_batches * fields * local_positions * FLOAT64, mesh),
     ]
 
 
-def whole_rows(mesh: int, *, tokens: int, micro_batches: int = 1, with_entropy: bool = False) -> list[Collective]:
+def row_logprobs(mesh: int, *, tokens: int, micro_batches: int = 1, with_entropy: bool = False) -> list[Collective]:
     """Return what a loss of whole sequences sums over a sequence-parallel mesh: one fp32 number a token in forward.
 
-    Nothing in backward: each rank differentiates the loss of the whole row by its own tokens.
+    Nothing in backward: each rank differentiates the loss of the full row with respect to its tokens.
 
     Args:
         mesh: P.
         tokens: N, scored in one micro-batch over the whole mesh.
         micro_batches: M.
-        with_entropy: whether the policy loss looks at entropies, too.
+        with_entropy: whether the policy loss also uses entropies.
     """
     calls = micro_batches * (1 + with_entropy)
     return [Collective("log-probabilities of whole rows", "all_reduce", tokens * FLOAT32, mesh, calls=calls)]
 
 
-def whole_step(ranks: int, *, tokens: int, bytes_per_token: int) -> list[Collective]:
-    """Return what a loss of the whole batch (or of groups that are cut) gathers: the fields of all tokens, everywhere.
+def gathered_tokens(ranks: int, *, tokens: int, bytes_per_token: int) -> list[Collective]:
+    """Return what a loss of the whole batch (or of split groups) gathers: the fields of all tokens, on every rank.
 
-    The one exchange that grows with the whole batch: every rank brings its tokens and receives those of all others. The
-    tensors travel pickled, which adds some hundred bytes for each of them; these are left out here.
+    Only this exchange grows with the batch of all ranks: every rank sends its tokens and receives those of all others.
+    The tensors are pickled, which adds some hundred bytes for each of them; these are not included here.
 
     Args:
         ranks: R.
@@ -141,8 +142,8 @@ def vocabulary_parallel(
     """Return what ranks that share the head's vocabulary exchange: a few numbers a token, and a gradient [N, D].
 
     For each chunk two all-reduces: the largest logit, then the sum of exponentials with the label's logit (and the
-    entropy's part). Once a micro-batch the gradient of the hidden states, as any layer that is cut by columns. Logits
-    never travel; nor does the gradient of the weight.
+    entropy's part). Once for each micro-batch the gradient of the hidden states, as for any column-parallel layer.
+    Logits and the gradient of the weight are never sent.
 
     Args:
         mesh: P.
@@ -157,7 +158,7 @@ def vocabulary_parallel(
     wide = max(FLOAT32, itemsize)
     numbers = (2 + with_entropy) * wide
     calls = micro_batches * chunks
-    found = [
+    collectives = [
         Collective("calls of the head agree", "all_reduce", SAME_CALL, mesh, calls=micro_batches),
         Collective("largest logits", "all_reduce", tokens * wide // chunks, mesh, calls=calls),
         Collective("softmax over all parts", "all_reduce", tokens * numbers // chunks, mesh, calls=calls),
@@ -165,11 +166,11 @@ def vocabulary_parallel(
     gradient = Collective(
         "gradient of hidden states", "all_reduce", tokens * width * itemsize, mesh, calls=micro_batches
     )
-    return [*found, gradient] if is_trunk_trained else found
+    return [*collectives, gradient] if is_trunk_trained else collectives
 
 
 def data_parallel_gradient(ranks: int, *, parameters: float, itemsize: int = FLOAT32) -> list[Collective]:
-    """Return DDP's all-reduce of the gradient: once a step, however many micro-batches (in buckets of 25 MiB).
+    """Return DDP's all-reduce of the gradient: once a step for any number of micro-batches (in buckets of 25 MiB).
 
     Args:
         ranks: R.
@@ -188,22 +189,22 @@ def sharded_gradient(
     reduce_itemsize: int = FLOAT32,
     exchange: Literal["step", "micro_batch"] = "step",
 ) -> list[Collective]:
-    """Return what FSDP2 moves: every micro-batch gathers the weights in forward and in backward.
+    """Return what FSDP2 sends: every micro-batch gathers the weights in forward and in backward.
 
-    The gradient is added up and cut once, in the last backward, as the training command does it; a rank holds the whole
+    The gradient is reduced and sharded once, in the last backward, as in the training command; a rank holds the full
     gradient until then.
 
     Args:
-        ranks: F, among which the model is cut.
+        ranks: F, over which the model is sharded.
         parameters: of the whole model; shards are equal.
         micro_batches: M.
         itemsize: bytes of a gathered weight.
         reduce_itemsize: bytes of an element of the gradient.
-        exchange: when the gradient travels: once a "step", or in every "micro_batch", as FSDP2 does by itself.
+        exchange: when the gradient is sent: once a "step", or in every "micro_batch", the default of FSDP2.
     """
-    own = -(-round(parameters) // ranks)
+    shard = -(-round(parameters) // ranks)
     times = micro_batches if exchange == "micro_batch" else 1
     return [
-        Collective("weights (FSDP2)", "all_gather", own * itemsize, ranks, calls=2 * micro_batches),
-        Collective("gradient (FSDP2)", "reduce_scatter", own * ranks * reduce_itemsize, ranks, calls=times),
+        Collective("weights (FSDP2)", "all_gather", shard * itemsize, ranks, calls=2 * micro_batches),
+        Collective("gradient (FSDP2)", "reduce_scatter", shard * ranks * reduce_itemsize, ranks, calls=times),
     ]

@@ -1,4 +1,4 @@
-"""The formulas put together for one step of training, and printed as tables."""
+"""The formulas combined for one step of training, and printed as tables."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from toolkit.scale.head import MODELS, HeadMemory, ModelShape, head_memory
 GIB = 2**30
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 BANDWIDTH = 50e9
-"""Bytes a second of one rank: a 400 Gbit/s network card, an assumption for the column of times."""
+"""Bytes a second of one rank: a 400 Gbit/s network card, assumed for the column of times."""
 USUAL_MESH = 8
 """Ranks of one machine."""
 METRIC_NUMBERS = 60
-"""Of a step of GRPO with everything on; up to 127 fit one packet."""
+"""Of a step of GRPO with every metric; up to 127 fit in one packet."""
 FIELDS = 5
 """Per-token tensors: labels, advantages, old, reference and rollout log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How one optimizer step is spread."""
+    """How one optimizer step is distributed."""
 
     ranks: int = 1024
     model: ModelShape = MODELS[0]
     micro_batches: int = 8
     tokens: int = 16_384
-    """Scored in the rows of one micro-batch, before any cut."""
+    """Scored in the rows of one micro-batch, before any split."""
     sequence_parallel: int = 1
     vocab_parallel: int = 1
 
@@ -42,35 +42,35 @@ class Setup:
             mesh = getattr(self, name)
             if mesh < 1 or self.ranks % mesh:
                 raise ConfigError(
-                    f"{name}={mesh} must divide ranks={self.ranks}: every rank belongs to one mesh; change "
+                    f"{name}={mesh} must divide ranks={self.ranks}, because every rank belongs to one mesh; change "
                     f"--{name.replace('_', '-')}"
                 )
 
 
 def usual_mesh(ranks: int) -> int:
-    """Return how many ranks share a row, or the vocabulary, unless something else is asked for: 8, or what divides."""
-    return max(own for own in range(1, USUAL_MESH + 1) if ranks % own == 0)
+    """Return how many ranks share a row, or the vocabulary, by default: the largest divisor of `ranks` up to 8."""
+    return max(mesh for mesh in range(1, USUAL_MESH + 1) if ranks % mesh == 0)
 
 
 def causes(setup: Setup) -> list[Collective]:
     """Return what a step of a loss of whole sequences communicates, its gradient last: FSDP2, bf16, once a step."""
     mesh, vocab, model = setup.sequence_parallel, setup.vocab_parallel, setup.model
-    own_tokens = -(-setup.tokens // mesh)
-    found = step.counting(setup.ranks, numbers=step.numbers_counted())
-    found += step.metrics(setup.ranks, numbers=METRIC_NUMBERS)
+    local_tokens = -(-setup.tokens // mesh)
+    collectives = step.counting(setup.ranks, numbers=step.numbers_counted())
+    collectives += step.metrics(setup.ranks, numbers=METRIC_NUMBERS)
     if mesh > 1:
-        found += step.small_fields(mesh, positions=setup.tokens, fields=FIELDS, micro_batches=setup.micro_batches)
-        found += step.whole_rows(mesh, tokens=setup.tokens, micro_batches=setup.micro_batches)
+        collectives += step.small_fields(mesh, positions=setup.tokens, fields=FIELDS, micro_batches=setup.micro_batches)
+        collectives += step.row_logprobs(mesh, tokens=setup.tokens, micro_batches=setup.micro_batches)
     if vocab > 1:
-        plan = head_memory(model.vocabulary, model.width, own_tokens, vocab_parallel=vocab).plan
-        found += step.vocabulary_parallel(
+        plan = head_memory(model.vocabulary, model.width, local_tokens, vocab_parallel=vocab).plan
+        collectives += step.vocabulary_parallel(
             vocab,
-            tokens=own_tokens,
+            tokens=local_tokens,
             width=model.width,
             chunks=len(plan.chunks),
             micro_batches=setup.micro_batches,
         )
-    return found + step.sharded_gradient(
+    return collectives + step.sharded_gradient(
         setup.ranks, parameters=model.parameters, micro_batches=setup.micro_batches, reduce_itemsize=2
     )
 
@@ -80,17 +80,17 @@ def step_table(setup: Setup) -> str:
     rows = [("cause", "ranks", "calls", "a rank sends", "time if alone")]
     rows += [
         (
-            own.what,
-            f"{own.ranks:,}",
-            f"{total_calls([own]):,}",
-            in_words(own.sent),
-            duration_in_words(own.seconds(bandwidth=BANDWIDTH)),
+            cause.what,
+            f"{cause.ranks:,}",
+            f"{total_calls([cause]):,}",
+            in_words(cause.sent),
+            duration_in_words(cause.seconds(bandwidth=BANDWIDTH)),
         )
-        for own in causes(setup)
+        for cause in causes(setup)
     ]
-    is_gradient = [own.what.endswith("(FSDP2)") for own in causes(setup)]
+    is_gradient = [cause.what.endswith("(FSDP2)") for cause in causes(setup)]
     parts = [
-        total_sent(own for own, mark in zip(causes(setup), is_gradient, strict=True) if mark == wanted)
+        total_sent(cause for cause, mark in zip(causes(setup), is_gradient, strict=True) if mark == wanted)
         for wanted in (False, True)
     ]
     title = (
@@ -99,7 +99,7 @@ def step_table(setup: Setup) -> str:
         f"{setup.vocab_parallel}"
     )
     share = f"because of the loss: {in_words(parts[0])}; weights and gradient: {in_words(parts[1])}"
-    share += "\nThe gradient travels once a step, as in the training command; FSDP2 by itself: in every micro-batch."
+    share += "\nThe gradient is sent once a step, as in the training command; FSDP2's default is every micro-batch."
     return "\n".join([title, "", aligned(rows), "", share])
 
 
@@ -124,7 +124,7 @@ def layouts_of(model: ModelShape, tokens: int, vocab_parallel: int, fsdp: int) -
     """Return the memory of a model's head in four layouts, by name."""
     shape = (model.vocabulary, model.width, tokens)
     return {
-        "all logits": head_memory(*shape, is_whole=True),
+        "all logits": head_memory(*shape, is_eager=True),
         "chunks": head_memory(*shape),
         f"chunks, FSDP2 over {fsdp}": head_memory(*shape, fsdp=fsdp),
         f"chunks, vocabulary over {vocab_parallel}": head_memory(*shape, vocab_parallel=vocab_parallel),
@@ -132,7 +132,7 @@ def layouts_of(model: ModelShape, tokens: int, vocab_parallel: int, fsdp: int) -
 
 
 def in_words(size: float) -> str:
-    """Return bytes in a unit that leaves at most four digits before the point."""
+    """Return bytes in the unit that leaves at most four digits before the decimal point."""
     unit = 0
     while abs(size) >= 1024 and unit < len(UNITS) - 1:
         size, unit = size / 1024, unit + 1
@@ -140,7 +140,7 @@ def in_words(size: float) -> str:
 
 
 def duration_in_words(seconds: float) -> str:
-    """Return a time in milliseconds, or in seconds from one second on."""
+    """Return a duration in milliseconds, or from one second in seconds."""
     return f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:,.2f} ms"
 
 

@@ -1,4 +1,4 @@
-"""What a task offers to the training loop. A task of your own is one subclass and one config."""
+"""The interface of tasks to the training loop. A custom task is one subclass and one config."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Example:
     answer: str
     """The reference answer; RL never shows it to the policy."""
     entry: Any = None
-    """Whatever else the verifier wants."""
+    """Any other data for the verifier."""
 
 
 class Task(ABC):
@@ -38,7 +38,7 @@ class Task(ABC):
         """Return the verifier's reward of a finished completion, 1.0 for a right one."""
 
     def reward(self, example: Example, completion: str, *, finished: bool) -> float:
-        """Return the reward of a completion; one that never ended, or that the verifier chokes on, gets 0."""
+        """Return the reward of a completion; 0 if it never ended, or if the verifier raises."""
         if not finished:
             return 0.0
         try:

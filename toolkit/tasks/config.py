@@ -16,7 +16,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class TaskConfig(Config):
-    """What every task can be told."""
+    """Base config of a task."""
 
     reward: Literal["verifier", "coin_flip"] = "verifier"
     """verifier: 1 for a right and finished answer, else 0. coin_flip: a control that must not learn."""

@@ -1,4 +1,4 @@
-"""For tests of one's own loss and one's own loop: does any layout of the batch change the gradient?
+"""Test your loss and your training loop: does any layout of the batch change the gradient?
 
 `assert_layout_invariant` spreads one step over micro-batches, processes, sequence-parallel shards and packed rows, and
 compares loss, gradients and metrics with those of one process and one batch.
@@ -51,40 +51,40 @@ def assert_layout_invariant(
     rtol: float | None = None,
     timeout_s: float = 120.0,
 ) -> None:
-    """Assert that loss, gradients and metrics of a step are the same however it is laid out.
+    """Assert that the loss, gradients and metrics of a step are the same in every layout.
 
     The reference is one process with one padded batch in eager mode, through the context of the loss. Every combination
     of the layouts below is then run through `loop` and compared: the loss, the gradients of hidden states, head and
     bias, and every metric that both report.
 
     Args:
-        loss_cfg: any loss's config, also of a class of your own.
+        loss_cfg: any loss config, including one of a class that you wrote.
         batch: the step; None: `random_batch` with empty rows, sequences of one token and holes.
-        loop: your own loop, ``loop(part) -> (loss, metrics)``, see `Part`; None: `toolkit_loop`, the one that the
-            documentation shows, which tests the loss alone.
-        processes: how many share the step. None: as many as work together now. More than one are started for this call
-            and joined by gloo (which takes some seconds), unless the caller is in a process group already; one process
-            is tried before.
-        micro_batches: of each process, one number or several; some are left without a sequence.
-        sequence_parallel: processes that share a sequence; those that do not divide `processes` are left out.
+        loop: your training loop, ``loop(part) -> (loss, metrics)``, see `Part`; None: `toolkit_loop`, the loop that the
+            documentation shows, which tests only the loss.
+        processes: number of processes that share the step. None: the current world size. More than one are started for
+            this call and joined by gloo (which takes some seconds), unless the caller is already in a process group;
+            one process is tried first.
+        micro_batches: of each process, one number or several; some stay without a sequence.
+        sequence_parallel: processes that share a sequence; numbers that do not divide `processes` are skipped.
         packed: padded rows, packed rows or both.
-        modes: of the loss; None: eager, and chunk where the loss can be computed so.
+        modes: of the loss; None: eager, and chunk if the loss supports it.
         dtype: of hidden states, head and fields: float64, or float32.
         rtol: allowed difference relative to the largest element; None: 1e-12 in float64, 1e-6 in float32.
-        timeout_s: seconds after which processes that wait for each other give up.
+        timeout_s: seconds that a process waits for the others before it gives up.
 
     Raises:
-        LayoutError: (an AssertionError) something differs; says which layout, what, by which factor and the likely
-            cause.
-        ConfigError: the settings make no sense together, or something cannot be sent to other processes.
+        LayoutError: (an AssertionError) something differs; the message names the layout, the quantity, the factor and
+            the likely cause.
+        ConfigError: the settings contradict each other, or something cannot be sent to other processes.
     """
     check_objects(loss_cfg, batch, loop)
     together = world_size()
     number = together if processes is None else numbers_of("processes", (processes,))[0]
     if together > 1 and number != together:
-        raise ConfigError(f"processes={number}, but {together} work together here; leave it out")
+        raise ConfigError(f"processes={number} differs from the {together} processes of this group; leave it out")
     if rtol is None and dtype not in TOLERANCES:
-        raise ConfigError(f"dtype={dtype} has no tolerance of its own; take float64 or float32, or give rtol")
+        raise ConfigError(f"dtype={dtype} has no default tolerance; use float64 or float32, or pass rtol")
     allowed = TOLERANCES[dtype] if rtol is None else rtol
     batch = (random_batch(loss_cfg) if batch is None else batch).with_dtype(dtype)
     numbers = numbers_of("micro_batches", micro_batches), numbers_of("sequence_parallel", sequence_parallel)
@@ -94,27 +94,27 @@ def assert_layout_invariant(
     _check_is_something(batch, loss_cfg)
     tried: list[Layout] = []
     findings: list[Finding] = []
-    # One process first: what differs there has a simpler cause, and no process need be started to find it.
-    for own in (1, number) if number > together else (number,):
-        layouts = layouts_of(own, *numbers, *kinds)
+    # One process first: a difference there has a simpler cause and needs no new processes.
+    for world in (1, number) if number > together else (number,):
+        layouts = layouts_of(world, *numbers, *kinds)
         layouts = [layout for layout in layouts if _is_countable(loss_cfg, batch, layout)]
-        given = (loss_cfg, batch, layouts, loop, allowed)
-        if own > together:
-            findings = run_processes(own, differences, *given, timeout_s=timeout_s)
+        arguments = (loss_cfg, batch, layouts, loop, allowed)
+        if world > together:
+            findings = run_processes(world, differences, *arguments, timeout_s=timeout_s)
         else:
             try:
-                findings = differences(*given)
+                findings = differences(*arguments)
             except ValueError as error:
-                if own == number or "process group" not in str(error):
+                if world == number or "process group" not in str(error):
                     raise
-                continue  # a loop that cannot do without a process group
+                continue  # the loop needs a process group
         tried += layouts
         if findings:
             raise LayoutError(verdict(_in_words(loss_cfg), findings, tried), findings)
     if not tried:
         raise ConfigError(
-            f"no layout is left to compare: processes={number} is divisible by none of {numbers[1]} "
-            "(sequence_parallel), or each has more micro-batches than there are sequences"
+            f"no layout is left to compare: none of sequence_parallel={numbers[1]} divides processes={number}, or each "
+            "layout has more micro-batches than there are sequences; change one of them"
         )
 
 
@@ -128,15 +128,15 @@ def differences(
     meshes: Meshes | None = None,
     compared_with: Layout = REFERENCE,
 ) -> list[Finding]:
-    """Return everything in which a layout differs from the reference, as all processes saw it; all must call it.
+    """Return all differences from the reference that any process saw; all processes must call it.
 
     Args:
         loss_cfg: of the loss.
         batch: the step.
-        layouts: each for as many processes as work together now.
-        loop: of one's own, see `assert_layout_invariant`; None: the loss's own, which must report every metric.
+        layouts: each for the current number of processes.
+        loop: your training loop, see `assert_layout_invariant`; None: `toolkit_loop`, which must report every metric.
         rtol: relative tolerance.
-        meshes: those of an earlier call, for they are not taken down again.
+        meshes: those of an earlier call, because meshes are never destroyed.
         compared_with: layout of the reference, for one process.
     """
     batch = _with_current(batch, loss_cfg)
@@ -146,22 +146,22 @@ def differences(
     first: Result | None = None
     for layout in layouts:
         try:
-            found = evaluate(batch, loss_cfg, layout, loop or toolkit_loop, meshes)
+            result = evaluate(batch, loss_cfg, layout, loop or toolkit_loop, meshes)
         except Exception as error:
             error.add_note(f"in the layout: {layout}")
             raise
-        first = found if first is None else first
-        # What only the loop of the caller reports is compared with its own first layout.
-        own_metrics = {**first.metrics, **known.metrics}
-        findings += compare(found, Result(known.loss, known.gradients, own_metrics), layout, rtol, rank())
-        findings += missing_metrics(found, known, layout, rank()) if loop is None else []
-    return [finding for own in all_gather_objects(findings) for finding in own]
+        first = result if first is None else first
+        # Metrics that only the caller's loop reports are compared with those of its first layout.
+        known_metrics = {**first.metrics, **known.metrics}
+        findings += compare(result, Result(known.loss, known.gradients, known_metrics), layout, rtol, rank())
+        findings += missing_metrics(result, known, layout, rank()) if loop is None else []
+    return [finding for rank_findings in all_gather_objects(findings) for finding in rank_findings]
 
 
 def _check_is_something(batch: Batch, cfg: BaseLossConfig) -> None:
     gradients = reference(_with_current(batch, cfg), cfg).gradients.values()
-    if not any(bool((own != 0).any()) for own in gradients):
-        raise ConfigError("all gradients of this batch are 0: there is nothing to compare; give another batch")
+    if not any(bool((gradient != 0).any()) for gradient in gradients):
+        raise ConfigError("all gradients of this batch are 0, so there is nothing to compare; pass another batch")
 
 
 def _with_current(batch: Batch, cfg: BaseLossConfig) -> Batch:
@@ -170,7 +170,7 @@ def _with_current(batch: Batch, cfg: BaseLossConfig) -> Batch:
 
 
 def _is_countable(cfg: BaseLossConfig, batch: Batch, layout: Layout) -> bool:
-    """Whether no micro-batch stays empty where empty sequences count: there it is a sequence more."""
+    """Whether no micro-batch stays empty if empty sequences count: there, it would count as a sequence."""
     counts_empty = getattr(getattr(cfg, "aggregation", None), "count_empty", False)
     return not counts_empty or layout.slots <= len(batch.row_lengths)
 

@@ -1,4 +1,4 @@
-"""What `assert_layout_invariant` is given, looked at before anything is run."""
+"""Check the arguments of `assert_layout_invariant` before anything runs."""
 
 from __future__ import annotations
 
@@ -15,65 +15,65 @@ def check_objects(loss_cfg: Any, batch: Any, loop: Any) -> None:
     """Raise unless they are a config, a batch or None, and a function or None.
 
     Raises:
-        ConfigError: one is something else; says what is allowed.
+        ConfigError: one of them is something else.
     """
     if not isinstance(loss_cfg, BaseLossConfig):
         raise ConfigError(
-            f"loss_cfg={_short(loss_cfg)} is no config of a loss; give an object such as "
-            "GRPOLossConfig(policy_loss_cfg={'loss_type': 'gspo'}), or CELossConfig()"
+            f"loss_cfg={_short(loss_cfg)} is not a loss config; pass e.g. "
+            "GRPOLossConfig(policy_loss_cfg={'loss_type': 'gspo'}) or CELossConfig()"
         )
     if batch is not None and not isinstance(batch, Batch):
         raise ConfigError(
-            f"batch={_short(batch)} is no toolkit.testing.Batch; make one with random_batch(loss_cfg), or leave it out"
+            f"batch={_short(batch)} is not a toolkit.testing.Batch; make one with random_batch(loss_cfg) or omit it"
         )
     if loop is not None and not callable(loop):
-        raise ConfigError(f"loop={_short(loop)} cannot be called; give a function, loop(part) -> (loss, metrics)")
+        raise ConfigError(f"loop={_short(loop)} is not callable; pass a function, loop(part) -> (loss, metrics)")
 
 
-def numbers_of(name: str, given: Any) -> tuple[int, ...]:
-    """Return counts of processes, micro-batches or shards as they are; one alone is taken, too.
+def numbers_of(name: str, value: Any) -> tuple[int, ...]:
+    """Return counts of processes, micro-batches or shards as a tuple; `value` is one count or several.
 
     Raises:
-        ConfigError: one is not a whole number above 0.
+        ConfigError: there is none, or one is not an integer of at least 1.
     """
-    found = _several(given)
-    if not found or any(not isinstance(own, int) or isinstance(own, bool) or own < 1 for own in found):
-        raise ConfigError(f"{name}={found} must hold whole numbers of at least 1, such as (1, 2)")
-    return found
+    numbers = _as_tuple(value)
+    if not numbers or any(not isinstance(number, int) or isinstance(number, bool) or number < 1 for number in numbers):
+        raise ConfigError(f"{name}={numbers} must be integers of at least 1, such as (1, 2)")
+    return numbers
 
 
-def flags_of(name: str, given: Any) -> tuple[bool, ...]:
-    """Return flags as they are; one alone is taken, too.
+def flags_of(name: str, value: Any) -> tuple[bool, ...]:
+    """Return flags as a tuple; `value` is one flag or several.
 
     Raises:
         ConfigError: there is none, or one is neither True nor False.
     """
-    found = _several(given)
-    if not found or any(not isinstance(own, bool) for own in found):
-        raise ConfigError(f"{name}={found} must be True, False or both: (False, True)")
-    return found
+    flags = _as_tuple(value)
+    if not flags or any(not isinstance(flag, bool) for flag in flags):
+        raise ConfigError(f"{name}={flags} must be True, False or both: (False, True)")
+    return flags
 
 
-def modes_of(given: Any, loss_cfg: BaseLossConfig) -> tuple[str, ...]:
-    """Return modes as they are; one alone is taken, too.
+def modes_of(value: Any, loss_cfg: BaseLossConfig) -> tuple[str, ...]:
+    """Return modes as a tuple; `value` is one mode or several.
 
     Raises:
         ConfigError: there is none, or the loss cannot be computed in one of them.
     """
-    found = _several(given)
-    if not found or any(not isinstance(own, str) for own in found):
-        raise ConfigError(f"modes={found} must be 'eager', 'chunk' or both: ('eager', 'chunk')")
-    for mode in found:
+    modes = _as_tuple(value)
+    if not modes or any(not isinstance(mode, str) for mode in modes):
+        raise ConfigError(f"modes={modes} must be 'eager', 'chunk' or both: ('eager', 'chunk')")
+    for mode in modes:
         in_mode(loss_cfg, mode)
-    return found
+    return modes
 
 
-def _several(given: Any) -> tuple[Any, ...]:
-    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping)):
-        return tuple(given)
-    return (given,)
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        return tuple(value)
+    return (value,)
 
 
 def _short(value: Any) -> str:
-    words = repr(value)
-    return words if len(words) <= 60 else f"{words[:57]}..."
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -24,17 +24,17 @@ from toolkit.testing.layout import NOWHERE, Layout, Part, part_of
 
 Loop = Callable[[Part], tuple[Any, Mapping[str, Any] | None]]
 """``loop(part) -> (loss, metrics)``: the loss of the whole step as the loop would log it (None: it logs none), and its
-metrics, mergeable ones or numbers, of the whole step too. Gradients stay on the leaves of the part."""
+metrics, mergeable ones or numbers, also of the whole step. Gradients stay on the leaves of the part."""
 HIDDEN, HEAD, BIAS = "gradient of the hidden states", "gradient of the head", "gradient of the head's bias"
 REFERENCE = Layout()
-"""What all others are compared with: one process, one batch, padded, eager."""
+"""The layout that all others are compared with: one process, one batch, padded, eager."""
 CHUNK = 3
-"""Tokens of a chunk in mode "chunk": less than a sequence, and it divides nothing."""
+"""Tokens of a chunk in mode "chunk": shorter than a sequence, and not a divisor of the usual lengths."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a layout gave."""
+    """The result of one layout."""
 
     loss: Tensor | None
     """0-dim float64."""
@@ -44,9 +44,9 @@ class Result:
 
 
 def toolkit_loop(part: Part) -> tuple[Tensor, dict[str, Metric]]:
-    """Run the loop of the documentation: one count for the step, a backward for each micro-batch, one reduction.
+    """Run the documented loop: one count for the step, a backward for each micro-batch, one reduction.
 
-    Example of a loop of one's own: this one, with the lines that differ changed.
+    To test your loop, copy this one and change the lines that differ.
     """
     cfg, context = part.loss_cfg, part.loss_cfg.loss_ctx_cls
     batches = context.build_batches_loss_kwargs(part.items, cfg, part.cu_seq_lens_list, part.sp_mesh)
@@ -68,7 +68,7 @@ class Meshes:
         self._known: dict[int, DeviceMesh] = {}
 
     def of(self, shards: int) -> DeviceMesh | None:
-        """Return the mesh of the processes that share a sequence with this one; None: nobody does."""
+        """Return the mesh of the processes that share a sequence with this one; None: there are no others."""
         if shards == 1:
             return None
         if shards not in self._known:
@@ -84,41 +84,41 @@ def in_mode(cfg: BaseLossConfig, mode: str) -> BaseLossConfig:
     Raises:
         ConfigError: the loss cannot be computed in this mode.
     """
-    given = {name: getattr(cfg, name) for name in type(cfg).model_fields if name in cfg.model_fields_set}
+    settings = {name: getattr(cfg, name) for name in type(cfg).model_fields if name in cfg.model_fields_set}
     size = min(cfg.chunk_size, CHUNK) if isinstance(cfg.chunk_size, int) else CHUNK
-    return type(cfg)(**{**given, "mode": mode, "chunk_size": size})
+    return type(cfg)(**{**settings, "mode": mode, "chunk_size": size})
 
 
 def evaluate(batch: Batch, cfg: BaseLossConfig, layout: Layout, loop: Loop, meshes: Meshes) -> Result:
-    """Return what `loop` makes of the step in this layout; all its processes must call it together.
+    """Run `loop` on the step in this layout and return its result; all processes must call it together.
 
     Raises:
-        ConfigError: the loop returned something else than a loss and metrics.
+        ConfigError: the loop did not return a loss and metrics.
     """
-    own_cfg = in_mode(cfg, layout.mode)
-    part = part_of(batch, own_cfg, layout, rank() // layout.sequence_parallel, meshes.of(layout.sequence_parallel))
+    mode_cfg = in_mode(cfg, layout.mode)
+    part = part_of(batch, mode_cfg, layout, rank() // layout.sequence_parallel, meshes.of(layout.sequence_parallel))
     returned = loop(part)
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise ConfigError(f"the loop returned {type(returned).__name__}; return (loss, metrics), either may be None")
     loss, metrics = returned
     if metrics is not None and not isinstance(metrics, Mapping):
-        raise ConfigError(f"the loop returned metrics of type {type(metrics).__name__}; give a dict by name, or None")
+        raise ConfigError(f"the loop returned metrics of type {type(metrics).__name__}; return a dict by name, or None")
     gradients = {HIDDEN: _hidden_gradient(batch, part), HEAD: _of(part.head_weight)}
     if part.head_bias is not None:
         gradients[BIAS] = _of(part.head_bias)
-    own_loss = None if loss is None else torch.tensor(_number("loss", loss), dtype=torch.float64)
-    return Result(own_loss, gradients, _numbers(metrics or {}))
+    loss_value = None if loss is None else torch.tensor(_number("loss", loss), dtype=torch.float64)
+    return Result(loss_value, gradients, _numbers(metrics or {}))
 
 
 def reference(batch: Batch, cfg: BaseLossConfig, layout: Layout = REFERENCE) -> Result:
-    """Return what the whole step gives in one process, in one batch, as if there were no process group."""
+    """Return the result of the step in one process and one batch, as if there were no process group."""
     with alone():
         return evaluate(batch, cfg, layout, toolkit_loop, Meshes())
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """As if there were no process group: whoever asks torch.distributed is told so."""
+    """Hide the process group: `torch.distributed.is_initialized` returns False."""
     kept = dist.is_initialized
     dist.is_initialized = lambda: False
     try:
@@ -132,14 +132,14 @@ def _of(leaf: Tensor) -> Tensor:
 
 
 def _hidden_gradient(batch: Batch, part: Part) -> Tensor:
-    """Return the gradient of every position of the step; over processes it adds up as a trunk's own would."""
+    """Return the gradient of every position of the step; it is reduced over processes like a trunk's gradient."""
     width = batch.hidden_states.shape[-1]
-    whole = torch.zeros(batch.hidden_states.shape, dtype=torch.float64, device=batch.hidden_states.device)
-    flat = whole.reshape(-1, width)
-    for leaf, place in zip(part.hidden_states, part.places, strict=True):
-        is_real = (place != NOWHERE).reshape(-1)
-        flat.index_add_(0, place.reshape(-1)[is_real], _of(leaf).double().reshape(-1, width)[is_real])
-    total = all_reduce_sum(whole)
+    full_gradient = torch.zeros(batch.hidden_states.shape, dtype=torch.float64, device=batch.hidden_states.device)
+    rows = full_gradient.reshape(-1, width)
+    for leaf, index in zip(part.hidden_states, part.flat_indices, strict=True):
+        is_real = (index != NOWHERE).reshape(-1)
+        rows.index_add_(0, index.reshape(-1)[is_real], _of(leaf).double().reshape(-1, width)[is_real])
+    total = all_reduce_sum(full_gradient)
     return total / world_size() if part.loss_cfg.gradient_reduction == "mean" else total
 
 
@@ -155,6 +155,6 @@ def _number(what: str, value: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
         raise ConfigError(
-            f"the {what} that the loop returned is of type {type(value).__name__}{shape}; give one number of the whole "
-            "step, or one of toolkit.metrics (Mean, Sum, Max, Min)"
+            f"the {what} that the loop returned is of type {type(value).__name__}{shape}; return one number for the "
+            "whole step, or one of toolkit.metrics (Mean, Sum, Max, Min)"
         ) from None

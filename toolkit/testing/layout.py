@@ -41,7 +41,7 @@ class Layout:
 
     @property
     def data_parallel(self) -> int:
-        """Processes (or teams of processes that share sequences) with data of their own."""
+        """Data shards: one for each process, or each team of processes that share sequences."""
         return self.processes // self.sequence_parallel
 
     @property
@@ -69,13 +69,16 @@ def layouts_of(
     packed: Iterable[bool],
     modes: Iterable[str],
 ) -> list[Layout]:
-    """Return every combination, simple ones first; shards that do not divide the processes are left out."""
-    found = [
+    """Return every combination, simple ones first; shards that do not divide the processes are skipped."""
+    layouts = [
         Layout(processes, number, shards, is_packed, mode)
         for shards, number, is_packed, mode in product(sequence_parallel, micro_batches, packed, modes)
         if processes % shards == 0
     ]
-    return sorted(found, key=lambda own: (own.sequence_parallel, own.micro_batches, own.is_packed, own.mode != "eager"))
+    return sorted(
+        layouts,
+        key=lambda layout: (layout.sequence_parallel, layout.micro_batches, layout.is_packed, layout.mode != "eager"),
+    )
 
 
 @dataclass(frozen=True)
@@ -90,22 +93,22 @@ class Part:
     items: list[Any]
     """One for each micro-batch; the shards of this process under sequence parallelism."""
     hidden_states: list[Tensor]
-    """[B, T, D] (packed [1, T, D]) of each micro-batch; leaves that ask for a gradient."""
+    """[B, T, D] (packed [1, T, D]) of each micro-batch; leaves that require a gradient."""
     head_weight: Tensor
     """[V, D], a leaf."""
     head_bias: Tensor | None
     """[V], a leaf."""
     cu_seq_lens_list: list[Tensor | None] | None
-    """[S + 1] boundaries of each packed row, over all shards of it; None: every row is a sequence."""
+    """[S + 1] boundaries of each packed row, over all its shards; None: every row is a sequence."""
     sp_mesh: DeviceMesh | None
     """The processes that share a sequence with this one."""
-    places: list[Tensor] = field(default_factory=list, repr=False)
-    """For each micro-batch the place of every position in the whole batch, flattened; `NOWHERE` for padding."""
+    flat_indices: list[Tensor] = field(default_factory=list, repr=False)
+    """For each micro-batch the index of every position in the flattened full batch; `NOWHERE` for padding."""
 
     def reduce_gradients(self) -> None:
-        """Do what a back-end does after the last backward: average the head's gradients over processes, or add them.
+        """Average or sum the head's gradients over processes, as a back-end does after the last backward.
 
-        As ``loss_cfg.gradient_reduction`` says; DDP and FSDP average. Leave it out in a loop whose own wrapper does it.
+        ``loss_cfg.gradient_reduction`` says which; DDP and FSDP average. Do not call it if a wrapper already does this.
         """
         for leaf in (self.head_weight, self.head_bias):
             if leaf is None:
@@ -121,52 +124,52 @@ def part_of(batch: Batch, cfg: BaseLossConfig, layout: Layout, team: int, sp_mes
     """Return what a process holds.
 
     Args:
-        batch: the whole step.
+        batch: all rows of the step.
         cfg: of the loss, in the mode of the layout.
         layout: how the step is spread.
         team: which of ``layout.data_parallel`` shares is this process's.
         sp_mesh: the processes that share it.
     """
     rows_of_slots = _slots(batch, cfg, layout)
-    own = rows_of_slots[team * layout.micro_batches : (team + 1) * layout.micro_batches]
-    items, states, bounds, places = [], [], [], []
-    for rows in own:
-        item, hidden, place, edges = _micro_batch(batch, cfg, rows, is_packed=layout.is_packed)
+    rows_of_batches = rows_of_slots[team * layout.micro_batches : (team + 1) * layout.micro_batches]
+    items, states, bounds, flat_indices = [], [], [], []
+    for rows in rows_of_batches:
+        item, hidden, index, edges = _micro_batch(batch, cfg, rows, is_packed=layout.is_packed)
         if sp_mesh is not None:
             item = item.sp_split(sp_mesh, ignore_idx=cfg.ignore_idx)
             hidden = sp_split(hidden, sp_mesh, dim=-2, pad=batch.garbage)
-            place = sp_split(place, sp_mesh, pad=NOWHERE)
+            index = sp_split(index, sp_mesh, pad=NOWHERE)
         items.append(item)
         states.append(hidden.clone().requires_grad_())
         bounds.append(edges)
-        places.append(place)
+        flat_indices.append(index)
     bias = None if batch.head_bias is None else batch.head_bias.detach().clone().requires_grad_()
     weight = batch.head_weight.detach().clone().requires_grad_()
-    return Part(cfg, items, states, weight, bias, bounds if layout.is_packed else None, sp_mesh, places)
+    return Part(cfg, items, states, weight, bias, bounds if layout.is_packed else None, sp_mesh, flat_indices)
 
 
-def needs_whole_groups(cfg: BaseLossConfig, item: LossContextInputItem) -> bool:
-    """Whether the sequences of a prompt must lie in one micro-batch: the loss compares them and has no second pass."""
+def needs_complete_groups(cfg: BaseLossConfig, item: LossContextInputItem) -> bool:
+    """Whether the sequences of a prompt must be in one micro-batch: the loss compares them and has no second pass."""
     is_wide = isinstance(cfg, BaseRLLossConfig) and cfg.policy.scope == "group"
     return is_wide and getattr(item, "current_logprobs", None) is None
 
 
 def _slots(batch: Batch, cfg: BaseLossConfig, layout: Layout) -> list[list[int]]:
-    """Spread the rows unevenly over all micro-batches, the same way whenever it is asked for; some may stay empty."""
+    """Spread the rows unevenly over all micro-batches, the same way on every call; some may stay empty."""
     groups = getattr(batch.item, "group_ids", None)
     rows = list(range(len(batch.row_lengths)))
-    if groups is not None and needs_whole_groups(cfg, batch.item):
-        units = [[row for row in rows if int(groups[row, 0]) == own] for own in groups[:, 0].unique().tolist()]
+    if groups is not None and needs_complete_groups(cfg, batch.item):
+        units = [[row for row in rows if int(groups[row, 0]) == group] for group in groups[:, 0].unique().tolist()]
     else:
         units = [[row] for row in rows]
     draw = torch.Generator().manual_seed(1000 * layout.processes + 10 * layout.micro_batches + layout.is_packed)
     if getattr(getattr(cfg, "aggregation", None), "count_empty", False):
-        chosen = [number % layout.slots for number in range(len(units))]  # an idle micro-batch would be counted
+        unit_slots = [number % layout.slots for number in range(len(units))]  # an idle micro-batch would be counted
     else:
-        chosen = torch.randint(0, layout.slots, (len(units),), generator=draw).tolist()
-        chosen[0], chosen[-1] = layout.slots - 1, 0  # never all in one, and not in order
+        unit_slots = torch.randint(0, layout.slots, (len(units),), generator=draw).tolist()
+        unit_slots[0], unit_slots[-1] = layout.slots - 1, 0  # never all in one, and not in order
     return [
-        [row for unit, own in zip(units, chosen, strict=True) if own == slot for row in unit]
+        [row for unit, unit_slot in zip(units, unit_slots, strict=True) if unit_slot == slot for row in unit]
         for slot in range(layout.slots)
     ]
 
@@ -174,23 +177,23 @@ def _slots(batch: Batch, cfg: BaseLossConfig, layout: Layout) -> list[list[int]]
 def _micro_batch(
     batch: Batch, cfg: BaseLossConfig, rows: Sequence[int], *, is_packed: bool
 ) -> tuple[LossContextInputItem, Tensor, Tensor, Tensor | None]:
-    """Return item, hidden states, places and boundaries of some rows; without any: of two positions of nothing."""
+    """Return item, hidden states, indices and boundaries of some rows; without rows: two positions of padding."""
     item, width = batch.item, batch.item.shifted_labels.shape[1]
-    everywhere = torch.arange(item.shifted_labels.numel()).reshape(item.shifted_labels.shape)
-    everywhere = everywhere.to(item.shifted_labels.device)
+    full_index = torch.arange(item.shifted_labels.numel()).reshape(item.shifted_labels.shape)
+    full_index = full_index.to(item.shifted_labels.device)
     if not rows:
-        return _idle(batch, cfg, everywhere, is_packed=is_packed)
-    own = torch.tensor(list(rows), device=everywhere.device)
+        return _idle(batch, cfg, full_index, is_packed=is_packed)
+    row_index = torch.tensor(list(rows), device=full_index.device)
     if not is_packed:
         width = max(1, *(batch.row_lengths[row] for row in rows))
 
         def taken(value: Tensor, axis: int) -> Tensor:
-            return value.index_select(0, own).narrow(axis, 0, width)
+            return value.index_select(0, row_index).narrow(axis, 0, width)
 
         edges = None
     else:
         lengths = [batch.row_lengths[row] for row in rows]
-        edges = torch.tensor([0, *lengths], device=everywhere.device).cumsum(0)
+        edges = torch.tensor([0, *lengths], device=full_index.device).cumsum(0)
 
         def taken(value: Tensor, axis: int) -> Tensor:
             pieces = [value[row : row + 1].narrow(axis, 0, n) for row, n in zip(rows, lengths, strict=True)]
@@ -199,28 +202,28 @@ def _micro_batch(
     changes = {
         name: taken(value, axis) for name, value in item.tensors() if (axis := token_axis(item, name)) is not None
     }
-    return item.replace(**changes), taken(batch.hidden_states.detach(), -2), taken(everywhere, -1), edges
+    return item.replace(**changes), taken(batch.hidden_states.detach(), -2), taken(full_index, -1), edges
 
 
 def _idle(
-    batch: Batch, cfg: BaseLossConfig, everywhere: Tensor, *, is_packed: bool
+    batch: Batch, cfg: BaseLossConfig, full_index: Tensor, *, is_packed: bool
 ) -> tuple[LossContextInputItem, Tensor, Tensor, Tensor | None]:
-    """Return a micro-batch in which nothing is scored, as a process without work of its own has."""
+    """Return a micro-batch in which nothing is scored, as on a process without data."""
     changes: dict[str, Tensor] = {}
     for name, value in batch.item.tensors():
         axis = token_axis(batch.item, name)
         if axis is not None:
-            own = value[:1].narrow(axis, 0, 2)
+            piece = value[:1].narrow(axis, 0, 2)
             filling = {"shifted_labels": cfg.ignore_idx}.get(name, batch.garbage)
             changes[name] = (
-                torch.full_like(own, filling) if own.is_floating_point() or name == "shifted_labels" else own
+                torch.full_like(piece, filling) if piece.is_floating_point() or name == "shifted_labels" else piece
             )
     hidden = torch.full_like(batch.hidden_states[:1, :2].detach(), batch.garbage)
-    edges = torch.tensor([0, 2], device=everywhere.device) if is_packed else None
-    return batch.item.replace(**changes), hidden, torch.full_like(everywhere[:1, :2], NOWHERE), edges
+    edges = torch.tensor([0, 2], device=full_index.device) if is_packed else None
+    return batch.item.replace(**changes), hidden, torch.full_like(full_index[:1, :2], NOWHERE), edges
 
 
 def token_axis(item: LossContextInputItem, name: str) -> int | None:
-    """Return the axis of the tokens of a field, counted from the end; None: the field belongs to all tokens alike."""
+    """Return the axis of the tokens of a field, counted from the end; None: the field is not per token."""
     mark = item.layout(name)
     return mark.dim if isinstance(mark, PerToken) else None

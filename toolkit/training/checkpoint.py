@@ -1,4 +1,4 @@
-"""Checkpoints: weights (safetensors), optimizer, random state and step, written so that a crash leaves a whole one."""
+"""Checkpoints: weights (safetensors), optimizer, random state and step; a crash while writing keeps a complete one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, first_line
 from toolkit.training.full_state import full_optimizer_state, load_full_optimizer_state, save_weights
 from toolkit.training.full_state import load_weights as read_weights
 from toolkit.training.phase import Phase
@@ -26,7 +26,7 @@ def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: di
         output_dir: of the run; the checkpoint goes to its folder ``checkpoint``.
         trainer: holds the weights.
         phase: the phase under way.
-        record: further JSON values to find again at resume.
+        record: further JSON values to restore at resume.
     """
     fresh, final = output_dir / f"{CHECKPOINT}.writing", output_dir / CHECKPOINT
     if trainer.accelerator.is_main_process:
@@ -76,8 +76,8 @@ def load_weights(folder: Path, trainer: Trainer) -> None:
         read_weights(trainer.policy, str(folder / "model.safetensors"))
     except RuntimeError as error:
         raise ConfigError(
-            f"training.resume: the weights in {folder} are not those of model={type(trainer.config.model).__name__} "
-            f"with these settings ({str(error).splitlines()[0]}); resume with the settings of the first run"
+            f"training.resume: the weights in {folder} do not fit model={type(trainer.config.model).__name__} with "
+            f"these settings ({first_line(error)}); resume with the settings of the first run"
         ) from None
 
 
@@ -85,7 +85,7 @@ def load_reference(folder: Path, trainer: Trainer) -> None:
     """Load the reference policy's weights, if the run has one.
 
     Raises:
-        ConfigError: the checkpoint has none: the policy as it is now is not what the earlier steps were held to.
+        ConfigError: the checkpoint has none, and the current policy is not the reference of the earlier steps.
     """
     if trainer.reference is not None:
         if not (folder / "reference.safetensors").is_file():
@@ -94,7 +94,7 @@ def load_reference(folder: Path, trainer: Trainer) -> None:
 
 
 def load_phase(folder: Path, state: dict[str, Any], phase: Phase, trainer: Trainer) -> None:
-    """Put optimizer, schedule, random state and step of `phase` back."""
+    """Restore optimizer, schedule, random state and step of `phase`."""
     stored = torch.load(folder / "state.pt", weights_only=True)
     load_full_optimizer_state(trainer.policy, phase.optimizer, stored["optimizer"])
     if phase.optimizer.scaler is not None and stored.get("scaler") is not None:

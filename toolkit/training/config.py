@@ -22,25 +22,25 @@ Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TRAINING_HAS = ("lengths", "mask")
-"""What the training command gives to an advantage estimator beside rewards and groups."""
+"""What the training command gives to an advantage estimator besides rewards and groups."""
 
 
 class AdvantageConfig(Config):
-    """From rewards to advantages: a registered estimator, its options beside it or in `options`."""
+    """From rewards to advantages: a registered estimator, with its options next to it or in `options`."""
 
     estimator: str = "grpo"
     """Name of the estimator."""
     options: Mapping[str, Any] = Field(default_factory=dict, validate_default=True)
-    """All options of the estimator; those that are not given have its defaults."""
+    """All options of the estimator; those not set have its defaults."""
 
     @model_validator(mode="before")
     @classmethod
-    def _check_options(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        beside = {name: value for name, value in given.items() if name not in cls.model_fields}
-        name = given.get("estimator", cls.model_fields["estimator"].default)
-        options = advantage(name).options({**(given.get("options") or {}), **beside})
+    def _check_options(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        beside = {name: value for name, value in settings.items() if name not in cls.model_fields}
+        name = settings.get("estimator", cls.model_fields["estimator"].default)
+        options = advantage(name).options({**(settings.get("options") or {}), **beside})
         return {"estimator": name, "options": options}
 
     @field_validator("options", mode="after")
@@ -49,7 +49,7 @@ class AdvantageConfig(Config):
         return FrozenDict(options)
 
     def compute(self, terms: RewardTerms) -> Tensor:
-        """Return the advantages of `terms`: [S] one per sequence, or [S, T] one per token, as the estimator has them.
+        """Return the advantages of `terms`: [S] one per sequence, or [S, T] one per token, by the estimator's level.
 
         Raises:
             DataError: `terms` lacks a field that the estimator needs.
@@ -60,27 +60,27 @@ class AdvantageConfig(Config):
         """Raise if the training command cannot serve the estimator.
 
         Raises:
-            ConfigError: it needs what a run has not got, or several completions of each prompt and there is one.
+            ConfigError: it needs fields that a run does not have, or several completions per prompt, but there is one.
         """
-        found = advantage(self.estimator)
-        missing = [need for need in found.needs if need not in TRAINING_HAS]
+        estimator = advantage(self.estimator)
+        missing = [need for need in estimator.needs if need not in TRAINING_HAS]
         if missing:
             raise ConfigError(
-                f"advantage={self.estimator} needs {listed(missing, 'and')}, which the training command has not got; "
-                f"choose {listed(_served())}, or call it in a loop of your own (toolkit.functional.advantages)"
+                f"advantage={self.estimator} needs {listed(missing, 'and')}, which the training command does not "
+                f"provide; choose {listed(_served())}, or call it in your training loop (toolkit.functional.advantages)"
             )
-        if group_size == 1 and found.within_group:
+        if group_size == 1 and estimator.within_group:
             raise ConfigError(
                 f"advantage={self.estimator} compares the completions of one prompt, but rollout.group_size=1 leaves "
-                "nothing to compare: every advantage would be 0; set rollout.group_size=2 or more, or take "
-                f"advantage={' or '.join(_served(lambda one: not one.within_group))}"
+                "nothing to compare: every advantage would be 0; set rollout.group_size=2 or more, or choose "
+                f"advantage={' or '.join(_served(lambda estimator: not estimator.within_group))}"
             )
 
 
-def _served(wanted: Callable[[Advantage], bool] = lambda one: True) -> list[str]:
-    """Return the estimators that need no more than a run has got."""
-    found = [advantage(name) for name in advantage_names()]
-    return [one.name for one in found if set(one.needs) <= set(TRAINING_HAS) and wanted(one)]
+def _served(is_wanted: Callable[[Advantage], bool] = lambda _: True) -> list[str]:
+    """Return the estimators that need only what a run has."""
+    estimators = [advantage(name) for name in advantage_names()]
+    return [e.name for e in estimators if set(e.needs) <= set(TRAINING_HAS) and is_wanted(e)]
 
 
 class KLControlConfig(Config):
@@ -113,22 +113,22 @@ class SchedulerConfig(Config):
     """Learning rate over the updates of the main phase."""
 
     shape: Literal["linear", "cosine", "constant"] = "linear"
-    """How it falls."""
+    """How the learning rate falls."""
     warmup_updates: Count = 0
-    """Updates of linear rise from 0."""
+    """Updates over which it rises linearly from 0."""
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Learning rate after the last update over the peak; without meaning for constant."""
+    """Learning rate after the last update over the peak; not used by constant."""
 
 
 class WarmupConfig(Config):
-    """Supervised learning from demonstrations with the toolkit's own cross-entropy: the phase before RL."""
+    """Supervised learning from demonstrations with the toolkit's cross-entropy: the phase before RL."""
 
     steps: Count = 300
-    """At most so many optimizer steps; 0 leaves the phase out."""
+    """Most optimizer steps of the phase; 0 skips it."""
     stop_accuracy: Annotated[float, Field(gt=0, le=1)] | None = 0.35
     """End the phase when this greedy accuracy is reached on training prompts; None: after `steps`."""
     batch_size: Positive = 64
-    """Demonstrations in a step, over all processes; also with loss=ce in the main phase."""
+    """Demonstrations per step, over all processes; also with loss=ce in the main phase."""
     lr: Rate = 2e-3
     """Learning rate, constant after a rise over 10 updates."""
 
@@ -139,15 +139,15 @@ class TrainingConfig(Config):
     steps: Count = 80
     """Rollouts in the RL phase (batches of demonstrations with loss=ce)."""
     minibatches: Positive = 4
-    """Optimizer steps for each rollout; more than 1 makes the later ones off-policy, which the clipping is for."""
+    """Optimizer steps per rollout; after the first one they are off-policy, which the clipping is for."""
     micro_batch_size: Positive = 1024
-    """Sequences in one forward on one process; the loss does not depend on it."""
+    """Sequences per forward on one process; the loss does not depend on it."""
     checkpoint_every: Count = 0
     """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
     log_every: Positive = 10
     """Steps between progress lines when the output is not a terminal."""
     resume: str | None = None
-    """Output directory of an earlier run to go on from."""
+    """Output directory of an earlier run to continue."""
     num_processes: Positive | None = None
     """Processes that must work together; None: as many as the launcher started."""
     device: Literal["auto", "cpu"] = "auto"
@@ -155,8 +155,8 @@ class TrainingConfig(Config):
     sharding: Literal["none", "fsdp2"] = "none"
     """none: every process holds all weights (DDP); fsdp2: each holds its share of them (PyTorch's fully_shard)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Forward under autocast, weights and optimizer in the model's own dtype; fp16 with a loss scale, on a GPU only.
-    None: as the launcher says, otherwise no."""
+    """Forward under autocast, weights and optimizer in the model's dtype; fp16 with a loss scale, on a GPU only.
+    None: the launcher's setting, otherwise no."""
     timeout_s: Positive = 600
     """Seconds that a process waits for the others in a collective before the run ends."""
 

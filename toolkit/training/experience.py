@@ -1,6 +1,6 @@
-"""Rows of text with what a loss needs of each token; made from rollouts or from labelled answers.
+"""Rows of text with the per-token fields of a loss; made from rollouts or from labelled answers.
 
-Legend: R rows, T tokens of a row; per-token fields have T - 1 positions, position t speaking of token t + 1.
+Legend: R rows, T tokens of a row; per-token fields have T - 1 positions; position t is about token t + 1.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ class Rows:
         return replace(self, **parts)
 
     def split(self, size: int, number: int | None = None) -> list[Rows]:
-        """Cut into consecutive pieces of at most `size` rows; silent ones follow where there are fewer than `number`.
+        """Cut into consecutive pieces of at most `size` rows, padded with pieces that score nothing up to `number`.
 
-        Every forward is a collective under DDP, so that all processes need as many.
+        Every forward is a collective under DDP, so all processes need the same number.
         """
         pieces = [self.select(slice(start, start + size)) for start in range(0, len(self), size)]
-        return pieces + [self.silenced()] * ((number or 0) - len(pieces))
+        return pieces + [self.unscored_row()] * ((number or 0) - len(pieces))
 
-    def silenced(self) -> Rows:
-        """Return one row of the same fields with nothing to score; there need not be any row to begin with."""
+    def unscored_row(self) -> Rows:
+        """Return one row with the same fields and nothing to score, even if there are no rows."""
         parts = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        # Attention to nothing at all would be NaN, which reaches the weights even with a gradient of 0.
+        # Attention over no tokens would be NaN, which reaches the weights even with a gradient of 0.
         fill = {"attention_mask": 1, "shifted_labels": IGNORED, "group_ids": NO_GROUP}
-        silent: dict[str, Any] = {
+        unscored: dict[str, Any] = {
             name: value.new_full((1, *value.shape[1:]), fill.get(name, 0)) for name, value in parts.items()
         }
-        return replace(self, **silent)
+        return replace(self, **unscored)
 
     def item(self, ignore_idx: int) -> LossContextInputItem:
         """Return the input item of a loss: a policy loss's when there are advantages, else cross-entropy's."""
@@ -109,7 +109,7 @@ def rows_from_completions(
 
 
 def reward_terms(rewards: Tensor, completions: Completions) -> RewardTerms:
-    """Return what an advantage estimator gets to see of completions, on the CPU.
+    """Return what an advantage estimator sees of completions, on the CPU.
 
     Args:
         rewards: [P, G] of G completions of each of P prompts.
@@ -121,8 +121,8 @@ def reward_terms(rewards: Tensor, completions: Completions) -> RewardTerms:
 
 
 def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
-    """Return the bundle of several processes in their order: no group is shared by two, short rows are padded."""
-    width = max(part.given("mask").shape[1] for part in parts)
+    """Concatenate the terms of several processes in order; their groups stay separate, short rows are padded."""
+    width = max(part.require("mask").shape[1] for part in parts)
     first_group, groups = 0, []
     for part in parts:
         groups.append(part.group_ids + first_group)
@@ -130,13 +130,13 @@ def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
     return RewardTerms(
         rewards=torch.cat([part.rewards for part in parts]),
         group_ids=torch.cat(groups),
-        lengths=torch.cat([part.given("lengths") for part in parts]),
-        mask=torch.cat([pad(part.given("mask"), (0, width - part.given("mask").shape[1])) for part in parts]),
+        lengths=torch.cat([part.require("lengths") for part in parts]),
+        mask=torch.cat([pad(part.require("mask"), (0, width - part.require("mask").shape[1])) for part in parts]),
     )
 
 
 def rows_from_answers(examples: Sequence[Example], tokenizer: Any, device: torch.device) -> Rows:
-    """Turn prompts and reference answers, perhaps none, into rows that score the answer and the end of the text."""
+    """Turn prompts and reference answers (or none) into rows that score the answer and the end of the text."""
     prompts = [tokenizer(example.prompt, add_special_tokens=False)["input_ids"] for example in examples]
     answers = [
         [*tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -1,6 +1,6 @@
-"""Weights and optimizer state as a whole, whatever layout holds them: for checkpoints that every layout can read.
+"""Unsharded weights and optimizer state, for checkpoints that every layout can read.
 
-Under ``fully_shard`` they are gathered for rank 0, and spread from there; otherwise every rank has them anyway.
+Under ``fully_shard`` they are gathered on rank 0 and distributed from there; otherwise every rank has them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from toolkit.distributed import rank
 from toolkit.errors import ConfigError
-from toolkit.training.sharding import is_sharded, own_parameters, unwrapped
+from toolkit.training.sharding import is_sharded, local_parameters, unwrapped
 
 
 def full_state_dict(policy: Any) -> dict[str, Any]:
-    """Return the whole weights on the CPU, under the names that an unsharded policy has; all ranks must call it.
+    """Return the full weights on the CPU, under the names that an unsharded policy has; all ranks must call it.
 
     Under FSDP 2 they are on rank 0 alone; the others get an empty dict.
     """
@@ -35,7 +35,7 @@ def full_state_dict(policy: Any) -> dict[str, Any]:
 
 
 def load_full_state_dict(policy: Any, state: dict[str, Any]) -> None:
-    """Load whole weights, as `full_state_dict` gives them; under FSDP 2 only rank 0's `state` is read.
+    """Load full weights, as `full_state_dict` returns them; under FSDP 2 only rank 0's `state` is read.
 
     Raises:
         RuntimeError: names or shapes are not those of the policy.
@@ -49,7 +49,7 @@ def load_full_state_dict(policy: Any, state: dict[str, Any]) -> None:
 
 
 def full_optimizer_state(policy: Any, optimizer: Any) -> dict[str, Any]:
-    """Return the whole state as ``optimizer.state_dict()`` has it unsharded; all ranks must call it.
+    """Return the full state as ``optimizer.state_dict()`` of an unsharded policy; all ranks must call it.
 
     Under FSDP 2 it is on rank 0 alone; the others get an empty dict.
 
@@ -66,7 +66,7 @@ def full_optimizer_state(policy: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def load_full_optimizer_state(policy: Any, optimizer: Any, state: dict[str, Any]) -> None:
-    """Load what `full_optimizer_state` gave, sharded or not; under FSDP 2 only rank 0's `state` is read."""
+    """Load what `full_optimizer_state` returned, sharded or not; under FSDP 2 only rank 0's `state` is read."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if not is_sharded(policy):
         inner.load_state_dict(state)
@@ -78,7 +78,7 @@ def load_full_optimizer_state(policy: Any, optimizer: Any, state: dict[str, Any]
 
 
 def _names(policy: Any, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return the names of the optimizer's parameters, in its own order; all must be the policy's."""
+    """Return the names of the optimizer's parameters, in its order; all must belong to the policy."""
     check_optimizer(policy, optimizer)
     name_of = {id(parameter): name for name, parameter in policy.named_parameters()}
     return [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
@@ -90,7 +90,7 @@ def _keyed(state: dict[str, Any], key_of: dict[Any, Any]) -> dict[str, Any]:
 
 
 def save_weights(policy: Any, path: str) -> None:
-    """Write the whole weights as safetensors, from rank 0; all ranks must call it.
+    """Write the full weights as safetensors, from rank 0; all ranks must call it.
 
     The file is that of an unsharded policy (``safetensors.torch.save_model``): either can load what the other wrote.
     """
@@ -107,7 +107,7 @@ def save_weights(policy: Any, path: str) -> None:
 
 
 def load_weights(policy: Any, path: str) -> None:
-    """Load the whole weights from a file of `save_weights`; all ranks must call it, rank 0 reads.
+    """Load the full weights from a file of `save_weights`; all ranks must call it, rank 0 reads.
 
     Raises:
         RuntimeError: names or shapes are not those of the policy.
@@ -125,17 +125,17 @@ def load_weights(policy: Any, path: str) -> None:
 
 
 def check_optimizer(policy: Any, optimizer: Any) -> None:
-    """Stop if the optimizer would move other tensors than the policy's parameters; between steps, not inside of one.
+    """Raise if the optimizer updates tensors that are not the policy's parameters; call it between steps.
 
     Raises:
-        ConfigError: it was made before `prepare_policy`, or from weights that a forward had gathered.
+        ConfigError: it was created before `prepare_policy`, or from weights that a forward had gathered.
     """
-    own = {id(parameter) for parameter in own_parameters(policy)}
+    parameter_ids = {id(parameter) for parameter in local_parameters(policy)}
     groups = getattr(optimizer, "optimizer", optimizer).param_groups  # accelerate's wrapper
-    foreign = [parameter for group in groups for parameter in group["params"] if id(parameter) not in own]
+    foreign = [parameter for group in groups for parameter in group["params"] if id(parameter) not in parameter_ids]
     if foreign:
         raise ConfigError(
-            f"{len(foreign)} tensors of the optimizer are no parameters of the policy (the first: "
-            f"{list(foreign[0].shape)}), so that what it does to them is lost; make it after prepare_policy and "
-            "outside of a step, from toolkit.training.sharding.own_parameters(policy)"
+            f"{len(foreign)} tensors of the optimizer are not parameters of the policy (the first: "
+            f"{list(foreign[0].shape)}), so their updates would be lost; create it after prepare_policy and outside of "
+            "a step, from toolkit.training.sharding.local_parameters(policy)"
         )

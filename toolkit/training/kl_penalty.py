@@ -1,4 +1,4 @@
-"""KL(policy || reference) in the training loop: taken off rewards, and a coefficient that follows a target."""
+"""KL(policy || reference) in the training loop: subtracted from rewards, with a coefficient that follows a target."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class KLPenalty:
         return self.control.reward_coef if self.controller is None else self.controller.coef
 
     def loss_config(self, loss_cfg: BaseLossConfig) -> BaseLossConfig:
-        """Return the config of the loss with the coefficient that it has now."""
+        """Return the config of the loss with its current coefficient."""
         is_steered = self.controller is not None and self.control.reward_type is None
         if self.controller is None or not is_steered or not isinstance(loss_cfg, BaseRLLossConfig):
             return loss_cfg
@@ -49,11 +49,11 @@ class KLPenalty:
             rewards: [P, G] on the CPU, of P x G completions.
             logprobs: [P x G, T] log-probabilities of the policy that sampled.
             ref_logprobs: [P x G, T] those of the reference.
-            is_scored: [P x G, T] bool; elsewhere both may be anything.
+            is_scored: [P x G, T] bool; other positions may hold anything.
         """
         assert self.control.reward_type is not None
-        own, ref = (values.where(is_scored, 0.0).double() for values in (logprobs, ref_logprobs))
-        kl = kl_estimate(own, ref, self.control.reward_type).where(is_scored, 0.0).sum(-1).cpu()
+        logprobs, ref_logprobs = (values.where(is_scored, 0.0).double() for values in (logprobs, ref_logprobs))
+        kl = kl_estimate(logprobs, ref_logprobs, self.control.reward_type).where(is_scored, 0.0).sum(-1).cpu()
         penalised = rewards - self.reward_coef * kl.to(rewards.dtype).view(rewards.shape)
         return penalised, {"kl_completion": Mean.of(kl), "reward_with_kl": Mean.of(penalised)}
 

@@ -1,7 +1,7 @@
-"""Who does what: the one place that knows of process numbers, so that a run is the same on any number of processes.
+"""How work is divided over processes, so a run is the same on any number of them.
 
-Prompts are dealt out in consecutive shares: process after process, they are in the order of one process. Minibatches
-are cut from the rows of all processes at once; each process takes its own rows of a minibatch, perhaps none.
+Prompts are divided into consecutive shares: process after process, they are in the order of a single process.
+Minibatches are cut from the rows of all processes at once; each process takes its rows of a minibatch, perhaps none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def share_of(number: int, rank: int, num_processes: int) -> slice:
-    """Return which of `number` things in a row are those of process `rank`; sizes differ by 1 at most."""
+    """Return the slice of `number` consecutive items that process `rank` takes; sizes differ by 1 at most."""
     return slice(rank * number // num_processes, (rank + 1) * number // num_processes)
 
 
@@ -28,8 +28,8 @@ def largest_share(number: int, num_processes: int) -> int:
 class Minibatch:
     """The rows of one optimizer step."""
 
-    own: Tensor
-    """[n] int64, numbers of this process's rows among all it has."""
+    local_rows: Tensor
+    """[n] int64, indices into the rows of this process."""
     largest: int
     """Rows of the process that has most of them."""
 
@@ -40,7 +40,7 @@ def minibatches(rows_of: Sequence[int], rank: int, number: int, rng: Random, *, 
     Args:
         rows_of: for each process, how many rows it has.
         rank: this process.
-        number: minibatches; their sizes differ by `unit` at most.
+        number: of minibatches; their sizes differ by `unit` at most.
         rng: equal on all processes.
         unit: rows that stay together, side by side on one process: the completions of a prompt.
     """
@@ -48,11 +48,11 @@ def minibatches(rows_of: Sequence[int], rank: int, number: int, rng: Random, *, 
     ends = torch.tensor(rows_of).cumsum(0)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     firsts = torch.randperm(total // unit, generator=generator).unsqueeze(-1) * unit
-    found = []
+    batches = []
     for part in (firsts + torch.arange(unit)).tensor_split(number):
         rows = part.flatten()
         owner = torch.bucketize(rows, ends, right=True)
         sizes = torch.bincount(owner, minlength=len(rows_of))
-        own = rows[owner == rank] - (int(ends[rank]) - rows_of[rank])
-        found.append(Minibatch(own, int(sizes.max())))
-    return found
+        local_rows = rows[owner == rank] - (int(ends[rank]) - rows_of[rank])
+        batches.append(Minibatch(local_rows, int(sizes.max())))
+    return batches

@@ -12,7 +12,7 @@ from toolkit.training.config import SchedulerConfig
 
 @dataclass
 class Phase:
-    """A sequence of steps with its own optimizer and learning-rate schedule."""
+    """A sequence of steps with one optimizer and one learning-rate schedule."""
 
     name: str
     num_steps: int

@@ -1,14 +1,14 @@
-"""Start-up check of the gradient's scale: a known gradient goes through the loop, and must come out as it is.
+"""Start-up check of the gradient's scale: a known gradient goes through the loop and must come out unchanged.
 
 Between a loss and the gradient that the optimizer reads, wrappers average or sum over processes, launchers divide by
-accumulation steps, and scalers multiply. None of them says so. The probe sends the toolkit's own calibrated loss of a
-module with one parameter the same way, and compares.
+accumulation steps, and scalers multiply, all silently. The probe sends the toolkit's calibrated loss of a module with
+one parameter the same way, and compares.
 
 The module's loss is a cross-entropy over tokens that are spread unevenly over ranks and micro-batches. Each token's
-hidden state marks where it is from (micro-batch, even or odd place among the ranks), so that the gradient tells the
-factor of each place apart: that is how a mean of means, or a gradient that was never exchanged, is told from a factor.
+hidden state marks its origin (micro-batch, even or odd rank), so the gradient shows the factor of each origin. This
+distinguishes a mean of means, or a gradient that was never exchanged, from a constant factor.
 
-Legend: R ranks, M micro-batches, P = 2 M places, N tokens in all.
+Legend: R ranks, M micro-batches, P = 2 M origins, N tokens in all.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from toolkit.losses.items import CELossContextInputItem
 from toolkit.metrics import Max
 
 FIRST = (3, 1)
-"""Tokens of the micro-batches before the last; three in all, so that M is not the usual number of processes."""
+"""Tokens of the micro-batches before the last; three in all, so M is not the usual number of processes."""
 MEAN_TOKENS = 16
-"""Tokens of a rank on average: a power of two, so that weights are exact in any dtype."""
+"""Tokens of a rank on average: a power of two, so weights are exact in any dtype."""
 UNEVEN = 8
-"""Tokens that a rank at an even place has more, and its neighbour less."""
+"""Tokens that an even rank has above the mean, and its odd neighbour below it."""
 MARK = 1 / 16
-"""Hidden states; small, so that gradients in half precision stand the usual loss scale of 65,536."""
+"""Hidden states; small, so gradients in half precision stay finite at the usual loss scale of 65,536."""
 TOLERANCE = 1e-6
 """Of the factor, in fp32: sums of at most 24 numbers, then a mean over ranks."""
 IGNORED = -100
 
 
 class ProbeModule(nn.Module):
-    """A head whose weights are all 0, and its loss inside the forward, as the policy has it."""
+    """A head whose weights are all 0, with the loss inside the forward, as in the policy."""
 
-    def __init__(self, num_places: int) -> None:
+    def __init__(self, num_origins: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2, num_places))
+        self.weight = nn.Parameter(torch.zeros(2, num_origins))
 
     def forward(self, hidden: Tensor, context: Any) -> Tensor:
         """Return the loss of `context`."""
@@ -59,10 +59,10 @@ class Batch(NamedTuple):
     """What one rank sees of the probe's data."""
 
     hidden: list[Tensor]
-    """[1, T, P] for each micro-batch: `MARK` at the token's place."""
+    """[1, T, P] for each micro-batch: `MARK` at the token's origin."""
     items: list[CELossContextInputItem]
     counts: list[int]
-    """[P] tokens of each place over all ranks."""
+    """[P] tokens of each origin over all ranks."""
 
 
 def check_gradient_scale(
@@ -76,9 +76,9 @@ def check_gradient_scale(
     sp_mesh: DeviceMesh | None = None,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Send a known gradient through your loop's own functions and stop if it does not come out as it is.
+    """Send a known gradient through the functions of your loop, and raise if it comes out changed.
 
-    Every rank must call it, before the first step; it takes some milliseconds. Give what your loop does::
+    Every rank must call it, before the first step; it takes some milliseconds. Pass what your loop uses::
 
         check_gradient_scale(accelerator.backward, accelerator.prepare_model, no_sync=accelerator.no_sync,
                              scaler=accelerator.scaler, device=accelerator.device)
@@ -86,26 +86,26 @@ def check_gradient_scale(
     Args:
         backward: takes the loss of a micro-batch; None: ``loss.backward()``.
         wrap: prepares a module as it prepares the policy (`DistributedDataParallel`, ...); None: as it is.
-        no_sync: context manager around every micro-batch but the last; None: the wrapped module's own, if it has one.
-        scaler: the `torch.amp.GradScaler` that `backward` scales with, to be taken out as before a clipping.
-        gradient: reads the gradient of a parameter where it is not in ``.grad`` (DeepSpeed: ``safe_get_full_grad``).
-        loss_cfg: of your loss, any one: its ``gradient_reduction`` is taken, for the probe's own cross-entropy. A
-            CELossConfig is used as it is.
+        no_sync: context manager around every micro-batch but the last; None: that of the wrapped module, if it has one.
+        scaler: the `torch.amp.GradScaler` that `backward` scales with; its scale is removed as before clipping.
+        gradient: reads the gradient of a parameter if it is not in ``.grad`` (DeepSpeed: ``safe_get_full_grad``).
+        loss_cfg: config of your loss; the probe's cross-entropy uses its ``gradient_reduction``. A CELossConfig is used
+            as it is.
         sp_mesh: ranks that share a sequence.
         device: where the policy is.
 
     Returns:
-        The factor that was found, 1.0 but for rounding.
+        The measured factor, 1.0 up to rounding.
 
     Raises:
-        LaunchError: the factor is not 1; says which it is, and its likely cause.
-        ConfigError: `loss_cfg` is no config of a loss.
+        LaunchError: the factor is not 1; names it and its likely cause.
+        ConfigError: `loss_cfg` is not a loss config.
     """
     loss_cfg = _probe_cfg(loss_cfg)
     batch = _batch(loss_cfg, sp_mesh, torch.device(device))
     module = ProbeModule(len(batch.counts)).to(device)
     wrapped = module if wrap is None else wrap(module)
-    sync_later = no_sync or _own_no_sync
+    sync_later = no_sync or _default_no_sync
     context = loss_cfg.loss_ctx_cls
     batches_kwargs = context.build_batches_loss_kwargs(batch.items, loss_cfg, sp_mesh=sp_mesh)
     last = len(batches_kwargs) - 1
@@ -113,15 +113,15 @@ def check_gradient_scale(
         with contextlib.nullcontext() if index == last else sync_later(wrapped):
             loss = wrapped(hidden, context(loss_cfg, kwargs))
             loss.backward() if backward is None else backward(loss)
-    parameter = next(iter(wrapped.parameters()), module.weight)  # FSDP makes a parameter of its own
+    parameter = next(iter(wrapped.parameters()), module.weight)  # FSDP replaces the parameter
     if scaler is not None:
         _unscale(scaler, parameter)
-    found = _whole(parameter) if gradient is None else gradient(parameter)
-    return _judged(found, batch.counts, loss_cfg, sp_mesh, scaler)
+    grad = _full_grad(parameter) if gradient is None else gradient(parameter)
+    return _judged(grad, batch.counts, loss_cfg, sp_mesh, scaler)
 
 
-def _own_no_sync(wrapped: Any) -> AbstractContextManager[Any]:
-    # DeepSpeed's engine has one, too, but refuses it under ZeRO-2: there `backward` says which micro-batch is the last.
+def _default_no_sync(wrapped: Any) -> AbstractContextManager[Any]:
+    # DeepSpeed's engine has one, too, but it raises under ZeRO-2: there `backward` knows the last micro-batch.
     is_deepspeed = hasattr(wrapped, "set_gradient_accumulation_boundary")
     return wrapped.no_sync() if hasattr(wrapped, "no_sync") and not is_deepspeed else contextlib.nullcontext()
 
@@ -132,27 +132,27 @@ def _probe_cfg(loss_cfg: Any) -> CELossConfig:
         return loss_cfg or CELossConfig()
     if not isinstance(loss_cfg, BaseLossConfig):
         raise ConfigError(
-            f"check_gradient_scale(loss_cfg=) got an object of type {type(loss_cfg).__name__}; give the config of your "
-            "loss, whose gradient_reduction is read, or leave it out for gradient_reduction='mean'"
+            f"check_gradient_scale: loss_cfg of type {type(loss_cfg).__name__} is not a loss config; give the config "
+            "of your loss, whose gradient_reduction is read, or omit it for gradient_reduction='mean'"
         )
     return CELossConfig(gradient_reduction=loss_cfg.gradient_reduction)
 
 
 def _batch(loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None, device: torch.device) -> Batch:
-    """Return this rank's tokens; the ranks of a mesh have the same ones, each its shard of them."""
+    """Return this rank's tokens; the ranks of a mesh share the same tokens, and each has its shard of them."""
     leaders = all_gather_objects(_leader(sp_mesh))
-    own = sorted(set(leaders)).index(_leader(sp_mesh))
+    local_data_rank = sorted(set(leaders)).index(_leader(sp_mesh))
     number = len(set(leaders))
-    lengths = [_lengths(place, number) for place in range(number)]
-    num_places = 2 * len(lengths[0])
-    counts = [0] * num_places
-    for place, of_rank in enumerate(lengths):
+    lengths = [_lengths(data_rank, number) for data_rank in range(number)]
+    num_origins = 2 * len(lengths[0])
+    counts = [0] * num_origins
+    for data_rank, of_rank in enumerate(lengths):
         for index, length in enumerate(of_rank):
-            counts[2 * index + place % 2] += length
+            counts[2 * index + data_rank % 2] += length
     items, states = [], []
-    for index, length in enumerate(lengths[own]):
-        hidden = torch.zeros(1, length, num_places, device=device)
-        hidden[..., 2 * index + own % 2] = MARK
+    for index, length in enumerate(lengths[local_data_rank]):
+        hidden = torch.zeros(1, length, num_origins, device=device)
+        hidden[..., 2 * index + local_data_rank % 2] = MARK
         labels = torch.zeros(1, length, dtype=torch.int64, device=device)
         if sp_mesh is not None:
             hidden = sp_split(hidden, sp_mesh, dim=1, pad=0.0)
@@ -163,25 +163,25 @@ def _batch(loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None, device: torch.dev
 
 
 def _leader(sp_mesh: DeviceMesh | None) -> int:
-    """Return the rank that speaks for the ranks that share a sequence."""
+    """Return the first of the ranks that share a sequence."""
     return rank() if sp_mesh is None else int(sp_mesh.mesh.flatten()[0])
 
 
-def _lengths(place: int, number: int) -> list[int]:
-    """Return the tokens of each micro-batch of the rank at `place` among `number`."""
-    has_neighbour = place ^ 1 < number
-    tokens = MEAN_TOKENS + ((-UNEVEN if place % 2 else UNEVEN) if has_neighbour else 0)
+def _lengths(data_rank: int, number: int) -> list[int]:
+    """Return the tokens of each micro-batch of one of `number` data-parallel ranks."""
+    has_neighbour = data_rank ^ 1 < number
+    tokens = MEAN_TOKENS + ((-UNEVEN if data_rank % 2 else UNEVEN) if has_neighbour else 0)
     return [*FIRST, tokens - sum(FIRST)]
 
 
 def _unscale(scaler: Any, parameter: nn.Parameter) -> None:
-    """Take the loss scale out as a loop does before clipping, and leave the scaler as it was."""
+    """Remove the loss scale as a loop does before clipping, and leave the scaler as it was."""
     if scaler.is_enabled():
         scaler.unscale_(torch.optim.SGD([parameter], lr=1.0))
         scaler.update(scaler.get_scale())  # forgets the optimizer
 
 
-def _whole(parameter: nn.Parameter) -> Tensor:
+def _full_grad(parameter: nn.Parameter) -> Tensor:
     grad = parameter.grad
     if grad is None:
         return torch.zeros(1, device=parameter.device)
@@ -189,39 +189,41 @@ def _whole(parameter: nn.Parameter) -> Tensor:
 
 
 def _judged(
-    found: Tensor, counts: list[int], loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None, scaler: Any | None
+    grad: Tensor, counts: list[int], loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None, scaler: Any | None
 ) -> float:
-    """Return the factor if it is 1 at every place and on every rank."""
-    num_places = len(counts)
-    grad = found.detach().double().cpu().flatten()
-    grad = grad.view(2, num_places) if grad.numel() == 2 * num_places else torch.zeros(2, num_places).double()
+    """Return the factor if it is 1 for every origin and on every rank."""
+    num_origins = len(counts)
+    values = grad.detach().double().cpu().flatten()
+    values = values.view(2, num_origins) if values.numel() == 2 * num_origins else torch.zeros(2, num_origins).double()
     # Logits are 0, so both tokens have probability 1/2: d(-log pi(0))/d(logits) = (-1/2, 1/2).
     expected = torch.tensor(counts, dtype=torch.float64) / sum(counts) * MARK / 2
-    there = expected > 0
-    factors = (torch.stack([-grad[0], grad[1]])[:, there] / expected[there]).mean(0)
-    factor = float((factors * expected[there]).sum() / expected.sum())
-    tolerance = max(TOLERANCE, 4 * torch.finfo(found.dtype).eps)
+    has_tokens = expected > 0
+    factors = (torch.stack([-values[0], values[1]])[:, has_tokens] / expected[has_tokens]).mean(0)
+    factor = float((factors * expected[has_tokens]).sum() / expected.sum())
+    tolerance = max(TOLERANCE, 4 * torch.finfo(grad.dtype).eps)
     error = float((factors - 1).abs().max().nan_to_num(torch.inf, posinf=torch.inf))
-    worst = reduce_metrics({"error": Max.of(torch.tensor([error], device=found.device))})["error"].value()
+    worst = reduce_metrics({"error": Max.of(torch.tensor([error], device=grad.device))})["error"].value()
     if worst <= tolerance:
         return factor
     if error <= tolerance:
-        told = LaunchError("the gradient of the start-up probe is right here, but not on another process; it says why")
-        told.is_from_elsewhere = True
-        raise told
-    places = [index for index in range(num_places) if there[index]]
-    raise LaunchError(_verdict(factors, places, counts, loss_cfg, sp_mesh, scaler))
+        consequence = LaunchError(
+            "the gradient of the start-up probe is right here but wrong on another rank; see there"
+        )
+        consequence.is_from_elsewhere = True
+        raise consequence
+    origins = [index for index in range(num_origins) if has_tokens[index]]
+    raise LaunchError(_verdict(factors, origins, counts, loss_cfg, sp_mesh, scaler))
 
 
 def _verdict(
     factors: Tensor,
-    places: list[int],
+    origins: list[int],
     counts: list[int],
     loss_cfg: CELossConfig,
     sp_mesh: DeviceMesh | None,
     scaler: Any | None,
 ) -> str:
-    """Say what was found, and what does that."""
+    """Return the message: the wrong factor and its likely cause."""
     if not bool(factors.isfinite().all()):
         scale = f" under a loss scale of {scaler.get_scale():g}" if scaler is not None else ""
         return (
@@ -234,7 +236,7 @@ def _verdict(
         return f"gradients are {factors.mean():.6g} times what they should be: {cause}"
     return (
         f"gradients are not the gradient of one loss: between {low:.4g} and {high:.4g} times what they should be, "
-        f"depending on the micro-batch and the process that a token is in: {_cause_of_spread(factors, places, counts)}"
+        f"depending on the micro-batch and the process that a token is in: {_cause_of_spread(factors, origins, counts)}"
     )
 
 
@@ -246,34 +248,34 @@ def _cause_of_factor(factor: float, loss_cfg: CELossConfig, sp_mesh: DeviceMesh 
         return "none arrives; the loss is detached, or backward, wrap or gradient work on another parameter"
     if number > 1 and _is_near(factor, number):
         causes.append(
-            f"{number} is the number of processes: the back-end sums gradients over them, and the loss is made for one "
+            f"{number} is the number of processes: the back-end sums gradients over them, but the loss expects one "
             "that averages; set loss.gradient_reduction=sum"
         )
     if number > 1 and _is_near(factor, 1 / number):
         causes.append(
-            f"1/{number} is that of the processes: the back-end averages gradients over them"
+            f"{number} is the number of processes: the back-end averages gradients over them"
             + (", set loss.gradient_reduction=mean" if loss_cfg.gradient_reduction == "sum" else " twice")
         )
     if shards > 1 and (_is_near(factor, shards) or _is_near(factor, 1 / shards)):
         causes.append(
             f"{shards} ranks share a sequence (sp_mesh): their parts are {'counted' if factor > 1 else 'divided'} "
-            "twice; the loss wants one exchange over all ranks, those of the mesh included"
+            "twice; the loss needs one exchange over all ranks, including those of the mesh"
         )
     steps = round(1 / factor) if 0 < factor < 1 else 0
     if steps > 1 and _is_near(factor, 1 / steps):
         causes.append(
             f"every loss is divided by {steps}, as by gradient accumulation (accelerate's gradient_accumulation_steps="
-            f"{steps}, DeepSpeed's scale_wrt_gas): set that to 1 (false); the toolkit's loss is that of the whole step"
+            f"{steps}, DeepSpeed's scale_wrt_gas): set that to 1 (false); the toolkit's loss is that of the full step"
         )
     if factor >= 256 and float(factor).is_integer():
-        causes.append("a GradScaler's loss scale is left in; give scaler=, and call scaler.unscale_ before clipping")
-    return "; or ".join(causes) or "something between the loss and the optimizer multiplies; look at backward and wrap"
+        causes.append("a GradScaler's loss scale is left in; pass scaler=, and call scaler.unscale_ before clipping")
+    return "; or ".join(causes) or "something between the loss and the optimizer scales; look at backward and wrap"
 
 
-def _cause_of_spread(factors: Tensor, places: list[int], counts: list[int]) -> str:
-    """Name what treats tokens of different places differently; place 2 m + s: micro-batch m, even or odd rank."""
-    own = torch.tensor([counts[place] for place in places], dtype=torch.float64)
-    micro, side = torch.tensor(places) // 2, torch.tensor(places) % 2
+def _cause_of_spread(factors: Tensor, origins: list[int], counts: list[int]) -> str:
+    """Name what treats origins differently; origin 2 m + s: micro-batch m, even (s = 0) or odd rank."""
+    num_tokens = torch.tensor([counts[origin] for origin in origins], dtype=torch.float64)
+    micro, side = torch.tensor(origins) // 2, torch.tensor(origins) % 2
     is_missing = factors.abs() < TOLERANCE
     for value in (0, 1):
         if bool(is_missing.any()) and bool(((side == value) == ~is_missing).all()):
@@ -284,26 +286,26 @@ def _cause_of_spread(factors: Tensor, places: list[int], counts: list[int]) -> s
     last = micro == micro.max()
     if bool((is_missing == ~last).all()):
         return "only the last micro-batch counts; gradients must add up until the optimizer step (zero_grad too often?)"
-    of_micro = torch.stack([own[micro == index].sum() for index in range(int(micro.max()) + 1)])
-    if _is_level(factors * own) or _is_level(factors * of_micro[micro]):
+    of_micro = torch.stack([num_tokens[micro == index].sum() for index in range(int(micro.max()) + 1)])
+    if _is_level(factors * num_tokens) or _is_level(factors * of_micro[micro]):
         return (
             "every micro-batch weighs the same, a mean of means; build the kwargs of all micro-batches of a step in "
             "one call, and do not divide by their tokens or number"
         )
-    of_side = torch.stack([own[side == value].sum() for value in (0, 1)])
+    of_side = torch.stack([num_tokens[side == value].sum() for value in (0, 1)])
     if _is_level(factors * of_side[side]):
         return "every process weighs the same, a mean of means; do not divide by the tokens of one process"
     if _is_level(factors[last]) and bool((factors[~last] > factors[last].max()).all()):
         return "earlier micro-batches are exchanged again with later ones; hold them back (no_sync) until the last"
     listed = ", ".join(
-        f"micro-batch {own}, {'odd' if is_odd else 'even'} ranks: {factor:.4g}"
-        for factor, own, is_odd in zip(factors.tolist(), micro.tolist(), side.tolist(), strict=True)
+        f"micro-batch {index}, {'odd' if is_odd else 'even'} ranks: {factor:.4g}"
+        for factor, index, is_odd in zip(factors.tolist(), micro.tolist(), side.tolist(), strict=True)
     )
     return f"{listed}; look at backward, wrap and no_sync"
 
 
-def _is_near(found: float, wanted: float) -> bool:
-    return abs(found - wanted) <= 1e-4 * wanted
+def _is_near(factor: float, expected: float) -> bool:
+    return abs(factor - expected) <= 1e-4 * expected
 
 
 def _is_level(values: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What a person sees while a run is under way: a live bar on a terminal, whole lines when piped."""
+"""Progress of a run: a live bar on a terminal, plain lines when piped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PhaseProgress:
         )
         self._task = self._bar.add_task(title, total=num_steps, completed=first_step)
         self._shown = Text()
-        # The metrics get a line of their own: beside the bar they would not fit into 80 columns.
+        # The metrics get a separate line: next to the bar they would not fit into 80 columns.
         self._live = Live(Group(self._bar, self._shown), console=console) if console.is_terminal else None
 
     def __enter__(self) -> Self:

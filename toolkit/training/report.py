@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, curves.png and a few words."""
+"""The end of a run: summary.json, curves.png and a printed summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """What came out of a run."""
+    """Results of a run."""
 
     accuracy_before: float | None
     """Greedy accuracy on the held-out examples before the main phase; None when it was not reached."""
@@ -34,7 +34,7 @@ class Summary:
     skipped_updates: int
     """Optimizer steps without a single scored token."""
     overflowed_updates: int
-    """Optimizer steps left out because the loss scale of fp16 was too large."""
+    """Optimizer steps skipped because the loss scale of fp16 was too large."""
     interrupted: bool
     output_dir: str
 
@@ -67,13 +67,13 @@ def write_report(
     after: Sequence[str],
     console: Console,
 ) -> None:
-    """Write summary.json and curves.png, and print what a person wants to know."""
+    """Write summary.json and curves.png, and print the results."""
     output_dir = Path(summary.output_dir)
     (output_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     draw_curves(summary, rows, output_dir / "curves.png")
     if summary.interrupted:
         console.print(
-            f"\ninterrupted; the checkpoint is saved. Go on with: training.resume={output_dir}",
+            f"\ninterrupted; the checkpoint is saved. Continue with: training.resume={output_dir}",
             highlight=False,
             soft_wrap=True,
         )
@@ -93,8 +93,8 @@ def write_report(
 
 
 def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw what happened: reward above all, then what tells why."""
-    from matplotlib.figure import Figure  # without pyplot, whose back-end is a notebook's own
+    """Draw the curves: reward on top, what explains it below."""
+    from matplotlib.figure import Figure  # without pyplot, whose back-end belongs to the notebook
 
     main = [row for row in rows if row["phase"] == "main"]
     is_rl = any("reward" in row for row in main)
@@ -112,16 +112,16 @@ def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) ->
     panels = [panel for panel in panels if any(row.get(panel[0]) is not None for row in main)]
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     grid = figure.add_gridspec(2, max(len(panels) - 1, 1), height_ratios=[1.6, 1])
-    for place, (name, label) in enumerate(panels):
-        axes = figure.add_subplot(grid[0, :] if place == 0 else grid[1, place - 1])
-        found = [(row["step"] + 1, row[name]) for row in main if row.get(name) is not None]
-        _draw_line(axes, [x for x, _ in found], [y for _, y in found], is_main=place == 0)
-        axes.set_title(label, fontsize=11 if place == 0 else 9, loc="left")
+    for index, (name, label) in enumerate(panels):
+        axes = figure.add_subplot(grid[0, :] if index == 0 else grid[1, index - 1])
+        points = [(row["step"] + 1, row[name]) for row in main if row.get(name) is not None]
+        _draw_line(axes, [x for x, _ in points], [y for _, y in points], is_main=index == 0)
+        axes.set_title(label, fontsize=11 if index == 0 else 9, loc="left")
         axes.set_xlabel("step", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.tick_params(labelsize=8)
-        if place == 0 and is_rl:
+        if index == 0 and is_rl:
             _mark_accuracy(axes, summary)
     title = f"{summary.loss}, seed {summary.seed}"
     if summary.accuracy_after is not None and summary.accuracy_before is not None:

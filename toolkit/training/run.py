@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from toolkit.distributed import check_world_size, rank, reduce_metrics
-from toolkit.errors import ConfigError, LaunchError, ToolkitError
-from toolkit.functional.declared_fields import fields_declared, has_gradient, place_of, undeclared
+from toolkit.errors import ConfigError, LaunchError, ToolkitError, described, first_line
+from toolkit.functional.declared_fields import error_location, fields_declared, has_gradient, undeclared
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.config.policy import BaseRLLossConfig
@@ -29,7 +29,7 @@ from toolkit.losses.samples import sample_fields
 from toolkit.metrics import Max
 from toolkit.training import checkpoint
 from toolkit.training.config import TrainingConfig
-from toolkit.training.failures import shared_fate
+from toolkit.training.failures import stop_together
 from toolkit.training.phase import Phase
 from toolkit.training.probe import check_gradient_scale
 from toolkit.training.progress import PhaseProgress
@@ -44,7 +44,7 @@ from toolkit.training.trainer import Trainer
 class StopFlag:
     """Turns the first Ctrl-C (or SIGTERM) into a flag that the loop reads between steps; the second one kills.
 
-    A context: afterwards signals do what they did before. Only the main thread may say what they do.
+    A context manager that restores the earlier handlers. Only the main thread may set handlers.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class StopFlag:
         self.is_set = True
 
     def agreed(self) -> bool:
-        """Return whether any process was told to stop; all must leave the loop after the same step."""
+        """Return whether any process received a signal; all must leave the loop after the same step."""
         return reduce_metrics({"stop": Max.of(torch.tensor([float(self.is_set)]))})["stop"].value() > 0
 
 
@@ -85,19 +85,19 @@ def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) 
 
     Args:
         config: the checked configuration.
-        cfg: the same as Hydra composed it, to be written beside the results.
+        cfg: the same as Hydra composed it, written next to the results.
         started: when the run began, imports included, as `time.time` gives it.
         output_dir: for the files; that of the main process counts.
 
     Raises:
-        LaunchError: another number of processes works together than was asked for, the gradient of the start-up probe
-            comes out changed, or another process failed.
-        ConfigError: a checkpoint to resume from, a model or a tracker is not there.
+        LaunchError: the number of processes is not the one asked for, the gradient of the start-up probe comes out
+            changed, or another process failed.
+        ConfigError: a checkpoint to resume from, a model or a tracker is missing.
     """
     check_environment(config)
     resumed = read_state(config.training.resume, config) if config.training.resume else None
     accelerator = make_accelerator(config.training, config.tracker.log_with, output_dir)
-    with shared_fate(config.training.timeout_s):
+    with stop_together(config.training.timeout_s):
         check_world_size(accelerator.num_processes, config.training.num_processes)
         probe_accelerator(accelerator, config.loss, config.training.sharding)
         folder = _of_main_process(output_dir, accelerator)
@@ -162,7 +162,7 @@ def _train(
     output_dir: Path,
     resumed: tuple[Path, dict[str, Any]] | None,
 ) -> tuple[Before | None, bool]:
-    """Run both phases, from the start or from a checkpoint; return the state before RL and whether all was done."""
+    """Run both phases, from the start or from a checkpoint; return the state before RL and whether both are done."""
     folder, state = resumed or (None, {"phase": "warmup"})
     before: Before | None = None
     if folder is not None:
@@ -201,7 +201,7 @@ def _run_phase(
     output_dir: Path,
     record: dict[str, Any],
 ) -> bool:
-    """Run the remaining steps of a phase; return False when Ctrl-C ended it before its end."""
+    """Run the remaining steps of a phase; return False if Ctrl-C stopped it early."""
     cfg = trainer.config.training
     with PhaseProgress(console, title, phase.num_steps, phase.next_step, cfg.log_every) as progress:
         while phase.next_step < phase.num_steps:
@@ -223,39 +223,40 @@ def _run_phase(
 
 
 def rehearse(loss_cfg: BaseLossConfig) -> None:
-    """Call a loss once on two made-up tokens, so that a slip in one of your own shows before the warm-up."""
+    """Call a loss once on two made-up tokens, so bugs in your loss surface before the warm-up."""
     if not isinstance(loss_cfg, (BaseRLLossConfig, CELossConfig)):
         try:
             _rehearse(loss_cfg)
         except ToolkitError:
             raise
         except Exception as error:  # the user's context may raise anything
-            said = str(error).splitlines()[0] if str(error) else ""
-            raise ConfigError(f"loss {type(loss_cfg).__name__}: it raised {type(error).__name__}: {said}") from error
+            raise ConfigError(f"loss {type(loss_cfg).__name__}: it raised {described(error)}") from error
     if isinstance(loss_cfg, BaseRLLossConfig):
         chosen, options = loss_cfg.policy, loss_cfg.policy_options
         try:
             if undeclared(chosen, options) is None and not has_gradient(chosen, options):
                 raise ConfigError(
                     f"policy loss {chosen.name!r} has no gradient: it runs under torch.no_grad(), or detaches "
-                    "t.logprobs on the way"
+                    "t.logprobs"
                 )
             _rehearse(loss_cfg)
         except Exception as error:  # the user's function may raise anything
-            words = undeclared(chosen, options)
-            if words is None and isinstance(error, ToolkitError):
+            reason = undeclared(chosen, options)
+            if reason is None and isinstance(error, ToolkitError):
                 raise
-            words = words or f"it raised {type(error).__name__}: {str(error).splitlines()[0]}{place_of(error, chosen)}"
-            raise ConfigError(f"policy loss {chosen.name!r}: {words}") from None
+            if reason is None:
+                location = error_location(error, chosen)
+                reason = f"it raised {described(error)}{location}"
+            raise ConfigError(f"policy loss {chosen.name!r}: {reason}") from None
 
 
 def _rehearse(loss_cfg: BaseLossConfig) -> None:
-    """Run forward and backward with no more than is declared: what is read beyond it may be missing later."""
-    wanted = {"old_logprobs", "rollout_logprobs", "group_ids"}  # of a loss of one's own: what the trainer makes
+    """Run forward and backward with the declared fields only: others that it reads may be missing later."""
+    wanted = {"old_logprobs", "rollout_logprobs", "group_ids"}  # a custom loss: all that the trainer makes
     if isinstance(loss_cfg, BaseRLLossConfig):
         declared = fields_declared(loss_cfg.policy, loss_cfg.policy_options)
         wanted = {"old_logprobs", *loss_cfg.required_fields, *declared}
-    if loss_cfg.needs_current(num_parts=2):  # the trainer gives them, too
+    if loss_cfg.needs_current(num_parts=2):  # the trainer computes them, too
         wanted.add("current_logprobs")
     logprobs = torch.full((1, 2), -1.0)
     draw = torch.Generator().manual_seed(0)
@@ -271,7 +272,7 @@ def _rehearse(loss_cfg: BaseLossConfig) -> None:
 
 
 def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: str) -> Accelerator:
-    """Return the accelerator of this process; gradient accumulation is the toolkit's own, so that none is divided."""
+    """Return the accelerator of this process; the toolkit accumulates gradients, so accelerate divides none."""
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     precision = _mixed_precision(config, on_cpu=on_cpu)
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
@@ -285,30 +286,29 @@ def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: 
         )
     except torch.distributed.DistError as error:
         raise LaunchError(
-            f"the processes did not find each other within training.timeout_s={config.timeout_s} s: "
-            f"{str(error).splitlines()[0]}"
+            f"the processes did not find each other within training.timeout_s={config.timeout_s} s: {first_line(error)}"
         ) from None
     if accelerator.gradient_accumulation_steps != 1:  # set by the launcher or its environment variable
         raise LaunchError(
-            f"accelerate was told to accumulate gradients over {accelerator.gradient_accumulation_steps} steps and "
-            "would divide every loss by that; leave it at 1 and set training.micro_batch_size: the loss does not "
-            "depend on it"
+            f"accelerate is set to accumulate gradients over {accelerator.gradient_accumulation_steps} steps and would "
+            "divide every loss by that; leave it at 1 and set training.micro_batch_size, which does not change the "
+            "loss"
         )
     return accelerator
 
 
 def _mixed_precision(config: TrainingConfig, *, on_cpu: bool) -> str | None:
-    """Return what accelerate is told.
+    """Return the setting for accelerate.
 
     Raises:
-        LaunchError: the launcher was told otherwise.
-        ConfigError: fp16 without a GPU; accelerate would train in fp32 and not say so.
+        LaunchError: the launcher has another setting.
+        ConfigError: fp16 without a GPU; accelerate would silently train in fp32.
     """
     wanted, launched = config.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")
     if wanted is not None and launched not in (None, wanted):
         raise LaunchError(
-            f"accelerate was launched with mixed_precision={launched}, but training.mixed_precision={wanted}; leave "
-            "one of them out"
+            f"accelerate was launched with mixed_precision={launched}, but training.mixed_precision={wanted}; remove "
+            "one of them"
         )
     if on_cpu and "fp16" in (wanted, launched):
         raise ConfigError("training.mixed_precision=fp16 needs a GPU; choose bf16 or no on a CPU")

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run, and whether its parts fit together; no torch here."""
+"""The configuration of a training run, and checks that its parts fit together; no torch here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RunConfig(Config):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Seed of data, weights and sampling."""
     plugins: tuple[str, ...] = ()
-    """Python files or modules that register policy losses of the user's own."""
+    """Python files or modules that register your policy losses."""
     task: TaskConfig
     model: ModelConfig
     loss: BaseLossConfig
@@ -53,8 +53,8 @@ class RunConfig(Config):
             )
         if self.loss.logit_scale != 1 or self.loss.softcap is not None:
             raise ConfigError(
-                "loss.logit_scale and loss.softcap are for loops of your own: here the model samples, and scores its "
-                "samples, without them; leave both at their defaults"
+                "loss.logit_scale and loss.softcap are for your training loops; here the model samples and scores "
+                "without them; leave both at their defaults"
             )
         if not isinstance(self.loss, CELossConfig):
             self.advantage.check_training(self.rollout.group_size)
@@ -64,7 +64,8 @@ class RunConfig(Config):
         if not isinstance(self.loss, CELossConfig) and sampled_at != scored_at:
             raise ConfigError(
                 f"rollout.temperature={sampled_at} but loss.temperature={scored_at}: tokens must be scored as they "
-                "were sampled; give both the same (with loss=grpo set rollout.temperature alone, the loss follows)"
+                "were sampled; set both to the same value (with loss=grpo set rollout.temperature alone; the loss "
+                "follows)"
             )
         return self
 
@@ -103,16 +104,16 @@ class RunConfig(Config):
         if lacking is not None and lacking.startswith("teacher"):
             raise ConfigError(
                 f"policy loss {name!r} learns from a teacher's log-probabilities, and this command has no teacher; use "
-                f"it in a loop of your own ({lacking} of the items), or distil the policy as it was after the warm-up: "
+                f"it in your training loop ({lacking} of the items), or distil the policy as it was after the warm-up: "
                 "loss=opd loss.teacher=reference"
             )
         if lacking is not None:
             raise ConfigError(
                 f"loss.kl_loss_type={self.loss.kl_loss_type} reads {lacking} of the items, which this command does not "
-                "make; use it in a loop of your own, or take a KL estimated from the sampled token (kl=k2, or kl=k3)"
+                "make; use it in your training loop, or choose a KL estimated from the sampled token (kl=k2 or kl=k3)"
             )
         if self.loss.aggregation.count_empty:
-            # Presets of other projects' losses say it as part of their definition.
+            # Presets of other projects' losses set it as part of their definition.
             warn_once("loss.aggregation.count_empty=true has no effect here: every completion has a token")
         size = self.rollout.group_size
         if chosen.scope == "group" and self.training.micro_batch_size < size:

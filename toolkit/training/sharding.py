@@ -1,13 +1,13 @@
 """Wrapping a policy for several processes: DDP through accelerate, or PyTorch's `fully_shard` (FSDP 2).
 
-Both average gradients over ranks, which is what the calibration of the losses expects. accelerate's own FSDP is not
-used: on CPU it silently stays DDP, and it shards the language model where the policy around it must be the root.
+Both average gradients over ranks, which is what the calibration of the losses expects. accelerate's FSDP is not used:
+on CPU it silently stays DDP, and it shards the language model, but the policy around it must be the root.
 
-Under ``fully_shard`` each transformer block is a group of its own; embedding, final norm and head stay with the root.
-They are gathered when the policy's forward begins and freed after the last backward of the step, so that a loss in
-the forward sees the whole head, and the head travels once each way a step, however many micro-batches it has. After a
-forward that no backward follows (scoring, generation) they are freed at once: an optimizer made from
-``policy.parameters()`` would take the whole weights for the parameters, and train what the next forward throws away.
+Under ``fully_shard`` each transformer block is a separate group; embedding, final norm and head stay with the root.
+They are gathered when the policy's forward begins and freed after the last backward of the step. So a loss in the
+forward sees the full head, and the head is sent once each way per step, however many micro-batches it has. After a
+forward without a backward (scoring, generation) they are freed at once: an optimizer created from
+``policy.parameters()`` would take the gathered weights for the parameters, and train what the next forward discards.
 
 Legend: R ranks.
 """
@@ -40,18 +40,18 @@ Exchange = Literal["step", "micro_batch"]
 def prepare_policy(policy: Policy, accelerator: Any, sharding: Sharding = "none") -> Any:
     """Return the policy ready for several processes: call this for the loss, `unwrapped` for everything else.
 
-    Make the optimizer afterwards, from the parameters of what is returned, and between steps (`own_parameters`).
+    Create the optimizer afterwards and between steps, from the `local_parameters` of the result.
 
     Args:
-        policy: not wrapped; all ranks take over rank 0's weights.
-        accelerator: accelerate's Accelerator; its device, and with "none" its own way to wrap.
+        policy: not wrapped; all ranks receive rank 0's weights.
+        accelerator: accelerate's Accelerator, for its device and, with "none", its wrapper.
         sharding: "none": every rank holds all weights (DDP); "fsdp2": each holds 1/R of weights, gradients and
             optimizer state.
 
     Raises:
-        ConfigError: `sharding` is unknown, "fsdp2" comes with fp16, or the policy is wrapped already, or in what hides
-            the head from a loss.
-        LaunchError: "fsdp2" and the processes are not joined, or DeepSpeed or accelerate's FSDP would shard as well.
+        ConfigError: `sharding` is unknown, "fsdp2" comes with fp16, or the policy is wrapped already, or in something
+            that hides the head from a loss.
+        LaunchError: "fsdp2" without a process group, or DeepSpeed or accelerate's FSDP would shard as well.
     """
     if sharding not in ("none", "fsdp2"):
         raise ConfigError(f"training.sharding={sharding!r} is not known; choose {listed(['none', 'fsdp2'])}")
@@ -59,8 +59,8 @@ def prepare_policy(policy: Policy, accelerator: Any, sharding: Sharding = "none"
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "MEGATRON_LM", "TP") or (kind == "DEEPSPEED" and sharding == "fsdp2"):
         raise LaunchError(
-            f"the launcher asks for {kind}, which would shard the language model behind the policy's back; launch with "
-            "plain processes (accelerate launch --multi_gpu, or torchrun) and set training.sharding=fsdp2"
+            f"the launcher asks for {kind}, which would shard the model without the Policy wrapper knowing; launch "
+            "with plain processes (accelerate launch --multi_gpu, or torchrun) and set training.sharding=fsdp2"
         )
     if sharding == "none":
         return accelerator.prepare_model(policy)
@@ -68,8 +68,8 @@ def prepare_policy(policy: Policy, accelerator: Any, sharding: Sharding = "none"
     precision = getattr(accelerator, "mixed_precision", "no")
     if precision == "fp16":
         raise ConfigError(
-            "training.sharding=fsdp2 with mixed_precision=fp16: the loss scale would have to be agreed over shards of "
-            "the gradient; choose bf16"
+            "training.sharding=fsdp2 with mixed_precision=fp16: the loss scale would have to be agreed between shards "
+            "of the gradient; choose bf16"
         )
     policy = shard_policy(policy.to(accelerator.device))
     if precision == "bf16":  # as accelerate does for what it wraps itself
@@ -78,10 +78,10 @@ def prepare_policy(policy: Policy, accelerator: Any, sharding: Sharding = "none"
 
 
 def prepare_probe(module: nn.Module, accelerator: Any, sharding: Sharding) -> Any:
-    """Return a small module prepared as the policy will be: what happens to its gradients happens to the policy's.
+    """Return a small module prepared as the policy will be, so its gradients are treated like the policy's.
 
     Raises:
-        LaunchError: "fsdp2" and the processes are not joined.
+        LaunchError: "fsdp2" without a process group.
     """
     if sharding == "none":
         return accelerator.prepare_model(module)
@@ -92,7 +92,7 @@ def prepare_probe(module: nn.Module, accelerator: Any, sharding: Sharding) -> An
 def _check_joined() -> None:
     if not dist.is_initialized():
         raise LaunchError(
-            "training.sharding=fsdp2 needs processes that are joined; start them with torchrun --nproc_per_node N -m "
+            "training.sharding=fsdp2 needs a process group; start the processes with torchrun --nproc_per_node N -m "
             "toolkit.train (N = 1 works, too)"
         )
 
@@ -105,7 +105,7 @@ def shard_policy(policy: Policy) -> Policy:
     """Shard a policy over all ranks with `fully_shard`, in place: each transformer block, and the rest as the root.
 
     Args:
-        policy: on its device; all ranks take over rank 0's weights.
+        policy: on its device; all ranks receive rank 0's weights.
     """
     device = next(policy.parameters()).device
     for tensor in [*policy.parameters(), *policy.buffers()]:
@@ -113,7 +113,7 @@ def shard_policy(policy: Policy) -> Policy:
             dist.broadcast(tensor.data, 0)
     skeleton = _skeleton(policy)
     _shard(policy, device)
-    policy._skeleton = [skeleton]  # type: ignore[assignment]  # in a list: no module of this one
+    policy._skeleton = [skeleton]  # type: ignore[assignment]  # in a list, so it is not a submodule
     return policy
 
 
@@ -131,7 +131,7 @@ def _shard(policy: Policy, device: torch.device) -> None:
 
 
 def _free_root(policy: Any, *_: Any) -> None:
-    """Free the root's whole weights, unless a backward is to come; one that comes all the same gathers them again."""
+    """Free the root's gathered weights unless a backward is expected; an unexpected one gathers them again."""
     if not (policy.training and torch.is_grad_enabled()):
         policy.reshard()
 
@@ -140,7 +140,7 @@ def _freeing(policy: Any, method: Any, *, always: bool) -> Any:
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        if always:  # generation switches gradients off further inside
+        if always:  # generation disables gradients inside the method
             policy.reshard()
         else:
             _free_root(policy)
@@ -150,7 +150,7 @@ def _freeing(policy: Any, method: Any, *, always: bool) -> Any:
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the transformer blocks: what lies in the outermost lists of modules."""
+    """Yield the transformer blocks: the modules in the outermost module lists."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from (block for block in child if any(True for _ in block.parameters()))
@@ -159,7 +159,7 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_sharded(policy: Any) -> bool:
-    """Whether each forward gathers weights over ranks, so that all must make as many forwards."""
+    """Whether each forward gathers weights over ranks, so all must run the same number of forwards."""
     return isinstance(policy, FSDPModule)
 
 
@@ -174,10 +174,10 @@ def accumulating(policy: Any, is_last: bool, *, exchange: Exchange = "step") -> 
 
     Args:
         policy: from `prepare_policy`, or any module.
-        is_last: whether this is the step's last micro-batch; all ranks must have as many.
-        exchange: under FSDP 2, when the blocks' gradients travel: once a "step", for which every rank keeps the whole
-            gradient of all weights meanwhile, or in each "micro_batch", which keeps 1/R of it. The root's (head and
-            embedding) travel once a step in either case. Ignored by DDP, which holds them whole anyway.
+        is_last: whether this is the step's last micro-batch; all ranks must have the same number.
+        exchange: under FSDP 2, when the blocks' gradients are exchanged: once per "step", where every rank keeps the
+            full gradient of all weights until then, or in each "micro_batch", which keeps 1/R of it. The root's (head
+            and embedding) are exchanged once per step in either case. Ignored by DDP, which holds full gradients.
     """
     if isinstance(policy, DistributedDataParallel):
         with contextlib.nullcontext() if is_last else policy.no_sync():
@@ -188,21 +188,21 @@ def accumulating(policy: Any, is_last: bool, *, exchange: Exchange = "step") -> 
         policy.set_reshard_after_backward(is_last, recurse=False)
         yield
         if is_last:
-            policy.reshard()  # a forward without backward in between would leave stale whole weights behind
+            policy.reshard()  # a forward without backward in between would leave stale full weights behind
     else:
         yield
 
 
 @contextlib.contextmanager
 def no_sync(policy: Any) -> Iterator[None]:
-    """Keep gradients on this rank until a backward outside of this context, whatever `prepare_policy` made of it."""
+    """Keep gradients on this rank until a backward outside of this context, for every result of `prepare_policy`."""
     with accumulating(policy, is_last=False):
         yield
-    with accumulating(policy, is_last=True):  # FSDP 2 keeps to what it was told last
+    with accumulating(policy, is_last=True):  # FSDP 2 keeps the last setting
         pass
 
 
-def own_parameters(policy: Any) -> list[nn.Parameter]:
+def local_parameters(policy: Any) -> list[nn.Parameter]:
     """Return the parameters for an optimizer: under FSDP 2 this rank's shards, whatever was computed before."""
     if is_sharded(policy):
         policy.reshard()
@@ -210,14 +210,14 @@ def own_parameters(policy: Any) -> list[nn.Parameter]:
 
 
 def clip_grad_norm(policy: Any, max_norm: float, accelerator: Any = None) -> Tensor:
-    """Scale all gradients so that their norm is at most `max_norm`; return the norm before, the same on all ranks.
+    """Scale all gradients to a norm of at most `max_norm`; return the norm before, the same on all ranks.
 
-    Under FSDP 2 the norm is that of the whole gradient, not of this rank's shards.
+    Under FSDP 2 the norm is that of the full gradient, not of this rank's shards.
 
     Args:
         policy: from `prepare_policy`, or any module.
         max_norm: norm that gradients are scaled down to.
-        accelerator: takes its loss scale out of the gradients first, if it has one.
+        accelerator: removes its loss scale from the gradients first, if it has one.
     """
     clip = torch.nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_
     norm = clip(policy.parameters(), max_norm)
@@ -232,7 +232,7 @@ def frozen_copy(policy: Any) -> Policy:
     fresh = copy.deepcopy(policy._skeleton[0]).requires_grad_(False)
     buffers = {name: buffer.clone() for name, buffer in fresh.named_buffers()}
     _shard(fresh, device)
-    fresh.to_empty(device=device)  # each rank makes room for its shards alone
+    fresh.to_empty(device=device)  # each rank allocates its shards only
     for name, buffer in fresh.named_buffers():
         buffer.copy_(buffers[name])
     copy_weights(policy, fresh)
@@ -243,13 +243,13 @@ def frozen_copy(policy: Any) -> Policy:
 
 @torch.no_grad()
 def copy_weights(source: Any, target: Any) -> None:
-    """Copy all weights of `source` to `target`, a copy prepared the same way; nothing travels between ranks."""
+    """Copy all weights of `source` to `target`, a copy prepared the same way, without communication."""
     for policy in (source, target):
         if is_sharded(policy):
             policy.reshard()
-    ours, theirs = unwrapped(target).parameters(), unwrapped(source).parameters()
-    for mine, other in zip(ours, theirs, strict=True):
-        mine.copy_(other)
+    pairs = zip(unwrapped(target).parameters(), unwrapped(source).parameters(), strict=True)
+    for parameter, source_parameter in pairs:
+        parameter.copy_(source_parameter)
 
 
 def _skeleton(policy: Policy) -> Policy:

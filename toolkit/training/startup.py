@@ -1,4 +1,4 @@
-"""What can be checked before any work, and before torch is loaded: trackers, folders, checkpoints."""
+"""Checks that run before any work, and before torch is loaded: trackers, folders, checkpoints."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ CHECKPOINT = "checkpoint"
 ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": (
         "DeepSpeed",
-        "which takes the optimizer step inside the last backward and binds one optimizer to the model, where this "
-        "command decides afterwards whether to step and has one optimizer for each phase",
+        "which takes the optimizer step inside the last backward and binds one optimizer to the model, but this "
+        "command decides afterwards whether to step and has one optimizer per phase",
     ),
-    "ACCELERATE_USE_FSDP": ("its own FSDP", "which would wrap the policy again, and on a CPU silently stays DDP"),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "which brings models and optimizers of its own"),
+    "ACCELERATE_USE_FSDP": ("its FSDP", "which would wrap the policy again, and on a CPU silently stays DDP"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "which brings its models and optimizers"),
 }
-"""What a launcher sets for an engine -> its name, and why this command does not work with it."""
+"""Variable that a launcher sets for an engine -> its name, and why this command does not work with it."""
 SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")
-"""What a resumed run must share with the run that it goes on from: data, weights and objective."""
+"""What a resumed run must share with the run that it continues: data, weights and objective."""
 
 
 def check_environment(config: RunConfig) -> None:
@@ -32,12 +32,12 @@ def check_environment(config: RunConfig) -> None:
 
     Raises:
         ConfigError: the tracker's package is missing, or there is no checkpoint of such a run.
-        LaunchError: the launcher was told to use an engine that this command does not work with.
+        LaunchError: the launcher is set to use an engine that this command does not support.
     """
     for variable, (engine, why) in ENGINES.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
             raise LaunchError(
-                f"accelerate was told to use {engine}, {why}; use the plain launcher and, to share the weights over "
+                f"accelerate is set to use {engine}, {why}; use the plain launcher and, to shard the weights over "
                 "processes, training.sharding=fsdp2: accelerate launch --config_file conf/launch/fsdp2_8_gpus.yaml -m "
                 "toolkit.train training.sharding=fsdp2"
             )
@@ -49,15 +49,15 @@ def check_environment(config: RunConfig) -> None:
 
 
 def make_output_dir(path: str) -> None:
-    """Make the output directory that was asked for, as Hydra would a moment later, or say why it cannot be made.
+    """Create the output directory, as Hydra would a moment later.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be created.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"hydra.run.dir={path} cannot be made: {error.strerror}") from None
+        raise ConfigError(f"hydra.run.dir={path} cannot be created: {error.strerror}") from None
 
 
 def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
@@ -67,14 +67,14 @@ def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
         ConfigError: there is none, it cannot be read, or it belongs to a run with other data, model or loss.
     """
     root = Path(run_dir)
-    # The last place is where a crash between two renames leaves the previous checkpoint.
+    # A crash between two renames leaves the previous checkpoint in the last folder.
     for folder in (root / CHECKPOINT, root, root / f"{CHECKPOINT}.old"):
         if (folder / "state.json").is_file():
             break
     else:
         raise ConfigError(
             f"training.resume={run_dir!r} holds no checkpoint; give the output directory of an earlier run, "
-            f"the one that contains the folder {CHECKPOINT!r}"
+            f"which contains the folder {CHECKPOINT!r}"
         )
     try:
         state = json.loads((folder / "state.json").read_text())

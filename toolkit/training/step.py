@@ -1,4 +1,4 @@
-"""What an optimizer step asks of a loss beforehand, and how its metrics reach the host."""
+"""What an optimizer step needs before its losses, and how its metrics reach the host."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def router_weights(policy: Policy, micro_batches: Sequence[Rows], gradient_reduc
 
     Args:
         policy: not wrapped.
-        micro_batches: of this process; the trunk sees all but the last token, and silent ones count nothing.
-        gradient_reduction: what the back-end does over ranks.
+        micro_batches: of this process; the trunk sees all but the last token, and those that score nothing count 0.
+        gradient_reduction: how the back-end reduces gradients over ranks.
     """
     if not wants_router_loss(policy.head.lm):
         return [None] * len(micro_batches)

@@ -27,14 +27,14 @@ class Tracker:
             accelerator.init_trackers(config.project, config=_flat(settings))
 
     def restore(self, run_dir: Path, phase: str, next_step: int) -> None:
-        """Take over the lines that an earlier run wrote before the step it is resumed at."""
+        """Restore the lines that an earlier run wrote before the step that it resumes at."""
         source = run_dir / self.path.name
         if not source.is_file():
             return
         lines = [json.loads(line) for line in source.read_text().splitlines()]
         order = ("warmup", "main")
-        place = (order.index(phase), next_step)
-        self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) < place]
+        resumed_at = (order.index(phase), next_step)
+        self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) < resumed_at]
 
     def log(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a finished step; NaN (nothing measured) becomes null."""
@@ -48,7 +48,7 @@ class Tracker:
             self._accelerator.log({f"{phase}/{name}": value for name, value in metrics.items()}, step=step)
 
     def _begin(self) -> None:
-        """Start the file anew, with the lines taken over: the folder may hold that of another run."""
+        """Start a new file with the restored lines: the folder may hold the file of another run."""
         if not self._has_begun and self._accelerator.is_main_process:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self._has_begun = True

@@ -1,8 +1,7 @@
 """One optimizer step, and the two phases made of them: supervised warm-up and RL.
 
-A run is the same on any number of processes: what is drawn at random depends on the seed, the phase, the step and the
-number of the prompt or sample, never on the process (only dropout does). So a resumed run goes on as the uninterrupted
-one would have.
+A run is the same on any number of processes: random draws depend on the seed, the phase, the step and the index of the
+prompt or sample, never on the process (only dropout does). So a resumed run continues like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from toolkit.training.sharding import (
     clip_grad_norm,
     frozen_copy,
     is_sharded,
-    own_parameters,
+    local_parameters,
     prepare_policy,
     unwrapped,
 )
@@ -53,11 +52,11 @@ from toolkit.training.step import on_host, per_update, router_weights, without_e
 WARMUP_RISE = 10
 """Updates over which the warm-up's learning rate rises."""
 PROBE_EVERY = 2
-"""Warm-up steps between two looks at the accuracy."""
+"""Warm-up steps between two measurements of the accuracy."""
 PROBE_SIZE = 256
-"""Prompts in such a look; a standard error of 0.03."""
+"""Prompts in such a measurement; a standard error of 0.03."""
 NUM_LEARNING = "num_learning"
-"""Name under which the tokens that can be learned from travel with the metrics of a step."""
+"""Name of the number of tokens to learn from, reduced with the metrics of a step."""
 
 
 class Trainer:
@@ -70,7 +69,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.reference: Policy | None = None
         self.kl_penalty = KLPenalty(config.kl_control, config.loss)
-        policy.fitted(config.loss)  # a loss that contradicts the model stops here
+        policy.fitted(config.loss)  # raises if the loss contradicts the model
         self.policy = prepare_policy(policy, accelerator, config.training.sharding)
         self.num_skipped = 0
         self.num_overflows = 0
@@ -85,27 +84,18 @@ class Trainer:
     def warmup_phase(self) -> Phase:
         """Return the supervised phase: the toolkit's cross-entropy on demonstrations."""
         cfg = self.config.warmup
-        schedule = SchedulerConfig(shape="constant", warmup_updates=WARMUP_RISE)
-        return Phase(
-            "warmup",
-            cfg.steps,
-            lambda phase: self._supervised_step(phase, CELossConfig()),
-            self._optimizer(cfg.lr),
-            learning_rate_schedule(schedule, cfg.lr, cfg.steps),
-        )
+        shape = SchedulerConfig(shape="constant", warmup_updates=WARMUP_RISE)
+        schedule = learning_rate_schedule(shape, cfg.lr, cfg.steps)
+        loss_cfg, optimizer = CELossConfig(), self._optimizer(cfg.lr)
+        return Phase("warmup", cfg.steps, lambda phase: self._supervised_step(phase, loss_cfg), optimizer, schedule)
 
     def main_phase(self) -> Phase:
         """Return the main phase: RL, or supervised learning with ``loss=ce``."""
         cfg, loss_cfg, lr = self.config.training, self.config.loss, self.config.optimizer.lr
         if isinstance(loss_cfg, CELossConfig):
             schedule = learning_rate_schedule(self.config.scheduler, lr, cfg.steps)
-            return Phase(
-                "main",
-                cfg.steps,
-                lambda phase: self._supervised_step(phase, loss_cfg),
-                self._optimizer(lr),
-                schedule,
-            )
+            optimizer = self._optimizer(lr)
+            return Phase("main", cfg.steps, lambda phase: self._supervised_step(phase, loss_cfg), optimizer, schedule)
         if self.kl_penalty.needs_reference and self.reference is None:
             self.reference = frozen_copy(self.policy)
         schedule = learning_rate_schedule(self.config.scheduler, lr, cfg.steps * cfg.minibatches)
@@ -113,10 +103,10 @@ class Trainer:
 
     def _optimizer(self, lr: float) -> Any:
         cfg = self.config.optimizer
-        # The phases share parameters, and clip_grad_norm_ takes the loss scale out for each optimizer that it knows.
+        # The phases share parameters, and clip_grad_norm_ removes the loss scale for each optimizer that it knows.
         self.accelerator._optimizers.clear()
         return self.accelerator.prepare_optimizer(
-            torch.optim.AdamW(own_parameters(self.policy), lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+            torch.optim.AdamW(local_parameters(self.policy), lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
         )
 
     def run_step(self, phase: Phase) -> dict[str, float]:
@@ -136,11 +126,11 @@ class Trainer:
         phase.next_step += 1
         return metrics
 
-    def _place(self, *place: object) -> str:
-        return "/".join(map(str, (self.config.seed, *place)))
+    def _seed(self, *parts: object) -> str:
+        return "/".join(map(str, (self.config.seed, *parts)))
 
-    def _rng(self, *place: object) -> Random:
-        return Random(self._place(*place))
+    def _rng(self, *parts: object) -> Random:
+        return Random(self._seed(*parts))
 
     # ---------------------------------------------------------------- steps
 
@@ -163,8 +153,8 @@ class Trainer:
         unit = cfg.rollout.group_size if self._needs_groups else 1
         shuffle = self._rng("main", step, "shuffle")
         for cut in minibatches(rows_of, self._rank, cfg.training.minibatches, shuffle, unit=unit):
-            own = rows.select(cut.own.to(rows.input_ids.device))
-            measured = merge_metrics([measured, self._optimizer_step(phase, own, loss_cfg, cut.largest)])
+            batch = rows.select(cut.local_rows.to(rows.input_ids.device))
+            measured = merge_metrics([measured, self._optimizer_step(phase, batch, loss_cfg, cut.largest)])
         metrics = to_floats(measured)
         return metrics | self.kl_penalty.observe(metrics, cfg.rollout.prompts_per_step * cfg.rollout.group_size)
 
@@ -196,11 +186,11 @@ class Trainer:
             most = self._largest(len(prompts)) * size
             old, ref = self._score(self.unwrapped, rows, most), self._score(self.reference, rows, most)
             rows = replace(rows, old_logprobs=old, ref_logprobs=ref)
-            rewards, of_kl = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)
-            measured |= of_kl
+            rewards, kl_metrics = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)
+            measured |= kl_metrics
         advantages = self._advantages(rewards, completions)
-        own = advantages[share.start * size : share.stop * size, : rows.shifted_labels.shape[1]]
-        rows = replace(rows, advantages=own.to(rows.input_ids.device).expand(rows.shifted_labels.shape))
+        local_advantages = advantages[share.start * size : share.stop * size, : rows.shifted_labels.shape[1]]
+        rows = replace(rows, advantages=local_advantages.to(rows.input_ids.device).expand(rows.shifted_labels.shape))
         is_uniform = (rewards == rewards[:, :1]).all(-1)
         metrics = reduce_metrics(
             {
@@ -217,16 +207,16 @@ class Trainer:
     def _sample(self, prompts: list[Example], share: slice, step: int) -> Completions:
         """Sample the completions of this process's prompts, each token from (seed, step, prompt, sample, position)."""
         cfg = self.config.rollout
-        own = prompts[share]
-        places = [(prompt, sample) for prompt in range(share.start, share.stop) for sample in range(cfg.group_size)]
-        seeds = [self._place("main", step, "sample", *place) for place in places]
+        local_prompts = prompts[share]
+        samples = [(prompt, sample) for prompt in range(share.start, share.stop) for sample in range(cfg.group_size)]
+        seeds = [self._seed("main", step, "sample", *indices) for indices in samples]
         completions = self._complete(
-            [example.prompt for example in own or prompts[:1]],  # without a prompt of its own it samples for nothing
+            [example.prompt for example in local_prompts or prompts[:1]],  # all must sample, even without prompts
             group_size=cfg.group_size,
             temperature=cfg.temperature,
             uniforms=row_uniforms(seeds or [""] * cfg.group_size, self.max_new_tokens),
         )
-        return completions.first(len(places))
+        return completions.first(len(samples))
 
     def _complete(self, prompts: list[str], **options: Any) -> Completions:
         options |= {"max_new_tokens": self.max_new_tokens, "synced_gpus": is_sharded(self.policy)}
@@ -240,8 +230,8 @@ class Trainer:
     def _advantages(self, rewards: Tensor, completions: Completions) -> Tensor:
         """Return the advantages of the completions of all processes, [R, 1] or [R, T - 1], in the order of prompts."""
         parts = all_gather_objects(reward_terms(rewards, completions))
-        found = self.config.advantage.compute(joined_terms(parts))
-        return found if found.dim() == 2 else found.unsqueeze(-1)
+        advantages = self.config.advantage.compute(joined_terms(parts))
+        return advantages if advantages.dim() == 2 else advantages.unsqueeze(-1)
 
     @torch.no_grad()
     def _score(self, policy: Policy, rows: Rows, most: int) -> Tensor:
@@ -252,7 +242,7 @@ class Trainer:
         return torch.cat([policy(p.input_ids, p.attention_mask, temperature=temperature) for p in pieces])[: len(rows)]
 
     def _optimizer_step(self, phase: Phase, rows: Rows, loss_cfg: BaseLossConfig, most: int) -> dict[str, Metric]:
-        """Take one calibrated step, however many forwards that takes; return its reduced metrics, on the host.
+        """Take one calibrated step in as many forwards as needed; return its reduced metrics, on the host.
 
         Args:
             phase: whose optimizer steps.
@@ -282,24 +272,24 @@ class Trainer:
             with accumulating(self.policy, is_last=index == number - 1):
                 loss, metrics = self.policy(batch.input_ids, batch.attention_mask, loss_ctx, auxiliary_weight=router)
                 accelerator.backward(loss)
-            own = {"loss": loss_metric(loss, loss_cfg.gradient_reduction), NUM_LEARNING: Sum(loss_ctx.num_learning())}
-            parts.append({**metrics_in(metrics), **own})
+            summed = loss_metric(loss, loss_cfg.gradient_reduction)
+            parts.append({**metrics_in(metrics), "loss": summed, NUM_LEARNING: Sum(loss_ctx.num_learning())})
         grad_norm = clip_grad_norm(self.policy, self.config.optimizer.max_grad_norm, accelerator)
-        of_norm = {"grad_norm": Mean.of(grad_norm), "grad_norm_max": Max.of(grad_norm)}
-        # After the last backward one wait for the device: what the host must know to step and all that is reported.
-        found = on_host(per_update(reduce_metrics({**merge_metrics(parts), **of_norm})))
-        if found.pop(NUM_LEARNING).value() == 0:
-            self.num_skipped += 1  # nothing to learn from anywhere: Adam's momentum must not move the weights
-            found = {name: metric for name, metric in found.items() if name not in of_norm}
+        norms = {"grad_norm": Mean.of(grad_norm), "grad_norm_max": Max.of(grad_norm)}
+        # One wait for the device, after the last backward: what the host needs to step, and all that is reported.
+        reduced = on_host(per_update(reduce_metrics({**merge_metrics(parts), **norms})))
+        if reduced.pop(NUM_LEARNING).value() == 0:
+            self.num_skipped += 1  # no rank has a token to learn from: Adam's momentum must not move the weights
+            reduced = {name: metric for name, metric in reduced.items() if name not in norms}
             if accelerator.scaler is not None:
-                accelerator.scaler.update(accelerator.scaler.get_scale())  # it waits for a step after unscaling
+                accelerator.scaler.update(accelerator.scaler.get_scale())  # it expects a step after unscaling
         else:
             phase.optimizer.step()
             if phase.optimizer.step_was_skipped:  # the loss scale was too large: the gradient is not finite
                 self.num_overflows += 1
-                found = {name: metric for name, metric in found.items() if name not in of_norm}
+                reduced = {name: metric for name, metric in reduced.items() if name not in norms}
         phase.optimizer.zero_grad()
-        return found
+        return reduced
 
     # ---------------------------------------------------------------- evaluation
 
@@ -309,7 +299,7 @@ class Trainer:
         return self.config.rollout.max_new_tokens or self.task.longest_answer + 1
 
     def is_warm(self, phase: Phase) -> bool:
-        """Return whether the warm-up has reached its accuracy, measured now and then on training prompts."""
+        """Return whether the warm-up has reached its accuracy, measured every few steps on training prompts."""
         goal = self.config.warmup.stop_accuracy
         if phase.name != "warmup" or goal is None or phase.next_step % PROBE_EVERY:
             return False
@@ -317,18 +307,18 @@ class Trainer:
         return self.accuracy(probe) >= goal
 
     def accuracy(self, examples: Sequence[Example], batch_size: int = 512) -> float:
-        """Return the fraction of `examples` whose greedy completion is right, over all processes."""
-        own = examples[self._share(len(examples))]
-        right = []
+        """Return the fraction of `examples` whose greedy completion is correct, over all processes."""
+        local_examples = examples[self._share(len(examples))]
+        is_right: list[bool] = []
         for start in range(0, self._largest(len(examples)), batch_size):
-            batch = own[start : start + batch_size]
-            prompts = [example.prompt for example in batch or examples[:1]]  # all processes generate as often
-            found = self._complete(prompts)
-            right += [
+            batch = local_examples[start : start + batch_size]
+            prompts = [example.prompt for example in batch or examples[:1]]  # all must generate equally often
+            completions = self._complete(prompts)
+            is_right += [
                 self.task.reward(example, text, finished=ended) >= 1.0
-                for example, text, ended in zip(batch, found.texts, found.finished, strict=False)
+                for example, text, ended in zip(batch, completions.texts, completions.finished, strict=False)
             ]
-        return reduce_metrics({"accuracy": Mean.of(torch.tensor(right))})["accuracy"].value()
+        return reduce_metrics({"accuracy": Mean.of(torch.tensor(is_right))})["accuracy"].value()
 
     def evaluate(self) -> tuple[float, list[str]]:
         """Return the accuracy on the held-out examples, and the greedy completions of the first three."""

@@ -35,8 +35,8 @@ MUTATIONS = (
     Mutation(
         name="policy-loss-options-unchecked",
         file="toolkit/losses/config/policy.py",
-        line='options = loss.options({key: value for key, value in given.items() if key != "loss_type"})',
-        becomes='options = {key: value for key, value in given.items() if key != "loss_type"}',
+        line='options = loss.options({key: value for key, value in settings.items() if key != "loss_type"})',
+        becomes='options = {key: value for key, value in settings.items() if key != "loss_type"}',
         tests=("tests/functional/test_registry.py::test_options_are_typed_by_the_signature",),
     ),
     Mutation(
@@ -85,7 +85,7 @@ MUTATIONS = (
     Mutation(
         name="runner-step-ignores-boundaries",
         file="toolkit/runner/loss_runner.py",
-        line="bounds = None if all(own is None for own in found) else found",
+        line="bounds = None if all(value is None for value in cu_seq_lens) else cu_seq_lens",
         becomes="bounds = None",
         tests=("tests/test_runner.py::test_step_reads_boundaries",),
     ),
@@ -106,7 +106,7 @@ MUTATIONS = (
     Mutation(
         name="cross-entropy-takes-anything",
         file="toolkit/runner/loss_runner.py",
-        line="unread = [name for name in RL_FIELDS if name in given and name not in item_cls.model_fields]",
+        line="unread = [name for name in RL_FIELDS if name in values and name not in item_cls.model_fields]",
         becomes="unread = []",
         tests=("tests/test_runner.py::test_cross_entropy_refuses_what_it_does_not_read",),
     ),
@@ -150,8 +150,8 @@ MUTATIONS = (
     Mutation(
         name="check-accepts-one-process",
         file="toolkit/check/__main__.py",
-        line="if not given.isdecimal() or not 2 <= int(given) <= MOST_PROCESSES:",
-        becomes="if not given.isdecimal() or not 1 <= int(given) <= MOST_PROCESSES:",
+        line="if not number.isdecimal() or not 2 <= int(number) <= MOST_PROCESSES:",
+        becomes="if not number.isdecimal() or not 1 <= int(number) <= MOST_PROCESSES:",
         tests=("tests/test_check.py::test_numbers_of_processes_that_cannot_be",),
     ),
     Mutation(
@@ -178,8 +178,8 @@ MUTATIONS = (
     Mutation(
         name="suite-skips-micro-batches",
         file="toolkit/check/loss_checks.py",
-        line='_agree(found, whole, f"{name} instead of one", remedy)',
-        becomes='_agree(whole, whole, f"{name} instead of one", remedy)',
+        line='_agree(actual, reference, f"{name} instead of one", remedy)',
+        becomes='_agree(reference, reference, f"{name} instead of one", remedy)',
         tests=("tests/test_check.py::test_what_the_made_up_tokens_alone_do_not_show",),
     ),
     Mutation(

@@ -19,14 +19,14 @@ MUTATIONS = (
     Mutation(
         name="ratio-room-dropped",
         file=f"{FUNCTIONAL}/ratios.py",
-        line="largest = math.log(torch.finfo(log_ratio.dtype).max) - ROOM",
+        line="largest = math.log(torch.finfo(log_ratio.dtype).max) - HEADROOM",
         becomes="largest = math.inf",
         tests=(f"{TESTS}/policy/test_properties.py::test_exploded_ratios_are_finite",),
     ),
     Mutation(
         name="ratio-anchor-ignored",
         file=f"{FUNCTIONAL}/terms.py",
-        line='return self.old_logprobs if anchor == "old" else self.given("rollout_logprobs")',
+        line='return self.old_logprobs if anchor == "old" else self.require("rollout_logprobs")',
         becomes="return self.old_logprobs",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_anchors",),
     ),
@@ -154,8 +154,8 @@ MUTATIONS = (
     Mutation(
         name="opd-gain-not-detached",
         file=f"{POLICY}/distillation.py",
-        line='gain = t.given("teacher_logprobs") - t.logprobs.detach()',
-        becomes='gain = t.given("teacher_logprobs") - t.logprobs',
+        line='gain = t.require("teacher_logprobs") - t.logprobs.detach()',
+        becomes='gain = t.require("teacher_logprobs") - t.logprobs',
         tests=(f"{TESTS}/policy/test_distillation.py::test_opd",),
     ),
     Mutation(
@@ -325,8 +325,8 @@ MUTATIONS = (
     Mutation(
         name="aggregation-component-weights-in-the-denominator",
         file="toolkit/losses/config/policy.py",
-        line='coef=getattr(own, f"{sign}_weight"),',
-        becomes="coef=own.positive_weight,",
+        line='coef=getattr(aggregation, f"{sign}_weight"),',
+        becomes="coef=aggregation.positive_weight,",
         tests=("tests/losses/test_oreal.py::test_against_the_slow_reference",),
     ),
     Mutation(
@@ -411,7 +411,7 @@ MUTATIONS = (
     Mutation(
         name="opo-lengths-ignored",
         file=f"{ADVANTAGES}/length.py",
-        line='residual = r.centred(weights=r.given("lengths"))',
+        line='residual = r.centred(weights=r.require("lengths"))',
         becomes="residual = r.centred()",
         tests=(f"{TESTS}/test_advantages.py::test_opo",),
     ),

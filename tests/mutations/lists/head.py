@@ -44,8 +44,8 @@ MUTATIONS = (
     Mutation(
         name="head-temperatures-not-copied",
         file=f"{HEAD}/inputs.py",
-        line="own = temperature.detach().reshape(-1).to(hidden.device, wide).clone()  # ours: backward reads it again",
-        becomes="own = temperature.detach().reshape(-1).to(hidden.device, wide)",
+        line="copied = temperature.detach().reshape(-1).to(hidden.device, wide).clone()  # backward reads it again",
+        becomes="copied = temperature.detach().reshape(-1).to(hidden.device, wide)",
         tests=(f"{TESTS}/test_edges.py::test_what_the_caller_changes_afterwards_does_not_change_the_gradient",),
     ),
     Mutation(
@@ -110,7 +110,7 @@ MUTATIONS = (
         name="head-second-derivative-dropped-silently",
         file=f"{HEAD}/autograd.py",
         line="if not torch.is_grad_enabled():",
-        becomes="if found:",
+        becomes="if input_grads:",
         tests=(f"{REFUSALS}::test_a_second_derivative",),
     ),
     Mutation(
@@ -187,7 +187,7 @@ MUTATIONS = (
     Mutation(
         name="head-slope-of-an-underflowing-label",
         file=f"{HEAD}/kernel.py",
-        line="return labels.put_(slope, exact.squeeze(1))  # of the label even where its probability underflows",
+        line="return labels.put_(slope, exact.squeeze(1))  # exact for the label even where its probability underflows",
         becomes="return slope",
         tests=(f"{EXTREMES}::test_gradient_of_an_underflowing_label_under_a_softcap",),
     ),
@@ -346,7 +346,7 @@ MUTATIONS = (
     Mutation(
         name="head-split-hidden-gradient-not-summed",
         file=f"{HEAD}/work.py",
-        line="self._given.vocab.sum_rows_(self._hidden_grad, self._given.positions)",
+        line="self._inputs.vocab.sum_rows_(self._hidden_grad, self._inputs.positions)",
         becomes="pass",
         tests=(SPLIT,),
     ),
@@ -367,7 +367,7 @@ MUTATIONS = (
     Mutation(
         name="head-split-label-of-another-rank",
         file=f"{HEAD}/kernel.py",
-        line="parts = [total, (logit - top).where(is_own, 0) if is_own is not None else logit - top]",
+        line="parts = [total, (logit - top).where(is_local, 0) if is_local is not None else logit - top]",
         becomes="parts = [total, logit - top]",
         tests=(SPLIT,),
     ),

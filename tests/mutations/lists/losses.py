@@ -33,7 +33,7 @@ MUTATIONS = (
         tests=("tests/test_distributed.py::test_a_back_end_that_sums",),
     ),
     Mutation(
-        name="census-hears-no-refusal",
+        name="error-of-another-rank-ignored",
         file="toolkit/losses/step/totals.py",
         line="if failed:",
         becomes="if failed and error:",
@@ -42,29 +42,29 @@ MUTATIONS = (
     Mutation(
         name="prompts-of-the-last-rank-only",
         file="toolkit/losses/step/totals.py",
-        line="own[key] = own.get(key, 0.0) + number",
-        becomes="own[key] = number",
+        line="total_table[key] = total_table.get(key, 0.0) + number",
+        becomes="total_table[key] = number",
         tests=("tests/losses/test_totals.py::test_over_two_processes",),
     ),
     Mutation(
         name="prompts-of-the-last-micro-batch-only",
         file="toolkit/losses/step/prompts.py",
-        line="found[group] = found.get(group, 0.0) + size",
-        becomes="found[group] = size",
+        line="tokens[group] = tokens.get(group, 0.0) + size",
+        becomes="tokens[group] = size",
         tests=("tests/losses/test_terms_and_weights.py::test_micro_batches_do_not_matter_to_any_aggregation",),
     ),
     Mutation(
         name="empty-prompts-count",
         file="toolkit/losses/step/prompts.py",
-        line="return found, sum(size > 0 or (count_empty and group >= 0) for group, size in tokens.items())",
-        becomes="return found, len(tokens)",
+        line="return prompt_tokens, sum(size > 0 or (count_empty and group >= 0) for group, size in tokens.items())",
+        becomes="return prompt_tokens, len(tokens)",
         tests=("tests/losses/test_terms_and_weights.py::test_empty_prompts_count_only_on_request",),
     ),
     Mutation(
         name="silent-row-cuts-a-group",
         file="toolkit/losses/step/groups.py",
-        line="for group in own_groups[own_labels != ignore_idx].unique().tolist():",
-        becomes="for group in own_groups.unique().tolist():",
+        line="for group in batch_groups[batch_labels != ignore_idx].unique().tolist():",
+        becomes="for group in batch_groups.unique().tolist():",
         tests=("tests/losses/test_terms_and_weights.py::test_a_group_cut_in_two_is_refused",),
     ),
     Mutation(
@@ -86,7 +86,7 @@ MUTATIONS = (
     Mutation(
         name="pieces-of-sequences-accepted",
         file="toolkit/losses/step/policy_step.py",
-        line="return None if may_be_cut else int((own.shifted_labels != cfg.ignore_idx).sum())",
+        line="return None if may_be_cut else int((kwargs.shifted_labels != cfg.ignore_idx).sum())",
         becomes="return None",
         tests=("tests/losses/test_totals.py::test_pieces_of_kwargs_are_refused_where_sequences_count",),
     ),
@@ -100,8 +100,8 @@ MUTATIONS = (
     Mutation(
         name="auxiliary-term-mean-of-means",
         file="toolkit/losses/auxiliary.py",
-        line="return [found.to(device) * factor / total for found in counts]",
-        becomes="return [(found.to(device) > 0) * factor / max(1, len(counts)) for found in counts]",
+        line="return [tokens.to(device) * factor / total for tokens in counts]",
+        becomes="return [(tokens.to(device) > 0) * factor / max(1, len(counts)) for tokens in counts]",
         tests=("tests/losses/test_auxiliary.py::test_factors_by_hand",),
     ),
     Mutation(
@@ -128,14 +128,14 @@ MUTATIONS = (
     Mutation(
         name="filter-of-a-term-ignored",
         file="toolkit/losses/step/step.py",
-        line="found.append(labels.masked_fill(~chosen, self.ignore_idx))",
-        becomes="found.append(labels)",
+        line="counted.append(labels.masked_fill(~chosen, self.ignore_idx))",
+        becomes="counted.append(labels)",
         tests=("tests/losses/test_custom_loss.py::test_two_terms_are_their_formula",),
     ),
     Mutation(
         name="every-term-reads-the-first-column",
         file="toolkit/losses/summation.py",
-        line="yield term, loss_kwargs.loss_weight if every is None else every[..., column]",
+        line="yield term, loss_kwargs.loss_weight if columns is None else columns[..., column]",
         becomes="yield term, loss_kwargs.loss_weight",
         tests=("tests/losses/test_custom_loss.py::test_two_terms_are_their_formula",),
     ),
@@ -156,30 +156,30 @@ MUTATIONS = (
     Mutation(
         name="several-values-of-a-token-lost-in-shards",
         file="toolkit/losses/step/step.py",
-        line="if name in type(piece).model_fields and _is_wide(type(own), name)",
+        line="if name in type(piece).model_fields and _is_wide(type(batch), name)",
         becomes="if False",
         tests=("tests/losses/test_step.py::test_over_processes",),
     ),
     Mutation(
         name="weights-of-a-step-not-cut",
         file="toolkit/losses/step/step.py",
-        line="return weights if sp_mesh is None else [sp_split(own, sp_mesh, dim=-1, pad=0.0) for own in weights]",
+        line="return weights if sp_mesh is None else [sp_split(batch, sp_mesh, dim=-1, pad=0.0) for batch in weights]",
         becomes="return weights",
         tests=("tests/losses/test_step.py::test_over_processes",),
     ),
     Mutation(
         name="kl-averaged-as-the-policy-loss",
         file="toolkit/losses/config/policy.py",
-        line="aggregation = beside if self.kl_aggregation is None else self.kl_aggregation",
-        becomes="aggregation = beside",
+        line="of_kl = beside if self.kl_aggregation is None else self.kl_aggregation",
+        becomes="of_kl = beside",
         tests=("tests/losses/test_step.py::test_kl_by_sequence_beside_a_policy_loss_by_token",),
     ),
     # ---------------------------------------------------------------- terms of the loss
     Mutation(
         name="kl-coefficient-ignored",
         file="toolkit/losses/config/policy.py",
-        line='name="kl", coef=self.kl_loss_coef, aggregation=aggregation, use_correction=self.correction_on_kl',
-        becomes='name="kl", aggregation=aggregation, use_correction=self.correction_on_kl',
+        line='LossTerm(name="kl", coef=self.kl_loss_coef, aggregation=of_kl, use_correction=self.correction_on_kl)',
+        becomes='LossTerm(name="kl", aggregation=of_kl, use_correction=self.correction_on_kl)',
         tests=("tests/losses/test_grpo.py::test_by_hand",),
     ),
     Mutation(
@@ -192,22 +192,22 @@ MUTATIONS = (
     Mutation(
         name="correction-always-on-kl",
         file="toolkit/losses/config/policy.py",
-        line='name="kl", coef=self.kl_loss_coef, aggregation=aggregation, use_correction=self.correction_on_kl',
-        becomes='name="kl", coef=self.kl_loss_coef, aggregation=aggregation, use_correction=True',
+        line='LossTerm(name="kl", coef=self.kl_loss_coef, aggregation=of_kl, use_correction=self.correction_on_kl)',
+        becomes='LossTerm(name="kl", coef=self.kl_loss_coef, aggregation=of_kl, use_correction=True)',
         tests=("tests/losses/test_terms_and_weights.py::test_weights_multiply_the_policy_term_alone_unless_asked",),
     ),
     Mutation(
         name="entropy-bonus-sign",
         file="toolkit/losses/config/policy.py",
-        line='found.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation=beside))',
-        becomes='found.append(LossTerm(name="entropy", coef=self.entropy_coef, aggregation=beside))',
+        line='terms.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation=beside))',
+        becomes='terms.append(LossTerm(name="entropy", coef=self.entropy_coef, aggregation=beside))',
         tests=("tests/losses/test_head_modes.py::test_an_entropy_bonus_changes_the_gradient",),
     ),
     Mutation(
         name="entropy-divided-as-the-policy-term",
         file="toolkit/losses/config/policy.py",
-        line='found.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation=beside))',
-        becomes='found.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation="token_sum"))',
+        line='terms.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation=beside))',
+        becomes='terms.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation="token_sum"))',
         tests=("tests/losses/test_oreal.py::test_the_entropy_is_a_mean_over_all_tokens",),
     ),
     Mutation(
@@ -220,8 +220,8 @@ MUTATIONS = (
     Mutation(
         name="on-policy-anchor-is-live",
         file="toolkit/losses/grpo.py",
-        line='given.setdefault("old_logprobs", logprobs.detach())',
-        becomes='given.setdefault("old_logprobs", logprobs)',
+        line='fields.setdefault("old_logprobs", logprobs.detach())',
+        becomes='fields.setdefault("old_logprobs", logprobs)',
         tests=("tests/losses/test_grpo.py::test_on_policy_loss_is_zero_but_its_gradient_is_not",),
     ),
     Mutation(
@@ -319,7 +319,7 @@ MUTATIONS = (
     Mutation(
         name="labels-the-other-way",
         file="toolkit/losses/shift.py",
-        line="later = values.roll(-1, dim)  # what comes round from the first token meets a False of `is_followed`",
+        line="later = values.roll(-1, dim)  # the first token wraps round to the last position: never followed",
         becomes="later = values",
         tests=("tests/losses/test_shift.py",),
     ),
@@ -333,8 +333,8 @@ MUTATIONS = (
     Mutation(
         name="labels-cross-sequences",
         file="toolkit/losses/shift.py",
-        line="found[..., :-1] = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)",
-        becomes="found[..., :-1] = ids[..., 1:] >= 0",
+        line="is_followed[..., :-1] = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)",
+        becomes="is_followed[..., :-1] = ids[..., 1:] >= 0",
         tests=("tests/losses/test_items_unshifted.py::test_r12b_a_packed_row_keeps_its_sequences_apart",),
     ),
     Mutation(
@@ -369,7 +369,7 @@ MUTATIONS = (
     Mutation(
         name="whole-row-seen-by-its-shard-alone",
         file="toolkit/losses/step/global_view.py",
-        line="dist.all_reduce(everyone, group=self.sp_mesh.get_group())",
+        line="dist.all_reduce(full_values, group=self.sp_mesh.get_group())",
         becomes="pass",
         tests=("tests/test_layout_matrix.py::test_sampled_layouts[2]",),  # only the layout matrix catches this
     ),
@@ -420,8 +420,8 @@ MUTATIONS = (
     Mutation(
         name="metrics-merged-by-position",
         file="toolkit/distributed.py",
-        line="if bool((everyone[:, 0] != mark).any()):",
-        becomes="if bool((everyone[:, 0] != mark).all()):",
+        line="if bool((everyone[:, 0] != checksum).any()):",
+        becomes="if bool((everyone[:, 0] != checksum).all()):",
         tests=("tests/test_metrics.py::test_over_ranks_by_name_with_one_collective",),
     ),
     Mutation(
@@ -441,7 +441,7 @@ MUTATIONS = (
     Mutation(
         name="counting-group-stays",
         file="toolkit/distributed.py",
-        line="_counted = kept",
+        line="_counted = previous",
         becomes="_counted = group",
         tests=("tests/losses/test_shared_vocabulary.py",),
     ),
@@ -463,8 +463,8 @@ MUTATIONS = (
     Mutation(
         name="lost-metrics-not-missed",
         file="toolkit/testing/verdict.py",
-        line="lost = [name for name in known.metrics if name not in found.metrics]",
-        becomes="lost = [name for name in found.metrics if name not in known.metrics]",
+        line="lost = [name for name in known.metrics if name not in result.metrics]",
+        becomes="lost = [name for name in result.metrics if name not in known.metrics]",
         tests=("tests/testing/test_invariance.py::test_a_metric_that_gets_lost",),
     ),
     Mutation(
@@ -477,15 +477,15 @@ MUTATIONS = (
     Mutation(
         name="gradients-of-zero-are-compared",
         file="toolkit/testing/__init__.py",
-        line="if not any(bool((own != 0).any()) for own in gradients):",
-        becomes="if not any(own.numel() for own in gradients):",
+        line="if not any(bool((gradient != 0).any()) for gradient in gradients):",
+        becomes="if not any(gradient.numel() for gradient in gradients):",
         tests=("tests/testing/test_invariance.py::test_a_batch_of_ones_own",),
     ),
     Mutation(
         name="packed-layouts-are-padded",
         file="toolkit/testing/layout.py",
-        line="item, hidden, place, edges = _micro_batch(batch, cfg, rows, is_packed=layout.is_packed)",
-        becomes="item, hidden, place, edges = _micro_batch(batch, cfg, rows, is_packed=False)",
+        line="item, hidden, index, edges = _micro_batch(batch, cfg, rows, is_packed=layout.is_packed)",
+        becomes="item, hidden, index, edges = _micro_batch(batch, cfg, rows, is_packed=False)",
         tests=("tests/testing/test_invariance.py::test_boundaries_that_are_not_read",),
     ),
     Mutation(

@@ -10,8 +10,8 @@ MUTATIONS = (
     Mutation(
         name="kl-in-reward-after-advantages",
         file="toolkit/training/trainer.py",
-        line="rewards, of_kl = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)",
-        becomes="_, of_kl = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)",
+        line="rewards, kl_metrics = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)",
+        becomes="_, kl_metrics = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)",
         tests=(f"{STEPS}::test_advantages_are_made_of_rewards_less_kl",),
     ),
     Mutation(
@@ -31,23 +31,24 @@ MUTATIONS = (
     Mutation(
         name="every-process-draws-the-same",
         file="toolkit/training/trainer.py",
-        line="places = [(prompt, sample) for prompt in range(share.start, share.stop) "
+        line="samples = [(prompt, sample) for prompt in range(share.start, share.stop) "
         "for sample in range(cfg.group_size)]",
-        becomes="places = [(prompt, sample) for prompt in range(len(own)) for sample in range(cfg.group_size)]",
+        becomes="samples = [(prompt, sample) for prompt in range(len(local_prompts)) "
+        "for sample in range(cfg.group_size)]",
         tests=(f"{STEPS}::test_a_process_rewards_and_samples_its_own_prompts",),
     ),
     Mutation(
         name="advantages-of-the-first-process",
         file="toolkit/training/trainer.py",
-        line="own = advantages[share.start * size : share.stop * size, : rows.shifted_labels.shape[1]]",
-        becomes="own = advantages[: (share.stop - share.start) * size, : rows.shifted_labels.shape[1]]",
+        line="local_advantages = advantages[share.start * size : share.stop * size, : rows.shifted_labels.shape[1]]",
+        becomes="local_advantages = advantages[: (share.stop - share.start) * size, : rows.shifted_labels.shape[1]]",
         tests=(f"{STEPS}::test_a_process_rewards_and_samples_its_own_prompts",),
     ),
     Mutation(
         name="every-step-draws-the-same",
         file="toolkit/training/trainer.py",
-        line='seeds = [self._place("main", step, "sample", *place) for place in places]',
-        becomes='seeds = [self._place("main", "sample", *place) for place in places]',
+        line='seeds = [self._seed("main", step, "sample", *indices) for indices in samples]',
+        becomes='seeds = [self._seed("main", "sample", *indices) for indices in samples]',
         tests=(f"{STEPS}::test_a_process_rewards_and_samples_its_own_prompts",),
     ),
     Mutation(
@@ -60,8 +61,8 @@ MUTATIONS = (
     Mutation(
         name="void-updates-move-the-weights",
         file="toolkit/training/trainer.py",
-        line="if found.pop(NUM_LEARNING).value() == 0:",
-        becomes="if found.pop(NUM_LEARNING).value() < 0:",
+        line="if reduced.pop(NUM_LEARNING).value() == 0:",
+        becomes="if reduced.pop(NUM_LEARNING).value() < 0:",
         tests=(RESUMED,),
     ),
     Mutation(
@@ -117,8 +118,8 @@ MUTATIONS = (
     Mutation(
         name="as-many-forwards-as-own-rows",
         file="toolkit/training/layout.py",
-        line="found.append(Minibatch(own, int(sizes.max())))",
-        becomes="found.append(Minibatch(own, len(own)))",
+        line="batches.append(Minibatch(local_rows, int(sizes.max())))",
+        becomes="batches.append(Minibatch(local_rows, len(local_rows)))",
         tests=("tests/training/test_processes.py::test_minibatches_are_those_of_one_process",),
     ),
     Mutation(
@@ -202,8 +203,8 @@ MUTATIONS = (
     Mutation(
         name="resume-repeats-a-line",
         file="toolkit/training/tracking.py",
-        line='self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) < place]',
-        becomes='self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) <= place]',
+        line='self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) < resumed_at]',
+        becomes='self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) <= resumed_at]',
         tests=(RESUMED,),
     ),
     Mutation(
@@ -224,8 +225,8 @@ MUTATIONS = (
     Mutation(
         name="probe-tolerates-a-thousandth",
         file="toolkit/training/probe.py",
-        line="tolerance = max(TOLERANCE, 4 * torch.finfo(found.dtype).eps)",
-        becomes="tolerance = max(1e-3, 4 * torch.finfo(found.dtype).eps)",
+        line="tolerance = max(TOLERANCE, 4 * torch.finfo(grad.dtype).eps)",
+        becomes="tolerance = max(1e-3, 4 * torch.finfo(grad.dtype).eps)",
         tests=("tests/training/test_probe.py::test_a_factor_in_backward",),
     ),
     Mutation(
@@ -252,7 +253,7 @@ MUTATIONS = (
     Mutation(
         name="failing-rank-tells-nobody",
         file="toolkit/training/failures.py",
-        line="failure = self._tell(self._store, own) if self._has_store() else None",
+        line="failure = self._report(self._store, local_failure) if self._has_store() else None",
         becomes="failure = None",
         tests=("tests/training/test_failures.py::test_one_process_raises",),
     ),
@@ -317,8 +318,8 @@ MUTATIONS = (
     Mutation(
         name="impossible-token-drawn-at-an-edge",
         file="toolkit/rollout/sampler.py",
-        line="return torch.searchsorted(edges, place, right=True)",
-        becomes="return torch.searchsorted(edges, place)",
+        line="return torch.searchsorted(edges, target, right=True)",
+        becomes="return torch.searchsorted(edges, target)",
         tests=("tests/training/test_experience.py::test_tokens_by_inverse_cdf_by_hand",),
     ),
     Mutation(

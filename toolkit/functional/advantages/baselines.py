@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def remax(r: RewardTerms) -> Tensor:
     """Reward minus the reward of the greedy completion of the same prompt (ReMax).
 
-    ``A = R - R_greedy``. One sample per prompt will do, for one more generation each.
+    ``A = R - R_greedy``. One sample per prompt is enough, at the cost of one more generation each.
 
     Args:
         r: the rewards, [S], and those of the greedy completions, [S].
@@ -30,7 +30,7 @@ def remax(r: RewardTerms) -> Tensor:
     Returns:
         [S] advantages; 0 where the greedy reward is not known.
     """
-    greedy = r.given("greedy_rewards")
+    greedy = r.require("greedy_rewards")
     known = r.known & greedy.isfinite()
     return r.result((r.filled - greedy.to(r.wide)).where(known, 0.0), known)
 
@@ -44,12 +44,12 @@ def remax(r: RewardTerms) -> Tensor:
 def rae(r: RewardTerms, *, decay: Fraction = 0.95) -> Tensor:
     """Reward minus a moving average of the rewards before it (role-conditioned advantage estimation).
 
-    ``A_i = R_i - b`` and then ``b = decay b + (1 - decay) R_i``, in the order of the sequences. A group is here what
-    has an average of its own, such as a role in a game; `rae_baselines` gives the averages for the next batch.
+    ``A_i = R_i - b`` and then ``b = decay b + (1 - decay) R_i``, in the order of the sequences. Here a group is a
+    set of sequences with one average, such as a role in a game; `rae_baselines` gives the averages for the next batch.
 
     Args:
         r: the rewards, [S], and the averages so far, [S].
-        decay: of the average.
+        decay: decay factor of the average.
 
     Returns:
         [S] advantages.
@@ -63,22 +63,22 @@ def rae_baselines(r: RewardTerms, *, decay: float = 0.95) -> Tensor:
 
     Args:
         r: the rewards, [S], and the averages before, [S].
-        decay: of the average.
+        decay: decay factor of the average.
 
     Source: as `rae`.
     """
-    return _averages(r, decay)[1].to(r.given("baselines").dtype)
+    return _averages(r, decay)[1].to(r.require("baselines").dtype)
 
 
 def _averages(r: RewardTerms, decay: float) -> tuple[Tensor, Tensor]:
     """Return the average before each sequence, and that of its group after the batch, [S] each."""
-    average = r.given("baselines").to(r.wide)
+    average = r.require("baselines").to(r.wide)
     before = average.clone()
-    turn = r.place_in_group
-    for place in range(int(turn.max()) + 1 if len(turn) else 0):
-        now = turn == place
-        before = average.where(now, before)
-        step = (decay * average + (1 - decay) * r.filled).where(now & r.known, 0.0)
-        is_moved = r.total((now & r.known).to(r.wide)) > 0
+    indices = r.index_in_group
+    for index in range(int(indices.max()) + 1 if len(indices) else 0):
+        is_current = indices == index
+        before = average.where(is_current, before)
+        step = (decay * average + (1 - decay) * r.filled).where(is_current & r.known, 0.0)
+        is_moved = r.total((is_current & r.known).to(r.wide)) > 0
         average = r.total(step).where(is_moved, average)
     return before, average

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EpsTo = Literal["variance", "std"]
 """Where eps is added: to the variance, before the root, or to the standard deviation."""
 Weighting = Literal["token", "sequence"]
-"""Whether a statistic over the batch counts every token, so that long sequences weigh more, or every sequence once."""
+"""Whether a statistic over the batch counts every token, so long sequences weigh more, or every sequence once."""
 
 
 @register_advantage(
@@ -37,13 +37,13 @@ def reinforce_pp(
 ) -> Tensor:
     """Discounted return of each token, whitened over all tokens of the batch (REINFORCE++).
 
-    ``G_t = r_t + gamma G_{t+1}``, ``A = (G - mean) / sqrt(var + eps)``. Needs no group: one sample will do.
+    ``G_t = r_t + gamma G_{t+1}``, ``A = (G - mean) / sqrt(var + eps)``. One sample per prompt is enough.
 
     Args:
         r: the rewards, [S], or the token rewards, [S, T]; the mask, [S, T].
         gamma: discount per scored token.
         holes: what tokens between the turns do to the return: it is carried over them undiscounted (verl), or starts
-            again at 0, so that a turn learns only from rewards given before the next hole (SkyRL).
+            again at 0, so a turn learns only from rewards before the next hole (SkyRL).
         std: the variance divides by the number of tokens minus 1, or by that number.
         eps: 1e-8 as in verl.
         eps_to: add it to the variance, or to its root.
@@ -51,7 +51,7 @@ def reinforce_pp(
     Returns:
         [S, T] advantages, 0 where masked.
     """
-    mask = r.given("mask")
+    mask = r.require("mask")
     rewards = r.rewards_at(mask)
     running = rewards[:, 0] * 0
     returns = rewards * 0
@@ -89,7 +89,7 @@ def reinforce_pp_baseline(
         std: the variance divides by the number minus 1, or by the number (NeMo-RL).
         eps: 1e-8 as in verl.
         eps_to: add it to the variance, or to its root.
-        singleton: a group of one gets 0 and is left out of the batch; or it enters with 0, "centred" on itself
+        singleton: a group of one gets 0 and is skipped in the batch; or it counts with 0, "centred" on itself
             (NeMo-RL), or with its "raw" reward (verl).
         baseline: "none" whitens the rewards themselves.
 
@@ -98,7 +98,7 @@ def reinforce_pp_baseline(
     """
     residual = r.filled.where(r.is_alone & (singleton == "raw"), r.residual(baseline))
     counted = r.known & ~(r.is_alone & (singleton == "zero") & (baseline == "group"))
-    weights = (r.given("lengths") if weighting == "token" else r.known).to(r.wide).where(counted, 0.0)
+    weights = (r.require("lengths") if weighting == "token" else r.known).to(r.wide).where(counted, 0.0)
     return r.result(r.whiten(residual, weights, std=std, eps=eps, eps_to=eps_to))
 
 
@@ -121,7 +121,7 @@ def gdpo(
     """GRPO's advantage of each reward by itself, summed with weights, whitened over the batch (GDPO).
 
     ``A' = sum_k w_k (R_k - mean_k) / (std_k + eps)`` over the group, then whitened: rewards of different scale, or that
-    rarely differ, do not drown each other as they do when they are summed first.
+    rarely differ, do not mask each other as they do when they are summed first.
 
     Args:
         r: the rewards, [S, K] in `rewards_multi` with `reward_weights`; without them the one reward, [S]; the lengths
@@ -132,7 +132,7 @@ def gdpo(
         whiten_std: of the batch.
         whiten_eps: of the batch; 1e-8.
         whiten_eps_to: add it to the variance (verl), or to its root.
-        singleton: a group of one gets 0 and is left out of the batch, or enters with its reward over 1 + eps (verl).
+        singleton: a group of one gets 0 and is skipped in the batch, or counts with its reward over 1 + eps (verl).
 
     Returns:
         [S] advantages. One of the K rewards that is NaN adds nothing to its sequence.
@@ -140,11 +140,11 @@ def gdpo(
     columns = r.filled.unsqueeze(-1) if r.rewards_multi is None else r.rewards_multi
     summed, any_known, compared = r.filled * 0, r.known & False, r.known & False
     for k, column in enumerate(columns.unbind(-1)):
-        one = r.with_rewards(column)
-        score = scaled(one, one.residual(), std=std, level="group", std_of="rewards", eps=eps, singleton=singleton)
-        summed = summed + (score if r.reward_weights is None else r.reward_weights[k] * score).where(one.known, 0.0)
-        any_known = any_known | one.known
-        compared = compared | (one.known & ((singleton == "raw") | ~one.is_alone))
+        terms = r.with_rewards(column)
+        score = scaled(terms, terms.residual(), std=std, level="group", std_of="rewards", eps=eps, singleton=singleton)
+        summed = summed + (score if r.reward_weights is None else r.reward_weights[k] * score).where(terms.known, 0.0)
+        any_known = any_known | terms.known
+        compared = compared | (terms.known & ((singleton == "raw") | ~terms.is_alone))
     counted = r.known & any_known & compared
-    weights = (r.given("lengths") if weighting == "token" else r.known).to(r.wide).where(counted, 0.0)
+    weights = (r.require("lengths") if weighting == "token" else r.known).to(r.wide).where(counted, 0.0)
     return r.result(r.whiten(summed, weights, std=whiten_std, eps=whiten_eps, eps_to=whiten_eps_to))

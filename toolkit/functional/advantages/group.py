@@ -1,4 +1,4 @@
-"""Rewards relative to the other sequences of the same prompt: GRPO and its kin. S: sequences."""
+"""Rewards relative to the other sequences of the same prompt: GRPO and related estimators. S: sequences."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from toolkit.functional.rewards import RewardTerms
 
 Singleton = Literal["zero", "raw"]
-"""What a sequence without another one in its group gets: nothing, or its reward as it is."""
+"""The advantage of a sequence alone in its group: 0, or its reward unchanged."""
 StdOf = Literal["rewards", "residuals"]
-"""Whether a deviation is that of the rewards, or the root mean square of what is left after the baseline."""
+"""Whether a deviation is that of the rewards, or the root mean square of the residuals."""
 
 
 def scaled(
@@ -37,7 +37,7 @@ def scaled(
     divided = kept / (spread + eps)
     if level == "group":
         divided = (kept / (1 + eps)).where(alone, divided)
-    # No spread: nothing to compare. Only what leave-one-out leaves may be all equal while the sequence differs.
+    # Without spread there is nothing to compare. With leave-one-out the others may be equal while the sequence differs.
     return divided.where((spread > 0) | alone, residual if std == "leave_one_out" else 0.0)
 
 
@@ -65,7 +65,7 @@ def grpo(
         std: "sample" (divide by n - 1), "population" (by n) or "none".
         level: over what the deviation is taken.
         baseline: what is subtracted: the mean of the group, of the batch, or nothing.
-        std_of: the deviation of the rewards around their own mean, or of what the baseline leaves around 0.
+        std_of: the deviation of the rewards around their mean, or of the residuals around 0.
         eps: added to the deviation; 1e-4 as in TRL (1e-8 in XTuner, 1e-6 in verl, SkyRL and ROLL, 1e-5 in AReaL).
         singleton: what a group of one gets: 0, or its reward over 1 + eps (verl, SkyRL).
 
@@ -83,7 +83,7 @@ def grpo(
 def dr_grpo(r: RewardTerms, *, singleton: Singleton = "zero") -> Tensor:
     """Reward minus the mean of its group, not divided (Dr. GRPO).
 
-    ``A = R - mean``: easy and hard prompts are not weighed up. The paper's constant length normaliser is the
+    ``A = R - mean``: easy and hard prompts get no extra weight. The paper's constant length normaliser is the
     aggregation of the loss, not part of this.
 
     Args:
@@ -116,10 +116,10 @@ def rloo(
 
     Args:
         r: the rewards, [S].
-        std: divide by a standard deviation, too: "leave_one_out" is that of the others (NeMo-RL), where it is not 0.
+        std: also divide by a standard deviation: "leave_one_out" is that of the others (NeMo-RL), where it is not 0.
         level: over what the deviation is taken.
         baseline: the others of the group, or of the batch.
-        std_of: the deviation of the rewards around their own mean, or of what the baseline leaves around 0 (AReaL).
+        std_of: the deviation of the rewards around their mean, or of the residuals around 0 (AReaL).
         eps: added to the deviation.
         singleton: what a group of one gets: 0, or its reward (XTuner, one of verl's two versions).
 
@@ -149,8 +149,8 @@ def maxrl(
     Args:
         r: the rewards, [S], not negative.
         eps: added to the mean; 0 as in prime-rl, 1e-6 in SkyRL.
-        nonpositive_mean: what a group gets whose mean is 0 or less: nothing, or the quotient as it is (SkyRL: negative
-            means turn the signs).
+        nonpositive_mean: what a group gets whose mean is 0 or less: 0, or the quotient unchanged (SkyRL: negative
+            means flip the signs).
         singleton: what a group of one gets: 0, or its reward (SkyRL).
 
     Returns:
@@ -174,7 +174,7 @@ def gpg(
     f_norm: Positive = 1.0,
     singleton: Singleton = "zero",
 ) -> Tensor:
-    """Reward minus the mean of its group, scaled up for the sequences that teach nothing (GPG).
+    """Reward minus the mean of its group, scaled up to make up for sequences that do not count (GPG).
 
     ``A = alpha (R - mean) / f_norm`` with alpha = number of sequences / number of those counted.
 

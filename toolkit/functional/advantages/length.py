@@ -1,4 +1,4 @@
-"""Estimators that know how long a sequence is. S: sequences."""
+"""Estimators that use the length of a sequence. S: sequences."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def opo(r: RewardTerms, *, singleton: Singleton = "zero") -> Tensor:
     Returns:
         [S] advantages.
     """
-    residual = r.centred(weights=r.given("lengths"))
+    residual = r.centred(weights=r.require("lengths"))
     return r.result(r.filled.where(r.is_alone & (singleton == "raw"), residual))
 
 
@@ -62,7 +62,7 @@ def grpo_times_length(
         [S] advantages.
     """
     score = scaled(r, r.residual(), std=std, level="group", std_of="rewards", eps=eps, singleton="zero")
-    return r.result(score * r.given("lengths") / max_length)
+    return r.result(score * r.require("lengths") / max_length)
 
 
 @register_advantage(
@@ -80,12 +80,12 @@ def length_shaped(
     """Reward minus a penalty for length that grows with the success of the group, centred.
 
     ``R' = R - mean(R) (w_out len / max len + w_in read / max read + w_turns turns / max turns)``, then
-    ``A = R' - mean(R')``, means and maxima over the group: the more of a group succeeds, the more brevity is
-    rewarded.
+    ``A = R' - mean(R')``, means and maxima over the group: the more of a group succeeds, the more short
+    answers are rewarded.
 
     Args:
         r: the rewards, [S], the lengths in tokens, [S]; `input_lengths` and `num_turns` if they differ within a group:
-            a quantity that is not given counts as equal for all, and then cancels.
+            a missing quantity counts as equal for all and cancels.
         output_weight: weight of the tokens written; 0.25 as in prime-rl.
         input_weight: weight of the tokens read; 0.1 as in prime-rl.
         turns_weight: weight of the turns; 0.1 as in prime-rl.
@@ -94,7 +94,7 @@ def length_shaped(
         [S] advantages; rewards that are equal and not 0 still differ by their lengths.
     """
     fraction = r.filled * 0
-    weighted = ((output_weight, r.given("lengths")), (input_weight, r.input_lengths), (turns_weight, r.num_turns))
+    weighted = ((output_weight, r.require("lengths")), (input_weight, r.input_lengths), (turns_weight, r.num_turns))
     for weight, amount in weighted:
         if amount is not None:
             known = amount.to(r.wide).where(r.known, 0.0)

@@ -65,7 +65,7 @@ def pass_at_k_margin(
 
     Args:
         r: the rewards, [S].
-        std: divide by the standard deviation of the group, too (verl does by default).
+        std: also divide by the standard deviation of the group (verl does by default).
         eps: added to the deviation; 1e-6 as in verl.
 
     Returns:

@@ -3,7 +3,7 @@
 An estimator is a function ``f(r, *, option=default, ...)`` from `RewardTerms` to one advantage per sequence [S] or per
 token [S, T]. What it declares in its signature becomes its validated options, its Hydra schema and its documentation.
 
-This module and the built-in estimators import no torch, so that the command line knows every option without loading it.
+This module and the built-in estimators import no torch, so the command line knows every option without loading it.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ AdvantageNeed = Literal[
     "lengths", "mask", "token_rewards", "values", "logprobs", "sum_pi_squared", "rewards_multi", "greedy_rewards",
     "baselines", "input_lengths", "num_turns",
 ]  # fmt: skip
-"""What an estimator may need of `RewardTerms` beside rewards and groups."""
+"""Fields of `RewardTerms` that an estimator may need besides rewards and groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage(Registered):
     """A registered advantage estimator."""
 
-    place: ClassVar[str] = "advantage"
+    config_path: ClassVar[str] = "advantage"
 
     level: AdvantageLevel
     """One advantage per sequence, [S], or per token, [S, T]."""
     needs: tuple[AdvantageNeed, ...] = ()
-    """Fields of `RewardTerms` that must be there."""
+    """Fields of `RewardTerms` that must be set."""
     source: str = ""
     """Paper with its equation, or the project that it comes from, and where the code differs."""
     within_group: bool = True
-    """It compares the sequences of a group: one that is alone in its group learns nothing."""
+    """Whether it compares the sequences of a group: one that is alone in its group then learns nothing."""
 
     def compute(self, terms: RewardTerms, **options: Any) -> Tensor:
-        """Return the advantages, [S] or [S, T] as `level` says; options left out have their defaults.
+        """Return the advantages, [S] or [S, T] as `level` says; omitted options have their defaults.
 
         Raises:
             ConfigError: an option is unknown, of the wrong type or out of range.
@@ -61,7 +61,7 @@ ADVANTAGES: Registry[Advantage] = Registry(
     "advantage estimator",
     package="toolkit.functional.advantages",
     key="advantage",
-    how="one of your own is registered with @register_advantage of toolkit.functional.advantages",
+    how="register your own with @register_advantage of toolkit.functional.advantages",
 )
 
 
@@ -77,16 +77,16 @@ def register_advantage(
     """Make a function selectable as ``advantage=<name>``.
 
     Args:
-        name: how it is picked.
+        name: name to select it by.
         level: "sequence" when it returns [S], "token" when it returns [S, T].
-        needs: fields of `RewardTerms` that it reads beside rewards and groups; a run that has not got them is refused
-            before it starts.
-        within_group: whether a group of one sequence leaves nothing to compare; groups of one are then refused.
+        needs: fields of `RewardTerms` that it reads besides rewards and groups; a run without them raises before it
+            starts.
+        within_group: whether it compares the sequences of a group; groups of one sequence then raise.
         source: paper with its equation, and where the code differs; for ``explain``, the tables and ``help``.
-        overwrite: replace an estimator of the same name instead of refusing (when you re-run a notebook cell).
+        overwrite: replace an estimator of the same name instead of raising (when you re-run a notebook cell).
 
     Returns:
-        A decorator that gives the function back unchanged.
+        A decorator that returns the function unchanged.
 
     Raises:
         ConfigError: the name is taken by another function, the level or a need is unknown, or a parameter of the
@@ -95,7 +95,7 @@ def register_advantage(
     if level not in get_args(AdvantageLevel):
         choices = listed(get_args(AdvantageLevel))
         raise ConfigError(f"level={level!r} of advantage {name!r} is unknown; choose {choices}")
-    check_needs(f"advantage {name!r}", needs, get_args(AdvantageNeed), "RewardTerms has not got")
+    check_needs(f"advantage {name!r}", needs, get_args(AdvantageNeed), "RewardTerms does not have")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         document_source(function, source)
@@ -118,7 +118,7 @@ def advantage(name: str) -> Advantage:
     """Return the registered advantage estimator called `name`.
 
     Raises:
-        ConfigError: there is none; the message lists those that exist.
+        ConfigError: the name is unknown; the message lists the known ones.
     """
     return ADVANTAGES.get(name)
 

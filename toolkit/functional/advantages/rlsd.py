@@ -1,4 +1,4 @@
-"""Spreading a sequence's advantage over its tokens by what a teacher says of them. S: sequences, T: positions."""
+"""A sequence's advantage spread over its tokens by a teacher's log-probabilities. S: sequences, T: positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rlsd_reweight(
     clip_range: float = 0.2,
     negative_only: bool = False,
 ) -> Tensor:
-    """Weight each token's share of the advantage by the teacher's opinion of it, without turning a sign (RLSD).
+    """Weight each token's share of the advantage by the teacher's log-probability, without changing a sign (RLSD).
 
     ``A_t = A ((1 - lam) + lam clip(exp(sign(A) (log pi_teacher - log pi)), 1 - clip_range, 1 + clip_range))``: of
     a good sequence the tokens that the teacher likes more are reinforced more, of a bad one those that it likes less.
@@ -46,5 +46,6 @@ def rlsd_reweight(
     mixed = (1 - lam) + lam * weights
     if negative_only:
         mixed = mixed.where(wide < 0, 1.0)
-    found = (wide * mixed).where(mask, 0.0)
-    return found.to(advantages.dtype) if advantages.element_size() >= 4 else found.float()  # fp32 or wider
+    token_advantages = (wide * mixed).where(mask, 0.0)
+    # fp32 or wider
+    return token_advantages.to(advantages.dtype) if advantages.element_size() >= 4 else token_advantages.float()

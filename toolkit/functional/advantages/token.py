@@ -32,22 +32,22 @@ def gae(
 ) -> Tensor:
     """Generalised advantage estimation with a critic (GAE).
 
-    ``delta_t = r_t + gamma V_{t+1} - V_t`` and ``A_t = delta_t + gamma lam A_{t+1}``. ``A + V``, not whitened, is what
-    a critic learns.
+    ``delta_t = r_t + gamma V_{t+1} - V_t`` and ``A_t = delta_t + gamma lam A_{t+1}``. ``A + V``, not whitened, is the
+    target of a critic.
 
     Args:
         r: the rewards, [S], or the token rewards, [S, T]; the mask and the values, [S, T].
         gamma: discount per step.
         lam: 1 trusts the rewards, 0 the critic.
         holes: "skip": the next token is the next scored one (verl, NeMo-RL); "walk": tokens between the turns are steps
-            like any other, with values that must be real (SkyRL, ROLL, slime).
+            like any other, with values that must be valid (SkyRL, ROLL, slime).
         whiten: to mean 0 and variance 1 over all scored tokens of the batch.
         eps: added to that variance; 1e-8 as in verl.
 
     Returns:
         [S, T] advantages, 0 where masked.
     """
-    mask = r.given("mask")
+    mask = r.require("mask")
     steps = mask if holes == "skip" else r.inside
     rewards, values = r.rewards_at(steps), r.at(steps, "values")
     advantages = rewards * 0
@@ -88,7 +88,7 @@ def optimal_token_baseline(
     Returns:
         [S, T] advantages, 0 where masked.
     """
-    return _optimal(r, r.given("mask"), None, zero_tail, eps, singleton)
+    return _optimal(r, r.require("mask"), None, zero_tail, eps, singleton)
 
 
 @register_advantage(
@@ -102,7 +102,7 @@ def tir_optimal_token_baseline(
 ) -> Tensor:
     """The optimal token baseline for several turns: position t is the t-th scored token.
 
-    As optimal_token_baseline, but what tools said between the turns does not shift the tokens that are compared.
+    As optimal_token_baseline, but tool output between the turns does not shift the tokens that are compared.
 
     Args:
         r: as for optimal_token_baseline.
@@ -113,15 +113,15 @@ def tir_optimal_token_baseline(
     Returns:
         [S, T] advantages, 0 where masked.
     """
-    mask = r.given("mask")
-    order = (~mask).to(r.wide).argsort(dim=-1, stable=True)  # scored tokens first, as they stand
+    mask = r.require("mask")
+    order = (~mask).to(r.wide).argsort(dim=-1, stable=True)  # scored tokens first, in their order
     return _optimal(r, mask, order, zero_tail, eps, singleton)
 
 
 def _optimal(
     r: RewardTerms, mask: Tensor, order: Tensor | None, zero_tail: bool, eps: float, singleton: Singleton
 ) -> Tensor:
-    """Return the advantages, [S, T]; `order` [S, T] brings the tokens to the places where they are compared."""
+    """Return the advantages, [S, T]; `order` [S, T] moves the tokens to the positions where they are compared."""
     known = r.complete(mask, "logprobs", "sum_pi_squared")
     scored = mask & known.unsqueeze(-1)
     returns = r.rewards_at(mask).flip(-1).cumsum(-1).flip(-1).where(scored, 0.0)

@@ -1,5 +1,5 @@
-"""One small file for each family of policy losses; every module here is loaded by the registry.
+"""One small file for each family of policy losses; the registry loads every module here.
 
-The modules import no torch at the top: tensor methods and the methods of ``t`` (`PolicyTerms`) are all they need, and
-the command line can then check a loss's options in a moment.
+The modules do not import torch at the top, so the command line can check a loss's options quickly. They only need
+tensor methods and the methods of ``t`` (`PolicyTerms`).
 """

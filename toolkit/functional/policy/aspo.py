@@ -1,4 +1,4 @@
-"""ASPO: the ratio of tokens to be raised is turned over."""
+"""ASPO: the inverse ratio for tokens with a positive advantage."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def aspo(
     clip_ratio_c: AboveOne | None = 3.0,
     anchor: Anchor = "old",
 ) -> Tensor:
-    """Raise a good token the more, the further it lags behind: its weight is the inverse of its ratio.
+    """Raise a good token more, the lower its ratio is: its weight is the inverse of its ratio.
 
     Where A > 0: ``loss = -A sg(min(1 / r, weight_max)) pi / sg(pi)``, and 0 where PPO would clip (r > 1 +
-    cliprange_high); its gradient is -A / r, which PPO has as -A r. Elsewhere PPO's clip with dual clip. PPO gives the
-    tokens that are likely already the larger steps; this keeps the entropy up.
+    cliprange_high); its gradient is -A / r, which PPO has as -A r. Elsewhere PPO's clip with dual clip. PPO gives
+    larger steps to tokens that are already likely; this keeps the entropy up.
 
     Args:
         t: the tensors of the selected tokens, [N].
         cliprange_low: where A < 0 the ratio's floor is 1 - cliprange_low.
-        cliprange_high: where A > 0 tokens with a ratio above 1 + cliprange_high are left out.
-        weight_max: cap of 1 / r; the gradient goes on with it (a soft clip). None: none.
-        clip_ratio_c: bound of the dual clip where A < 0, a hard one; None: none.
+        cliprange_high: where A > 0 tokens with a ratio above 1 + cliprange_high are skipped.
+        weight_max: cap of 1 / r; the capped weight keeps a gradient (a soft clip). None: no cap.
+        clip_ratio_c: bound of the dual clip where A < 0, a hard one; None: no dual clip.
         anchor: what the ratio divides by.
 
     Returns:

@@ -46,10 +46,10 @@ def cispo(
         t: the tensors of the selected tokens, [N].
         cliprange_low: the weight's floor is 1 - cliprange_low; 0.2 as in verl, None for no floor (as the paper's runs).
         cliprange_high: the weight's ceiling is 1 + cliprange_high; 0.2 as in verl, None for no ceiling.
-        weight_min: the floor itself, in place of 1 - cliprange_low.
-        weight_max: the ceiling itself, in place of 1 + cliprange_high: what TRL, Liger, ms-swift and Tinker mean by
+        weight_min: the floor itself, instead of 1 - cliprange_low.
+        weight_max: the ceiling itself, instead of 1 + cliprange_high: what TRL, Liger, ms-swift and Tinker mean by
             their upper bound (5 and 4).
-        use_unified_mask: leave out tokens that PPO would clip: above the ceiling with A > 0, below the floor with
+        use_unified_mask: skip tokens that PPO would clip: above the ceiling with A > 0, below the floor with
             A < 0 (ROLL; the paper's unified formulation).
         anchor: what the ratio divides by; "rollout" in Tinker, optional in SkyRL.
 
@@ -94,8 +94,8 @@ def tis(
 
     Args:
         t: the tensors of the selected tokens, [N].
-        weight_min: floor of the weight; 0 as in ROLL, None: none.
-        weight_max: ceiling of the weight; 1 as in ROLL, None: none.
+        weight_min: floor of the weight; 0 as in ROLL, None: no floor.
+        weight_max: ceiling of the weight; 1 as in ROLL, None: no ceiling.
         anchor: what the ratio divides by.
 
     Returns:

@@ -31,8 +31,8 @@ def clipped_surrogate(
         advantages: [N] A.
         cliprange_low: the ratio's floor is 1 minus it.
         cliprange_high: the ratio's ceiling is 1 plus it.
-        clip_ratio_c: bound of the dual clip; None: none.
-        delta: cap of the ratio that is not clipped; None: none.
+        clip_ratio_c: bound of the dual clip; None: no dual clip.
+        delta: cap of the ratio that is not clipped; None: no cap.
 
     Returns:
         [N] surrogate to minimise. Reports the fraction of tokens at each bound where it binds.

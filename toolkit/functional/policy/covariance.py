@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         ratio=CLIPPED,
         gradient=f"{BINDS} and for the tokens that are drawn, else -A r grad log pi",
         source="Cui et al. 2025, arXiv 2505.22617",
-        differs="The draw can be repeated: it depends on the advantages and `seed` alone",
+        differs="The draw is reproducible: it depends on the advantages and `seed` alone",
     ),
 )
 def clip_cov(
@@ -40,21 +40,21 @@ def clip_cov(
     seed: int = 0,
     anchor: Anchor = "old",
 ) -> Tensor:
-    """Take the gradient from a few random tokens whose log-probability and advantage move together.
+    """Remove the gradient of a few random tokens whose log-probability and advantage move together.
 
     PPO's loss, 0 for ``max(1, int(clip_cov_ratio N))`` tokens drawn among those with
-    ``cov_low < (A - mean A)(log pi - mean log pi) < cov_high`` that the clip leaves alone. These tokens make the
+    ``cov_low < (A - mean A)(log pi - mean log pi) < cov_high`` that are not clipped. These tokens make the
     entropy fall; holding back very few of them keeps it.
 
     Args:
         t: the tensors of the selected tokens, [N]; the means are over these: all of the step.
         cliprange_low: the ratio's floor is 1 - cliprange_low.
         cliprange_high: the ratio's ceiling is 1 + cliprange_high.
-        clip_ratio_c: bound of a dual clip where A < 0; None: none, as in the paper.
+        clip_ratio_c: bound of a dual clip where A < 0; None: no dual clip, as in the paper.
         clip_cov_ratio: share of all tokens that lose their gradient; 2e-4 as in the paper.
         cov_low: smallest covariance of a token that may be drawn; 1 as in the paper.
         cov_high: largest; 5 as in the paper.
-        seed: of the draw. The same seed draws the same places on every device and rank.
+        seed: seed of the draw. The same seed draws the same tokens on every device and rank.
         anchor: what the ratio divides by.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A teacher's opinion of the policy's own tokens: on-policy distillation and SDAR."""
+"""Learning from a teacher on tokens that the policy sampled: on-policy distillation and SDAR."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "r = p / p_{anchor}",
     facts=LossFacts(
         ratio="r carries the gradient; log(pi_teacher / pi) stands in for the advantage, without gradient",
-        gradient="in expectation that of KL(policy || teacher); the items' own advantages are not read",
+        gradient="in expectation that of KL(policy || teacher); the items' advantages are not read",
         source='Agarwal et al. 2023, arXiv 2306.13649; Thinking Machines 2025, "On-policy distillation"; the mask '
         "and the square: prime-rl's ``ref_kl``",
     ),
@@ -34,22 +34,22 @@ def opd(
     log_ratio_sq_coef: NotNegative = 0.0,
     anchor: Anchor = "old",
 ) -> Tensor:
-    """Distil a teacher on the policy's own samples: its log-probability over ours is the advantage.
+    """Distil a teacher on the policy's samples: the advantage is log pi_teacher - log pi.
 
     ``loss = -sg(log pi_teacher - log pi_theta) r`` with r = pi_theta / pi_old; in expectation the gradient of
-    KL(policy || teacher). The items' own advantages are not used; to add both, add them in the advantages.
+    KL(policy || teacher). The items' advantages are not used; to add both, add them in the advantages.
 
     Args:
         t: the tensors of the selected tokens, [N]; needs teacher_logprobs.
-        threshold_low: tokens whose probability fell by more are left out; None: none; 0.2 in prime-rl.
+        threshold_low: tokens whose probability fell by more are skipped; None: skip none; 0.2 in prime-rl.
         log_ratio_sq_coef: factor of (log r)^2, without a half; 1e-3 in prime-rl.
         anchor: what the ratio divides by; "rollout" in prime-rl and Tinker, "self" for the plain form.
 
     Returns:
         [N] surrogate to minimise, not yet weighted. Reports the mean of log pi - log pi_teacher, the sampled reverse
-        KL, and the fraction of tokens left out.
+        KL, and the fraction of tokens skipped.
     """
-    gain = t.given("teacher_logprobs") - t.logprobs.detach()
+    gain = t.require("teacher_logprobs") - t.logprobs.detach()
     t.report("teacher_kl", -gain)
     losses = -gain * t.ratio(anchor)
     if threshold_low is not None:
@@ -74,7 +74,7 @@ def sdar(t: PolicyTerms, *, gate_beta: Positive = 5.0) -> Tensor:
     """Follow a teacher only where it is surer of the token than the policy is.
 
     ``loss = sg(sigmoid(gate_beta d)) d`` with d = log pi_teacher - log pi_theta: every token is raised, by a gate that
-    closes where the teacher likes it less. The items' own advantages are not used.
+    closes where the teacher likes it less. The items' advantages are not used.
 
     Args:
         t: the tensors of the selected tokens, [N]; needs teacher_logprobs.
@@ -83,7 +83,7 @@ def sdar(t: PolicyTerms, *, gate_beta: Positive = 5.0) -> Tensor:
     Returns:
         [N] loss to minimise, not yet weighted. Reports the mean gate.
     """
-    difference = t.given("teacher_logprobs") - t.logprobs
+    difference = t.require("teacher_logprobs") - t.logprobs
     gate = (gate_beta * difference).sigmoid().detach()
     t.report("gate", gate)
     return gate * difference

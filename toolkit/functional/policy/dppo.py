@@ -1,4 +1,4 @@
-"""Masks by how far a probability itself moved: DPPO and IPO."""
+"""Masks by the change of a probability, not of a ratio: DPPO and IPO."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ def dppo_tv(
     log_ratio_sq_coef: NotNegative = 0.0,
     anchor: Anchor = "old",
 ) -> Tensor:
-    """Leave out tokens whose probability already moved far in the direction of their advantage.
+    """Skip tokens whose probability already moved far in the direction of their advantage.
 
     ``loss = -r A``, 0 where A > 0 and p - p_old > threshold_high or A <= 0 and p_old - p > threshold_low, with
-    p = pi_theta(token). A rare token may grow by a large ratio, a common one may not: what PPO's range of the ratio
-    does the other way round. |p - p_old| is the total variation of "this token or another".
+    p = pi_theta(token). A rare token may grow by a large ratio, a common one may not: PPO's range of the ratio does
+    the opposite. |p - p_old| is the total variation of "this token or another".
 
     Args:
         t: the tensors of the selected tokens, [N].
         threshold_low: largest fall of a probability where A <= 0; 0.2 as in verl and prime-rl.
         threshold_high: largest rise of a probability where A > 0; 0.2 as in verl and prime-rl.
         form: "ratio": -r A; "score": -sg(r) A log pi, as in verl.
-        clip_ratio_c: cap of the ratio, without gradient in "score" form; None: none; 20 as verl means it.
+        clip_ratio_c: cap of the ratio, without gradient in "score" form; None: no cap; 20 as verl means it.
         log_ratio_sq_coef: factor of (log r)^2, without a half: 1e-3 in prime-rl.
         anchor: what the ratio divides by; "rollout" in prime-rl and SkyRL.
 
     Returns:
-        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens left out on each side.
+        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens skipped on each side.
     """
     rise = t.logprobs.detach().exp() - t.anchor_logprobs(anchor).exp()
     is_high, is_low = rise > threshold_high, -rise > threshold_low
@@ -89,7 +89,7 @@ def dppo_kl(
     log_ratio_sq_coef: NotNegative = 0.0,
     anchor: Anchor = "old",
 ) -> Tensor:
-    """Leave out tokens whose probability moved far, measured by the divergence of "this token or another".
+    """Skip tokens whose probability moved far, measured by the divergence of "this token or another".
 
     ``loss = -r A``, 0 where the probability moved in the direction of A and
     ``D = p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))`` is above the threshold.
@@ -99,12 +99,12 @@ def dppo_kl(
         threshold_low: largest D of a fall where A <= 0, in nats.
         threshold_high: largest D of a rise where A > 0, in nats.
         form: "ratio": -r A; "score": -sg(r) A log pi, as in verl.
-        clip_ratio_c: cap of the ratio, without gradient in "score" form; None: none; 20 as verl means it.
+        clip_ratio_c: cap of the ratio, without gradient in "score" form; None: no cap; 20 as verl means it.
         log_ratio_sq_coef: factor of (log r)^2, without a half.
         anchor: what the ratio divides by; "rollout" in SkyRL.
 
     Returns:
-        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens left out on each side.
+        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens skipped on each side.
     """
     new, old = t.logprobs.detach(), t.anchor_logprobs(anchor)
     p, p_old = new.exp(), old.exp()
@@ -132,7 +132,7 @@ def ipo(
     log_ratio_sq_coef: NotNegative = 1e-3,
     anchor: Anchor = "rollout",
 ) -> Tensor:
-    """Leave out tokens whose probability differs from the sampler's, whatever their advantage.
+    """Skip tokens whose probability differs from the sampler's, whatever their advantage.
 
     ``loss = -r A`` where |p - p_rollout| <= threshold, else 0, ``+ log_ratio_sq_coef (log r)^2`` for all. Not the IPO
     of preference learning.
@@ -144,7 +144,7 @@ def ipo(
         anchor: what the ratio divides by.
 
     Returns:
-        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens left out on each side.
+        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens skipped on each side.
     """
     rise = t.logprobs.detach().exp() - t.anchor_logprobs(anchor).exp()
     is_masked = rise.abs() > threshold
@@ -170,5 +170,5 @@ def _masked(
     ratio = t.ratio(anchor) if clip_ratio_c is None else t.ratio(anchor).clamp(max=clip_ratio_c)
     weighted = ratio if form == "ratio" else ratio.detach() * t.logprobs
     losses = (-weighted * t.advantages).where(~(is_low | is_high), 0.0)
-    # At 0 the term is left out: an exact 0 keeps tokens without advantage idle.
+    # At 0 the term is skipped, so tokens without advantage keep a loss of exactly 0.
     return losses if log_ratio_sq_coef == 0 else losses + log_ratio_sq_coef * t.log_ratio(anchor).square()

@@ -57,8 +57,8 @@ def fipo(
         t: the tensors of the selected tokens, [N].
         cliprange_low: the ratio's floor is 1 - cliprange_low.
         cliprange_high: the ratio's ceiling is 1 + cliprange_high.
-        clip_ratio_c: bound of a dual clip where A < 0; None: none.
-        delta: cap of the ratio that is not clipped (`vanilla`); tokens above it also leave the sum. None: none.
+        clip_ratio_c: bound of a dual clip where A < 0; None: no dual clip.
+        delta: cap of the ratio that is not clipped (`vanilla`); tokens above it also leave the sum. None: no cap.
         half_life: distance in tokens at which a log ratio counts half; 32 as in the paper.
         weight_range: the weight stays in 1 +- weight_range; None: any weight.
         only_raise: whether the floor of the weight is 1 instead of 1 - weight_range.

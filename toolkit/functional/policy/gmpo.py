@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         ratio="log ratios are clipped on the side of A's sign; their mean carries the gradient",
         gradient="a clipped token has 0, the others of its sequence go on: -A (geometric mean) / n each",
         source="Zhao et al. 2025, arXiv 2507.20673",
-        differs="Where advantages differ inside a sequence, as in verl: the sign is each token's own, the factor "
+        differs="Where advantages differ inside a sequence, as in verl: the sign is that of each token, the factor "
         "their mean, and a token with A = 0 counts as ratio 1",
     ),
 )

@@ -1,4 +1,4 @@
-"""One clipped ratio for a whole sequence (GSPO, LUSPO) or for a turn."""
+"""One clipped ratio per sequence (GSPO, LUSPO) or per turn."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def gspo(
 
     Args:
         t: the tensors of the selected tokens, [N].
-        cliprange_low: the ratio's floor is 1 - cliprange_low; 3e-4 as in the paper, for s moves far less than r.
+        cliprange_low: the ratio's floor is 1 - cliprange_low; 3e-4 as in the paper, because s moves far less than r.
         cliprange_high: the ratio's ceiling is 1 + cliprange_high; 4e-4 as in the paper.
-        clip_ratio_c: bound of a dual clip of s where A < 0; None: none, as in the paper.
+        clip_ratio_c: bound of a dual clip of s where A < 0; None: no dual clip, as in the paper.
         anchor: what the ratio divides by.
         average_advantages: whether A is the mean of the sequence's (AReaL); without effect where they are equal.
 
@@ -98,7 +98,7 @@ def gspo_token(
         t: the tensors of the selected tokens, [N].
         cliprange_low: the ratio's floor is 1 - cliprange_low; 3e-4 as in the paper.
         cliprange_high: the ratio's ceiling is 1 + cliprange_high; 4e-4 as in the paper.
-        clip_ratio_c: bound of a dual clip of s where A < 0; None: none, as in the paper.
+        clip_ratio_c: bound of a dual clip of s where A < 0; None: no dual clip, as in the paper.
         anchor: what the ratio divides by.
 
     Returns:
@@ -122,7 +122,7 @@ def gspo_token(
     "-{clip_ratio_c} A]; u = exp(mean over the turn of log(pi / pi_{anchor}))",
     facts=LossFacts(
         ratio="u, one for a turn, is clipped and carries the gradient",
-        gradient="flows through the mean of the turn; where the clip binds the whole turn has 0",
+        gradient="flows through the mean of the turn; where the clip binds, the turn has 0",
         source="ROLL's ``ratio_type=segment``; after Zheng et al. 2025, arXiv 2507.18071",
     ),
 )
@@ -144,7 +144,7 @@ def segment_ratio(
         t: the tensors of the selected tokens, [N]; needs turns.
         cliprange_low: the ratio's floor is 1 - cliprange_low; 0.2 as in ROLL.
         cliprange_high: the ratio's ceiling is 1 + cliprange_high; 0.2 as in ROLL.
-        clip_ratio_c: bound of a dual clip of u where A < 0; None: none; 1.4 where ROLL turns it on.
+        clip_ratio_c: bound of a dual clip of u where A < 0; None: no dual clip; 1.4 where ROLL turns it on.
         anchor: what the ratio divides by.
 
     Returns:

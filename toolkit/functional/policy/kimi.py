@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     aliases=("dro",),
     formula="-A log pi[<?tau> + ({tau} / 2) log(pi / pi_{anchor})^2]",
     facts=LossFacts(
-        ratio="the log ratio stands in a quadratic penalty and carries a gradient",
+        ratio="the log ratio has a quadratic penalty with a gradient",
         gradient="(-A + tau log r) grad log pi[<?tau>: 0 where log r = A / tau, and back beyond]",
         bound="the penalty is computed from log ratios held in {range}; outside it has no gradient, and -A grad "
         "log pi stays",
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     ),
 )
 def kimi(t: PolicyTerms, *, tau: NotNegative = 0.1, anchor: Anchor = "old") -> Tensor:
-    """Follow the policy gradient with a quadratic penalty on the log ratio in the place of a clip.
+    """Follow the policy gradient with a quadratic penalty on the log ratio instead of a clip.
 
     ``loss = -A log pi_theta + (tau / 2) (log pi_theta - log pi_old)^2``: the square of the residual of the optimality
-    condition log pi / pi_old = A / tau, up to a constant. Works on old data; nothing overflows, for no ratio is taken.
+    condition log pi / pi_old = A / tau, up to a constant. Works on old data; no ratio is taken, so nothing overflows.
 
     Args:
         t: the tensors of the selected tokens, [N].

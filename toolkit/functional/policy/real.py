@@ -34,10 +34,10 @@ def real(t: PolicyTerms, *, tau: Positive = 0.5, only_mixed: bool = False, ancho
 
     ``loss = log(1 + sum over bad of exp(s / tau)) + log(1 + sum over good of exp(-s / tau))`` for every token of a
     group, with s the mean log ratio of a sequence and good meaning a mean advantage above 0. Its gradient is bounded:
-    a completion that is ranked right already moves nothing.
+    a completion that is already ranked right has almost none.
 
     Args:
-        t: the tensors of the selected tokens, [N]; all sequences of a group among them.
+        t: the tensors of the selected tokens, [N], with all sequences of a group.
         tau: temperature of the scores, in nats; 0.5 as in ms-swift.
         only_mixed: whether a group with only good or only bad sequences has a loss of 0 (ms-swift).
         anchor: what the ratio divides by.
@@ -59,6 +59,6 @@ def real(t: PolicyTerms, *, tau: Positive = 0.5, only_mixed: bool = False, ancho
 def _softplus_of_sum(t: PolicyTerms, values: Tensor, is_member: Tensor) -> Tensor:
     """Return log(1 + sum of exp(values)) over the member sequences of each token's group."""
     values = values.where(is_member, float("-inf"))
-    # The largest exponent is taken out, that of the 1 included: nothing can overflow.
+    # The largest exponent (that of the 1 included) is factored out, so nothing can overflow.
     largest = t.group_max(values).clamp(min=0)
     return largest + ((-largest).exp() + t.group_sum_of_sequences((values - largest).exp())).log()

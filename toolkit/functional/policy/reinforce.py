@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def reinforce(t: PolicyTerms) -> Tensor:
     """Raise the log-probability of each token by its advantage: the plain policy gradient.
 
-    ``loss = -A log pi_theta``. For one step per batch; nothing holds the policy near the old one. GPG is this loss
+    ``loss = -A log pi_theta``. For one step per batch: nothing keeps the policy near the old one. GPG is this loss
     with advantages times (sequences / sequences with a non-zero advantage), which belongs to the advantages.
 
     Args:

@@ -1,4 +1,4 @@
-"""One clipped ratio for a whole sequence: the product of its tokens."""
+"""One clipped ratio per sequence: the product of the ratios of its tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "; R = product over the sequence of pi / pi_{anchor}",
     facts=LossFacts(
         ratio=f"R, a product, {SEQUENCE}",
-        gradient="-A R for each token; where the clip binds the whole sequence has 0, which happens soon to long ones",
+        gradient="-A R for each token; where the clip binds, the sequence has 0, which happens soon to long ones",
         source="Ahmadian et al. 2024, arXiv 2402.14740, with the clip of TRL's RLOOTrainer; the paper takes one "
         "step on-policy, where both are the same",
     ),
@@ -36,7 +36,7 @@ def rloo_sequence(
     clip_ratio_c: AboveOne | None = None,
     anchor: Anchor = "old",
 ) -> Tensor:
-    """Clip the probability ratio of a whole completion: the completion is the action, as in RLOO.
+    """Clip the probability ratio of a completion: the completion is the action, as in RLOO.
 
     ``loss = max(-A R, -A clip(R, 1 - cliprange_low, 1 + cliprange_high))`` with
     ``R = exp(sum over the sequence of log pi_theta - log pi_old)``. Unbiased, but R leaves the range after few steps
@@ -46,7 +46,7 @@ def rloo_sequence(
         t: the tensors of the selected tokens, [N].
         cliprange_low: the ratio's floor is 1 - cliprange_low; 0.2 as in TRL.
         cliprange_high: the ratio's ceiling is 1 + cliprange_high; 0.2 as in TRL.
-        clip_ratio_c: bound of a dual clip of R where A < 0; None: none.
+        clip_ratio_c: bound of a dual clip of R where A < 0; None: no dual clip.
         anchor: what the ratio divides by.
 
     Returns:

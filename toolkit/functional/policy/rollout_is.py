@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         " a gradient)",
         bound=WEIGHT_BOUND,
         source='SkyRL\'s ``rollout_is``; the hard mask: Ling Team 2025, "IcePop"',
-        differs="Other than where a ratio is clamped, a token outside has no gradient",
+        differs="Unlike with a clamped ratio, a token outside has no gradient",
     ),
 )
 def rollout_is(
@@ -33,7 +33,7 @@ def rollout_is(
     cliprange_high: ClipHigh = 0.2,
     anchor: Anchor = "rollout",
 ) -> Tensor:
-    """Weight REINFORCE by the ratio to the policy that sampled, and leave out tokens where it strays.
+    """Weight REINFORCE by the ratio to the policy that sampled, and skip tokens where it is far from 1.
 
     ``loss = -sg(r) A log pi_theta`` with r = pi_theta / pi_rollout where 1 - cliprange_low < r < 1 + cliprange_high,
     else 0. One ratio corrects both for the age of the policy and for the mismatch of sampler and trainer.
@@ -45,7 +45,7 @@ def rollout_is(
         anchor: what the ratio divides by.
 
     Returns:
-        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens left out on each side.
+        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens skipped on each side.
     """
     ratio = t.ratio(anchor).detach()
     is_low, is_high = ratio <= 1 - cliprange_low, ratio >= 1 + cliprange_high

@@ -1,4 +1,4 @@
-"""SAPO: a soft gate in the place of the clip."""
+"""SAPO: a soft gate instead of the clip."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     aggregation="seq_mean_token_mean",
     formula="-(4 / tau) sigmoid(tau (r - 1)) A, tau = {tau_pos} where A > 0, else {tau_neg}; r = pi / pi_{anchor}",
     facts=LossFacts(
-        ratio="r stands in a smooth gate and carries the gradient",
+        ratio="r passes a smooth gate and carries the gradient",
         gradient="-4 g (1 - g) r A, g the sigmoid: -A at r = 1, towards 0 on both sides, never exactly 0",
         source="Gao et al. 2025, arXiv 2511.20347",
     ),
@@ -50,7 +50,7 @@ def sapo(t: PolicyTerms, *, tau_pos: Positive = 1.0, tau_neg: Positive = 1.05, a
     formula="-(4 / tau) sigmoid(tau (s - 1)) A, tau = {tau_pos} where A > 0, else {tau_neg}; "
     "s = exp(mean over the sequence of log(pi / pi_{anchor}))[<?average_advantages>; A is the mean of the sequence's]",
     facts=LossFacts(
-        ratio="s, one for a sequence, stands in a smooth gate and carries the gradient",
+        ratio="s, one per sequence, passes a smooth gate and carries the gradient",
         gradient="flows through the mean of the sequence; fades smoothly as s leaves 1",
         source="AReaL's ``sapo`` with ``importance_sampling_level=sequence``; after Gao et al. 2025, arXiv 2511.20347",
     ),
@@ -63,7 +63,7 @@ def sapo_sequence(
     average_advantages: bool = True,
     anchor: Anchor = "old",
 ) -> Tensor:
-    """Fade a whole sequence out smoothly as the geometric mean of its ratios leaves 1.
+    """Fade a sequence out smoothly as the geometric mean of its ratios leaves 1.
 
     ``loss = -(4 / tau) sigmoid(tau (s - 1)) A`` with ``s = exp(mean over the sequence of log pi_theta - log pi_old)``;
     the gradient flows through the mean.

@@ -1,4 +1,4 @@
-"""TOPR: good examples in full, bad ones only as far as the policy still makes them."""
+"""TOPR: good examples in full, bad ones only as far as the policy still produces them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ FORMULA = (
     "topr",
     formula=f"{FORMULA % 'r'}; r = pi / pi_{{anchor}}",
     facts=LossFacts(
-        ratio=f"{WEIGHT} where A <= 0 and not there where A > 0",
+        ratio=f"{WEIGHT} where A <= 0 and absent where A > 0",
         gradient="-A grad log pi where A > 0, however old the sample; else faded with the ratio",
         bound=WEIGHT_BOUND,
-        source="Le Roux et al. 2025, arXiv 2503.14286, eq. 8, with the token's own ratio as in ROLL; "
+        source="Le Roux et al. 2025, arXiv 2503.14286, eq. 8, with the ratio of each token as in ROLL; "
         "`topr_sequence` is the paper's",
     ),
 )
@@ -44,7 +44,7 @@ def topr(
     """Learn from positive advantages in full, and from negative ones by a ratio truncated to at most 1, per token.
 
     ``loss = -A log pi_theta`` where A > 0, else ``-sg(clip(r, 0, 1)) A log pi_theta``: a bad token that the policy no
-    longer makes is left alone, so old data can be learned from without the collapse of REINFORCE.
+    longer produces is ignored, so old data can be used without the collapse of REINFORCE.
 
     Args:
         t: the tensors of the selected tokens, [N].
@@ -68,7 +68,7 @@ def topr(
     "product over the sequence of pi / pi_{anchor}]; whether A > 0 is asked of the sequence's mean",
     facts=LossFacts(
         ratio="R, [<?token_ratio>one for each token // one for a sequence], is a weight without gradient for "
-        "sequences with A <= 0 and not there for the others",
+        "sequences with A <= 0 and absent for the others",
         gradient="-A grad log pi for good sequences; bad ones fade with [<?token_ratio>each token's ratio // their"
         " product of ratios]",
         bound=WEIGHT_BOUND,
@@ -96,7 +96,7 @@ def topr_sequence(
         weight_max: ceiling of the ratio; 1 as in the paper.
         positive_weight: factor for good sequences.
         negative_weight: factor for the others.
-        token_ratio: whether R is each token's own ratio, as in ROLL; the paper's is that of the sequence.
+        token_ratio: whether R is the ratio of each token, as in ROLL; in the paper it is that of the sequence.
         anchor: what the ratio divides by.
 
     Returns:

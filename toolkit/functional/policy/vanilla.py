@@ -39,7 +39,7 @@ def vanilla(
     """Clip the probability ratio of every token (PPO), with a floor for negative advantages (dual clip).
 
     ``loss = max(-A r, -A clip(r, 1 - cliprange_low, 1 + cliprange_high))`` with r = pi_theta / pi_old; where A < 0 it
-    is cut at ``-c A``, so that a token whose ratio exploded cannot dominate the batch. The default choice; a larger
+    is cut at ``-c A``, so a token whose ratio exploded cannot dominate the batch. The default choice; a larger
     `cliprange_high` ("clip-higher") leaves more room to raise rare tokens.
 
     Args:
@@ -47,7 +47,7 @@ def vanilla(
         cliprange_low: the ratio's floor is 1 - cliprange_low.
         cliprange_high: the ratio's ceiling is 1 + cliprange_high; 0.28 in DAPO.
         clip_ratio_c: bound c > 1 of the dual clip, 3.0 as in XTuner and verl; None turns it off, as in PPO and GRPO.
-        delta: cap of the ratio in the branch that is not clipped, None: none; 4 in INTELLECT-2. The same as
+        delta: cap of the ratio in the branch that is not clipped; None: no cap; 4 in INTELLECT-2. The same as
             clip_ratio_c = delta where A < 0, without effect where A > 0 if it is above 1 + cliprange_high.
         anchor: what the ratio divides by.
 

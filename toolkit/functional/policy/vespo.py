@@ -1,4 +1,4 @@
-"""VESPO: REINFORCE under a smooth weight of the whole sequence."""
+"""VESPO: REINFORCE with a smooth weight for each sequence."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def vespo(
         k_neg: power of w where A < 0; 3 as in TRL.
         lambda_neg: rate where A < 0; 2 as in TRL.
         use_rollout_weight: whether w also has the factors pi_old / pi_rollout of its tokens, as TRL multiplies its
-            rollout correction inside; needs rollout_logprobs. Then give no other correction.
-        rollout_weight_max: cap of each of these factors; None: none.
+            rollout correction inside; needs rollout_logprobs. Then use no other correction.
+        rollout_weight_max: cap of each of these factors; None: no cap.
         anchor: what the ratio divides by.
 
     Returns:
@@ -65,7 +65,7 @@ def vespo(
     """
     log_weight = t.log_ratio(anchor).detach().clamp(-LOG_WEIGHT_MAX, LOG_WEIGHT_MAX)
     if use_rollout_weight:
-        log_rollout = t.old_logprobs - t.given("rollout_logprobs")
+        log_rollout = t.old_logprobs - t.require("rollout_logprobs")
         ceiling = LOG_WEIGHT_MAX if rollout_weight_max is None else min(log(rollout_weight_max), LOG_WEIGHT_MAX)
         log_weight = log_weight + log_rollout.clamp(LOG_WEIGHT_MIN, ceiling)
     log_weight = t.segment_sum(log_weight).clamp(LOG_WEIGHT_MIN, LOG_WEIGHT_MAX)

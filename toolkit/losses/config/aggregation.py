@@ -16,10 +16,10 @@ Factor = Annotated[float, Field(ge=0)]
 
 
 class AggregationConfig(Config):
-    """How token losses become one number: which weight a token has and what the sum is divided by."""
+    """How token losses become one number: the weight of each token and the divisor of the sum."""
 
     name: Aggregation = "token_mean"
-    """See `toolkit.functional.aggregation` for what each divides by."""
+    """See `toolkit.functional.aggregation` for the divisor of each."""
     length: Annotated[float, Field(gt=0)] | None = None
     """L of ``constant``, in tokens: as a rule the longest completion allowed (Dr. GRPO)."""
     count_empty: bool = False
@@ -51,6 +51,6 @@ class AggregationConfig(Config):
         return self
 
 
-def aggregation_from(given: Any) -> Any:
-    """Return the config of an aggregation given by its name alone; anything else is left to validation."""
-    return {"name": given} if isinstance(given, str) else given
+def aggregation_from(value: Any) -> Any:
+    """Return the fields of an aggregation if `value` is a name; anything else, unchanged, for validation."""
+    return {"name": value} if isinstance(value, str) else value

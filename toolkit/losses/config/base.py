@@ -9,15 +9,15 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from toolkit.errors import ConfigError
 from toolkit.head.options import HeadOptions
-from toolkit.losses.config.term import LossTerm
-from toolkit.schema import Config, checked_chunk_size
+from toolkit.losses.config.term import LossTerm, checked_terms
+from toolkit.schema import Config, answer, checked_chunk_size
 
 
 class BaseLossConfig(Config):
-    """What every loss can be told. Subclass it, add fields, list the `terms` and name the `context` that has values."""
+    """The settings of every loss. Subclass it, add fields, list the `terms` and name the `context` computing them."""
 
     context: ClassVar[str | type | None] = None
-    """The context class that computes this loss, or where it is: ``"toolkit.losses.ce:CELossContext"``."""
+    """The context class that computes this loss, or its path: ``"toolkit.losses.ce:CELossContext"``."""
 
     ignore_idx: int = -100
     """Label of a position that is not scored; -100 as in PyTorch's cross-entropy."""
@@ -26,13 +26,13 @@ class BaseLossConfig(Config):
     chunk_size: Annotated[int | Literal["auto"] | None, BeforeValidator(checked_chunk_size)] = 1024
     """Tokens in a chunk when mode is chunk, 1024 as in XTuner; auto: as many as fit a budget of memory."""
     retain_bytes: Annotated[int, Field(ge=0)] = 0
-    """Memory for chunks of a sequence (or batch) longer than a chunk that are then not computed twice."""
+    """Memory in bytes to keep chunks of a sequence (or batch) longer than a chunk, so they are not computed twice."""
     logit_scale: float = 1.0
-    """Logits are multiplied by it first (Cohere's logit_scale, 1 / logits_scaling of Granite)."""
+    """Logits are first multiplied by it (Cohere's logit_scale, 1 / logits_scaling of Granite)."""
     softcap: Annotated[float, Field(gt=0)] | None = None
     """Then they become softcap * tanh(logits / softcap) (Gemma 2's final_logit_softcapping)."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Then they are divided by it: the temperature that the completions were sampled at."""
+    """Then they are divided by it: the sampling temperature of the completions."""
     gradient_reduction: Literal["mean", "sum"] = "mean"
     """What the training back-end does to gradients over ranks: DDP and FSDP average ("mean")."""
 
@@ -41,7 +41,7 @@ class BaseLossConfig(Config):
         """The context class that computes this loss.
 
         Raises:
-            ConfigError: the class names none.
+            ConfigError: the class does not name a context.
         """
         named = type(self).context if "context" not in type(self).model_fields else None
         if isinstance(named, str) and ":" in named:
@@ -49,14 +49,14 @@ class BaseLossConfig(Config):
             return getattr(importlib.import_module(module), name)
         if not isinstance(named, type):
             raise ConfigError(
-                f"{type(self).__name__} names no context; write context = YourContext in its body, a class (without an "
-                "annotation), or where it is: context = 'my_module:YourContext'"
+                f"{type(self).__name__} does not name a context; write context = YourContext in its body, a class "
+                "(without an annotation), or its path: context = 'my_module:YourContext'"
             )
         return named
 
     @property
     def head_options(self) -> HeadOptions:
-        """What the head is told because of this config."""
+        """The options of the head that this config sets."""
         return HeadOptions(
             chunk_size=self.chunk_size or "auto",
             ignore_idx=self.ignore_idx,
@@ -71,16 +71,25 @@ class BaseLossConfig(Config):
         """The summands of the loss; by default one, a mean over all scored tokens of the step."""
         return (LossTerm(),)
 
+    @answer
+    def checked_terms(self) -> tuple[LossTerm, ...]:
+        """`terms`, checked.
+
+        Raises:
+            ConfigError: as `toolkit.losses.config.term.checked_terms`.
+        """
+        return checked_terms(self.terms, type(self).__name__)
+
     def needs_current(self, num_parts: int) -> bool:
-        """Whether items must have `current_logprobs` where `num_parts` micro-batches (of all ranks) make a step."""
+        """Whether items need `current_logprobs` if a step has `num_parts` micro-batches (over all ranks)."""
         return False
 
     @field_validator("logit_scale")
     @classmethod
-    def _scale_is_not_zero(cls, given: float) -> float:
-        if given == 0:
+    def _scale_is_not_zero(cls, value: float) -> float:
+        if value == 0:
             raise ValueError("it must not be 0: all tokens would be equally likely")
-        return given
+        return value
 
     @model_validator(mode="after")
     def _chunk_mode_needs_a_size(self) -> BaseLossConfig:

@@ -1,4 +1,4 @@
-"""How a loss corrects for sampling from another policy than the one it trains; no torch here.
+"""Config of the corrections for sampling from another policy than the one in training; no torch here.
 
 `CorrectionConfig` is one correction, `corrections_from` reads the mapping of presets that Hydra composes
 (``correction=[tis,geo_rs]``). What they compute is in `toolkit.functional.mismatch`.
@@ -21,42 +21,42 @@ DIFFERENCES = ("tv", "prob_diff")
 
 
 class CorrectionConfig(Config):
-    """One correction for the mismatch of two policies: what is measured on which unit, and what follows from it.
+    """One correction for the mismatch of two policies: what is measured on which unit, and what it does.
 
-    With d = log p - log q of a sampled token, p the trainer's policy and q the sampler's (see `between`).
+    Here d = log p - log q for a sampled token, with p the trainer's policy and q the sampler's (see `between`).
     """
 
     granularity: Literal["token", "segment", "sequence"] = "token"
-    """The unit that is measured and treated alike; a segment is a turn: a run of scored tokens inside a sequence."""
+    """The unit that is measured and corrected; a segment is a turn: a run of scored tokens inside a sequence."""
     statistic: Literal["ratio", "k1", "k2", "k3", "tv", "prob_diff", "ratio_tv"] = "ratio"
     """ratio e^d; k1 -d, k2 d^2/2, k3 e^d-1-d (estimates of KL(q || p), in nats); tv |p - q|; prob_diff p - q;
     ratio_tv |e^d - 1|, whose mean is twice the total variation of p and q (VACO, arXiv 2603.01365)."""
     reduction: Literal["sum", "mean", "max"] | None = None
-    """How the tokens of a unit combine; of ratios: their product, geometric mean or largest. None for tokens."""
+    """How the tokens of a unit combine; for ratios: product, geometric mean or largest. None for tokens."""
     action: Literal["clamp_upper", "clamp", "mask", "veto"]
-    """clamp_*: the clamped ratio multiplies the loss; mask: units outside the bounds count 0; veto: so do sequences
-    with such a unit. mask and veto multiply nothing inside: put a clamp beside them for an importance weight."""
+    """clamp_*: the clamped ratio multiplies the loss; mask: units outside the bounds count 0; veto: all sequences with
+    such a unit count 0. mask and veto leave the rest unweighted: add a clamp for an importance weight."""
     lower: float | None = None
-    """Inclusive lower bound of the statistic itself, not of its log; None: none."""
+    """Inclusive lower bound of the statistic itself, not of its log; None: no bound."""
     upper: float | None = None
-    """Inclusive upper bound; None: none, so that clamp_upper is the plain importance weight."""
+    """Inclusive upper bound; None: no bound, so clamp_upper is the plain importance weight."""
     denominator: Literal["original", "survivors"] | None = None
-    """After a rejection, required for mask and veto. original: the token's policy term is 0, all else stays as it was.
-    survivors: the token counts nowhere, as if masked: not in the denominator, in the KL or entropy term, nor in a
-    sequence's ratio (XTuner does the same). Of the current policy only with `current_logprobs` in the items."""
+    """After a rejection, required for mask and veto. original: the token's policy term is 0, all else is unchanged.
+    survivors: the token counts nowhere, as if masked: not in the denominator, the KL or entropy term, or a sequence's
+    ratio (as in XTuner). With the current policy only if the items have `current_logprobs`."""
     normalize: bool = False
     """Divide the clamped ratios by their mean over the step: over tokens, turns or sequences, as `granularity` says.
-    Of the current policy only with `current_logprobs` in the items."""
+    With the current policy only if the items have `current_logprobs`."""
     advantages: Literal["any", "negative", "positive", "widening"] = "any"
-    """Reject only tokens whose advantage has this sign; widening: that of d, so that the update would move p further
+    """Reject only tokens whose advantage has this sign; widening: the sign of d, where the update would move p further
     from q."""
     between: Literal["old_rollout", "current_rollout", "current_old"] = "old_rollout"
     """p and q: old is the policy before the step, rollout the sampler's, current the one in training (without
-    gradient), which is known only in the forward, unless the items have `current_logprobs`."""
+    gradient), known only in the forward unless the items have `current_logprobs`."""
     max_log_ratio: Annotated[float, Gt(0)] | None = 20.0
     """Bound in nats on |d| and on the log of a unit's ratio, before exp; 20 as in XTuner and verl. None: 500."""
     max_token_log_ratio: Annotated[float, Gt(0)] | None = None
-    """Bound in nats on each token's |d| before tokens combine, so that one of them cannot decide alone."""
+    """Bound in nats on each token's |d| before tokens combine, so one of them cannot decide alone."""
 
     @property
     def needs_current(self) -> bool:
@@ -127,39 +127,39 @@ class CorrectionConfig(Config):
                     yield f"{name}={bound} never binds: probabilities differ by less than 1"
 
 
-def corrections_from(given: Any, where: str = "loss.correction") -> tuple[CorrectionConfig, ...]:
+def corrections_from(value: Any, where: str = "loss.correction") -> tuple[CorrectionConfig, ...]:
     """Read corrections in every form that a config may hold them in.
 
     Args:
-        given: None; a sequence of `CorrectionConfig` or of mappings of its fields; or, as Hydra composes presets, a
+        value: None; a sequence of `CorrectionConfig` or of mappings of its fields; or, as Hydra composes presets, a
             mapping from a preset's name to one mapping, a list of them, or None (switched off).
-        where: the place that error messages name, such as ``loss.correction``.
+        where: the name in error messages, such as ``loss.correction``.
 
     Returns:
-        All of them, in the order given.
+        All corrections, in order.
 
     Raises:
-        ConfigError: something is no correction, or a correction makes no sense; the message says where.
+        ConfigError: an entry is not a correction, or a correction is invalid; the message says which.
     """
-    return tuple(_corrections(given, where, is_named=isinstance(given, Mapping)))
+    return tuple(_corrections(value, where, is_named=isinstance(value, Mapping)))
 
 
-def _corrections(given: Any, where: str, is_named: bool) -> Iterator[CorrectionConfig]:
-    if given is None:
+def _corrections(value: Any, where: str, is_named: bool) -> Iterator[CorrectionConfig]:
+    if value is None:
         return
-    if isinstance(given, CorrectionConfig):
-        yield given
+    if isinstance(value, CorrectionConfig):
+        yield value
     elif is_named:
-        for name, preset in given.items():
+        for name, preset in value.items():
             yield from _corrections(preset, f"{where}.{name}", is_named=False)
-    elif isinstance(given, Mapping):
-        yield _correction(given, where)
-    elif isinstance(given, Sequence) and not isinstance(given, str):
-        for index, item in enumerate(given):
+    elif isinstance(value, Mapping):
+        yield _correction(value, where)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for index, item in enumerate(value):
             yield from _corrections(item, f"{where}.{index}", is_named=False)
     else:
         raise ConfigError(
-            f"{where}={given!r} is not a correction; give a mapping of its fields or a list of them, below a name: "
+            f"{where}={value!r} is not a correction; give a mapping of its fields or a list of them, below a name: "
             "correction=dict(tis=dict(action='clamp_upper', upper=2.0)), on the command line correction=tis"
         )
 

@@ -1,7 +1,7 @@
-"""Under which settings log-probabilities were taken; no torch here.
+"""The settings that log-probabilities were computed with; no torch here.
 
-A ratio of probabilities means something only when both come from the same distribution: with another temperature, or
-with a softmax over fewer tokens, an unchanged policy has ratios far from 1.
+A ratio of probabilities is meaningful only if both come from the same distribution: with another temperature, or with a
+softmax over fewer tokens, an unchanged policy has ratios far from 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from toolkit.schema import Config
 
 
 class LogprobSpec(Config):
-    """How a sampler drew its tokens and took their log-probabilities."""
+    """How a sampler drew its tokens and computed their log-probabilities."""
 
     mode: Literal["processed", "raw"] = "processed"
     """processed: of the distribution that was sampled from (vLLM's ``processed_logprobs``); raw: of the bare logits."""
@@ -23,12 +23,12 @@ class LogprobSpec(Config):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling; 1: off."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Only the k most probable tokens; 0: off."""
+    """Sample only the k most probable tokens; 0: off."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Only tokens of at least this share of the largest probability; 0: off."""
+    """Sample only tokens of at least this share of the largest probability; 0: off."""
 
     def mismatch(self, temperature: float) -> str | None:
-        """Say why these log-probabilities cannot be compared with a trainer's at `temperature`, None when they can."""
+        """Return why these log-probabilities cannot be compared with a trainer's at `temperature`; None if they can."""
         if self.mode == "raw" and self.temperature != 1:
             return (
                 f"they are raw (a softmax of the bare logits), but the tokens were sampled at temperature "

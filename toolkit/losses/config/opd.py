@@ -16,7 +16,7 @@ from toolkit.schema import FrozenDict
 
 
 class OPDLossConfig(BaseRLLossConfig):
-    """On-policy distillation: a teacher's view of the policy's own samples takes the place of rewards."""
+    """On-policy distillation: a teacher scores the policy's samples; this replaces rewards."""
 
     context = "toolkit.losses.opd:OPDLossContext"
 
@@ -30,13 +30,13 @@ class OPDLossConfig(BaseRLLossConfig):
     anchor: Anchor = "old"
     """What the ratio of ``sampled`` divides by; rollout in prime-rl and Tinker."""
     threshold_low: Fraction | None = None
-    """Tokens whose probability fell by more are left out of ``sampled``; 0.2 in prime-rl, None: none."""
+    """``sampled`` skips tokens whose probability fell by more; 0.2 in prime-rl, None: it skips none."""
     log_ratio_sq_coef: NotNegative = 0.0
     """Factor of (log r)^2 in ``sampled``, without a half; 1e-3 in prime-rl."""
     direction: KLDirection = "reverse"
     """Of ``top_k``: reverse is KL(policy || teacher), forward KL(teacher || policy)."""
     tail: KLTail = "one_bucket"
-    """Probability outside the candidates of ``top_k``: one more outcome, or left out (drop)."""
+    """Probability outside the candidates of ``top_k``: one more outcome, or ignored (drop)."""
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> OPDLossConfig:
@@ -54,7 +54,7 @@ class OPDLossConfig(BaseRLLossConfig):
         if self.variant == "top_k" and self.use_kl_loss and self.kl_loss_type in EXACT_KL:
             raise ConfigError(
                 f"kl_loss_type={self.kl_loss_type!r} beside variant='top_k': only one of teacher and reference can "
-                "have candidates of its own; take a KL estimated from the sampled token (such as kl=k2)"
+                "have candidates; use a KL estimated from the sampled token (such as kl=k2)"
             )
         return self
 
@@ -66,12 +66,12 @@ class OPDLossConfig(BaseRLLossConfig):
 
     @property
     def reads_advantages(self) -> bool:
-        """No: a teacher takes the place of rewards; corrections see 0 where there are none."""
+        """False: a teacher replaces rewards; corrections see 0 if items have none."""
         return False
 
     @property
     def positive_nll_coef(self) -> float:
-        """0: there are no tokens to imitate."""
+        """0: this loss does not imitate tokens."""
         return 0.0
 
     @property
@@ -81,10 +81,10 @@ class OPDLossConfig(BaseRLLossConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Also where the reference is the teacher."""
+        """Also if the reference is the teacher."""
         return super().needs_reference or self.teacher == "reference"
 
     @property
     def not_in_training(self) -> str | None:
-        """Nothing where the reference is the teacher."""
+        """None if the reference is the teacher."""
         return None if self.teacher == "reference" and self.candidates is None else super().not_in_training

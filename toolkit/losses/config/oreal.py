@@ -10,7 +10,7 @@ from toolkit.losses.config.policy import BaseRLLossConfig, PolicyLossOptions
 
 
 class OrealLossConfig(BaseRLLossConfig):
-    """OREAL: imitation of the tokens with A > 0, and a policy loss averaged over them and over the others apart.
+    """OREAL: imitation of the tokens with A > 0, and a policy loss averaged separately over them and over the others.
 
     The names and defaults are XTuner's.
     """

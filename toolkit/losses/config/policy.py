@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
@@ -24,21 +24,22 @@ if TYPE_CHECKING:
 KLClamp = Annotated[float, Field(gt=0)] | Literal["auto"] | None
 
 
-def _corrections(given: Any) -> Any:
+def _corrections(value: Any) -> Any:
     from toolkit.losses.config.correction import corrections_from
 
-    return corrections_from(given)
+    return corrections_from(value)
 
 
-def _checked_policy_loss(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "loss_type" not in given:
+def _checked_policy_loss(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "loss_type" not in settings:
         raise ConfigError("policy_loss_cfg has no loss_type; name a policy loss, e.g. dict(loss_type='vanilla')")
-    loss = policy_loss(given["loss_type"])
-    options = loss.options({key: value for key, value in given.items() if key != "loss_type"})
+    loss = policy_loss(settings["loss_type"])
+    options = loss.options({key: value for key, value in settings.items() if key != "loss_type"})
     return FrozenDict({"loss_type": loss.name, **options})
 
 
 PolicyLossOptions = Annotated[Mapping[str, Any], AfterValidator(_checked_policy_loss)]
+Answer = TypeVar("Answer")
 Aggregated = Annotated[AggregationConfig, BeforeValidator(aggregation_from)]
 
 
@@ -53,10 +54,10 @@ def is_not_positive(item: Any) -> Any:
 
 
 class BaseRLLossConfig(BaseLossConfig):
-    """What the losses built on a policy loss have in common; a subclass says which one and how tokens are averaged."""
+    """The base of all losses built on a policy loss; a subclass chooses the loss and how tokens are averaged."""
 
     if TYPE_CHECKING:
-        # Fields of a subclass, or properties that say the same in its own terms.
+        # Fields of a subclass, or properties computed from its fields.
         @property
         def policy_loss_cfg(self) -> Mapping[str, Any]:
             """``loss_type``, the name of a registered policy loss, and the options of that loss."""
@@ -74,7 +75,7 @@ class BaseRLLossConfig(BaseLossConfig):
     correction: Annotated[Any, BeforeValidator(_corrections)] = Field(default_factory=dict)
     """Corrections of the mismatch between sampler and trainer, each a `CorrectionConfig`; applied one after another."""
     correction_on_kl: bool = False
-    """Whether their weights multiply the KL term, too; only ms-swift does it."""
+    """Whether their weights multiply the KL term, too, as only ms-swift does."""
     use_kl_loss: bool = False
     """Add ``kl_loss_coef`` x KL(policy || reference); the items then need ``ref_logprobs`` (for ``top_k`` and ``full``
     ``ref_topk_logprobs``)."""
@@ -86,7 +87,7 @@ class BaseRLLossConfig(BaseLossConfig):
     """An estimate from the sampled token, or exact over candidates (top_k) or the whole vocabulary (full); kl = k1,
     mse = k2 and low_var_kl = k3."""
     kl_gradient: KLGradient = "as_is"
-    """What flows back: its own gradient, k2's (straight_through), or the score function's besides (*_corrected)."""
+    """The gradient: of the value, of k2 (straight_through), or with the score function's added (*_corrected)."""
     kl_anchor: Literal["old", "rollout"] = "old"
     """What the ratio of ``kl_gradient="is_corrected"`` divides by."""
     kl_input_clamp: KLClamp = "auto"
@@ -96,23 +97,23 @@ class BaseRLLossConfig(BaseLossConfig):
     kl_direction: KLDirection = "reverse"
     """Of an exact KL: reverse is KL(policy || reference), forward KL(reference || policy)."""
     kl_tail: KLTail = "one_bucket"
-    """Probability outside the candidates of ``top_k``: one more outcome, or left out (drop)."""
+    """Probability outside the candidates of ``top_k``: one more outcome, or ignored (drop)."""
     use_entropy_metric: bool = False
     """Report the policy's mean entropy; about 3 % more time in the head."""
     entropy_coef: float = 0.0
-    """Subtract ``entropy_coef`` x mean entropy from the loss: above 0 the policy is kept broad."""
+    """Subtract ``entropy_coef`` x mean entropy from the loss; above 0 it keeps the policy broad."""
     drop_zero_advantage: bool = False
-    """Leave tokens with advantage 0 out of the forward, too; they are then missing in the metrics."""
+    """Skip tokens with advantage 0 in the forward, too; the metrics then lack them."""
     accept_mismatch: bool = False
-    """Compare with the sampler's log-probabilities even where `LogprobSpec` says that they cannot be."""
+    """Compare with the sampler's log-probabilities even if `LogprobSpec` says that they do not match."""
 
     @field_validator("log_ratio_range")
     @classmethod
-    def _range_holds_zero(cls, given: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
-        low, high = given
+    def _range_holds_zero(cls, bounds: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
+        low, high = bounds
         if (low is not None and low > 0) or (high is not None and high < 0):
             raise ValueError("a log ratio of 0 (an unchanged policy) must lie inside; e.g. [-20, 20]")
-        return given
+        return bounds
 
     @model_validator(mode="after")
     def _kl_needs_an_estimator(self) -> BaseRLLossConfig:
@@ -157,58 +158,56 @@ class BaseRLLossConfig(BaseLossConfig):
 
     @model_validator(mode="after")
     def _exact_kl_is_not_cut(self) -> BaseRLLossConfig:
-        wide = [own.granularity for own in self.correction if own.needs_current and own.needs_sequences]
+        is_wide = any(each.needs_current and each.needs_sequences for each in self.correction)
         scope = self.policy.scope
-        if self.mode == "chunk" and self.candidates is not None and (scope != "token" or wide):
+        if self.mode == "chunk" and self.candidates is not None and (scope != "token" or is_wide):
             who = f"policy loss {self.policy.name!r}" if scope != "token" else "a correction"
             raise ConfigError(
-                f"{who} looks at more than one token, so that its chunks cannot be differentiated one by one, which "
+                f"{who} looks at more than one token, so its chunks cannot be differentiated one by one, as "
                 f"log-probabilities of {'a teacher' if self.candidates == 'teacher' else 'a reference'}'s candidates "
-                "need in mode='chunk'; choose mode='eager', or a KL estimated from the sampled token (such as kl=k3)"
+                "require in mode='chunk'; choose mode='eager', or a KL estimated from the sampled token (such as kl=k3)"
             )
         return self
 
     @field_validator("kl_aggregation")
     @classmethod
-    def _kl_is_one_mean(cls, given: AggregationConfig | None) -> AggregationConfig | None:
-        if given is not None and given.name == PER_COMPONENT:
+    def _kl_is_one_mean(cls, aggregation: AggregationConfig | None) -> AggregationConfig | None:
+        if aggregation is not None and aggregation.name == PER_COMPONENT:
             raise ValueError("a KL term has one mean over all tokens, whatever their advantage; e.g. token_mean")
-        return given
+        return aggregation
 
     @answer
     def terms(self) -> tuple[LossTerm, ...]:
-        """The policy loss, and KL, negative log-likelihood of good tokens and entropy where they are asked for.
+        """The policy loss, and KL, negative log-likelihood of good tokens and entropy if they are on.
 
         Under ``per_component`` the policy loss is two terms with the same values.
         """
-        own = self.aggregation
-        if own.name == PER_COMPONENT:
+        aggregation = self.aggregation
+        if aggregation.name == PER_COMPONENT:
             beside = AggregationConfig()
             components = (("positive", is_positive), ("negative", is_not_positive))
-            found = [
+            terms = [
                 LossTerm(
                     name=f"policy_{sign}",
-                    coef=getattr(own, f"{sign}_weight"),
+                    coef=getattr(aggregation, f"{sign}_weight"),
                     token_filter=token_filter,
                     use_correction=True,
                 )
                 for sign, token_filter in components
             ]
         else:
-            beside = own
-            found = [LossTerm(name="policy", aggregation=own, use_correction=True)]
+            beside = aggregation
+            terms = [LossTerm(name="policy", aggregation=aggregation, use_correction=True)]
         if self.use_kl_loss:
-            aggregation = beside if self.kl_aggregation is None else self.kl_aggregation
-            found.append(
-                LossTerm(
-                    name="kl", coef=self.kl_loss_coef, aggregation=aggregation, use_correction=self.correction_on_kl
-                )
+            of_kl = beside if self.kl_aggregation is None else self.kl_aggregation
+            terms.append(
+                LossTerm(name="kl", coef=self.kl_loss_coef, aggregation=of_kl, use_correction=self.correction_on_kl)
             )
         if self.positive_nll_coef:
-            found.append(LossTerm(name="positive_nll", coef=self.positive_nll_coef, token_filter=is_positive))
+            terms.append(LossTerm(name="positive_nll", coef=self.positive_nll_coef, token_filter=is_positive))
         if self.entropy_coef:
-            found.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation=beside))
-        return tuple(found)
+            terms.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation=beside))
+        return tuple(terms)
 
     @property
     def policy(self) -> PolicyLoss:
@@ -228,18 +227,25 @@ class BaseRLLossConfig(BaseLossConfig):
 
     @answer
     def _has_wide_correction(self) -> bool:
-        return any(own.needs_sequences for own in self.correction if own.needs_current)
+        return any(each.needs_sequences for each in self.correction if each.needs_current)
 
     @property
     def required_fields(self) -> dict[str, Requirement]:
-        """What every item must have beside labels, by the name of the field: who reads it, and what to do without."""
-        known, policy = self._requirements, self.policy
-        if known.get("of") is not policy:  # another of this name may have been registered since
-            known.update({"of": policy, "fields": required_fields(self)})
-        return known["fields"]
+        """The fields that every item needs beside labels, by name: what reads them, and what to do without."""
+        return self.of_policy(required_fields)
+
+    def of_policy(self, function: Callable[[Any], Answer]) -> Answer:
+        """Return ``function(self)``, computed once, and again if another policy loss was registered under this name."""
+        answers, policy = self._answers_of_policy, self.policy
+        if answers.get("policy") is not policy:
+            answers.clear()
+            answers["policy"] = policy
+        if function not in answers:
+            answers[function] = function(self)
+        return answers[function]
 
     @answer
-    def _requirements(self) -> dict[str, Any]:
+    def _answers_of_policy(self) -> dict[Any, Any]:
         return {}
 
     @property
@@ -248,34 +254,36 @@ class BaseRLLossConfig(BaseLossConfig):
         return True
 
     def needs_current(self, num_parts: int) -> bool:
-        """Where the policy loss looks at groups or batches that are cut, or a correction must know it before."""
+        """True if the policy loss looks at groups or batches that are split, or if `needs_current_first`."""
         return self.needs_current_first or (num_parts > 1 and self.scope in ("group", "batch"))
 
     @property
     def needs_current_first(self) -> bool:
         """Whether corrections must know the current policy before the step: its survivors, or a mean of weights."""
-        return any(own.needs_current and (own.denominator == "survivors" or own.normalize) for own in self.correction)
+        return any(
+            each.needs_current and (each.denominator == "survivors" or each.normalize) for each in self.correction
+        )
 
     @property
     def candidates(self) -> Literal["ref", "teacher"] | None:
-        """Whose candidate tokens the policy is to be scored at, beside the sampled ones; None: nobody's."""
+        """Whose candidate tokens the policy is scored at, beside the sampled ones; None: only the sampled ones."""
         return "ref" if self.use_kl_loss and self.kl_loss_type in EXACT_KL else None
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the log-probabilities of a reference policy at the sampled tokens are read."""
+        """Whether the loss reads the log-probabilities of a reference policy at the sampled tokens."""
         return self.use_kl_loss and self.kl_loss_type not in EXACT_KL
 
     @property
     def not_in_training(self) -> str | None:
-        """What the items must hold that the training command has not got; None: nothing."""
+        """The field that items need and the training command does not provide; None: it provides all."""
         if self.candidates is not None:
             return f"{self.candidates}_topk_logprobs"
         return "teacher_logprobs" if "teacher_logprobs" in self.policy.needs else None
 
 
 class GRPOLossConfig(BaseRLLossConfig):
-    """A policy loss weighted by advantages, plus optional terms; how they are averaged is chosen apart from it."""
+    """A policy loss weighted by advantages, plus optional terms; their averaging is set separately."""
 
     policy_loss_cfg: PolicyLossOptions = Field(default_factory=lambda: {"loss_type": "vanilla"})
     """``loss_type``, the name of a registered policy loss, and the options of that loss."""

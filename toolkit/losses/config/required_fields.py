@@ -1,4 +1,4 @@
-"""What the items of a policy loss must hold, by whom it is read, and what to do without it; no torch here."""
+"""The fields that items of a policy loss need, what reads them, and what to do without; no torch here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Requirement:
     """One field that every item must have."""
 
     readers: tuple[str, ...]
-    """Who reads it."""
+    """What reads it."""
     remedy: str
-    """What to do where it is missing."""
+    """What to do if it is missing."""
 
     @property
     def why(self) -> str:
@@ -23,7 +23,7 @@ class Requirement:
 
 
 def required_fields(cfg: Any) -> dict[str, Requirement]:
-    """Return what every item must have beside labels for a `BaseRLLossConfig`, by the name of the field."""
+    """Return the fields that every item needs beside labels for a `BaseRLLossConfig`, by name."""
     required: dict[str, Requirement] = {}
     for name, reader, remedy in _readers(cfg):
         known = required.get(name, Requirement((), remedy))
@@ -58,7 +58,7 @@ def _readers(cfg: Any) -> Iterator[tuple[str, str, str]]:
     if cfg.candidates is not None:
         reader = "the KL term" if cfg.candidates == "ref" else "the divergence from the teacher"
         yield f"{cfg.candidates}_topk_logprobs", reader, "give those of K candidates of each position"
-    # Where the teacher is the reference, or given by its candidates, these fields stand in for its log-probabilities.
+    # If the teacher is the reference, or has candidates, those fields replace its log-probabilities.
     has_other_teacher = cfg.candidates == "teacher" or getattr(cfg, "teacher", None) == "reference"
     if "teacher_logprobs" in cfg.policy.needs and not has_other_teacher:
         yield "teacher_logprobs", policy, "give the teacher's log-probabilities"

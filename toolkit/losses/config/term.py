@@ -20,22 +20,22 @@ class LossTerm:
     """One summand of a loss.
 
     Raises:
-        ConfigError: the name is no identifier, the aggregation is unknown or lacks a setting, or it is
-            ``per_component``, which stands for two terms.
+        ConfigError: the name is not an identifier, the aggregation is unknown or lacks a setting, or it is
+            ``per_component``, which is two terms.
     """
 
     name: str = "loss"
     """The context returns the values of this term under this name."""
     coef: float = 1.0
-    """Factor of the term. Its metric, ``<name>_loss``, is without it."""
+    """Factor of the term. Its metric, ``<name>_loss``, does not include it."""
     aggregation: AggregationConfig | str = "token_mean"
     """How the values of its tokens become one number; a name, or `AggregationConfig` with settings."""
     token_filter: Callable[[Any], Any] | None = None
     """``f(item) -> [B, T] bool``: which of the scored tokens the term counts; None: all. Its sequences and prompts are
     then those with such a token. The values of the others must be finite, too, and have a finite gradient."""
     use_correction: bool = False
-    """Whether ``importance`` of the kwargs multiplies it: policy losses fill it from rollout corrections, a context of
-    yours in `fields_of`."""
+    """Whether ``importance`` of the kwargs multiplies it: policy losses fill it from rollout corrections, your context
+    in `fields_of`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():
@@ -49,8 +49,8 @@ class LossTerm:
                 f"LossTerm(name={self.name!r}): token_filter is a {kind}; give a function, "
                 "token_filter=lambda item: item.advantages > 0"
             )
-        given = aggregation_from(self.aggregation)
-        chosen = given if isinstance(given, AggregationConfig) else AggregationConfig(**given)
+        settings = aggregation_from(self.aggregation)
+        chosen = settings if isinstance(settings, AggregationConfig) else AggregationConfig(**settings)
         if chosen.name == PER_COMPONENT:
             raise ConfigError(
                 f"LossTerm(name={self.name!r}, aggregation='per_component'): that is two terms; write one with "
@@ -65,17 +65,17 @@ class LossTerm:
         return self.aggregation
 
 
-def checked_terms(given: Any, owner: str) -> tuple[LossTerm, ...]:
+def checked_terms(listed: Any, owner: str) -> tuple[LossTerm, ...]:
     """Return the terms of a loss.
 
     Args:
-        given: what the config lists.
+        listed: the `terms` of the config.
         owner: the config's class, for messages.
 
     Raises:
-        ConfigError: there is none, something else is among them, or two have one name.
+        ConfigError: they are empty, an entry is not a `LossTerm`, or two have the same name.
     """
-    terms: tuple[LossTerm, ...] = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    terms: tuple[LossTerm, ...] = tuple(listed) if isinstance(listed, (tuple, list)) else (listed,)
     strange = next((term for term in terms if not isinstance(term, LossTerm)), None)
     if not terms or strange is not None:
         hint = "; write @property above it" if callable(strange) else ""
@@ -88,7 +88,7 @@ def checked_terms(given: Any, owner: str) -> tuple[LossTerm, ...]:
 
 
 def weight_columns(terms: Sequence[LossTerm]) -> tuple[int, ...]:
-    """Return which column of weights each term reads: terms that count the same tokens the same way share one."""
+    """Return the column of weights that each term reads: terms that count the same tokens the same way share one."""
     kinds: list[tuple[Any, Any]] = []
     columns = []
     for term in terms:

@@ -1,4 +1,4 @@
-"""How the kwargs of an optimizer step are built: one method that no loss need write, and hooks for what is its own.
+"""Builds the kwargs of an optimizer step: one method shared by all losses, and hooks for what differs between them.
 
 Legend: B rows, T positions of a row, S sequences, K columns of weights.
 """
@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.errors import ConfigError, DataError, did_you_mean
 from toolkit.losses.config.base import BaseLossConfig
-from toolkit.losses.config.term import checked_terms
 from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
 from toolkit.losses.kwargs import BaseLossKwargs
 from toolkit.losses.step.step import Extra, Step, StepRow
@@ -23,14 +22,14 @@ ItemT = TypeVar("ItemT")
 
 
 class KwargsBuilder(Generic[ItemT]):
-    """Builds the kwargs of every micro-batch of a step; the hooks of `build_batches_loss_kwargs` run as they stand."""
+    """Builds the kwargs of every micro-batch of a step; `build_batches_loss_kwargs` calls the hooks in this order."""
 
     item_cls: ClassVar[type[LossContextInputItem]] = LossContextInputItem
-    """What this loss takes; a subclass of yours declares further fields."""
+    """The items that this loss takes; a subclass may declare further fields."""
     kwargs_cls: ClassVar[type[BaseLossKwargs]] = BaseLossKwargs
-    """What a forward needs; its fields are filled from those of the items that have the same name."""
+    """What a forward needs; its fields are filled from the items' fields of the same name."""
     cfg_cls: ClassVar[type[BaseLossConfig]] = BaseLossConfig
-    """Which configs it computes."""
+    """The configs that this loss takes."""
 
     @classmethod
     def build_batches_loss_kwargs(
@@ -42,32 +41,32 @@ class KwargsBuilder(Generic[ItemT]):
     ) -> list[Any]:
         """Return the kwargs of every micro-batch of one optimizer step; every rank must call it together.
 
-        Everything that the loss divides by is counted here, over all micro-batches and ranks, in one exchange. (With
-        `sp_mesh` the items' fields are gathered before it; for a loss of the whole step those of all tokens after it.)
-        Every rank needs at least one micro-batch (with nothing to score, if it has no work), and as many as the others
-        only where each forward is an exchange by itself (FSDP).
+        One exchange counts every denominator over all micro-batches and ranks. (With `sp_mesh` the items' fields are
+        gathered before it; a loss of the whole step gathers those of all tokens after it.) Every rank needs at least
+        one micro-batch (with nothing to score, if it has no work). The number of micro-batches may differ between
+        ranks, unless each forward communicates (FSDP).
 
         **The contract.** The losses that `forward` returns for the micro-batches of a step add up, and so do their
         gradients. With ``gradient_reduction="mean"`` (DDP, FSDP) each rank's sum carries a factor R, the number of
-        ranks, so that their *average* is loss and gradient of the whole step; with "sum" their sum is. Nothing else may
-        divide or multiply: no 1 / micro-batches, no R. Terms that a model adds itself (a router's loss) are not to be
-        multiplied by R: `toolkit.losses.auxiliary` has their weights.
+        ranks, so their *average* is loss and gradient of the whole step; with "sum" their sum is. Do not divide or
+        multiply by anything else: no 1 / micro-batches, no R. Do not multiply terms that a model adds itself (a
+        router's loss) by R: `toolkit.losses.auxiliary` has their weights.
 
         Args:
-            data_batches: the items of all micro-batches of this rank; its shards of them where `sp_mesh` is given.
+            data_batches: the items of all micro-batches of this rank; with `sp_mesh` its shards of them.
             loss_cfg: the config of this loss.
-            cu_seq_lens_list: for each micro-batch the [S + 1] boundaries of its packed row, of the whole row where
-                `sp_mesh` is given; None: a row is a sequence.
+            cu_seq_lens_list: for each micro-batch the [S + 1] boundaries of its packed row, with `sp_mesh` those of
+                the whole row; None: a row is a sequence.
             sp_mesh: one-dimensional mesh of ranks that share every row; each sequence counts once.
 
         Raises:
-            ConfigError: the config is that of another loss, or its terms make no sense.
-            DataError: the items do not fit; on the other ranks, that they do not here.
+            ConfigError: the config is that of another loss, or its terms are invalid.
+            DataError: the items are invalid, on this rank or on another one.
         """
         check_config(loss_cfg, cls.cfg_cls)
         cls.check_loss(loss_cfg)
         step = Step(
-            checked_terms(loss_cfg.terms, type(loss_cfg).__name__),
+            loss_cfg.checked_terms,
             cu_seq_lens_list,
             sp_mesh,
             loss_cfg.ignore_idx,
@@ -90,26 +89,26 @@ class KwargsBuilder(Generic[ItemT]):
 
     @classmethod
     def completed(cls, item: Any, loss_cfg: Any) -> Any:
-        """Return an item with what this loss does not ask for filled in; as it is by default."""
+        """Return an item with the fields filled in that this loss does not ask for; by default unchanged."""
         return item
 
     @classmethod
     def counted_besides(cls, loss_cfg: Any) -> dict[str, int | None]:
-        """Return what `prepare` counts, by name: how many numbers, None for a table; the same on every rank."""
+        """Return what `prepare` counts, by name: how many numbers, None for a table; must be equal on every rank."""
         return {}
 
     @classmethod
     def prepare(cls, step: Step) -> Extra:
-        """Check the items, leave out labels that count nowhere, and count what `counted_besides` announces.
+        """Check the items, ignore labels that count nowhere, and count what `counted_besides` announces.
 
-        Called on every rank before the exchange, with ``step.items`` over whole rows; what it raises reaches the other
-        ranks. It may set ``step.labels`` and ``step.prepared``.
+        Called on every rank before the exchange, with ``step.items`` over whole rows. If it raises, the other ranks
+        raise, too. It may set ``step.labels`` and ``step.prepared``.
         """
         return {}
 
     @classmethod
     def check_totals(cls, step: Step) -> None:
-        """Raise if what all ranks counted together forbids the step; every rank sees the same ``step.totals``."""
+        """Raise if the totals forbid the step; every rank sees the same ``step.totals``."""
 
     @classmethod
     def kwargs_of(cls, row: StepRow) -> Any:
@@ -118,7 +117,7 @@ class KwargsBuilder(Generic[ItemT]):
 
     @classmethod
     def fields_of(cls, row: StepRow) -> dict[str, Any]:
-        """Return labels, weights and every field of `kwargs_cls` that the item has by the same name."""
+        """Return labels, weights and every field of `kwargs_cls` that the item has under the same name."""
         fields: dict[str, Any] = {"shifted_labels": row.labels, "loss_weight": row.weights[..., 0]}
         if row.weights.shape[-1] > 1:
             fields["term_weights"] = row.weights
@@ -136,11 +135,11 @@ class KwargsBuilder(Generic[ItemT]):
 
     @classmethod
     def _check_fields(cls, items: Sequence[Any]) -> None:
-        """Refuse kwargs fields that nothing fills; before the exchange, so that the other ranks hear of it.
+        """Check that every kwargs field is filled; runs before the exchange, so the other ranks raise, too.
 
         Raises:
             ConfigError: items have no field of this name.
-            DataError: they have, but one of `items` lacks a value that `kwargs_cls` requires.
+            DataError: one of `items` lacks a value that `kwargs_cls` requires.
         """
         fills_itself = (
             cls.fields_of.__func__ is not KwargsBuilder.fields_of.__func__  # type: ignore[attr-defined]
@@ -169,11 +168,11 @@ class KwargsBuilder(Generic[ItemT]):
         """Return this rank's kwargs from those of whole rows."""
         if step.sp_mesh is None:
             return batches
-        return step.filled([own.sp_split(step.sp_mesh, ignore_idx=step.ignore_idx) for own in batches])
+        return step.filled([batch.sp_split(step.sp_mesh, ignore_idx=step.ignore_idx) for batch in batches])
 
 
 def item_class(context: type[KwargsBuilder[Any]]) -> type[LossContextInputItem]:
-    """Return the items that a context takes; of one that builds its kwargs itself and names none, a policy loss's."""
+    """Return the item class of a context; that of a policy loss if it builds its kwargs itself and names none."""
     builds_itself = context.build_batches_loss_kwargs.__func__ is not KwargsBuilder.build_batches_loss_kwargs.__func__  # type: ignore[attr-defined]
-    is_unsaid = builds_itself and context.item_cls is LossContextInputItem
-    return RLLossContextInputItem if is_unsaid else context.item_cls
+    is_unset = builds_itself and context.item_cls is LossContextInputItem
+    return RLLossContextInputItem if is_unset else context.item_cls

@@ -1,4 +1,4 @@
-"""Candidate tokens of each position, with a reference's or a teacher's log-probabilities: what an exact KL compares.
+"""Candidate tokens of each position with the log-probabilities of a reference or a teacher, for an exact KL.
 
 Legend: B rows, T positions of a row, K candidates, N scored tokens, V vocabulary.
 """
@@ -13,20 +13,20 @@ from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 
 MAX_MASS = 1.01
-"""Probability that candidates may have together; above 1 by what rounding to bf16 adds."""
+"""Largest total probability of the candidates of a position; above 1 because of rounding to bf16."""
 
 
 def candidates_of(
     item: RLLossContextInputItem, cfg: BaseRLLossConfig, where: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the candidates' ids and log-probabilities that the loss reads, [B, T, K] each, checked.
+    """Return the checked candidate ids and log-probabilities that the loss reads, [B, T, K] each.
 
     Returns:
-        Ids (None: the whole vocabulary in order) and log-probabilities, -inf where an id is negative; None and None for
-        a loss that compares sampled tokens only.
+        Ids (None: the whole vocabulary in order) and log-probabilities, -inf where an id is negative. Both are None
+        for a loss that compares sampled tokens only.
 
     Raises:
-        DataError: they are missing, not log-probabilities, or a token is named twice.
+        DataError: they are missing, they are not log-probabilities, or a token appears twice.
     """
     who = cfg.candidates
     if who is None:
@@ -34,11 +34,11 @@ def candidates_of(
     ids, logprobs = getattr(item, f"{who}_topk_ids"), getattr(item, f"{who}_topk_logprobs")
     where = f"{where}.{who}_topk"
     if logprobs is None:
-        of = "teacher" if who == "teacher" else "reference"
+        source = "teacher" if who == "teacher" else "reference"
         why = "variant='top_k'" if who == "teacher" else f"kl_loss_type={cfg.kl_loss_type!r}"
         raise DataError(
-            f"{where}_logprobs is missing, but {why} compares whole distributions; give the {of}'s log-probabilities "
-            "of K candidates of each position, [.., T, K] (of the whole vocabulary, K = V, without ids)"
+            f"{where}_logprobs is missing, but {why} compares whole distributions; give log-probabilities of the "
+            f"{source} for K candidates of each position, [.., T, K] (of the whole vocabulary, K = V, without ids)"
         )
     if ids is None and who == "ref" and cfg.kl_loss_type == "top_k":
         raise DataError(
@@ -61,21 +61,21 @@ def candidates_of(
 
 
 def _check_distribution(logprobs: Tensor, ids: Tensor | None, is_scored: Tensor, where: str) -> None:
-    """Refuse what is no part of a distribution at a scored position."""
+    """Raise if the values at a scored position are not part of a distribution."""
     present = is_scored.unsqueeze(-1) if ids is None else is_scored.unsqueeze(-1) & (ids >= 0)
     broken = present & ~logprobs.isfinite()
     if bool(broken.any()):
-        place = broken.nonzero()[0].tolist()
+        index = broken.nonzero()[0].tolist()
         raise DataError(
-            f"{where}_logprobs{place} = {float(logprobs[tuple(place)])} at a scored position; give a finite "
-            "log-probability, or the id -1 where there is no candidate"
+            f"{where}_logprobs{index} = {float(logprobs[tuple(index)])} at a scored position; give a finite "
+            "log-probability, or the id -1 if there is no candidate"
         )
     mass = logprobs.detach().masked_fill(~present, -torch.inf).logsumexp(-1).exp()
     heavy = is_scored & (mass > MAX_MASS)
     if bool(heavy.any()):
-        place = heavy.nonzero()[0].tolist()
+        index = heavy.nonzero()[0].tolist()
         raise DataError(
-            f"{where}_logprobs{place} add up to a probability of {float(mass[tuple(place)]):.3g}; give "
+            f"{where}_logprobs{index} add up to a probability of {float(mass[tuple(index)]):.3g}; give "
             "log-probabilities in nats (a log-softmax over the whole vocabulary), not logits"
         )
     if ids is None:
@@ -83,14 +83,14 @@ def _check_distribution(logprobs: Tensor, ids: Tensor | None, is_scored: Tensor,
     in_order = ids.sort(-1).values
     twice = is_scored & ((in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0)).any(-1)
     if bool(twice.any()):
-        place = twice.nonzero()[0].tolist()
-        raise DataError(f"{where}_ids{place} names a token twice; its probability would count twice. Keep one of them")
+        index = twice.nonzero()[0].tolist()
+        raise DataError(f"{where}_ids{index} names a token twice; its probability would count twice. Keep one of them")
 
 
 def check_vocabulary(
     ids: Tensor | None, logprobs: Tensor | None, labels: Tensor, vocabulary: int, ignore_idx: int
 ) -> None:
-    """Check candidates against the head, once it is known.
+    """Check candidates against the vocabulary of the head.
 
     Args:
         ids: [B, T, K] or None.
@@ -100,7 +100,7 @@ def check_vocabulary(
         ignore_idx: label of positions that are not scored.
 
     Raises:
-        DataError: an id lies outside the vocabulary, or the whole vocabulary is meant and K is not V.
+        DataError: an id is outside the vocabulary, or ids are None and K is not V.
     """
     if ids is None:
         if logprobs is not None and logprobs.shape[-1] != vocabulary:
@@ -111,8 +111,8 @@ def check_vocabulary(
         return
     outside = (labels != ignore_idx).unsqueeze(-1) & (ids >= vocabulary)
     if bool(outside.any()):
-        place = outside.nonzero()[0].tolist()
+        index = outside.nonzero()[0].tolist()
         raise DataError(
-            f"candidate_ids{place} = {int(ids[tuple(place)])} lies outside the vocabulary of {vocabulary} "
-            f"(0 .. {vocabulary - 1}); a negative id stands for no candidate"
+            f"candidate_ids{index} = {int(ids[tuple(index)])} lies outside the vocabulary of {vocabulary} "
+            f"(0 .. {vocabulary - 1}); a negative id means no candidate"
         )

@@ -1,7 +1,7 @@
 """Corrections of the mismatch between the sampler and the trainer, applied to the items of a step.
 
-Those between the old policy and the sampler are known before the first forward ("early"), so that rejected tokens can
-leave the denominators of all ranks; those with the current policy are applied in the forward ("late"), unless the items
+Corrections between the old policy and the sampler are known before the first forward ("early"), so rejected tokens can
+leave the denominators of all ranks. Those with the current policy are applied in the forward ("late"), unless the items
 have `current_logprobs`.
 
 Legend: B rows, T positions of a row, N scored tokens of a micro-batch.
@@ -48,7 +48,7 @@ def early(cfg: BaseRLLossConfig, *, has_current: bool) -> tuple[CorrectionConfig
 
 
 def late(cfg: BaseRLLossConfig, *, has_current: bool) -> tuple[CorrectionConfig, ...]:
-    """Return the corrections that compare the current policy and have to wait for it."""
+    """Return the corrections that compare the current policy, which is known only in the forward."""
     return tuple(correction for correction in cfg.correction if correction.needs_current and not has_current)
 
 
@@ -66,21 +66,21 @@ class EarlyCorrections:
         items: list[RLLossContextInputItem] = step.items
         self._cfg, self._items = cfg, items
         self._chosen = early(cfg, has_current=has_current)
-        each = [None] * len(items) if turns is None else turns
-        found = [_mismatch_terms(step, index, own, cfg) for index, own in enumerate(each)]
-        self._scored, self._terms = [own[0] for own in found], [own[1] for own in found]
+        turns_of_batches = [None] * len(items) if turns is None else turns
+        scored_terms = [_mismatch_terms(step, index, turn_ids, cfg) for index, turn_ids in enumerate(turns_of_batches)]
+        self._scored, self._terms = [pair[0] for pair in scored_terms], [pair[1] for pair in scored_terms]
 
     def normalizer_parts(self) -> Tensor:
-        """Return what this rank adds to the mean weights of the step, [C, 2]; C counts the late ones, too."""
+        """Return what this rank adds to the mean weights of the step, [C, 2]; C includes the late corrections."""
         device = self._items[0].shifted_labels.device if self._items else None
         parts = torch.zeros(len(self._cfg.correction), 2, dtype=torch.float64, device=device)
-        for own in self._terms:
-            if own is not None and self._chosen:
-                parts[: len(self._chosen)] += normalizer_parts(self._chosen, own)
+        for terms in self._terms:
+            if terms is not None and self._chosen:
+                parts[: len(self._chosen)] += normalizer_parts(self._chosen, terms)
         return parts
 
     def labels(self) -> list[Tensor]:
-        """Return the labels of each micro-batch, ignored where a token left the denominator: no sum is needed yet."""
+        """Return the labels of each micro-batch, ignored where a token left the denominator; needs no sums."""
         if not self._chosen:
             return [item.shifted_labels for item in self._items]
         sums = torch.ones(len(self._chosen), 2, dtype=torch.float64)
@@ -90,16 +90,16 @@ class EarlyCorrections:
         """Return a micro-batch after the corrections.
 
         Args:
-            index: which one.
+            index: of the micro-batch.
             normalizer_sums: [C, 2] the `normalizer_parts` of all ranks; ones: no weight is divided by a mean;
-                None: there is no correction.
+                None: the loss has no correction.
         """
         item, positions, terms = self._items[index], self._scored[index], self._terms[index]
         return _corrected_batch(item, positions, terms, self._chosen, normalizer_sums, self._cfg)
 
 
 def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> Tensor | None:
-    """Return the sampler's log-probabilities, unless they are of another distribution: not even for a metric then."""
+    """Return the sampler's log-probabilities, None if they are of another distribution; metrics skip these, too."""
     spec = item.rollout_spec
     is_other = spec is not None and spec.mismatch(cfg.temperature) is not None and not cfg.accept_mismatch
     return None if is_other else item.rollout_logprobs
@@ -108,11 +108,11 @@ def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> T
 def _mismatch_terms(
     step: Step, index: int, turns: Tensor | None, cfg: BaseRLLossConfig
 ) -> tuple[Tensor | None, MismatchTerms | None]:
-    """Return where the scored tokens are and what corrections look at; None where nothing can be compared."""
+    """Return the positions of scored tokens and what corrections look at; None if nothing can be compared."""
     item: RLLossContextInputItem = step.items[index]
     old = item.current_logprobs if item.old_logprobs is None else item.old_logprobs
     rollout = comparable_rollout(item, cfg)
-    if old is None or (rollout is None and any("rollout" in own.between for own in cfg.correction)):
+    if old is None or (rollout is None and any("rollout" in correction.between for correction in cfg.correction)):
         return None, None
     if rollout is None and item.current_logprobs is None:
         return None, None
@@ -120,18 +120,18 @@ def _mismatch_terms(
     ids = step.sequence_ids[index]
     positions = (item.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
 
-    def own(values: Tensor) -> Tensor:
+    def scored(values: Tensor) -> Tensor:
         return values.detach().reshape(-1).index_select(0, positions)
 
     return positions, MismatchTerms(
-        # Without a sampler only current and old are compared; no statistic reads this field then.
-        rollout_logprobs=own(old if rollout is None else rollout).double(),
-        old_logprobs=own(old).double(),
-        current_logprobs=None if item.current_logprobs is None else own(item.current_logprobs).double(),
-        advantages=own(item.advantages),
-        sequence_ids=own(ids),
+        # Without a sampler only current and old are compared and no statistic reads this field.
+        rollout_logprobs=scored(old if rollout is None else rollout).double(),
+        old_logprobs=scored(old).double(),
+        current_logprobs=None if item.current_logprobs is None else scored(item.current_logprobs).double(),
+        advantages=scored(item.advantages),
+        sequence_ids=scored(ids),
         num_sequences=int(ids.max()) + 1 if ids.numel() else 0,
-        turn_ids=None if turns is None else own(turns),
+        turn_ids=None if turns is None else scored(turns),
         num_turns=int(turns.max()) + 1 if turns is not None and turns.numel() else 0,
     )
 
@@ -175,14 +175,14 @@ def _untouched(terms: MismatchTerms) -> Corrected:
 
 
 def late_correction(
-    terms: PolicyTerms, cfg: BaseRLLossConfig, own: Tensor | None = None
+    terms: PolicyTerms, cfg: BaseRLLossConfig, local_index: Tensor | None = None
 ) -> tuple[Tensor | None, dict[str, Metric]]:
     """Apply the corrections that compare the current policy.
 
     Args:
         terms: the tokens that they look at, [N].
         cfg: of the loss.
-        own: [n] which of them the metrics are to speak of; None: all.
+        local_index: [n] indices of the tokens that the metrics measure; None: all.
 
     Returns:
         Their weights [N], without gradient (None: 1 everywhere), and metrics.
@@ -201,5 +201,5 @@ def late_correction(
         num_turns=terms.num_turns,
     )
     result = corrected(corrections, seen)
-    hits = result.is_hit if own is None else tuple(is_hit[own] for is_hit in result.is_hit)
+    hits = result.is_hit if local_index is None else tuple(is_hit[local_index] for is_hit in result.is_hit)
     return result.weights, correction_metrics(corrections, replace(result, is_hit=hits))

@@ -1,14 +1,14 @@
-"""What a loss of wider scope looks at when its tokens are spread: a row cut by sequence parallelism, a step cut by all.
+"""All tokens that a loss looks at, when they are spread over the ranks of a sequence-parallel mesh or over a step.
 
-A rank (or micro-batch) scores its own tokens only. It computes the loss of all tokens together, those of others as
-constants, differentiates it by its own log-probabilities, and reports the part of its own tokens: values and gradients
-then add up to those of the whole. That takes one sum over the mesh of one number a token and nothing in backward, and
-serves whatever statistic a loss takes: means, products, suffix sums, turns, maxima, or some of its author's own.
+A rank (or micro-batch) scores only its local tokens. It computes the loss of all tokens, with the others as constants,
+differentiates it by the local log-probabilities, and reports the part of the local tokens: values and gradients then
+add up to those of all tokens. That takes one sum over the mesh of one number for each token and nothing in backward. It
+works for every statistic that a loss takes: means, products, suffix sums, turns, maxima, or custom ones.
 
-The others' log-probabilities come from the mesh; across micro-batches, where they are not yet or no longer there, from
+The others' log-probabilities come from the mesh; across micro-batches, which are not in memory at the same time, from
 the items' `current_logprobs`.
 
-Legend: B rows, T positions of a row, N tokens that are looked at, n own tokens.
+Legend: B rows, T positions of a row, N tokens that are looked at, n local tokens.
 """
 
 from __future__ import annotations
@@ -35,39 +35,40 @@ if TYPE_CHECKING:
     from toolkit.losses.kwargs import GRPOLossKwargs
 
 NUMBERED = ("sequence_ids", "turn_ids")
-"""Fields that count from 0 in every micro-batch."""
+"""Fields numbered from 0 in every micro-batch."""
 
 
 @dataclass(frozen=True)
-class Whole:
-    """The tokens that a loss looks at, its own among them."""
+class GlobalView:
+    """All tokens that a loss looks at, the local ones included."""
 
     kwargs: Any
     """`GRPOLossKwargs` of [N] tokens."""
     sp_mesh: DeviceMesh | None
-    """Where the others' log-probabilities are; None: in ``kwargs.current_logprobs``."""
+    """The ranks with the others' log-probabilities; None: they are in ``kwargs.current_logprobs``."""
     reports: bool
-    """Whether this rank (and micro-batch) reports what the loss says of itself: once is enough."""
+    """Whether this rank (and micro-batch) reports the metrics of the loss: only one does."""
 
-    def to(self, device: torch.device | str) -> Whole:
+    def to(self, device: torch.device | str) -> GlobalView:
         """Return a copy with every tensor on `device`."""
         return replace(self, kwargs=self.kwargs.to(device))
 
-    def scores(self, logprobs: Tensor, entropy: Tensor | None, place: Tensor) -> TokenScores:
+    def scores(self, logprobs: Tensor, entropy: Tensor | None, view_index: Tensor) -> TokenScores:
         """Return the scores of all tokens [N], those of others without gradient; all of the mesh must call it together.
 
         Args:
-            logprobs: [n] of own tokens.
-            entropy: [n] the same, if the loss looks at entropies.
-            place: [n] int64, where own tokens stand among the N.
+            logprobs: [n] of the local tokens.
+            entropy: [n] of the local tokens, if the loss looks at entropies.
+            view_index: [n] int64, the index of each local token among the N.
 
         Raises:
-            DataError: entropies of other micro-batches are wanted: items carry none.
+            DataError: the loss needs entropies of other micro-batches: items do not carry them.
         """
         if self.sp_mesh is not None:
-            others = self._summed(logprobs, place)
+            others = self._summed(logprobs, view_index)
             return TokenScores(
-                others.index_copy(0, place, logprobs), None if entropy is None else self._summed(entropy, place)
+                others.index_copy(0, view_index, logprobs),
+                None if entropy is None else self._summed(entropy, view_index),
             )
         if entropy is not None:
             raise DataError(
@@ -75,13 +76,14 @@ class Whole:
                 "rank, without current_logprobs"
             )
         others = self.kwargs.current_logprobs.to(logprobs.dtype)
-        return TokenScores(others.index_copy(0, place, logprobs), None)
+        return TokenScores(others.index_copy(0, view_index, logprobs), None)
 
-    def _summed(self, own: Tensor, place: Tensor) -> Tensor:
+    def _summed(self, local_values: Tensor, view_index: Tensor) -> Tensor:
         assert self.sp_mesh is not None
-        everyone = own.new_zeros(len(self.kwargs.shifted_labels)).index_copy(0, place, own.detach())
-        dist.all_reduce(everyone, group=self.sp_mesh.get_group())
-        return everyone
+        full_values = local_values.new_zeros(len(self.kwargs.shifted_labels))
+        full_values = full_values.index_copy(0, view_index, local_values.detach())
+        dist.all_reduce(full_values, group=self.sp_mesh.get_group())
+        return full_values
 
 
 class _ValueAndGradient(torch.autograd.Function):
@@ -95,12 +97,12 @@ class _ValueAndGradient(torch.autograd.Function):
 
 
 def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
-    """Return the number `value` with the gradient of `source` (``value + source - sg(source)`` that survives inf)."""
+    """Return the number `value` with the gradient of `source` (``value + source - sg(source)``, also for inf)."""
     return _ValueAndGradient.apply(value, source)
 
 
 def emptied(metrics: dict[str, Metric]) -> dict[str, Metric]:
-    """Return the same metrics with nothing measured, for a rank whose share another one reports."""
+    """Return the same metrics with nothing measured, for a rank whose part another one reports."""
     nothing = torch.zeros(0, dtype=torch.float64)
     return {
         name: Sum(torch.zeros_like(metric.total)) if isinstance(metric, Sum) else type(metric).of(nothing)  # type: ignore[attr-defined]
@@ -108,33 +110,37 @@ def emptied(metrics: dict[str, Metric]) -> dict[str, Metric]:
     }
 
 
-def with_whole(
+def with_global_views(
     batches: list[GRPOLossKwargs], cfg: BaseRLLossConfig, sp_mesh: DeviceMesh | None, *, is_step_wide: bool
 ) -> list[GRPOLossKwargs]:
-    """Return the kwargs of whole rows with the tokens that their loss looks at, where these are spread.
+    """Return the kwargs of whole rows with a `GlobalView` each, if the tokens that their loss looks at are spread.
 
     Args:
         batches: kwargs of whole rows.
         cfg: of the loss.
         sp_mesh: ranks that share a sequence.
-        is_step_wide: whether the loss looks at all micro-batches and ranks; all must call it together then.
+        is_step_wide: whether the loss looks at all micro-batches and ranks; then all must call it together.
     """
     if cfg.scope == "token" or (sp_mesh is None and not is_step_wide):
-        return [own if own.group_ids is None else own.replace(group_ids=_from_zero(own.group_ids)) for own in batches]
-    batches = [own.replace(shifted_labels=scored_labels(own, cfg)) for own in batches]
-    parts = [own.take(_scored(own, cfg)) for own in batches]
+        return [
+            batch if batch.group_ids is None else batch.replace(group_ids=_from_zero(batch.group_ids))
+            for batch in batches
+        ]
+    batches = [batch.replace(shifted_labels=scored_labels(batch, cfg)) for batch in batches]
+    parts = [batch.take(_scored(batch, cfg)) for batch in batches]
     if is_step_wide:
-        whole, places, first = _step(parts, sp_mesh)
+        step_kwargs, indices, first = _step(parts, sp_mesh)
         reports = counts_here(sp_mesh) and first == 0  # some ranks may have no micro-batch
-        shared = [Whole(whole, None, reports and index == 0) for index in range(len(batches))]
+        views = [GlobalView(step_kwargs, None, reports and index == 0) for index in range(len(batches))]
     else:
-        places = [torch.arange(len(own.shifted_labels), device=own.shifted_labels.device) for own in parts]
-        shared = [
-            Whole(own.replace(group_ids=_from_zero(own.group_ids)), sp_mesh, counts_here(sp_mesh)) for own in parts
+        indices = [torch.arange(len(part.shifted_labels), device=part.shifted_labels.device) for part in parts]
+        views = [
+            GlobalView(part.replace(group_ids=_from_zero(part.group_ids)), sp_mesh, counts_here(sp_mesh))
+            for part in parts
         ]
     return [
-        own.replace(place=_spread(place, _scored(own, cfg), own.shifted_labels), whole=seen)
-        for own, place, seen in zip(batches, places, shared, strict=True)
+        batch.replace(view_index=_spread(index, _scored(batch, cfg), batch.shifted_labels), global_view=view)
+        for batch, index, view in zip(batches, indices, views, strict=True)
     ]
 
 
@@ -142,14 +148,14 @@ def _scored(kwargs: GRPOLossKwargs, cfg: BaseRLLossConfig) -> Tensor:
     return (kwargs.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
 
 
-def _spread(place: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
-    """Return [n] places at their positions, -1 elsewhere, in the shape of the labels."""
+def _spread(view_index: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+    """Return the [n] indices at their positions, -1 elsewhere, in the shape of the labels."""
     flat = torch.full((labels.numel(),), -1, dtype=torch.int64, device=labels.device)
-    return flat.index_copy(0, positions, place).reshape(labels.shape)
+    return flat.index_copy(0, positions, view_index).reshape(labels.shape)
 
 
 def _from_zero(group_ids: Tensor | None) -> Tensor | None:
-    """Number groups from 0, so that sums over them need no more room than there are groups."""
+    """Number groups from 0, so a sum over groups has one entry for each group."""
     return None if group_ids is None else group_ids.unique(return_inverse=True)[1].reshape(group_ids.shape)
 
 
@@ -159,72 +165,74 @@ def _from_zero(group_ids: Tensor | None) -> Tensor | None:
 def _step(
     parts: Sequence[GRPOLossKwargs], sp_mesh: DeviceMesh | None
 ) -> tuple[GRPOLossKwargs | None, list[Tensor], int]:
-    """Return all tokens of the step in an order that no layout changes, and where those of each micro-batch stand.
+    """Return all tokens of the step in an order that does not depend on the layout, and where to find each micro-batch.
 
-    Besides: how many micro-batches of other ranks come before this one's.
+    The order is by content: a loss that draws tokens at random must draw the same ones however the step is split.
 
-    The order is by content: a loss that draws tokens at random must draw the same ones however the step is cut.
+    Returns:
+        Kwargs of all tokens (None without micro-batches), the indices of each micro-batch's tokens among them, and the
+        number of micro-batches of other ranks before those of this rank.
     """
-    mine = [{name: value.cpu() for name, value in own.tensors()} for own in parts]
-    everyone = all_gather_objects(mine if counts_here(sp_mesh) else [])
+    local_batches = [{name: value.cpu() for name, value in part.tensors()} for part in parts]
+    gathered = all_gather_objects(local_batches if counts_here(sp_mesh) else [])
     source = rank() if sp_mesh is None else rank_of(dist.get_global_rank(sp_mesh.get_group(), 0))
-    batches = [own for batches in everyone for own in batches]
-    first = sum(len(batches) for batches in everyone[:source])
-    everything = list({name: None for own in batches for name in own})
+    batches = [batch for rank_batches in gathered for batch in rank_batches]
+    first = sum(len(rank_batches) for rank_batches in gathered[:source])
+    names = list({name: None for batch in batches for name in batch})
     if not parts:
         return None, [], first  # nothing will look at it
-    numbered = [_filled(own, everything) for own in _numbered_on(batches)]
-    joined = {name: torch.cat([own[name] for own in numbered]) for name in everything}
+    numbered = [_filled(batch, names) for batch in _numbered_on(batches)]
+    joined = {name: torch.cat([batch[name] for batch in numbered]) for name in names}
     order = _by_content(joined)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order))
-    ends = torch.tensor([0, *(len(own["shifted_labels"]) for own in batches)]).cumsum(0).tolist()
+    ends = torch.tensor([0, *(len(batch["shifted_labels"]) for batch in batches)]).cumsum(0).tolist()
     device = parts[0].shifted_labels.device
-    places = [inverse[ends[first + i] : ends[first + i + 1]].to(device) for i in range(len(parts))]
+    indices = [inverse[ends[first + i] : ends[first + i + 1]].to(device) for i in range(len(parts))]
     fields = {name: value[order].to(device) for name, value in joined.items()}
     if "group_ids" in fields:
         fields["group_ids"] = fields["group_ids"].unique(return_inverse=True)[1]
-    return parts[0].replace(**fields), places, first
+    return parts[0].replace(**fields), indices, first
 
 
 def _numbered_on(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Return micro-batches whose sequences and turns are numbered on, so that no two share one."""
-    found, starts = [], dict.fromkeys(NUMBERED, 0)
-    for own in batches:
-        own = dict(own)
+    """Return the micro-batches with sequences and turns numbered consecutively, so no two share a number."""
+    numbered, starts = [], dict.fromkeys(NUMBERED, 0)
+    for fields in batches:
+        fields = dict(fields)
         for name in NUMBERED:
-            if name in own:
-                highest = int(own[name].max()) + 1 if len(own[name]) else 0
-                own[name] = own[name] + starts[name]
+            if name in fields:
+                highest = int(fields[name].max()) + 1 if len(fields[name]) else 0
+                fields[name] = fields[name] + starts[name]
                 starts[name] += highest
-        found.append(own)
-    return found
+        numbered.append(fields)
+    return numbered
 
 
-def _filled(own: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Return a micro-batch with the fields that only others have: on-policy, unreported, unweighted.
+def _filled(fields: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return a micro-batch with defaults for fields that only others have: on-policy, unreported, unweighted.
 
     Raises:
-        DataError: a field cannot be made up; on every rank alike, for all have all micro-batches here.
+        DataError: a field has no default; raised on every rank, because all have all micro-batches here.
     """
-    current = own["current_logprobs"]
-    made_up = {
+    current = fields["current_logprobs"]
+    defaults = {
         "old_logprobs": current,
         "rollout_logprobs": torch.full_like(current, torch.nan),
         "importance": torch.ones(len(current), dtype=torch.float64),
         "group_ids": torch.full((len(current),), NO_SEQUENCE),
     }
     for name in names:
-        if name not in own and name not in made_up:
+        if name not in fields and name not in defaults:
             raise DataError(f"some micro-batches of this step have {name}, others lack it; give it to all or to none")
-    return {name: own[name] if name in own else made_up[name] for name in names}
+    return {name: fields[name] if name in fields else defaults[name] for name in names}
 
 
 def _by_content(fields: dict[str, Tensor]) -> Tensor:
-    """Return an order of the tokens, [N]: sequences by a number made of their tokens, tokens inside as they stand.
+    """Return an order of the tokens, [N]: sequences by a hash of their tokens, the tokens of a sequence as they are.
 
-    Sequences of equal tokens and advantages stand in the order of their probability; no bits of it enter the number,
-    for these differ by rounding between layouts.
+    Sequences of equal tokens and advantages are ordered by their probability. The hash does not include it, because its
+    bits differ by rounding between layouts.
     """
     ids = fields["sequence_ids"]
     num = int(ids.max()) + 1 if len(ids) else 0
@@ -232,7 +240,7 @@ def _by_content(fields: dict[str, Tensor]) -> Tensor:
     within = torch.arange(len(ids)) - starts[ids]
     groups = fields["group_ids"] if "group_ids" in fields else torch.zeros_like(ids)
     key = _mixed(_mixed(_mixed(_mixed(fields["shifted_labels"]) + within) + groups) + _bits(fields["advantages"]))
-    of_sequence = torch.zeros(num, dtype=torch.int64).index_add(0, ids, key)  # wraps around, in any order alike
+    of_sequence = torch.zeros(num, dtype=torch.int64).index_add(0, ids, key)  # wraps around, the same in any order
     likelihood = torch.zeros(num, dtype=torch.float64).index_add(0, ids, fields["current_logprobs"].double())
     order = likelihood.argsort(stable=True)
     order = order[of_sequence[order].argsort(stable=True)]

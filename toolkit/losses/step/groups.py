@@ -1,7 +1,7 @@
-"""Groups over micro-batches and ranks: whether a step holds together what a loss needs.
+"""Groups over micro-batches and ranks: checks that a step keeps the tokens together that a loss needs.
 
-Legend: B rows, T positions of a row. Group ids are the same number everywhere for completions of the same prompt;
-negative ones without a scored token stand for padding.
+Legend: B rows, T positions of a row. Completions of the same prompt have the same group id on all ranks; a negative id
+without a scored token marks padding.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from toolkit.losses.step.totals import Table
 
 def pieces_of_groups(labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int) -> Table:
     """Return in how many micro-batches of this rank each group has a scored token."""
-    found: Table = {}
-    for own_labels, own_groups in zip(labels, group_ids, strict=True):
-        for group in own_groups[own_labels != ignore_idx].unique().tolist():
-            found[group] = found.get(group, 0.0) + 1
-    return found
+    pieces: Table = {}
+    for batch_labels, batch_groups in zip(labels, group_ids, strict=True):
+        for group in batch_groups[batch_labels != ignore_idx].unique().tolist():
+            pieces[group] = pieces.get(group, 0.0) + 1
+    return pieces
 
 
 def check_step(
@@ -45,11 +45,11 @@ def check_step(
         num_scored: those that have a scored token.
 
     Raises:
-        DataError: says what is cut apart and that `current_logprobs` mend it.
+        DataError: names the split group and suggests `current_logprobs`.
     """
     remedy = (
         "give every item current_logprobs, the log-probabilities of a forward without gradient before the step (then "
-        "it may be cut anywhere)"
+        "the step may be split anywhere)"
     )
     if num_with_current not in (0, num_items):
         raise DataError(
@@ -65,14 +65,15 @@ def check_step(
     scope, name = cfg.scope, cfg.policy.name
     if scope == "batch" and num_scored > 1:
         raise DataError(
-            f"policy loss {name!r} takes statistics of the whole batch, which the {num_scored} micro-batches of this "
-            f"step (over all ranks) cut apart; {remedy}, or use one micro-batch"
+            f"policy loss {name!r} takes statistics of the whole batch, but this step has {num_scored} micro-batches "
+            f"(over all ranks); {remedy}, or use one micro-batch"
         )
     split = min((group for group, number in pieces.items() if number > 1), default=None)
     if split is not None:
-        mine = [i for i, own in enumerate(items) if own.group_ids is not None and bool((own.group_ids == split).any())]
-        where = f"data_batches[{mine[-1]}].group_ids: " if mine else ""
+        groups = [item.group_ids for item in items]
+        indices = [i for i, ids in enumerate(groups) if ids is not None and bool((ids == split).any())]
+        where = f"data_batches[{indices[-1]}].group_ids: " if indices else ""
         raise DataError(
-            f"{where}group {split} lies in several micro-batches, but policy loss {name!r} needs all sequences of a "
+            f"{where}group {split} is in several micro-batches, but policy loss {name!r} needs all sequences of a "
             f"group in one; split the batch between groups, or {remedy}"
         )

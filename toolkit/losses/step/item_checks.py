@@ -1,4 +1,4 @@
-"""What the items of a policy loss must hold, said before any work. N: scored tokens of a micro-batch."""
+"""Checks of the items of a policy loss, before anything runs. N: scored tokens of a micro-batch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from toolkit.losses.record import check_finite
 
 
 def check_policy_loss(cfg: BaseRLLossConfig) -> None:
-    """Check once for each loss and its options that it keeps what it declares.
+    """Check once for each loss and its options that it does what it declares.
 
     Raises:
         ConfigError: it looks at more tokens than its scope says, or at more than the setting allows.
     """
+    cfg.of_policy(_check_policy_loss)
+
+
+def _check_policy_loss(cfg: BaseRLLossConfig) -> None:
     loss, options = cfg.policy, cfg.policy_options
     check_scope(loss, options)
     is_local = loss.scope in ("token", "sequence")
@@ -31,7 +35,7 @@ def check_policy_loss(cfg: BaseRLLossConfig) -> None:
 
 
 def scored_labels(kwargs: Any, cfg: BaseRLLossConfig) -> Tensor:
-    """Return the labels, less tokens that `drop_zero_advantage` leaves out; none where a KL or bonus needs them.
+    """Return the labels, ignored where `drop_zero_advantage` skips a token: never if a KL or bonus needs all tokens.
 
     Args:
         kwargs: `GRPOLossKwargs` of whole rows, [B, T].
@@ -43,7 +47,7 @@ def scored_labels(kwargs: Any, cfg: BaseRLLossConfig) -> Tensor:
         return labels
     is_idle = kwargs.advantages == 0
     if cfg.scope == "sequence" and kwargs.sequence_ids is not None:
-        # Only whole sequences: the others' statistics count every token.
+        # Skip only whole sequences, because the statistics of the others count every token.
         is_idle = is_idle | (labels == cfg.ignore_idx)
         flat = (kwargs.sequence_ids + 1).reshape(-1)
         is_idle = ~torch.isin(flat, flat[~is_idle.reshape(-1)]).reshape(labels.shape)
@@ -51,7 +55,7 @@ def scored_labels(kwargs: Any, cfg: BaseRLLossConfig) -> Tensor:
 
 
 CHECKED_LATER = ("current_logprobs", "ref_topk_logprobs", "teacher_topk_logprobs")
-"""Fields whose absence is told with more about it: once all ranks have counted, or with their ids."""
+"""Fields that are checked later, with more detail: after all ranks have counted, or with their ids."""
 
 
 def check_item(item: RLLossContextInputItem, cfg: BaseRLLossConfig, where: str) -> None:
@@ -60,18 +64,18 @@ def check_item(item: RLLossContextInputItem, cfg: BaseRLLossConfig, where: str) 
     Args:
         item: [B, T] whole rows.
         cfg: of the loss.
-        where: what messages call it.
+        where: its name in messages.
 
     Raises:
-        DataError: something that the loss reads is missing, or holds NaN or inf at a scored position.
+        DataError: a field that the loss reads is missing, or is NaN or inf at a scored position.
     """
     required = cfg.required_fields
     for name, requirement in required.items():
         if name not in CHECKED_LATER and getattr(item, name) is None:
             raise DataError(f"{where}.{name} is missing, but {requirement.why}; {requirement.remedy}")
     read = {"advantages": None, **required, "old_logprobs": None, "current_logprobs": None}
-    given = {name: getattr(item, name) for name in read if name != "group_ids" and name not in CHECKED_LATER[1:]}
-    present = {f"{where}.{name}": values for name, values in given.items() if values is not None}
+    fields = {name: getattr(item, name) for name in read if name != "group_ids" and name not in CHECKED_LATER[1:]}
+    present = {f"{where}.{name}": values for name, values in fields.items() if values is not None}
     check_finite(present, item.shifted_labels, cfg.ignore_idx)
     if item.rollout_spec is not None and not cfg.accept_mismatch and "rollout_logprobs" in required:
         reason = item.rollout_spec.mismatch(cfg.temperature)

@@ -18,7 +18,7 @@ from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.kwargs import GRPOLossKwargs
 from toolkit.losses.step.candidates import candidates_of
 from toolkit.losses.step.corrections import EarlyCorrections, comparable_rollout
-from toolkit.losses.step.global_view import emptied, with_whole
+from toolkit.losses.step.global_view import emptied, with_global_views
 from toolkit.losses.step.groups import check_step, pieces_of_groups
 from toolkit.losses.step.item_checks import check_item
 from toolkit.losses.step.step import Extra, Step, StepRow, StepTotals
@@ -28,11 +28,11 @@ from toolkit.metrics import Max, Mean, Metric
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was found out about the items of this rank before the exchange."""
+    """What is known about the items of this rank before the exchange."""
 
     corrections: EarlyCorrections
     turns: list[Tensor] | None
-    """[B, T] the turn of each position, of every micro-batch; None: nothing looks at turns."""
+    """For each micro-batch the turn of each position, [B, T]; None: nothing looks at turns."""
     candidates: list[tuple[Tensor | None, Tensor | None]]
     """Ids and log-probabilities of this rank's shards."""
     has_current: bool = False
@@ -47,7 +47,7 @@ def counted_besides(cfg: BaseRLLossConfig) -> dict[str, int | None]:
 
 
 def prepare(step: Step) -> Extra:
-    """Check the items, apply the corrections that are known already, and count; see `KwargsBuilder`."""
+    """Check the items, apply the early corrections, and count; see `KwargsBuilder`."""
     cfg: BaseRLLossConfig = step.loss_cfg
     for index, item in enumerate(step.items):
         check_item(item, cfg, f"data_batches[{index}]")
@@ -55,26 +55,26 @@ def prepare(step: Step) -> Extra:
     labels = step.labels
     turns = None
     if cfg.scope != "token" or cfg.correction:
-        turns = [turn_ids(own != cfg.ignore_idx, ids) for own, ids in zip(labels, step.sequence_ids, strict=True)]
+        turns = [turn_ids(each != cfg.ignore_idx, ids) for each, ids in zip(labels, step.sequence_ids, strict=True)]
     with_current = sum(item.current_logprobs is not None for item in step.items)
     corrections = EarlyCorrections(step, turns, cfg, has_current=with_current == len(step.items) > 0)
     step.prepared = Prepared(corrections, turns, candidates)
     step.labels = corrections.labels()
-    # Those with a scored token are asked for only where losses look at several tokens.
+    # Only losses that look at several tokens need the number of micro-batches with a scored token.
     with_tokens = 0
     if cfg.scope != "token" and labels:
-        with_tokens = int(torch.stack([(own != cfg.ignore_idx).any() for own in labels]).sum())
-    found: dict[str, Any] = {"micro_batches": (len(step.items), with_current, with_tokens)}
+        with_tokens = int(torch.stack([(each != cfg.ignore_idx).any() for each in labels]).sum())
+    counted: dict[str, Any] = {"micro_batches": (len(step.items), with_current, with_tokens)}
     if cfg.correction:
-        found["normalizers"] = corrections.normalizer_parts()
+        counted["normalizers"] = corrections.normalizer_parts()
     if cfg.scope == "group":
         groups = [item.group_ids for item in step.items]
-        found["pieces"] = pieces_of_groups(labels, groups, ignore_idx=cfg.ignore_idx)
-    return found
+        counted["pieces"] = pieces_of_groups(labels, groups, ignore_idx=cfg.ignore_idx)
+    return counted
 
 
 def check_totals(step: Step) -> None:
-    """Raise where a loss of several tokens cannot see them; see `KwargsBuilder`."""
+    """Raise if a loss of several tokens cannot see all of them; see `KwargsBuilder`."""
     numbers = _totals(step).numbers["micro_batches"].tolist()  # waits for the device once
     num_items, num_with_current, num_scored = map(int, numbers)
     check_step(
@@ -89,7 +89,7 @@ def check_totals(step: Step) -> None:
 
 
 def fields_of(row: StepRow) -> dict[str, Any]:
-    """Return what the kwargs of a micro-batch hold beside what its item has by the same name, and instead of that."""
+    """Return the kwargs of a micro-batch that its item lacks, or whose value replaces that of the item."""
     cfg, scope = row.step.loss_cfg, row.step.loss_cfg.scope
     prepared: Prepared = row.step.prepared
     sums = _totals(row.step).numbers["normalizers"].reshape(-1, 2) if cfg.correction else None
@@ -109,26 +109,26 @@ def fields_of(row: StepRow) -> dict[str, Any]:
 
 
 def with_wider_views(batches: list[GRPOLossKwargs], step: Step) -> list[GRPOLossKwargs]:
-    """Return kwargs of whole rows that know what other tokens their loss looks at."""
+    """Return kwargs of whole rows with the other tokens that their loss looks at."""
     cfg = step.loss_cfg
     is_step_wide = step.prepared.has_current and cfg.scope in ("group", "batch")
-    return with_whole(batches, cfg, step.sp_mesh, is_step_wide=is_step_wide)
+    return with_global_views(batches, cfg, step.sp_mesh, is_step_wide=is_step_wide)
 
 
-def with_own_candidates(batches: list[GRPOLossKwargs], step: Step) -> list[GRPOLossKwargs]:
-    """Return this rank's kwargs with the candidates of its tokens, and how many of these must be given together."""
+def with_local_candidates(batches: list[GRPOLossKwargs], step: Step) -> list[GRPOLossKwargs]:
+    """Return this rank's kwargs with the candidates of its tokens, and how many tokens must stay together."""
     prepared: Prepared = step.prepared
     if step.loss_cfg.candidates is None and step.loss_cfg.scope == "token":
         return batches
     return [
-        own.replace(candidate_ids=ids, candidate_logprobs=logprobs, num_scored=_num_scored(own, step.loss_cfg))
-        for own, (ids, logprobs) in zip(batches, prepared.candidates, strict=True)
+        batch.replace(candidate_ids=ids, candidate_logprobs=logprobs, num_scored=_num_scored(batch, step.loss_cfg))
+        for batch, (ids, logprobs) in zip(batches, prepared.candidates, strict=True)
     ]
 
 
-def _num_scored(own: GRPOLossKwargs, cfg: BaseRLLossConfig) -> int | None:
-    may_be_cut = cfg.scope == "token" or (own.whole is not None and own.whole.sp_mesh is None)
-    return None if may_be_cut else int((own.shifted_labels != cfg.ignore_idx).sum())
+def _num_scored(kwargs: GRPOLossKwargs, cfg: BaseRLLossConfig) -> int | None:
+    may_be_cut = cfg.scope == "token" or (kwargs.global_view is not None and kwargs.global_view.sp_mesh is None)
+    return None if may_be_cut else int((kwargs.shifted_labels != cfg.ignore_idx).sum())
 
 
 def _totals(step: Step) -> StepTotals:
@@ -137,16 +137,16 @@ def _totals(step: Step) -> StepTotals:
 
 
 def _step_metrics(step: Step) -> dict[str, Metric]:
-    """Return what the sums were divided by, the tokens without an advantage, and the sequences that teach nothing."""
+    """Return the denominators, the share of tokens with advantage 0, and that of sequences with only such tokens."""
     tokens, sequences = [], []
-    for index, (item, own) in enumerate(zip(step.items, step.labels, strict=True)):
-        is_scored = own != step.ignore_idx
+    for index, (item, labels) in enumerate(zip(step.items, step.labels, strict=True)):
+        is_scored = labels != step.ignore_idx
         is_taught = is_scored & (item.advantages != 0)
         tokens.append(Mean.share(is_scored & ~is_taught, is_scored))
         if step.cu_seq_lens_list is None:  # a row is a sequence
             is_reached, is_there = is_taught.any(-1), is_scored.any(-1)
         else:
-            ids = (step.sequence_ids[index] + 1).reshape(-1)  # 0 collects what belongs to none
+            ids = (step.sequence_ids[index] + 1).reshape(-1)  # 0: in no sequence
             is_reached, is_there = (ids.bincount(chosen.reshape(-1)) > 0 for chosen in (is_taught, is_scored))
         sequences.append(Mean.share(is_there & ~is_reached, is_there))
     return {

@@ -1,8 +1,8 @@
 """Sequence parallelism: a mesh of ranks shares each row, every rank holding one piece of its positions.
 
 The few numbers that a token has beside its hidden state (label, advantage, log-probabilities ...) are gathered over the
-mesh once for all micro-batches of a step, weights and corrections are worked out on whole rows as if nothing had been
-cut, and the result is cut again. So there is no second way to compute anything.
+mesh once for all micro-batches of a step. Weights and corrections are computed on whole rows, and the result is split
+again. So everything is computed in one way, with and without sequence parallelism.
 
 Legend: B rows, T positions of a row, P ranks of the mesh.
 """
@@ -22,38 +22,40 @@ from toolkit.distributed import collective_device
 from toolkit.errors import DataError
 from toolkit.losses.items import LossContextInputItem
 from toolkit.losses.record import PerToken
-from toolkit.losses.step.totals import refused_elsewhere
+from toolkit.losses.step.totals import rejected_elsewhere
 
 ItemT = TypeVar("ItemT", bound=LossContextInputItem)
 
 
-def given_and_whole(checked: Callable[[], list[ItemT]], sp_mesh: DeviceMesh | None) -> tuple[list[ItemT], list[ItemT]]:
+def local_and_full_items(
+    checked: Callable[[], list[ItemT]], sp_mesh: DeviceMesh | None
+) -> tuple[list[ItemT], list[ItemT]]:
     """Return this rank's items, and the same with every per-token field joined over the mesh.
 
     Args:
-        checked: gives this rank's pieces, [B, T / P] each, one for each micro-batch of the step; what it raises is
-            raised when the other ranks of the mesh, which wait for the pieces, have been told.
+        checked: returns this rank's pieces, [B, T / P] each, one for each micro-batch of the step; its error is raised
+            after the other ranks of the mesh, which wait for the pieces, know of it.
         sp_mesh: ranks that share a sequence; all must call this together. None: every row is whole.
 
     Returns:
-        The pieces, and the items over whole rows [B, T], padding included, equal on every rank of the mesh. Candidates
-        ([.., K]) are left out of these: only the rank that scores a token needs them.
+        The pieces, and the items over whole rows [B, T], padding included, equal on every rank of the mesh. The latter
+        have no candidates ([.., K]): only the rank that scores a token needs them.
 
     Raises:
-        DataError: the ranks differ in the number of micro-batches, their shapes, or which fields they have; or another
-            rank of the mesh was given something else than items.
+        DataError: the ranks differ in the number of micro-batches, their shapes, or their fields; or the items of
+            another rank of the mesh are invalid.
     """
     if sp_mesh is None:
         items = checked()
         return items, items
     try:
         items, error = checked(), None
-    except Exception as caught:  # whatever it is, the others must hear of it before it travels on
+    except Exception as caught:  # of any type: the other ranks must know of it before it is raised
         items, error = [], caught
-    return items, _whole_items(items, error, sp_mesh)
+    return items, _full_items(items, error, sp_mesh)
 
 
-def _whole_items(items: Sequence[ItemT], error: Exception | None, sp_mesh: DeviceMesh) -> list[ItemT]:
+def _full_items(items: Sequence[ItemT], error: Exception | None, sp_mesh: DeviceMesh) -> list[ItemT]:
     fields = [
         (index, name, value)
         for index, item in enumerate(items)
@@ -63,17 +65,17 @@ def _whole_items(items: Sequence[ItemT], error: Exception | None, sp_mesh: Devic
     _check_alike(items, error, [(name, tuple(value.shape)) for _, name, value in fields], sp_mesh)
     if not fields:
         return list(items)
-    own = torch.cat([_as_bits(value) for _, _, value in fields])
+    local_bits = torch.cat([_as_bits(value) for _, _, value in fields])
     device = collective_device()
-    pieces = [torch.empty_like(own, device=device) for _ in range(sp_mesh.size())]
-    dist.all_gather(pieces, own.to(device), group=sp_mesh.get_group())
+    pieces = [torch.empty_like(local_bits, device=device) for _ in range(sp_mesh.size())]
+    dist.all_gather(pieces, local_bits.to(device), group=sp_mesh.get_group())
     ends = torch.tensor([value.numel() for _, _, value in fields]).cumsum(0).tolist()
     changes: list[dict[str, Tensor]] = [{} for _ in items]
     for (index, name, value), end in zip(fields, ends, strict=True):
         span = slice(end - value.numel(), end)
-        whole = torch.cat([_from_bits(piece[span].to(value.device), value) for piece in pieces], -1)
-        changes[index][name] = whole
-    return [item.replace(**{**_without_candidates(item), **own}) for item, own in zip(items, changes, strict=True)]
+        full_value = torch.cat([_from_bits(piece[span].to(value.device), value) for piece in pieces], -1)
+        changes[index][name] = full_value
+    return [item.replace(**{**_without_candidates(item), **full}) for item, full in zip(items, changes, strict=True)]
 
 
 def _without_candidates(item: ItemT) -> dict[str, None]:
@@ -82,7 +84,7 @@ def _without_candidates(item: ItemT) -> dict[str, None]:
 
 
 def _as_bits(value: Tensor) -> Tensor:
-    """Return a field as flat int64, bit by bit: labels and group ids are integers, all else fits a float64."""
+    """Return a field as the bits of a flat int64: labels and group ids are integers, all else fits a float64."""
     flat = value.detach().reshape(-1)
     return flat.double().view(torch.int64) if flat.is_floating_point() else flat.long()
 
@@ -98,20 +100,20 @@ def _check_alike(
     shapes: list[tuple[str, tuple[int, ...]]],
     sp_mesh: DeviceMesh,
 ) -> None:
-    """Compare a fingerprint of what will be gathered: ranks that differ would mix up each other's numbers, or wait."""
+    """Compare a fingerprint of what will be gathered: ranks that differ would mix up their numbers, or hang."""
     mark = [error is not None, len(items), zlib.crc32(repr(shapes).encode())]
-    own = torch.tensor(mark, dtype=torch.int64, device=collective_device())
-    found = [torch.empty_like(own) for _ in range(sp_mesh.size())]
-    dist.all_gather(found, own, group=sp_mesh.get_group())
-    everyone = torch.stack(found).tolist()
+    local_mark = torch.tensor(mark, dtype=torch.int64, device=collective_device())
+    gathered = [torch.empty_like(local_mark) for _ in range(sp_mesh.size())]
+    dist.all_gather(gathered, local_mark, group=sp_mesh.get_group())
+    everyone = torch.stack(gathered).tolist()
     if error is not None:
         raise error
-    refused = [place for place, (is_refused, *_) in enumerate(everyone) if is_refused]
-    if refused:
-        raise refused_elsewhere(f"rank {refused[0]} of the mesh that shares sequences")
+    failed = [mesh_rank for mesh_rank, (has_failed, *_) in enumerate(everyone) if has_failed]
+    if failed:
+        raise rejected_elsewhere(f"rank {failed[0]} of the mesh that shares sequences")
     if any(other != everyone[0] for other in everyone):
         has = ", ".join(f"{name} {list(shape)}" for name, shape in shapes[:12])
         raise DataError(
             "the ranks that share sequences differ in their number of micro-batches, their shapes, or the fields of "
-            f"their items; this rank has {len(items)}: {has}. Cut every field with item.sp_split(sp_mesh)"
+            f"their items; this rank has {len(items)}: {has}. Split every field with item.sp_split(sp_mesh)"
         )

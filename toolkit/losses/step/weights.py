@@ -1,12 +1,12 @@
 """One weight for each token, fixed before the first forward of an optimizer step.
 
-The weight is the aggregation's own (`functional.aggregation`) divided by its denominator over all micro-batches and all
-ranks. The loss is then always ``(weight * token_loss).sum()``: chunks, micro-batches, packs and ranks compose by
-addition, and no layout can change the gradient. A mean of micro-batch means would: with token losses [1, 1] and
-[3, 3, 3, 3, 3, 3] it gives 2.0, where the mean over tokens is 2.5.
+The weight is that of the aggregation (`functional.aggregation`) divided by its denominator over all micro-batches and
+ranks. The loss is then always ``(weight * token_loss).sum()``: chunks, micro-batches, packs and ranks add up, and the
+layout cannot change the gradient. A mean of micro-batch means would: with token losses [1, 1] and [3, 3, 3, 3, 3, 3] it
+gives 2.0, where the mean over tokens is 2.5.
 
-DDP and FSDP *average* gradients over R ranks, so each rank's weights carry a factor R that the averaging takes out
-again (``gradient_reduction="mean"``); a back-end that sums gets no factor.
+DDP and FSDP *average* gradients over R ranks, so each rank's weights carry a factor R that cancels the averaging
+(``gradient_reduction="mean"``); a back-end that sums gets no factor.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def check_config(loss_cfg: Any, cfg_cls: type) -> None:
 
 
 def checked_items(data_batches: Any, item_cls: type[ItemT]) -> list[ItemT]:
-    """Return the items of a step as a list, after a look at their type.
+    """Return the items of a step as a list, after checking their types.
 
     Raises:
-        DataError: it is no list or tuple, or an item is of another kind.
+        DataError: `data_batches` is not a list or tuple, or an item has another type.
     """
     if not isinstance(data_batches, (list, tuple)):
         raise DataError(
@@ -50,7 +50,7 @@ def checked_items(data_batches: Any, item_cls: type[ItemT]) -> list[ItemT]:
 
 
 def device_of(data_batches: Any) -> torch.device:
-    """Return where the first item of a step lies; the CPU where that cannot be said."""
+    """Return the device of the first item of a step; the CPU if it has none."""
     first = data_batches[0] if isinstance(data_batches, (list, tuple)) and data_batches else None
     labels = getattr(first, "shifted_labels", first)
     return labels.device if isinstance(labels, Tensor) else torch.device("cpu")
@@ -67,25 +67,25 @@ def sequence_ids_of_batches(
         ignore_idx: label of positions that are not scored.
 
     Raises:
-        DataError: there are not as many boundaries as micro-batches, they do not fit the row, or a scored position
-            lies behind the last one.
+        DataError: the number of boundaries is not that of micro-batches, they do not fit the row, or a scored position
+            is behind the last one.
     """
     if cu_seq_lens_list is not None and len(cu_seq_lens_list) != len(labels):
         raise DataError(
             f"cu_seq_lens_list has {len(cu_seq_lens_list)} entries for {len(labels)} micro-batches; give one for each"
         )
-    found = []
-    for index, own in enumerate(labels):
+    ids_of_batches = []
+    for index, batch_labels in enumerate(labels):
         bounds = cu_seq_lens_list[index] if cu_seq_lens_list is not None else None
-        ids = sequence_ids(own.shape, bounds, own.device)
-        stray = (ids == NO_SEQUENCE) & (own != ignore_idx) if bounds is not None else None
+        ids = sequence_ids(batch_labels.shape, bounds, batch_labels.device)
+        stray = (ids == NO_SEQUENCE) & (batch_labels != ignore_idx) if bounds is not None else None
         if stray is not None and bool(stray.any()):
             raise DataError(
                 f"data_batches[{index}].shifted_labels{stray.nonzero()[0].tolist()} is scored, but lies behind the end "
                 f"of cu_seq_lens; extend cu_seq_lens or mark the position by ignore_idx = {ignore_idx}"
             )
-        found.append(ids)
-    return found
+        ids_of_batches.append(ids)
+    return ids_of_batches
 
 
 def aggregated(
@@ -95,19 +95,19 @@ def aggregated(
 
     Args:
         labels: shifted labels of each micro-batch, [1, T] or [B, T], whole rows.
-        ids: from `sequence_ids_of_batches`; None where the aggregation does not ask for sequences.
+        ids: from `sequence_ids_of_batches`; None if the aggregation does not need sequences.
         aggregation: see `functional.aggregation`.
         ignore_idx: label of positions that are not scored.
         options: of `functional.aggregation.share`; a list has one entry for each micro-batch.
     """
     return [
         share(
-            own != ignore_idx,
-            own_ids,
+            batch_labels != ignore_idx,
+            batch_ids,
             aggregation,
             **{key: value[index] if isinstance(value, list) else value for key, value in options.items()},
         )
-        for index, (own, own_ids) in enumerate(zip(labels, ids, strict=True))
+        for index, (batch_labels, batch_ids) in enumerate(zip(labels, ids, strict=True))
     ]
 
 
@@ -115,7 +115,7 @@ def count_of(shares: Sequence[Share], device: torch.device) -> Tensor:
     """Return what the micro-batches of this rank add to the denominator of one term, 0-dim float64."""
     if not shares:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return sum((own.count for own in shares[1:]), shares[0].count)
+    return sum((batch.count for batch in shares[1:]), shares[0].count)
 
 
 def calibrated(shares: Sequence[Share], denominator: Tensor, *, gradient_reduction: str) -> list[Tensor]:
@@ -123,8 +123,8 @@ def calibrated(shares: Sequence[Share], denominator: Tensor, *, gradient_reducti
 
     Args:
         shares: of the micro-batches of this rank.
-        denominator: the `count_of` all ranks together, 0-dim.
-        gradient_reduction: "mean" or "sum", what the back-end does over ranks.
+        denominator: the sum of `count_of` over all ranks, 0-dim.
+        gradient_reduction: "mean" or "sum", what the back-end does to gradients over ranks.
 
     Returns:
         float64 weights, [B, T] for each micro-batch, 0 where nothing is scored.
@@ -132,7 +132,7 @@ def calibrated(shares: Sequence[Share], denominator: Tensor, *, gradient_reducti
     factor = _ranks_in(gradient_reduction)
     if factor != 1:
         denominator = denominator / factor
-    return [own.weights * factor if own.is_sum else own.divided(denominator) for own in shares]
+    return [batch.weights * factor if batch.is_sum else batch.divided(denominator) for batch in shares]
 
 
 def counts_here(sp_mesh: DeviceMesh | None) -> bool:
@@ -144,8 +144,8 @@ def loss_metric(loss: Tensor, gradient_reduction: str) -> Sum:
     """Return a loss as a metric whose sum over micro-batches and ranks is the loss of the whole batch.
 
     Args:
-        loss: scalar, from calibrated weights; with "mean" these carry a factor R, which is taken out here.
-        gradient_reduction: "mean" or "sum", as the weights were made.
+        loss: scalar, from calibrated weights; with "mean" these carry a factor R, which is divided out here.
+        gradient_reduction: "mean" or "sum", that of the weights.
     """
     factor = _ranks_in(gradient_reduction)
     value = loss.detach().double()
@@ -153,5 +153,5 @@ def loss_metric(loss: Tensor, gradient_reduction: str) -> Sum:
 
 
 def _ranks_in(gradient_reduction: str) -> int:
-    """Return by how many ranks the back-end divides the sum of their gradients."""
+    """Return the number that the back-end divides the sum of the ranks' gradients by."""
     return world_size() if gradient_reduction == "mean" else 1

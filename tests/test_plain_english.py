@@ -1,0 +1,61 @@
+"""Names and sentences of the package are plain: stand-ins for a real name, and figures of speech, count zero."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import toolkit
+
+FILES = sorted(Path(toolkit.__file__).parent.rglob("*.py"))
+STAND_INS = {"own", "found", "given", "told", "whole", "place", "places"}
+"""Parts of a name that say nothing of the thing that it names."""
+PHRASES = {
+    r"\bso that\b": "so",
+    r"\b(one|user|class|rank|file|loss|run)'s own\b|\bof (its|your|their|our|my) own\b": "its, your, a custom ...",
+    r"\bha(s|ve) not got\b": "does not have",
+    r"\bkin\b": "related ...",
+    r"\bmend(s|ed)?\b": "fix",
+    r"(?<!there\s)\b(is|are) no (?!longer\b|more\b)": "is not a, does not have",
+    r", for (they|there|it (is|has|would|takes|was))\b": "because",
+    r"\bcensus\b|\bin vain\b|\bfor want of\b|\bsays so\b|\bfate\b|\bthe like\b": "the usual word",
+    r"\benters? no\b": "is skipped",
+}
+
+
+def named_in(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and name of everything that a file names: variables, arguments, attributes, functions, classes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id if isinstance(node, ast.Name) else node.attr
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FILES[0].parent).as_posix())
+def test_names_say_what_a_thing_is(path: Path) -> None:
+    assert not [f"{line}: {name}" for line, name in named_in(path) if STAND_INS & {*name.lower().split("_")}]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FILES[0].parent).as_posix())
+def test_sentences_are_plain(path: Path) -> None:
+    text = path.read_text()
+    hits = [
+        f"{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r} (write: {instead})"
+        for phrase, instead in PHRASES.items()
+        for match in re.finditer(phrase.replace(" ", r"\s+"), text, flags=re.IGNORECASE)
+    ]
+    assert not hits
+
+
+def test_what_is_counted_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text("def f(given):\n    own_rank = [place for place in given]\n    self.is_told = own_rank\n")
+    names = {name for _, name in named_in(path) if STAND_INS & {*name.lower().split("_")}}
+    assert names == {"given", "own_rank", "place", "is_told"}

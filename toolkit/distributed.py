@@ -1,6 +1,7 @@
 """Sums over ranks, sequence-parallel split and gather, and a check of the number of processes.
 
-R ranks. Everything here also works in one process without a process group.
+Legend: R ranks (of the mesh, where one is passed), T positions, t positions of a shard, [...] any shape. Everything
+here also works in one process without a process group.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Return the sum of `values` over all ranks as a new tensor; every rank must call it."""
+    """Return the sum of `values` [...] over all ranks as a new tensor; every rank must call it."""
     if world_size() == 1:
         return values.detach().clone()
     total = values.detach().to(collective_device(), copy=True)
@@ -190,10 +191,10 @@ def collective_device() -> torch.device:
 
 
 def sp_split(values: Tensor, sp_mesh: DeviceMesh, *, dim: int = -1, pad: float) -> Tensor:
-    """Return this rank's shard of `values` along `dim`, padded so every rank gets the same length.
+    """Return this rank's shard [..., t, ...] of `values` along `dim`, padded so every rank gets the same length.
 
     Args:
-        values: the full tensor, the same on every rank of the mesh.
+        values: [..., T, ...] the full tensor, the same on every rank of the mesh.
         sp_mesh: one-dimensional mesh of the ranks that share a sequence.
         dim: the token axis.
         pad: value that fills the end when the length is not divisible by the size of the mesh.
@@ -208,13 +209,13 @@ def sp_split(values: Tensor, sp_mesh: DeviceMesh, *, dim: int = -1, pad: float) 
 
 
 def sp_gather(shard: Tensor, sp_mesh: DeviceMesh, *, dim: int = -1) -> Tensor:
-    """Return all shards joined along `dim`, including the padding of `sp_split`; every rank of the mesh must call it.
+    """Return all shards joined, [..., R t, ...] with the padding of `sp_split`; every rank of the mesh must call it.
 
     Differentiable: where every rank computes a part of the loss from the full tensor, the gradient of a shard is the
     sum of its gradients on all ranks. That takes a second collective, in backward.
 
     Args:
-        shard: this rank's shard, of the same shape on every rank.
+        shard: [..., t, ...] this rank's shard, of the same shape on every rank.
         sp_mesh: one-dimensional mesh of the ranks that share a sequence.
         dim: the token axis.
     """

@@ -3,6 +3,8 @@
 A metric is never a bare number. It keeps what its reduction needs (a mean keeps numerator and denominator), so merging
 parts gives the same as one pass over all values. Values stay on the device until they are needed, and `to_floats`
 fetches all of them at once.
+
+Legend: [...] any shape, n tensors.
 """
 
 from __future__ import annotations
@@ -29,12 +31,16 @@ class Metric(ABC):
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Its tensors, in the order of its fields."""
+        """Its tensors, 0-dim, in the order of its fields."""
         return tuple(vars(self).values())
 
     @classmethod
     def of_parts(cls, parts: Iterable[Tensor]) -> Self:
-        """Return the metric with these fields."""
+        """Return the metric with these fields.
+
+        Args:
+            parts: 0-dim tensors, in the order of the fields.
+        """
         return cls(*parts)
 
     def merge(self, other: Metric) -> Self:
@@ -74,13 +80,13 @@ class Mean(Metric):
 
     @classmethod
     def of(cls, values: Tensor) -> Mean:
-        """Return the mean of all elements of `values`, which may be empty."""
+        """Return the mean of all elements of `values` [...], which may be empty."""
         values = _unsharded(without_graph(values))
         return cls(_wide_sum(values), _count(values))
 
     @classmethod
     def of_each(cls, values: Mapping[str, Tensor]) -> dict[str, Mean]:
-        """Return the mean of every tensor by its name; all have one shape, which needs only a few operations."""
+        """Return the mean of each of `values` by name; all have one shape [...], which needs only a few operations."""
         if not values:
             return {}
         rows = _unsharded(torch.stack([without_graph(tensor).reshape(-1) for tensor in values.values()]))
@@ -89,7 +95,7 @@ class Mean(Metric):
 
     @classmethod
     def share(cls, chosen: Tensor, among: Tensor) -> Mean:
-        """Return the share of `chosen` in `among`, both bool of one shape; `chosen` is a subset of `among`."""
+        """Return the share of `chosen` [...] in `among`, both bool of one shape; `chosen` is a subset of `among`."""
         return cls(_wide_sum(_unsharded(chosen)), _wide_sum(_unsharded(among)))
 
     @staticmethod
@@ -108,7 +114,7 @@ class Min(Metric):
 
     @classmethod
     def of(cls, values: Tensor) -> Min:
-        """Return the minimum of all elements of `values`, which may be empty."""
+        """Return the minimum of all elements of `values` [...], which may be empty."""
         values = widened(values)
         return cls(values.amin() if values.numel() else values.new_full((), math.inf))
 
@@ -127,7 +133,7 @@ class Max(Metric):
 
     @classmethod
     def of(cls, values: Tensor) -> Max:
-        """Return the maximum of all elements of `values`, which may be empty."""
+        """Return the maximum of all elements of `values` [...], which may be empty."""
         values = widened(values)
         return cls(values.amax() if values.numel() else values.new_full((), -math.inf))
 
@@ -147,7 +153,7 @@ class EffectiveSampleSize(Metric):
 
     @classmethod
     def of(cls, weights: Tensor) -> EffectiveSampleSize:
-        """Return the effective share of all elements of `weights`, which may be empty."""
+        """Return the effective share of all elements of `weights` [...], which may be empty."""
         weights = widened(weights)
         return cls(weights.sum(), weights.square().sum(), _count(weights))
 
@@ -181,7 +187,7 @@ def metrics_in(extra: object) -> dict[str, Metric]:
 
 
 def extremes(values: Tensor) -> tuple[Min, Max]:
-    """Return the smallest and the largest of all elements of `values`, which may be empty, in one pass."""
+    """Return the smallest and the largest of all elements of `values` [...], which may be empty, in one pass."""
     if not values.numel():
         return Min.of(values), Max.of(values)
     low, high = _unsharded(without_graph(values)).aminmax()
@@ -196,18 +202,18 @@ def to_floats(metrics: Metrics) -> dict[str, float]:
 
 
 def without_graph(values: Tensor) -> Tensor:
-    """Return `values` detached from their graph; unchanged, without a call of torch, if they have none."""
+    """Return `values` [...] detached from their graph; unchanged, without a call of torch, if they have none."""
     return values.detach() if values.requires_grad else values
 
 
 def widened(values: Tensor) -> Tensor:
-    """Return `values` without graph in float64; float32 on mps, which has nothing wider."""
+    """Return `values` [...] without graph in float64; float32 on mps, which has nothing wider."""
     values = _unsharded(without_graph(values))
     return values.to(wide_dtype(values))
 
 
 def packed(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return 0-dim tensors as one vector [n] on `device`, with one transfer from each other device."""
+    """Return the 0-dim tensors `parts` as one vector [n] on `device`, with one transfer from each other device."""
     by_device: dict[torch.device, list[int]] = {}
     for index, part in enumerate(parts):
         by_device.setdefault(part.device, []).append(index)
@@ -221,7 +227,7 @@ def packed(parts: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def fetch(parts: Sequence[Tensor]) -> list[float]:
-    """Return 0-dim tensors as numbers, with one transfer from each device that holds some."""
+    """Return the 0-dim tensors `parts` as a list [n] of numbers, with one transfer from each device that holds some."""
     return packed(parts, torch.device("cpu")).tolist()
 
 
@@ -230,7 +236,7 @@ def _next(numbers: Iterator[float], count: int) -> list[float]:
 
 
 def wide_dtype(values: Tensor) -> torch.dtype:
-    """Return the dtype of sums: float64; float32 on mps, which has nothing wider."""
+    """Return the dtype of sums of `values` [...]: float64; float32 on mps, which has nothing wider."""
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 

@@ -1,4 +1,7 @@
-"""Checks that run the loss on a small LM head, with items, micro-batches, packed rows and chunks."""
+"""Checks that run the loss on a small LM head, with items, micro-batches, packed rows and chunks.
+
+Legend: B rows, T positions of a row, D hidden width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def loss_and_grads(
     is_packed: bool = False,
     with_current: bool = False,
 ) -> list[Tensor]:
-    """Return the loss of a step and its gradients for hidden states and head.
+    """Return the loss of a step, 0-dim, and its gradients for hidden states [B, T, D] and head [V, D].
 
     Args:
         s: the loss.

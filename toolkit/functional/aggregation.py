@@ -48,7 +48,7 @@ class Share:
     """Whether the weights stay undivided (token_sum)."""
 
     def divided(self, denominator: Tensor) -> Tensor:
-        """Return the weights over their denominator (0-dim); 0 where that is 0."""
+        """Return the weights [B, T] over their `denominator` (0-dim); 0 where that is 0."""
         return self.weights * denominator.reciprocal().nan_to_num(posinf=0.0).to(self.weights.dtype)
 
 
@@ -67,12 +67,12 @@ def share(
 
     Args:
         is_active: bool, [1, T] or [B, T]; True where the position is scored.
-        ids: int64 of the same shape; the sequence of each position, negative for none. None: see `BY_TOKEN`.
+        ids: int64, [1, T] or [B, T]; the sequence of each position, negative for none. None: see `BY_TOKEN`.
         aggregation: one of the table above.
         length: L of "constant", in tokens.
         count_empty: whether sequences without a scored token count where sequences are counted (peers differ).
         num_sequences: S, including empty ones; by default the number in `ids`.
-        prompt_tokens: of the same shape, the scored tokens of each position's prompt over the whole step; for
+        prompt_tokens: [1, T] or [B, T], the scored tokens of each position's prompt over the whole step; for
             "prompt_mean".
         num_prompts: prompts that this micro-batch counts; for "prompt_mean".
     """

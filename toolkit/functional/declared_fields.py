@@ -1,4 +1,7 @@
-"""Check which fields of `PolicyTerms` a policy loss reads: undeclared ones may be missing in training."""
+"""Check which fields of `PolicyTerms` a policy loss reads: undeclared ones may be missing in training.
+
+Legend: N selected tokens.
+"""
 
 from __future__ import annotations
 
@@ -84,6 +87,6 @@ def has_gradient(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
 
 
 def tensors_of(terms: PolicyTerms) -> list[tuple[str, Tensor]]:
-    """Return the tensors of `terms` by name."""
+    """Return the tensors of `terms` by name, [N] each."""
     values = [(field.name, getattr(terms, field.name)) for field in fields(terms)]
     return [(name, value) for name, value in values if isinstance(value, Tensor)]

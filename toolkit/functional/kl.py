@@ -150,12 +150,18 @@ def kl_estimate(
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return d per token, [N]: unbiased value, may be negative. A metric: its expected gradient is zero."""
+    """Return d per token, [N]: unbiased value, may be negative. A metric: its expected gradient is zero.
+
+    `logprobs` and `ref_logprobs` are [N], in nats.
+    """
     return kl_estimate(logprobs, ref_logprobs, "k1")
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return exp(-d) - 1 + d per token with its usual clamps, [N]: unbiased value, never negative, low variance."""
+    """Return exp(-d) - 1 + d per token with its usual clamps, [N]: unbiased value, never negative, low variance.
+
+    `logprobs` and `ref_logprobs` are [N], in nats.
+    """
     return kl_estimate(logprobs, ref_logprobs, "k3")
 
 

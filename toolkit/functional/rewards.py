@@ -56,7 +56,7 @@ class RewardTerms:
     """[S] turns of each sequence."""
 
     def require(self, name: str) -> Tensor:
-        """Return the field called `name`.
+        """Return the field called `name`: [S], [S, T], [S, K] or [K].
 
         Raises:
             DataError: it is None.
@@ -100,7 +100,7 @@ class RewardTerms:
         return torch.empty_like(order).scatter(0, order, positions - start)
 
     def with_rewards(self, rewards: Tensor) -> RewardTerms:
-        """Return the bundle with other rewards [S]; rewards that are unknown here stay unknown."""
+        """Return the bundle with other `rewards` [S]; rewards that are unknown here stay unknown."""
         return replace(self, rewards=rewards.where(self.known, float("nan")))
 
     def _index(self, level: Level) -> Tensor:
@@ -151,7 +151,7 @@ class RewardTerms:
         )
 
     def centred(self, level: Level = "group", weights: Tensor | None = None) -> Tensor:
-        """Return reward - mean, [S]: exactly 0 where the reward is not known or all are equal."""
+        """Return reward - mean, [S]: exactly 0 if unknown or all are equal; `weights` [S] are those of the mean."""
         # The mean of equal numbers may differ from them by rounding, which must not become an advantage.
         return (self.filled - self.mean(level, weights)).where(self.known & self.varies(level), 0.0)
 
@@ -205,7 +205,7 @@ class RewardTerms:
         return is_complete
 
     def rewards_at(self, where: Tensor) -> Tensor:
-        """Return the reward of each token, [S, T], wide, 0 where `where` is False; see `token_rewards`."""
+        """Return the reward of each token, [S, T], wide, 0 where `where` [S, T] is False; see `token_rewards`."""
         if self.token_rewards is not None:
             return self.at(where, "token_rewards")
         mask = self.require("mask")
@@ -225,7 +225,7 @@ class RewardTerms:
 
         Args:
             values: [S] or [S, T]; finite.
-            weights: the weight of each value, same shape: 1 or 0, or the tokens of a sequence.
+            weights: [S] or [S, T] as `values`, the weight of each: 1 or 0, or the tokens of a sequence.
             std: divide the sum of squares by their number minus 1, or by their number.
             eps: added to the variance or to its root, as `eps_to` says.
             eps_to: see `eps`.
@@ -249,7 +249,7 @@ class RewardTerms:
 
         Args:
             advantages: [S] or [S, T], wide.
-            where: same shape; the sequences with a known reward by default.
+            where: bool, [S] or [S, T] as `advantages`; the sequences with a known reward by default.
         """
         dtype = torch.promote_types(self.rewards.dtype, torch.float32)
         bound = torch.finfo(dtype).max

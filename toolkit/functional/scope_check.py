@@ -82,7 +82,7 @@ def _key(loss: PolicyLoss, options: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def check_token_losses(token_losses: object, logprobs: Tensor, name: str) -> None:
-    """Check that a policy loss returned one number for each token.
+    """Check that a policy loss returned one number for each token of `logprobs` [N].
 
     Raises:
         DataError: it returned something else, such as a mean.

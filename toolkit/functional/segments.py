@@ -63,7 +63,7 @@ def turn_ids(is_scored: Tensor, sequence_ids: Tensor) -> Tensor:
 
     Args:
         is_scored: bool [B, T] (or [T]).
-        sequence_ids: int64 of the same shape, as from `sequence_ids`.
+        sequence_ids: int64 [B, T] (or [T]), as from `sequence_ids`.
 
     Returns:
         int64 of the same shape: 0, 1, 2 ... in row order; `NO_SEQUENCE` where a position is not scored.
@@ -90,7 +90,7 @@ def segment_sum(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
 
 
 def segment_mean(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
-    """Average the values of each sequence: [N] -> [S], 0 for a sequence without a value."""
+    """Average the `values` [N] of each sequence, numbered by `ids` [N]: [S], 0 for a sequence without a value."""
     counts = segment_sum(torch.ones_like(values), ids, num_sequences)
     return segment_sum(values, ids, num_sequences) / counts.clamp(min=1)
 

@@ -114,28 +114,28 @@ class PolicyTerms:
     # ------------------------------------------------------------------ statistics of other tokens
 
     def segment_sum(self, values: Tensor) -> Tensor:
-        """Sum over each token's sequence, returned per token: [N] -> [N]."""
+        """Sum `values` [N] over each token's sequence, returned per token, [N]."""
         ids = self._ids("sequence")
         return segment_sum(values, ids, self.num_sequences)[ids]
 
     def segment_mean(self, values: Tensor) -> Tensor:
-        """Average over each token's sequence, returned per token: [N] -> [N]."""
+        """Average `values` [N] over each token's sequence, returned per token, [N]."""
         ids = self._ids("sequence")
         return segment_mean(values, ids, self.num_sequences)[ids]
 
     def suffix_sum(self, values: Tensor, discount: float = 1.0) -> Tensor:
-        """Sum a token's value and those after it in its sequence, each `discount` a position less: [N] -> [N]."""
+        """Sum `values` [N] from each token to the end of its sequence, each `discount` a position less, [N]."""
         return suffix_sum(values, self._ids("sequence"), discount, self.positions)
 
     def turn_mean(self, values: Tensor) -> Tensor:
-        """Average over each token's turn, returned per token: [N] -> [N]."""
+        """Average `values` [N] over each token's turn, returned per token, [N]."""
         self._ids("sequence")
         if self.turn_ids is None:
             raise DataError("this policy loss uses turns, but PolicyTerms.turn_ids is missing")
         return segment_mean(values, self.turn_ids, self.num_turns)[self.turn_ids]
 
     def group_sum_of_sequences(self, values: Tensor) -> Tensor:
-        """Sum over the sequences of each token's group, returned per token.
+        """Sum over the sequences of each token's group, returned per token, [N].
 
         Args:
             values: [N], the same for all tokens of a sequence.
@@ -147,13 +147,13 @@ class PolicyTerms:
         return segment_sum(values.where(is_first, 0.0), groups, self.num_groups)[groups]
 
     def group_max(self, values: Tensor) -> Tensor:
-        """Return the largest value of each token's group, without gradient: [N] -> [N]."""
+        """Return the largest of `values` [N] in each token's group, without gradient, [N]."""
         groups = self._ids("group")
         lowest = values.new_full((self.num_groups,), float("-inf"))
         return lowest.scatter_reduce(0, groups, values.detach(), "amax")[groups]
 
     def selected_at_random(self, is_eligible: Tensor, count: int, seed: int) -> Tensor:
-        """Pick `count` of the eligible tokens, [N] bool: the same ones for the same tokens and seed on every rank.
+        """Pick `count` of the tokens `is_eligible` [N], [N] bool: the same for the same tokens and seed on every rank.
 
         The advantages' bits are mixed into the seed (as integers, whose sum does not depend on its order), because with
         the seed alone every step would pick the same positions. Hashed, because the generator reads 32 bits of its seed

@@ -40,7 +40,7 @@ class Head:
     """Scale and soft cap of the logits, from the model's config."""
 
     def inputs(self, hidden: Tensor) -> HeadTensors:
-        """Return hidden states, weight and bias whose product is the head's output for `hidden`.
+        """Return hidden states, weight and bias whose product is the head's output for `hidden` [..., D].
 
         Call it inside each forward of the wrapped model: adapters may be switched, merged or disabled, and a sharded
         weight is gathered only there. A LoRA adapter widens hidden states and weight by its rank: ``[h, s A h] [W,

@@ -1,4 +1,7 @@
-"""How the passes use autograd: no second derivative, no second copy of a gradient, no other hooks, no compiling."""
+"""How the passes use autograd: no second derivative, no second copy of a gradient, no other hooks, no compiling.
+
+Legend: [...] any shape, D hidden width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def not_compiled(function: Any) -> Any:
 
 
 def rescaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """Return ``grad * factor``, without a second V x D tensor if `grad` will not be used again."""
+    """Return `grad` [...] times 0-dim `factor`, without a second V x D tensor if `grad` will not be used again."""
     if not _graph_is_freed():
         return grad * factor
     return grad if factor.device.type == "cpu" and float(factor) == 1 else grad.mul_(factor)
@@ -70,7 +73,7 @@ def _graph_is_freed() -> bool:
 
 @contextlib.contextmanager
 def quiet(hidden: Tensor) -> Iterator[None]:
-    """No autocast, no saved-tensor hooks."""
+    """No autocast on the device of `hidden` [...], no saved-tensor hooks."""
     device = hidden.device.type
     # Detached: a hook that kept a saved output would tie it to its graph, and neither would ever be freed.
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)

@@ -1,4 +1,7 @@
-"""Gradients of the head's inputs, and of other leaves that a loss depends on, summed over chunks."""
+"""Gradients of the head's inputs, and of other leaves that a loss depends on, summed over chunks.
+
+Legend: T positions, t positions of a chunk, D hidden width, V vocabulary, [...] any shape.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 Inputs = tuple[Tensor, Tensor, Tensor | None]
-"""Hidden states, head weight, head bias."""
+"""Hidden states [..., t, D], head weight [V, D], head bias [V] or None."""
 
 
 class HeadGradients:
@@ -42,15 +45,15 @@ class HeadGradients:
         ]
 
     def leaves(self, hidden_chunk: Tensor) -> Inputs:
-        """Return hidden chunk, weight and bias as leaves of a fresh graph; the caller's tensors do not change."""
+        """Return `hidden_chunk` [..., t, D], weight and bias as leaves of a new graph; the inputs do not change."""
         return hidden_chunk.detach().requires_grad_(self._hidden_needs_grad), self._weight_leaf, self._bias_leaf
 
     def add(self, outputs: list[Tensor], upstream: list[Tensor] | None, inputs: Inputs, span: slice) -> None:
         """Differentiate one chunk's outputs and add the gradients.
 
         Args:
-            outputs: what the chunk computed from `inputs`; those without a graph are skipped.
-            upstream: the gradient of each output; None: scalars with gradient 1.
+            outputs: [...], what the chunk computed from `inputs`; those without a graph are skipped.
+            upstream: [...] the gradient of each output; None: scalars with gradient 1.
             inputs: from `leaves`.
             span: the chunk's slice of the token axis.
         """
@@ -75,12 +78,15 @@ class HeadGradients:
                 total.add_(grad)
 
     def totals(self) -> list[Tensor | None]:
-        """Return the gradients of hidden states, weight, bias and the others in fp32 or wider; None: not needed."""
+        """Return the gradients of hidden states [..., T, D], weight [V, D], bias [V] and the others [...].
+
+        In fp32 or wider; None: not needed.
+        """
         return self._totals
 
 
 def leaves_of(output: Tensor) -> Iterator[Tensor]:
-    """Yield the leaf tensors that `output` was computed from and that require a gradient."""
+    """Yield the leaf tensors [...] that `output` [...] was computed from and that require a gradient."""
     pending, seen = [output.grad_fn], set()
     if output.grad_fn is None and output.requires_grad:
         yield output

@@ -1,6 +1,6 @@
 """The inputs of every pass: checked, flattened, and the scored tokens selected.
 
-Legend: T positions, N scored tokens, D hidden width, V vocabulary.
+Legend: T positions, [...] their shape in the caller's tensors, N scored tokens, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class HeadInputs:
     """Which rows `weight` holds."""
 
     def reordered(self, order: Tensor) -> HeadInputs:
-        """Return the same with the scored tokens in another order, [N]."""
+        """Return the same with the scored tokens in another `order`, indices [N]."""
         return HeadInputs(
             self.hidden,
             self.weight,
@@ -60,6 +60,8 @@ def head_inputs(
     options: HeadOptions,
 ) -> HeadInputs:
     """Check and flatten; positions whose label is ``options.ignore_idx`` are dropped here and not used again.
+
+    Takes `hidden_states` [..., D], `head_weight` [V, D], `labels` [...] and `head_bias` [V].
 
     Raises:
         DataError: shapes or dtypes do not fit, or a label lies outside the vocabulary or its mask.
@@ -94,7 +96,7 @@ def check_head(
     ignore_idx: int,
     labels_name: str = "labels",
 ) -> None:
-    """Check shapes, dtypes and label range.
+    """Check `hidden_states` [..., D], `head_weight` [V, D], `labels` [...] and their range, and `head_bias` [V].
 
     Raises:
         DataError: names what does not fit and what is allowed.

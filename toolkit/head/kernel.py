@@ -7,7 +7,7 @@ CPU it takes 8x the time of an in-place softmax.
 Where the vocabulary is split over ranks, a block holds the softmax over local columns; a row's local share of the
 total probability, known after the ranks communicate, is multiplied in when its gradient is taken.
 
-Legend: n tokens of a chunk, V vocabulary (local columns where it is split).
+Legend: n tokens of a chunk, k some of them, V vocabulary (local columns where it is split).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RowStats:
     """Probability of the local columns, by which their softmax is still to be multiplied; None without a split."""
 
     def select(self, rows: Tensor | slice) -> RowStats:
-        """Return the statistics of some rows."""
+        """Return the statistics of `rows`, [k] indices or a slice."""
         entropy, share = (None if values is None else values[rows] for values in (self.entropy, self.share))
         return RowStats(self.logprobs[rows], self.lse[rows], entropy, share)
 
@@ -76,10 +76,10 @@ class Kernel:
         with_entropy: bool,
         known: RowStats | None = None,
     ) -> RowStats:
-        """Turn raw logits [n, V] into probabilities in place and return statistics of each row.
+        """Turn raw logits into probabilities in place and return statistics of each row.
 
         Args:
-            logits: the head's product, without its bias.
+            logits: [n, V], the head's product, without its bias.
             targets: [n] labels.
             transform: that of these rows.
             with_entropy: also compute the entropies.
@@ -124,13 +124,13 @@ class Kernel:
         logprob_grads: Tensor | None,
         entropy_grads: Tensor | None,
     ) -> Tensor | None:
-        """Turn probabilities [n, V] in place into the gradient of the raw logits, up to a factor for each row.
+        """Turn probabilities in place into the gradient of the raw logits, up to a factor for each row.
 
         Without softcap and entropy gradient that is ``p - onehot``, whatever the upstream gradient: it stays outside,
         so the chunk is not read again.
 
         Args:
-            probs: from `probabilities_`.
+            probs: [n, V], from `probabilities_`.
             targets: [n] labels.
             stats: from `probabilities_`.
             transform: that of these rows.
@@ -163,7 +163,7 @@ class Kernel:
         return _row_factor(factor, size, stats.logprobs)
 
     def add_bias_gradient(self, total: Tensor, logit_grads: Tensor, factor: Tensor | None) -> None:
-        """Add the column sums of ``factor * logit_grads`` to `total` [V]."""
+        """Add the column sums of `logit_grads` [n, V], each row times its `factor` [n] (None: 1), to `total` [V]."""
         for span, rows in self._blocks(logit_grads):
             block = self._widened(rows)
             total.add_(block.sum(0) if factor is None else torch.mv(block.t(), factor[span].to(block.dtype)))

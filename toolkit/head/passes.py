@@ -6,7 +6,8 @@ of the hidden states, never in the second pass: each rank may skip different row
 Both run with autocast disabled (their dtypes are explicit) and without saved-tensor hooks inside: under activation
 checkpointing the small graph of a loss must not be packed while its gradient is being taken.
 
-Legend: T positions, N scored tokens, n tokens of a group of chunks, D hidden width, V vocabulary.
+Legend: T positions, N scored tokens, n tokens of a group of chunks, D hidden width, V vocabulary (local
+entries where it is split).
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ class Scores(torch.autograd.Function):
     """Log-probabilities and entropies of the scored tokens, for a loss that is computed elsewhere."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job
     ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probabilities and entropies, [N] each, from `hidden` [T, D], `weight` [V, D] and `bias` [V]."""
         ctx.set_materialize_grads(False)
         job = _with_tensors(job, hidden, weight, bias)
         work = HeadWork(job.inputs, Needs(False, False, False), job.plan, with_entropy=job.with_entropy)
@@ -105,7 +107,8 @@ class Scores(torch.autograd.Function):
 
     @staticmethod
     @refuses_second_derivative
-    def backward(ctx: Any, logprob_grads: Tensor | None, entropy_grads: Tensor | None) -> tuple[Any, ...]:  # noqa: D102
+    def backward(ctx: Any, logprob_grads: Tensor | None, entropy_grads: Tensor | None) -> tuple[Any, ...]:
+        """Return the gradients of the inputs of `forward`, given `logprob_grads` [N] and `entropy_grads` [N]."""
         job: Job = ctx.job
         if logprob_grads is None:
             if entropy_grads is None:
@@ -134,7 +137,7 @@ class FusedLoss(torch.autograd.Function):
     """A loss over log-probabilities, group of chunks by group; the gradient is complete when forward returns."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -144,6 +147,7 @@ class FusedLoss(torch.autograd.Function):
         extras: list[Any],
         *others: Tensor,
     ) -> Tensor:
+        """Return the 0-dim loss over `hidden` [T, D], `weight` [V, D], `bias` [V] and other leaves of any shape."""
         job = _with_tensors(job, hidden, weight, bias)
         work = HeadWork(job.inputs, job.needs, job.plan, with_entropy=job.with_entropy)
         other_grads = [torch.zeros_like(other) for other in others]
@@ -168,7 +172,8 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     @refuses_second_derivative
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:  # noqa: D102
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+        """Return the gradients of hidden [T, D], weight [V, D], bias [V] and other leaves, times 0-dim `grad_loss`."""
         saved = iter(ctx.saved_tensors)
         grads = [None if dtype is None else rescaled(next(saved), grad_loss).to(dtype) for dtype in ctx.dtypes]
         return (*grads[:3], None, None, None, *grads[3:])
@@ -211,7 +216,7 @@ def check_progress(before: OtherLeaves | None, new: OtherLeaves) -> None:
 
 
 def total_of(losses: Sequence[Tensor], job: Job) -> Tensor:
-    """Return the sum of the groups' losses in fp32 or wider; 0 without groups."""
+    """Return the 0-dim sum of the groups' `losses` ([] each) in fp32 or wider; 0 without groups."""
     wide = torch.promote_types(job.inputs.compute_dtype, torch.float32)
     if not losses:
         return torch.zeros((), dtype=wide, device=job.inputs.hidden.device)

@@ -105,7 +105,7 @@ class Needs:
 
     @classmethod
     def of_tensors(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
-        """Look at `requires_grad` and the grad mode."""
+        """Look at `requires_grad` of `hidden` [..., D], `weight` [V, D] and `bias` [V], and at the grad mode."""
         is_on = torch.is_grad_enabled()
         return cls(
             is_on and hidden.requires_grad,
@@ -268,6 +268,8 @@ def autograd_plan(
     spans: Sequence[slice],
 ) -> HeadPlan:
     """Estimate the cost of a loss that autograd differentiates chunk by chunk: logits, log-softmax, gather.
+
+    Its inputs are `hidden` [..., D], `weight` [V, D] and `bias` [V] of the full vocabulary; `spans` are the chunks.
 
     Log-softmax, its gradient and that of the gather are alive at once: three times the logits of a chunk, in fp32 or
     wider.

@@ -25,7 +25,7 @@ SMALL = 2**24
 
 
 def logits_into(out: Tensor, inputs: Tensor, weight: Tensor) -> None:
-    """Write ``inputs @ weight.T`` into `out`: [n, D] x [V, D] -> [n, V]."""
+    """Write ``inputs @ weight.T`` into `out` [n, V], with `inputs` [n, D] and `weight` [V, D]."""
     if not _by_onednn(inputs, weight):
         torch.mm(inputs, weight.t(), out=out)
         return
@@ -35,7 +35,7 @@ def logits_into(out: Tensor, inputs: Tensor, weight: Tensor) -> None:
 
 
 def input_gradient(logit_grads: Tensor, weight: Tensor) -> Tensor:
-    """Return ``logit_grads @ weight``: [n, V] x [V, D] -> [n, D]."""
+    """Return the product [n, D] of `logit_grads` [n, V] and `weight` [V, D]."""
     if not _by_onednn(logit_grads, weight):
         return torch.mm(logit_grads, weight)
     total = _onednn(logit_grads[:, :SLAB], weight[:SLAB].t())
@@ -48,7 +48,8 @@ def input_gradient(logit_grads: Tensor, weight: Tensor) -> Tensor:
 def add_weight_gradient(total: Tensor, logit_grads: Tensor, inputs: Tensor, *, is_first: bool, factor: float) -> None:
     """Add ``factor * logit_grads.T @ inputs`` to `total` [V, D]; overwrite it where `is_first`.
 
-    A low-precision product is added to a wider total slab by slab: its sum over chunks must not be rounded to bf16.
+    `logit_grads` is [n, V], `inputs` is [n, D]. A low-precision product is added to a wider total slab by slab: its sum
+    over chunks must not be rounded to bf16.
     """
     if total.dtype == logit_grads.dtype:
         torch.addmm(total, logit_grads.t(), inputs, beta=0 if is_first else 1, alpha=factor, out=total)
@@ -72,7 +73,7 @@ def _by_onednn(inputs: Tensor, weight: Tensor) -> bool:
 
 
 def slab_bytes(rows: int, weight: Tensor, dtype: torch.dtype) -> int:
-    """Return the bytes of what oneDNN returns for a chunk of `rows`, computed in `dtype`; 0 if BLAS computes it."""
+    """Return the bytes that oneDNN returns for `rows` tokens and `weight` [V, D] in `dtype`; 0 if BLAS computes it."""
     is_plain = weight.device.type == "cpu" and dtype == torch.float32 and weight.is_contiguous()
     if not (is_plain and rows * weight.numel() >= SMALL and onednn_wins()):
         return 0

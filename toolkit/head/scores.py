@@ -44,7 +44,9 @@ def eager_scores(
     with_entropy: bool = False,
     candidate_ids: Tensor | Literal["all"] | None = None,
 ) -> TokenScores:
-    """Score [N] labels from [N, D] hidden states with the logits of all of them at once, under plain autograd.
+    """Score `labels` [N] with the logits of all of them at once, under plain autograd.
+
+    The logits come from `hidden` [N, D], `weight` [V, D] and `bias` [V].
 
     The reference that every pass is tested against, and what ``mode="eager"`` runs. It alone scores candidates:
     `candidate_ids` [N, K] int64, negative for none, or "all" for the full vocabulary in order.

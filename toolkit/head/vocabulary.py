@@ -4,7 +4,8 @@ All ranks of the group have the same hidden states and labels; each has the head
 Ranks exchange [n] numbers, never logits: the largest logit, then the sum of exponentials, the label's logit and the
 entropy's part. A head that is not split is the group of one rank, which sends nothing.
 
-Legend: T positions, N scored tokens, n tokens of a chunk, D hidden width, V vocabulary, R ranks that share it.
+Legend: T positions, N scored tokens, n tokens of a chunk, D hidden width, V vocabulary, R ranks that share it,
+v local entries (one of padding on a rank without any), [...] any shape.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ class VocabGroup:
         return -(-self.vocabulary // self.ranks)
 
     def local_mask(self, vocab_mask: Tensor | None, device: torch.device) -> Tensor | None:
-        """Return the local part of a mask [V]; a rank without entries has one padding entry, which is excluded."""
+        """Return the local part [v] of `vocab_mask` [V]; a rank without entries has one padding entry, excluded."""
         if self.rows == 0 and self.is_split:
             return torch.zeros(1, dtype=torch.bool, device=device)
         return vocab_mask if vocab_mask is None or not self.is_split else vocab_mask[self.start :][: self.rows]
 
     def labels(self, targets: Tensor) -> LocalLabels:
-        """Return the labels [n] as indices into the local columns."""
+        """Return the labels `targets` [n] as indices into the local columns."""
         rows = torch.arange(len(targets), device=targets.device)
         if not self.is_split:
             return LocalLabels((rows, targets), None)
@@ -66,15 +67,15 @@ class VocabGroup:
         return LocalLabels((rows, columns.clamp(0, max(0, self.rows - 1))), is_local)
 
     def max_(self, values: Tensor) -> Tensor:
-        """Replace `values` by their largest over the ranks."""
+        """Replace `values` [...] by their largest over the ranks."""
         return self._reduced_(values, "MAX")
 
     def sum_(self, values: Tensor) -> Tensor:
-        """Replace `values` by their sum over the ranks."""
+        """Replace `values` [...] by their sum over the ranks."""
         return self._reduced_(values, "SUM")
 
     def sum_rows_(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Sum `rows` [N] of values [T, D] over the ranks, in place; the others are 0 everywhere."""
+        """Sum `rows` [N] of `values` [T, D] over the ranks, in place; the others are 0 everywhere."""
         if not self.is_split or len(rows) == 0:
             return values
         if len(rows) == len(values):
@@ -130,24 +131,27 @@ class LocalLabels:
     """[n]; None if all are."""
 
     def take(self, block: Tensor) -> Tensor:
-        """Return the labels' entries of `block`, [n], 0 for those of other ranks."""
+        """Return the labels' entries [n] of `block` [n, v], 0 for those of other ranks."""
         values = block[self.at]
         return values if self.is_local is None else values.masked_fill(~self.is_local, 0)
 
     def put_(self, block: Tensor, values: Tensor) -> Tensor:
-        """Replace the labels' entries of `block`; ``scatter_`` would take 100x the time of ``index_put_`` on a CPU."""
+        """Replace the labels' entries of `block` [n, v] by `values` [n], and return it.
+
+        ``scatter_`` would take 100x the time of ``index_put_`` on a CPU.
+        """
         return block.index_put_(
             self.at, values if self.is_local is None else values.where(self.is_local, block[self.at])
         )
 
     def add_(self, block: Tensor, values: Tensor) -> Tensor:
-        """Add to the labels' entries of `block`."""
+        """Add `values` [n] to the labels' entries of `block` [n, v], and return it."""
         local_values = values if self.is_local is None else values.masked_fill(~self.is_local, 0)
         return block.index_put_(self.at, local_values, accumulate=True)
 
 
 def vocab_group(weight: Tensor) -> VocabGroup:
-    """Return how the vocabulary of a head's weight [V, D] is split: not at all, or by ``Shard(0)`` on a 1-D mesh.
+    """Return how the vocabulary of a head's `weight` [V, D] is split: not at all, or by ``Shard(0)`` on a 1-D mesh.
 
     Raises:
         DataError: the weight is sharded in a way that the head does not support.
@@ -176,7 +180,7 @@ def vocab_group(weight: Tensor) -> VocabGroup:
 
 
 def local_part(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, VocabGroup]:
-    """Return the local rows of weight [V, D] and bias [V] as plain tensors, differentiable, and their group.
+    """Return local rows [v, D] of `weight` [V, D] and [v] of `bias` [V], differentiable plain tensors, and their group.
 
     The gradient of a DTensor is a DTensor of the same placement: each rank computes that of its local rows and sends
     nothing. A plain bias, the same on all ranks, gets its full gradient on each of them.
@@ -198,7 +202,7 @@ def local_part(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | No
 
 
 def replicated(hidden: Tensor) -> Tensor:
-    """Return hidden states as a plain tensor.
+    """Return `hidden` [..., D] as a plain tensor.
 
     Raises:
         DataError: the hidden states are sharded.
@@ -215,7 +219,8 @@ class SumOverRanks(torch.autograd.Function):
     """The sum over ranks; every rank uses it alike, so its gradient is that of each part."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:
+        """Return the sum of `values` [...] over the ranks."""
         return group.sum_(values.clone())
 
     @staticmethod
@@ -227,7 +232,8 @@ class UsedByRanks(torch.autograd.Function):
     """The identity on a tensor that each rank uses for its part; the gradient is summed over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:
+        """Return `values` [...]."""
         ctx.group = group
         return values.view_as(values)
 

@@ -1,6 +1,7 @@
 """One chunk at a time: score it, differentiate it, and add its gradients up. All chunks share one logits buffer.
 
-Legend: T positions, N scored tokens, n tokens of a chunk, D hidden width, V vocabulary.
+Legend: T positions, N scored tokens, n tokens of a chunk, k some of them, D hidden width, V vocabulary
+(local entries where it is split).
 """
 
 from __future__ import annotations
@@ -125,18 +126,18 @@ class HeadWork:
         return _scaled(input_gradient(chunk.probs, self._weight), factor, self.hidden_grad_dtype)
 
     def set_hidden_gradient(self, positions: Tensor, rows: Tensor) -> None:
-        """Write finished rows of the hidden gradient."""
+        """Write finished `rows` [n, D] of the hidden gradient at `positions` [n]."""
         assert self._hidden_grad is not None
         self._hidden_grad.index_copy_(0, positions, rows)
 
     def scale_hidden_gradient(self, positions: Tensor, factor: Tensor) -> None:
-        """Multiply finished rows of the hidden gradient by a factor each, [n]."""
+        """Multiply finished rows of the hidden gradient, at `positions` [n], by a `factor` each, [n]."""
         assert self._hidden_grad is not None
         rows = self._hidden_grad.index_select(0, positions)
         self.set_hidden_gradient(positions, _scaled(rows, factor, self.hidden_grad_dtype))
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of hidden states [T, D], weight and bias, each None if not needed; frees the buffers.
+        """Return the gradients of hidden [T, D], weight [V, D] and bias [V], None if not needed; frees the buffers.
 
         That of the hidden states is summed over the ranks that share the vocabulary; those of weight and bias are
         those of local rows.

@@ -94,7 +94,7 @@ class BaseLossContext(KwargsBuilder[ItemT]):
     def loss_fn(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """Return the loss of these positions and anything else (metrics by name are merged, None is fine).
+        """Return the loss of these positions, 0-dim, and anything else (metrics by name are merged, None is fine).
 
         By default it is `summed` over `losses_from_logits` of the scored ones. In chunk mode it is called once per
         chunk of the scored tokens, as one row with the kwargs of these tokens, and the results are added; see `scope`
@@ -181,6 +181,8 @@ class BaseLossContext(KwargsBuilder[ItemT]):
 
     def explain(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None) -> HeadPlan:
         """Return the pass of the head that `forward` would take with these tensors, why, and its cost; ``print`` it.
+
+        `hidden_states` are [B, T, D], `head_weight` is [V, D], `head_bias` [V].
 
         Costs are those of the head; for the eager and the general path they are estimates, because there the loss may
         do anything with the logits.

@@ -1,6 +1,6 @@
 """GRPO and related losses: a registered policy loss plus optional terms.
 
-Legend: B rows, T positions of a row, N selected tokens, S sequences.
+Legend: B rows, T positions of a row, N selected tokens, S sequences, K candidates, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -118,17 +118,17 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         return "metric" if is_read else False
 
     def sequence_ids(self) -> Tensor | None:
-        """Return the sequence of each position."""
+        """Return the sequence of each position, [B, T]."""
         return self.loss_kwargs.sequence_ids
 
     def scored_labels(self) -> Tensor:
-        """Return the labels without the tokens that `drop_zero_advantage` skips; a KL or bonus keeps them."""
+        """Return the labels [B, T] without the tokens that `drop_zero_advantage` skips; a KL or bonus keeps them."""
         loss_kwargs = self.loss_kwargs
         has_view = loss_kwargs.global_view is not None
         return loss_kwargs.shifted_labels if has_view else scored_labels(loss_kwargs, self.loss_cfg)
 
     def candidate_ids(self, loss_kwargs: GRPOLossKwargs) -> Tensor | Literal["all"] | None:
-        """Return the candidates that an exact divergence compares."""
+        """Return the candidates that an exact divergence compares, [N, K] where `loss_kwargs` are of N tokens."""
         if loss_kwargs.candidate_logprobs is None:
             return None
         return "all" if loss_kwargs.candidate_ids is None else loss_kwargs.candidate_ids
@@ -146,14 +146,17 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     def forward(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """Return the loss of this micro-batch and its metrics; see `BaseLossContext.forward`."""
+        """Return the loss of this micro-batch, 0-dim, and its metrics; see `BaseLossContext.forward`.
+
+        `hidden_states` are [B, T, D], `head_weight` is [V, D], `head_bias` [V].
+        """
         loss, extra = super().forward(hidden_states, head_weight, head_bias)
         if extra is not None and not isinstance(extra, Mapping):
             return loss, extra  # of a subclass
         return loss, {**(extra or {}), **(self.loss_kwargs.step_metrics or {})}
 
     def loss_from_scores(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the sum of the terms, and the metrics of all."""
+        """Return the sum of the terms, 0-dim, and the metrics of all."""
         terms = self._terms(scores, loss_kwargs)
         if loss_kwargs.global_view is None:
             wide = _Wide(*self._importance(terms, loss_kwargs), {}, None)

@@ -106,7 +106,7 @@ def in_order(parts: Sequence[Sequence[Tensor]], rows: Sequence[Sequence[int]]) -
     would belong to the wrong prompts, and nothing would fail.
 
     Args:
-        parts: for each row the values of its sequences, as from `unpack`.
+        parts: for each row the values of its sequences, any shape, as from `unpack`.
         rows: for each row the numbers of its sequences, as from `plan_rows`.
 
     Raises:

@@ -85,7 +85,7 @@ class TensorRecord(Model):
         return isinstance(_mark_of(cls, name), PerToken)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and value of every field that holds a tensor."""
+        """Yield the name and value of every field that holds a tensor: [B, T], [B, T, K], or any shape if `Shared`."""
         for name, value in self.__dict__.items():
             if isinstance(value, Tensor):
                 yield name, value

@@ -1,6 +1,7 @@
 """Losses that read only log-probabilities (and entropies), so they run in every pass of the head.
 
-Legend: B rows, T positions of a row, N scored tokens, n of them in one call, D hidden width, V vocabulary.
+Legend: B rows, T positions of a row, N scored tokens, n of them in one call, D hidden width, V vocabulary,
+K candidates.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         return {}
 
     def loss_from_scores(self, scores: TokenScores, loss_kwargs: Any) -> tuple[Tensor, Any]:
-        """Return the loss of n scored tokens and metrics; override it only for a loss that is not a sum of terms."""
+        """Return the loss of n tokens, 0-dim, and metrics; override it only for a loss that is not a sum of terms."""
         loss, metrics = self.summed(self.token_losses(scores, loss_kwargs), loss_kwargs)
         return loss, {**self.metrics_of(scores, loss_kwargs), **metrics}
 
@@ -63,11 +64,11 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         return False
 
     def scored_labels(self) -> Tensor:
-        """Return the labels, with `ignore_idx` wherever a token need not be scored."""
+        """Return the labels [B, T], with `ignore_idx` wherever a token need not be scored."""
         return self.loss_kwargs.shifted_labels
 
     def sequence_ids(self) -> Tensor | None:
-        """Return the sequence of each position, for a loss of scope "sequence"."""
+        """Return the sequence of each position, [B, T], for a loss of scope "sequence"."""
         return None
 
     def candidate_ids(self, loss_kwargs: Any) -> Tensor | Literal["all"] | None:
@@ -84,7 +85,10 @@ class ScoredLossContext(BaseLossContext[ItemT]):
     def forward(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """Return the loss of this micro-batch and its metrics; see `BaseLossContext.forward`."""
+        """Return the loss of this micro-batch, 0-dim, and its metrics; see `BaseLossContext.forward`.
+
+        `hidden_states` are [B, T, D], `head_weight` is [V, D], `head_bias` [V].
+        """
         if self.loss_cfg.mode == "eager" or self._is_general:
             return super().forward(hidden_states, head_weight, head_bias)
         self._check(hidden_states, head_weight, head_bias)
@@ -101,7 +105,10 @@ class ScoredLossContext(BaseLossContext[ItemT]):
     def loss_fn(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: BaseLossKwargs
     ) -> tuple[Tensor, Any]:
-        """Return the loss of these positions from the logits of all scored ones, under plain autograd."""
+        """Return the loss of these positions, 0-dim, from the logits of all scored ones, under plain autograd.
+
+        `hidden_states` are [..., T, D], `head_weight` is [V, D], `head_bias` [V].
+        """
         labels = self.scored_labels() if loss_kwargs is self.loss_kwargs else loss_kwargs.shifted_labels
         flat = labels.reshape(-1)
         positions = (flat != self.loss_cfg.ignore_idx).nonzero().squeeze(-1)

@@ -1,6 +1,6 @@
 """Shift labels and fields from each token to the position that predicts it; no other module shifts.
 
-Legend: B rows, T tokens of a row, K values of one token.
+Legend: B rows, T tokens of a row, S sequences of a packed row, K values of one token.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def shift_labels(
 
     Args:
         input_ids: [B, T] (or [T]) int64.
-        loss_mask: same shape; which tokens are scored *as targets*; None: all. With tokens [10, 11, 12, 13] and mask
-            [0, 0, 1, 0] the label 12 is at position 1 and everything else is ignored.
+        loss_mask: [B, T] (or [T]); which tokens are scored *as targets*; None: all. With tokens [10, 11, 12, 13] and
+            mask [0, 0, 1, 0] the label 12 is at position 1 and everything else is ignored.
         cu_seq_lens: [S + 1] boundaries of a packed row: the last token of each sequence has no label.
-        attention_mask: same shape; 1 for text, 0 for padding on either side, which neither predicts nor is predicted.
-            Rows padded on the left need it (or a `loss_mask` without their first token): without it, the padding would
-            predict the first token of the text.
+        attention_mask: [B, T] (or [T]); 1 for text, 0 for padding on either side, which neither predicts nor is
+            predicted. Rows padded on the left need it (or a `loss_mask` without their first token): without it, the
+            padding would predict the first token of the text.
         ignore_idx: label of positions without one.
 
     Returns:
@@ -57,7 +57,10 @@ def shift_labels(
 def has_next(
     shape: torch.Size, cu_seq_lens: Tensor | None, attention_mask: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Return whether position t and token t + 1 belong to the same sequence, bool of `shape`; False at the end."""
+    """Return whether position t and token t + 1 belong to the same sequence, bool of `shape`; False at the end.
+
+    `shape` is [B, T] or [T], and so is that of `attention_mask`; `cu_seq_lens` is [S + 1].
+    """
     ids = sequence_ids(shape, cu_seq_lens, device)
     is_followed = torch.zeros(shape, dtype=torch.bool, device=device)
     is_followed[..., :-1] = (ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)

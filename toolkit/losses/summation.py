@@ -18,7 +18,7 @@ from toolkit.metrics import Metric
 
 
 def weights_of(terms: Sequence[LossTerm], loss_kwargs: Any) -> Iterator[tuple[LossTerm, Tensor]]:
-    """Yield each term with its weights, of the shape of the labels in `loss_kwargs`.
+    """Yield each term with its weights, [B, T] or [n], the shape of the labels in `loss_kwargs`.
 
     Args:
         terms: all terms of the loss; which column a term reads depends on the others.
@@ -38,7 +38,7 @@ def term_sums(
     owner: str,
     partly: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the weighted sum of every term, without its coefficient.
+    """Return the weighted sum of every term, 0-dim, without its coefficient.
 
     Args:
         terms: of the loss.
@@ -85,7 +85,7 @@ def _weighted_sum(term: LossTerm, weights: Tensor, values: Tensor, importance: T
 
 
 def weighted(terms: Sequence[LossTerm], sums: Mapping[str, Tensor]) -> Tensor:
-    """Return the sums of some terms, each times its coefficient, as one number."""
+    """Return the `sums` of some terms, 0-dim as in `term_sums`, each times its coefficient, as one number, 0-dim."""
     first, *others = (sums[term.name] if term.coef == 1 else term.coef * sums[term.name] for term in terms)
     return sum(others, first)
 
@@ -93,7 +93,10 @@ def weighted(terms: Sequence[LossTerm], sums: Mapping[str, Tensor]) -> Tensor:
 def total(
     terms: Sequence[LossTerm], sums: Mapping[str, Tensor], gradient_reduction: str
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """Return the loss from the sums of its terms; as metrics the loss and, if there are several terms, their sums."""
+    """Return the loss from the sums of its terms; as metrics the loss and, if there are several terms, their sums.
+
+    `sums` are 0-dim, as in `term_sums`, and so is the loss.
+    """
     loss = weighted(terms, sums)
     parts: dict[str, Metric] = {}
     if len(terms) > 1:
@@ -102,7 +105,7 @@ def total(
 
 
 def has_weight(terms: Sequence[LossTerm], loss_kwargs: Any) -> Tensor:
-    """Return which tokens have a weight in some term whose coefficient is not 0, bool of the shape of the labels."""
+    """Return which tokens have a weight in some term whose coefficient is not 0, bool, [B, T] or [n] as the labels."""
     is_weighted = torch.zeros_like(loss_kwargs.shifted_labels, dtype=torch.bool)
     for term, weights in weights_of(terms, loss_kwargs):
         if term.coef == 0:
@@ -115,5 +118,5 @@ def has_weight(terms: Sequence[LossTerm], loss_kwargs: Any) -> Tensor:
 
 
 def as_loss_dtype(weights: Tensor, token_losses: Tensor) -> Tensor:
-    """Return fp64 calibration weights in the dtype of the token losses."""
+    """Return fp64 calibration `weights` [n] in the dtype of `token_losses` [n], fp32 or wider."""
     return weights.to(torch.promote_types(token_losses.dtype, torch.float32))

@@ -1,6 +1,6 @@
 """Find the scale and soft cap between two tensors of logits, for the error message of the start-up check.
 
-Legend: N tokens, V vocabulary.
+Legend: V vocabulary, ``...`` any axes of tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _POINTS = 41
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference of two [N, V] tensors of logits over the largest of `theirs`."""
+    """Return the largest difference of the logits `ours` and `theirs`, [..., V] each, over the largest of `theirs`."""
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-30))
 
 
@@ -27,8 +27,8 @@ def fitted_transform(raw: Tensor, theirs: Tensor, tolerance: float) -> LogitTran
     for the right c, so only c is searched. Rounded to 4 digits, because people choose these settings.
 
     Args:
-        raw: [N, V] logits of the head, not transformed.
-        theirs: [N, V] logits of the model.
+        raw: [..., V] logits of the head, not transformed.
+        theirs: [..., V] logits of the model.
         tolerance: the largest difference that rounding explains, as `difference` measures it.
     """
     raw, theirs = raw.double(), theirs.double()

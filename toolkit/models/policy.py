@@ -80,7 +80,7 @@ class Policy(nn.Module):
             score_chunk: tokens whose logits are held at once when there is no `loss_ctx`.
             temperature: temperature of the softmax when there is no `loss_ctx`.
             auxiliary_weight: factor of this micro-batch's router loss (`toolkit.losses.auxiliary.auxiliary_weights`),
-                besides the model's coefficient; only read if the model's config asks for a router loss.
+                0-dim, besides the model's coefficient; only read if the model's config asks for a router loss.
 
         Returns:
             What ``loss_ctx.forward`` returns, the router loss added to both; or [B, T - 1] log-probabilities of tokens
@@ -115,11 +115,14 @@ class Policy(nn.Module):
         return _with_router_loss(loss, metrics, head.lm, output.router_logits, mask, auxiliary_weight)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the trunk's last hidden states, [B, T, D]."""
+        """Return the trunk's last hidden states [B, T, D] for `input_ids` and `attention_mask`, [B, T] each."""
         return self._trunk_output(self.head, input_ids, attention_mask).last_hidden_state
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the logits of all tokens as the loss would see them, transform included, [B, T, V]: for tests."""
+        """Return the logits of all tokens as the loss would see them, transform included, [B, T, V]: for tests.
+
+        `input_ids` and `attention_mask` are [B, T].
+        """
         return self.transform(self._raw_logits(input_ids, attention_mask))
 
     def inside(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:

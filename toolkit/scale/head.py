@@ -149,5 +149,5 @@ def _plan(
 
 
 def weightless(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor of zeros of any size that takes the memory of one element."""
+    """Return a tensor of zeros of any shape that takes the memory of one element."""
     return torch.zeros((), dtype=dtype).expand(shape).detach()

@@ -46,7 +46,7 @@ class Result:
 def toolkit_loop(part: Part) -> tuple[Tensor, dict[str, Metric]]:
     """Run the documented loop: one count for the step, a backward for each micro-batch, one reduction.
 
-    To test your loop, copy this one and change the lines that differ.
+    Return the loss of the step, 0-dim, and its metrics. To test your loop, copy this one and change what differs.
     """
     cfg, context = part.loss_cfg, part.loss_cfg.loss_ctx_cls
     batches = context.build_batches_loss_kwargs(part.items, cfg, part.cu_seq_lens_list, part.sp_mesh)

@@ -45,7 +45,7 @@ class Rows:
         return len(self.input_ids)
 
     def select(self, index: Tensor | slice) -> Rows:
-        """Return some of the rows."""
+        """Return some of the rows; `index` is a slice, or int64 [n] for n of them."""
         parts: dict[str, Any] = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **parts)
 

@@ -8,7 +8,7 @@ The module's loss is a cross-entropy over tokens that are spread unevenly over r
 hidden state marks its origin (micro-batch, even or odd rank), so the gradient shows the factor of each origin. This
 distinguishes a mean of means, or a gradient that was never exchanged, from a constant factor.
 
-Legend: R ranks, M micro-batches, P = 2 M origins, N tokens in all.
+Legend: R ranks, M micro-batches, P = 2 M origins, N tokens in all, T of them in a micro-batch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ProbeModule(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2, num_origins))
 
     def forward(self, hidden: Tensor, context: Any) -> Tensor:
-        """Return the loss of `context`."""
+        """Return the loss of `context`, 0-dim, for `hidden` [1, T, P]."""
         return context.forward(hidden, self.weight)[0]
 
 

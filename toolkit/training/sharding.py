@@ -210,7 +210,7 @@ def local_parameters(policy: Any) -> list[nn.Parameter]:
 
 
 def clip_grad_norm(policy: Any, max_norm: float, accelerator: Any = None) -> Tensor:
-    """Scale all gradients to a norm of at most `max_norm`; return the norm before, the same on all ranks.
+    """Scale all gradients to a norm of at most `max_norm`; return the norm before, 0-dim, the same on all ranks.
 
     Under FSDP 2 the norm is that of the full gradient, not of this rank's shards.
 

@@ -17,7 +17,7 @@ from toolkit.training.experience import IGNORED, Rows
 
 
 def router_weights(policy: Policy, micro_batches: Sequence[Rows], gradient_reduction: Any) -> Sequence[Tensor | None]:
-    """Return the weight of each micro-batch's router loss; None where the model has none. All ranks must call it.
+    """Return the weight of each micro-batch's router loss, 0-dim; None if the model has none. All ranks must call it.
 
     Args:
         policy: not wrapped.

@@ -80,7 +80,7 @@ class EarlyCorrections:
         return parts
 
     def labels(self) -> list[Tensor]:
-        """Return the labels of each micro-batch, ignored where a token left the denominator; needs no sums."""
+        """Return the labels of each micro-batch, [B, T], ignored where a token left the denominator; needs no sums."""
         if not self._chosen:
             return [item.shifted_labels for item in self._items]
         sums = torch.ones(len(self._chosen), 2, dtype=torch.float64)
@@ -99,7 +99,7 @@ class EarlyCorrections:
 
 
 def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> Tensor | None:
-    """Return the sampler's log-probabilities, None if they are of another distribution; metrics skip these, too."""
+    """Return the sampler's log-probabilities [B, T]; None if of another distribution, which metrics skip, too."""
     spec = item.rollout_spec
     is_other = spec is not None and spec.mismatch(cfg.temperature) is not None and not cfg.accept_mismatch
     return None if is_other else item.rollout_logprobs

@@ -97,7 +97,12 @@ class _ValueAndGradient(torch.autograd.Function):
 
 
 def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
-    """Return the number `value` with the gradient of `source` (``value + source - sg(source)``, also for inf)."""
+    """Return the number `value` with the gradient of `source` (``value + source - sg(source)``, also for inf).
+
+    Args:
+        value: 0-dim.
+        source: 0-dim.
+    """
     return _ValueAndGradient.apply(value, source)
 
 

@@ -17,7 +17,10 @@ from toolkit.losses.step.totals import Table
 
 
 def pieces_of_groups(labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int) -> Table:
-    """Return in how many micro-batches of this rank each group has a scored token."""
+    """Return in how many micro-batches of this rank each group has a scored token.
+
+    `labels` and `group_ids` are [B, T] for each micro-batch.
+    """
     pieces: Table = {}
     for batch_labels, batch_groups in zip(labels, group_ids, strict=True):
         for group in batch_groups[batch_labels != ignore_idx].unique().tolist():

@@ -15,7 +15,10 @@ from toolkit.losses.step.totals import Table
 
 
 def tokens_of_prompts(labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int) -> Table:
-    """Return the number of scored tokens of every prompt on this rank, including prompts without any."""
+    """Return the number of scored tokens of every prompt on this rank, including prompts without any.
+
+    `labels` and `group_ids` are [B, T] for each micro-batch.
+    """
     tokens: Table = {}
     for batch_labels, batch_groups in zip(labels, group_ids, strict=True):
         groups, index = batch_groups.reshape(-1).unique(return_inverse=True)
@@ -29,7 +32,7 @@ def prompts_of(group_ids: Sequence[Tensor], tokens: Table, count_empty: bool) ->
     """Return the tokens of each position's prompt over the step ([B, T] per micro-batch), and how many prompts count.
 
     Args:
-        group_ids: of the micro-batches of this rank.
+        group_ids: [B, T] for each micro-batch of this rank.
         tokens: number of scored tokens of every prompt, over all ranks.
         count_empty: whether prompts without a scored token count.
     """

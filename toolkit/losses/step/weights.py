@@ -7,6 +7,8 @@ gives 2.0, where the mean over tokens is 2.5.
 
 DDP and FSDP *average* gradients over R ranks, so each rank's weights carry a factor R that cancels the averaging
 (``gradient_reduction="mean"``); a back-end that sums gets no factor.
+
+Legend: B rows, T positions of a row, S sequences of a packed row.
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ def sequence_ids_of_batches(
     """Return the sequence that each position of each micro-batch belongs to, [1, T] or [B, T] each.
 
     Args:
-        labels: shifted labels of each micro-batch, whole rows.
-        cu_seq_lens_list: boundaries of each packed row; None: each row is one sequence.
+        labels: shifted labels of each micro-batch, [1, T] or [B, T], whole rows.
+        cu_seq_lens_list: [S + 1] boundaries of each packed row; None: each row is one sequence.
         ignore_idx: label of positions that are not scored.
 
     Raises:
@@ -95,7 +97,7 @@ def aggregated(
 
     Args:
         labels: shifted labels of each micro-batch, [1, T] or [B, T], whole rows.
-        ids: from `sequence_ids_of_batches`; None if the aggregation does not need sequences.
+        ids: [1, T] or [B, T] each, from `sequence_ids_of_batches`; None if the aggregation does not need sequences.
         aggregation: see `functional.aggregation`.
         ignore_idx: label of positions that are not scored.
         options: of `functional.aggregation.share`; a list has one entry for each micro-batch.

@@ -350,9 +350,9 @@ def check_refusals(accelerator: Any) -> None:
     with pytest.raises(ConfigError, match=r"training\.sharding='fsdp'"):
         prepare_policy(Policy(head_variant("plain")), accelerator, "fsdp")  # type: ignore[arg-type]
     wrapped = prepare_policy(Policy(head_variant("plain")), accelerator)
-    with pytest.raises(ConfigError, match="DistributedDataParallel already"):
+    with pytest.raises(ConfigError, match="already wrapped in DistributedDataParallel"):
         prepare_policy(wrapped, accelerator)
-    with pytest.raises(ConfigError, match="DistributedDataParallel already"):
+    with pytest.raises(ConfigError, match="already wrapped in DistributedDataParallel"):
         find_head(wrapped)
 
 

@@ -18,9 +18,6 @@ from toolkit.losses.config.required_fields import Requirement, required_fields
 from toolkit.losses.config.term import LossTerm
 from toolkit.schema import FrozenDict, answer
 
-if TYPE_CHECKING:
-    pass
-
 KLClamp = Annotated[float, Field(gt=0)] | Literal["auto"] | None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,5 +29,10 @@ def bounded(log_ratio: Tensor, low: float | None = -MAX_LOG_RATIO, high: float |
         [N] in nats.
     """
     # An infinite ratio times an advantage of 0 would be NaN; the headroom is for advantages, weights and sums.
-    largest = math.log(torch.finfo(log_ratio.dtype).max) - HEADROOM
+    largest = _largest_log(log_ratio.dtype) - HEADROOM
     return log_ratio.clamp(low, largest if high is None else min(high, largest))
+
+
+@cache
+def _largest_log(dtype: torch.dtype) -> float:
+    return math.log(torch.finfo(dtype).max)

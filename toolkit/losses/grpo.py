@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.functional.kl import k1, k3, kl_estimate
+from toolkit.functional.kl import k3, kl_estimate
 from toolkit.functional.kl_exact import top_k_kl
 from toolkit.functional.mismatch import LARGEST_WEIGHT
 from toolkit.functional.policy.registry import Need
@@ -325,7 +325,7 @@ def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
             "ratio": ratio,
             "log_ratio_clamped": difference != log_ratio,
             "kl_old": k3(terms.old_logprobs, terms.logprobs),
-            "kl_old_k1": k1(terms.old_logprobs, terms.logprobs),
+            "kl_old_k1": -difference,
             "non_finite_tokens": (terms.logprobs - terms.logprobs) != 0,  # inf - inf is NaN, too
         }
     )

@@ -48,22 +48,22 @@ MUTATIONS = (
     Mutation(
         name="clip-takes-the-smaller-loss",
         file=f"{POLICY}/clip.py",
-        line="losses = (harm * capped).maximum(harm * ratio.clamp(1 - cliprange_low, 1 + cliprange_high))",
-        becomes="losses = (harm * capped).minimum(harm * ratio.clamp(1 - cliprange_low, 1 + cliprange_high))",
+        line="return -advantages * ratio.clamp(floor, largest).where(is_negative, ratio.clamp(max=cap))",
+        becomes="return -advantages * ratio.clamp(floor, largest).where(~is_negative, ratio.clamp(max=cap))",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_hand_worked",),
     ),
     Mutation(
         name="clip-dual-clip-of-all-advantages",
         file=f"{POLICY}/clip.py",
-        line="return losses.minimum(clip_ratio_c * harm).where(is_negative, losses)",
-        becomes="return losses.minimum(clip_ratio_c * harm)",
+        line="return -advantages * ratio.clamp(floor, largest).where(is_negative, ratio.clamp(max=cap))",
+        becomes="return -advantages * ratio.clamp(floor, largest).clamp(max=cap)",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_dual_clip_only_for_negative_advantages",),
     ),
     Mutation(
         name="clip-fraction-of-either-sign",
         file=f"{POLICY}/clip.py",
-        line='t.report("clip_fraction_high", (ratio > 1 + cliprange_high) & (advantages > 0))',
-        becomes='t.report("clip_fraction_high", ratio > 1 + cliprange_high)',
+        line='t.report("clip_fraction_high", (ratio > ceiling) & (advantages > 0))',
+        becomes='t.report("clip_fraction_high", ratio > ceiling)',
         tests=(f"{TESTS}/policy/test_vanilla.py::test_clip_fractions_count_only_where_the_bound_binds",),
     ),
     Mutation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,16 +38,17 @@ def clipped_surrogate(
     Returns:
         [N] surrogate to minimise. Reports the fraction of tokens at each bound where it binds.
     """
+    floor, ceiling = 1 - cliprange_low, 1 + cliprange_high
+    free = math.inf if delta is None else delta
+    largest = max(free, ceiling)
     is_negative = advantages < 0
-    t.report("clip_fraction_low", (ratio < 1 - cliprange_low) & is_negative)
-    t.report("clip_fraction_high", (ratio > 1 + cliprange_high) & (advantages > 0))
-    capped = ratio
+    t.report("clip_fraction_low", (ratio < floor) & is_negative)
+    t.report("clip_fraction_high", (ratio > ceiling) & (advantages > 0))
     if delta is not None:
-        t.report("delta_clip_fraction", (ratio > max(delta, 1 + cliprange_high)) & is_negative)
-        capped = ratio.clamp(max=delta)
-    harm = -advantages
-    losses = (harm * capped).maximum(harm * ratio.clamp(1 - cliprange_low, 1 + cliprange_high))
-    if clip_ratio_c is None:
-        return losses
-    t.report("dual_clip_fraction", (ratio > clip_ratio_c) & is_negative)
-    return losses.minimum(clip_ratio_c * harm).where(is_negative, losses)
+        t.report("delta_clip_fraction", (ratio > largest) & is_negative)
+    if clip_ratio_c is not None:
+        t.report("dual_clip_fraction", (ratio > clip_ratio_c) & is_negative)
+        largest = min(largest, clip_ratio_c)
+    # The larger loss is -A times the larger of the two ratios where A < 0, and times the smaller elsewhere.
+    cap = min(free, ceiling)
+    return -advantages * ratio.clamp(floor, largest).where(is_negative, ratio.clamp(max=cap))

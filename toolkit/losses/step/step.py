@@ -155,7 +155,8 @@ class Step:
 
         size = sum(numbers.values())
         total = exchange_counts(count_here, num_numbers=size + len(columns), has_tables=has_tables, device=device)
-        denominators = list(total.numbers[size:])
+        *extras, denominators_of_columns = total.numbers.split([*numbers.values(), len(columns)])
+        denominators = list(denominators_of_columns.unbind())
         for index in by_prompt:
             chosen = columns[index].average
             tokens, num = prompts_of(self._groups(), total.tables[f"tokens of {index}"], chosen.count_empty)
@@ -174,7 +175,7 @@ class Step:
                 else denominators[column]
                 for term, column in zip(self.terms, weight_columns(self.terms), strict=True)
             },
-            dict(zip(numbers, total.numbers[:size].split(list(numbers.values())), strict=True)),
+            dict(zip(numbers, extras, strict=True)),
             {name: total.tables[name] for name in extra if name not in numbers},
         )
         return self.totals

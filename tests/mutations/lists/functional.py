@@ -19,7 +19,7 @@ MUTATIONS = (
     Mutation(
         name="ratio-room-dropped",
         file=f"{FUNCTIONAL}/ratios.py",
-        line="largest = math.log(torch.finfo(log_ratio.dtype).max) - HEADROOM",
+        line="largest = _largest_log(log_ratio.dtype) - HEADROOM",
         becomes="largest = math.inf",
         tests=(f"{TESTS}/policy/test_properties.py::test_exploded_ratios_are_finite",),
     ),

@@ -152,7 +152,7 @@ def test_r31_a_missing_logprob_is_refused_where_it_counts_and_nowhere_else() -> 
 
 def test_the_item_is_what_the_runner_makes_of_ids_and_shifted_fields() -> None:
     hidden, head = torch.randn(1, 4, 3), torch.randn(20, 3)
-    advantages, old = torch.randn(1, 4), torch.randn(1, 4)
+    advantages, old = torch.randn(1, 4), -torch.rand(1, 4)
     item = RLLossContextInputItem.from_unshifted(IDS, advantages=advantages, old_logprobs=old)
     cfg = GRPOLossConfig()
     (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([item], cfg)

@@ -81,7 +81,7 @@ def test_shards_are_padded_by_the_ignore_idx_of_the_loss() -> None:
 
 def test_every_per_token_field_declares_its_padding() -> None:
     for record in (RLLossContextInputItem, GRPOLossKwargs):
-        no_tensor = {"rollout_spec", "step_metrics", "has_current", "num_scored", "global_view"}
+        no_tensor = {"rollout_spec", "step_metrics", "has_current", "num_scored", "global_view", "built"}
         for name in set(record.model_fields) - no_tensor:
             assert isinstance(record.layout(name), PerToken), name
     assert RLLossContextInputItem.layout("shifted_labels") == PerToken(pad=-100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import pytest
@@ -178,12 +179,12 @@ def test_kl_by_sequence_beside_a_policy_loss_by_token() -> None:
     item = RLLossContextInputItem(
         shifted_labels=labels,
         advantages=torch.ones(2, 3, dtype=torch.float64),
-        ref_logprobs=torch.tensor([[2.0, 0, 0], [1.0, 1.0, 1.0]], dtype=torch.float64) - torch.tensor(2.0).log(),
+        ref_logprobs=torch.tensor([[-2.0, 0, 0], [-1.0, -1.0, -1.0]], dtype=torch.float64) - math.log(2),
     )
     (kwargs,) = GRPOLossContext.build_batches_loss_kwargs([item], cfg)
     hidden, weight = torch.zeros(2, 3, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
     loss, metrics = GRPOLossContext(cfg, kwargs).forward(hidden, weight)
-    by_sequence = (2.0 + 0.5) / 2  # k2 of log ratios -2 and -1: 2 and 0.5
+    by_sequence = (2.0 + 0.5) / 2  # k2 of log ratios 2 and 1: 2 and 0.5
     assert loss.item() == pytest.approx(-1 + 0.1 * by_sequence)
     found = to_floats(metrics)
     assert (found["policy_loss"], found["kl_loss"]) == (pytest.approx(-1), pytest.approx(by_sequence))

@@ -174,7 +174,7 @@ def test_survivors_of_the_current_policy_are_the_denominator() -> None:
     labels = torch.tensor([[1, 2, 3, 4, 5]])
     logits = hidden @ weight.T + bias
     current = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1).detach()
-    log_ratios = torch.tensor([[0.1, -1.5, 0.8, -10.0, 0.3]], dtype=torch.float64)
+    log_ratios = torch.tensor([[0.1, -1.5, 0.8, 10.0, 0.3]], dtype=torch.float64)
     item = RLLossContextInputItem(
         shifted_labels=labels, advantages=torch.ones(1, 5), old_logprobs=current - log_ratios, current_logprobs=current
     )

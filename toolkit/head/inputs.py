@@ -95,8 +95,11 @@ def check_head(
     *,
     ignore_idx: int,
     labels_name: str = "labels",
+    is_inside: bool = False,
 ) -> None:
     """Check `hidden_states` [..., D], `head_weight` [V, D], `labels` [...] and their range, and `head_bias` [V].
+
+    `is_inside`: the labels are known to be in the vocabulary, or need not be; looking at them waits for the device.
 
     Raises:
         DataError: names what does not fit and what is allowed.
@@ -126,6 +129,8 @@ def check_head(
         raise DataError(f"head_bias has dtype {head_bias.dtype}; it must be a floating-point tensor")
     if head_bias is not None and head_bias.shape != (vocabulary,):
         raise DataError(f"head_bias has shape {list(head_bias.shape)}; it must be [{vocabulary}]")
+    if is_inside:
+        return
     ids = labels.masked_fill(labels == ignore_idx, 0)
     if labels.numel() and not _are_inside(ids, vocabulary):
         where = ((ids < 0) | (ids >= vocabulary)).nonzero()[0].tolist()

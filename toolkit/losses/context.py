@@ -239,8 +239,17 @@ class BaseLossContext(KwargsBuilder[ItemT]):
                 f"{type(self).__name__} got {type(self.loss_kwargs).__name__} for its kwargs; build them first"
             )
         labels, ignore_idx = self.loss_kwargs.shifted_labels, self.loss_cfg.ignore_idx
-        tokens = labels if self.has_vocabulary else torch.full_like(labels, ignore_idx)
-        check_head(hidden_states, head_weight, tokens, head_bias, ignore_idx=ignore_idx, labels_name="shifted_labels")
+        largest = self.loss_kwargs.check_still(self.loss_cfg.step_settings)
+        is_inside = not self.has_vocabulary or (largest is not None and largest < len(head_weight))
+        check_head(
+            hidden_states,
+            head_weight,
+            labels,
+            head_bias,
+            ignore_idx=ignore_idx,
+            labels_name="shifted_labels",
+            is_inside=is_inside,
+        )
         check_counted_once(vocab_group(head_weight).group)
         for name, value in self.loss_kwargs.tensors():
             mark = self.loss_kwargs.layout(name) if self.loss_kwargs.is_per_token(name) else None

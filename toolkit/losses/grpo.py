@@ -5,7 +5,7 @@ Legend: B rows, T positions of a row, N selected tokens, S sequences, K candidat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -31,7 +31,7 @@ from toolkit.losses.step import policy_step
 from toolkit.losses.step.candidates import check_vocabulary
 from toolkit.losses.step.corrections import late_correction
 from toolkit.losses.step.global_view import GlobalView, emptied, with_gradient_of
-from toolkit.losses.step.item_checks import check_policy_loss, scored_labels
+from toolkit.losses.step.item_checks import check_policy_loss, finite_fields, scored_labels
 from toolkit.losses.step.step import Extra, Step, StepRow
 from toolkit.losses.step.weights import loss_metric
 from toolkit.losses.summation import as_loss_dtype, term_sums, total, weighted
@@ -62,6 +62,11 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     def check_loss(cls, loss_cfg: BaseRLLossConfig) -> None:
         """Raise `ConfigError` if the policy loss looks at more tokens than it declares."""
         check_policy_loss(loss_cfg)
+
+    @classmethod
+    def finite_fields(cls, loss_cfg: BaseRLLossConfig) -> Collection[str]:
+        """Return advantages, and the log-probabilities that the loss reads."""
+        return finite_fields(loss_cfg)
 
     @classmethod
     def counted_besides(cls, loss_cfg: BaseRLLossConfig) -> dict[str, int | None]:

@@ -5,13 +5,29 @@ Legend: B rows, T positions of a row, K columns of weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from toolkit.errors import ConfigError, DataError
 from toolkit.functional.segments import NO_SEQUENCE
 from toolkit.losses.record import PerToken, TensorRecord
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was known when the kwargs of a step were built."""
+
+    settings: Mapping[str, Any]
+    """`step_settings` of the config."""
+    largest_label: int | None
+    """Of the scored positions of the micro-batch; None: not known."""
+    versions: Mapping[str, tuple[int, int]]
+    """Identity and version of each tensor by name: a change in place gives it another version."""
 
 
 class BaseLossKwargs(TensorRecord):
@@ -25,6 +41,41 @@ class BaseLossKwargs(TensorRecord):
     """[.., T, K] the same for each weighting of the terms; None: there is one, in `loss_weight`."""
     importance: Annotated[Tensor | None, PerToken(pad=0.0)] = None
     """Factor of the terms with ``use_correction``, 0 for a rejected token, without gradient; None: 1 everywhere."""
+
+    built: Built | None = Field(default=None, repr=False)
+    """What `build_batches_loss_kwargs` knew; None for kwargs that it did not make."""
+
+    def remember(self, settings: Mapping[str, Any], largest_label: int | None) -> None:
+        """Keep what `check_still` compares; called once, when the kwargs are complete."""
+        versions = {name: (id(value), value._version) for name, value in self.tensors() if not value.is_inference()}
+        self.__dict__["built"] = Built(settings, largest_label, versions)
+
+    def check_still(self, settings: Mapping[str, Any]) -> int | None:
+        """Check that the step is still the one that was built; return its largest label, None if not known.
+
+        Args:
+            settings: `step_settings` of the config of the context.
+
+        Raises:
+            ConfigError: the kwargs were built with a config that differs in what is fixed for a step.
+            DataError: a tensor was changed in place since.
+        """
+        if self.built is None:
+            return None
+        if self.built.settings is not settings and self.built.settings != settings:
+            raise ConfigError(_difference(self.built.settings, settings))
+        for name, (identity, version) in self.built.versions.items():
+            value = self.__dict__[name]
+            if id(value) == identity and value._version != version:
+                raise DataError(
+                    f"{name} was changed in place after build_batches_loss_kwargs; the loss of the step would mix "
+                    "old and new values. Build the kwargs again, or give the item a copy (.clone())"
+                )
+        return self.built.largest_label
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, checked like a new record."""
+        return super().replace(**({"built": None, **changes} if "shifted_labels" in changes else changes))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -67,3 +118,15 @@ class GRPOLossKwargs(BaseLossKwargs):
         """Return a copy with every tensor on `device`, those of `global_view` included."""
         moved = super().to(device)
         return moved if self.global_view is None else moved.replace(global_view=self.global_view.to(device))
+
+
+def _difference(built: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    name = next(name for name in {**built, **settings} if built.get(name) != settings.get(name))
+    missing = object()
+    before, after = (
+        "absent" if (value := each.get(name, missing)) is missing else repr(value) for each in (built, settings)
+    )
+    return (
+        f"these kwargs were built with a config where {name} is {before}, but the context's config has {after}; their "
+        "weights are those of the first: build the kwargs and make the context with one config"
+    )

@@ -6,8 +6,7 @@ Legend: B rows, T positions of a row, K values of one position. A per-token fiel
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -19,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import sp_split
 from toolkit.errors import ConfigError, DataError, ToolkitError, listed
-from toolkit.metrics import wide_dtype
 from toolkit.schema import Model
 
 Kind = Literal["any", "float", "integer", "bool"]
@@ -166,28 +164,3 @@ def _mark_of(record: type[TensorRecord], name: str) -> PerToken | Shared | None:
             if isinstance(mark, (PerToken, Shared)):
                 return mark
     return None
-
-
-def check_finite(fields: Mapping[str, Tensor], labels: Tensor, ignore_idx: int) -> None:
-    """Raise on NaN and inf at scored positions. Waits for the device once, whatever the number of fields.
-
-    Args:
-        fields: [B, T] each, by the names that messages use.
-        labels: [B, T].
-        ignore_idx: label of positions that may hold anything.
-
-    Raises:
-        DataError: names the first such field and position.
-    """
-    is_free = labels == ignore_idx
-    sums = [field.detach().masked_fill(is_free, 0.0).sum(dtype=wide_dtype(field)) for field in fields.values()]
-    if not sums or math.isfinite(torch.stack(sums).sum().item()):
-        return  # a finite sum has finite parts; any other may have overflowed
-    for name, values in fields.items():
-        broken = ~values.isfinite() & ~is_free
-        if bool(broken.any()):
-            where = broken.nonzero()[0].tolist()
-            raise DataError(
-                f"{name}{where} = {float(values[tuple(where)])} at a scored position; only positions whose label is "
-                f"ignore_idx = {ignore_idx} may hold NaN or inf; mask the position or fix the value"
-            )

@@ -275,9 +275,9 @@ MUTATIONS = (
     ),
     Mutation(
         name="infinite-fields-pass",
-        file="toolkit/losses/record.py",
-        line="broken = ~values.isfinite() & ~is_free",
-        becomes="broken = values.isnan() & ~is_free",
+        file="toolkit/losses/step/value_checks.py",
+        line="if self.must_be_finite and not math.isfinite(next(numbers)):",
+        becomes="if self.must_be_finite and math.isnan(next(numbers)):",
         tests=("tests/losses/test_grpo.py::test_non_finite_at_a_scored_position_is_named",),
     ),
     Mutation(

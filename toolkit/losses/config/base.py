@@ -80,6 +80,18 @@ class BaseLossConfig(Config):
         """
         return checked_terms(self.terms, type(self).__name__)
 
+    @answer
+    def step_settings(self) -> dict[str, Any]:
+        """What `build_batches_loss_kwargs` fixes for a step, by name, to compare with the config of a context."""
+        settings: dict[str, Any] = {"ignore_idx": self.ignore_idx, "gradient_reduction": self.gradient_reduction}
+        for term in self.checked_terms:
+            chosen = term.average.model_dump(exclude_defaults=True)
+            settings[f"aggregation of {term.name}"] = {"name": term.average.name, **chosen}
+            # A function written in a property is new in every config; its code is not.
+            settings[f"token_filter of {term.name}"] = getattr(term.token_filter, "__code__", term.token_filter)
+            settings[f"use_correction of {term.name}"] = term.use_correction
+        return settings
+
     def needs_current(self, num_parts: int) -> bool:
         """Whether items need `current_logprobs` if a step has `num_parts` micro-batches (over all ranks)."""
         return False

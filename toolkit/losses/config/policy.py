@@ -250,6 +250,12 @@ class BaseRLLossConfig(BaseLossConfig):
         """Whether items must have advantages."""
         return True
 
+    @answer
+    def step_settings(self) -> dict[str, Any]:
+        """Also the policy loss and the corrections."""
+        corrections = tuple(self.correction)
+        return {**super().step_settings, "loss_type": self.policy.name, "correction": corrections}
+
     def needs_current(self, num_parts: int) -> bool:
         """True if the policy loss looks at groups or batches that are split, or if `needs_current_first`."""
         return self.needs_current_first or (num_parts > 1 and self.scope in ("group", "batch"))

@@ -5,7 +5,7 @@ Legend: B rows, T positions of a row, S sequences, K columns of weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
 from toolkit.losses.kwargs import BaseLossKwargs
 from toolkit.losses.step.step import Extra, Step, StepRow
+from toolkit.losses.step.value_checks import check_values
 from toolkit.losses.step.weights import check_config, checked_items, device_of
 
 ItemT = TypeVar("ItemT")
@@ -77,11 +78,16 @@ class KwargsBuilder(Generic[ItemT]):
         def checked() -> list[Any]:
             items = [cls.completed(item, loss_cfg) for item in checked_items(data_batches, cls.item_cls)]
             cls._check_fields(items)
+            step.largest_labels = check_values(items, cls.finite_fields(loss_cfg), loss_cfg.ignore_idx)
             return items
 
         step.count(checked, device_of(data_batches), prepare=cls.prepare, extra=cls.counted_besides(loss_cfg))
         cls.check_totals(step)
-        return cls.of_this_rank([cls.kwargs_of(row) for row in step.rows()], step)
+        batches = cls.of_this_rank([cls.kwargs_of(row) for row in step.rows()], step)
+        for kwargs, largest_label in zip(batches, step.largest_labels, strict=True):
+            if isinstance(kwargs, BaseLossKwargs):
+                kwargs.remember(loss_cfg.step_settings, largest_label)
+        return batches
 
     @classmethod
     def check_loss(cls, loss_cfg: Any) -> None:
@@ -91,6 +97,11 @@ class KwargsBuilder(Generic[ItemT]):
     def completed(cls, item: Any, loss_cfg: Any) -> Any:
         """Return an item with the fields filled in that this loss does not ask for; by default unchanged."""
         return item
+
+    @classmethod
+    def finite_fields(cls, loss_cfg: Any) -> Collection[str]:
+        """Return the item fields that must be finite wherever a token is scored; those that `kwargs_cls` requires."""
+        return [name for name, field in cls.kwargs_cls.model_fields.items() if field.is_required()]
 
     @classmethod
     def counted_besides(cls, loss_cfg: Any) -> dict[str, int | None]:

@@ -11,7 +11,6 @@ from toolkit.errors import ConfigError, DataError
 from toolkit.functional.scope_check import check_scope, is_zero_without_advantage
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.items import RLLossContextInputItem
-from toolkit.losses.record import check_finite
 
 
 def check_policy_loss(cfg: BaseRLLossConfig) -> None:
@@ -54,6 +53,11 @@ def scored_labels(kwargs: Any, cfg: BaseRLLossConfig) -> Tensor:
     return labels.masked_fill(is_idle, cfg.ignore_idx)
 
 
+def finite_fields(cfg: BaseRLLossConfig) -> set[str]:
+    """Return the fields that must be finite wherever a token is scored: those that the loss reads."""
+    return {"advantages", "old_logprobs", "current_logprobs", *cfg.required_fields}
+
+
 CHECKED_LATER = ("current_logprobs", "ref_topk_logprobs", "teacher_topk_logprobs")
 """Fields that are checked later, with more detail: after all ranks have counted, or with their ids."""
 
@@ -67,16 +71,12 @@ def check_item(item: RLLossContextInputItem, cfg: BaseRLLossConfig, where: str) 
         where: its name in messages.
 
     Raises:
-        DataError: a field that the loss reads is missing, or is NaN or inf at a scored position.
+        DataError: a field that the loss reads is missing, or is not comparable with what the loss computes.
     """
     required = cfg.required_fields
     for name, requirement in required.items():
         if name not in CHECKED_LATER and getattr(item, name) is None:
             raise DataError(f"{where}.{name} is missing, but {requirement.why}; {requirement.remedy}")
-    read = {"advantages": None, **required, "old_logprobs": None, "current_logprobs": None}
-    fields = {name: getattr(item, name) for name in read if name != "group_ids" and name not in CHECKED_LATER[1:]}
-    present = {f"{where}.{name}": values for name, values in fields.items() if values is not None}
-    check_finite(present, item.shifted_labels, cfg.ignore_idx)
     if item.rollout_spec is not None and not cfg.accept_mismatch and "rollout_logprobs" in required:
         reason = item.rollout_spec.mismatch(cfg.temperature)
         if reason is not None:

@@ -111,6 +111,8 @@ class Step:
     """What `prepare` stores for the kwargs of the step."""
     weights: list[Tensor] = field(default_factory=list)
     """[B, T, K] float64 of each micro-batch."""
+    largest_labels: list[int | None] = field(default_factory=list)
+    """Of each of `pieces`; None: it has a negative label besides `ignore_idx`."""
     totals: StepTotals | None = None
 
     def count(

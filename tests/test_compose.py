@@ -213,7 +213,7 @@ def test_a_file_of_your_own_says_the_last_word(own: Path) -> None:
 
 
 def test_a_folder_of_your_own_everywhere(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert LossRunner.from_overrides(["loss=own", "policy_loss=own"], config_dir=own).loss_cfg.mode == "eager"
+    assert LossRunner.from_overrides(["loss=own", "policy_loss=own"], config_dir=own).loss_cfg.mode == "chunk"
     sys_argv, sys.argv = sys.argv, ["explain", "--config-dir", str(own), "loss=own", "loss.entropy_coef=0.25"]
     try:
         explain()

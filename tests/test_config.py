@@ -32,7 +32,7 @@ EXPERIMENTS = [
 def test_no_overrides() -> None:
     config = build_config(compose_config([]))
     assert isinstance(config, RunConfig)
-    assert config.loss == GRPOLossConfig(use_entropy_metric=True)
+    assert config.loss == GRPOLossConfig(use_entropy_metric=True, mode="chunk", chunk_size="auto")
 
 
 def test_the_documented_command_line() -> None:

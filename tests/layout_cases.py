@@ -22,8 +22,8 @@ from toolkit.errors import ConfigError
 from toolkit.functional.names import Aggregation
 from toolkit.functional.policy.registry import policy_loss_names
 from toolkit.losses.auxiliary import auxiliary_weights
-from toolkit.testing import Batch, Layout, Part, _with_current, differences, random_batch
-from toolkit.testing.evaluation import REFERENCE, Meshes, alone, evaluate, reference
+from toolkit.testing import Batch, Layout, Part, differences, random_batch
+from toolkit.testing.evaluation import REFERENCE, alone, evaluate, reference, with_current
 from toolkit.testing.layout import layouts_of
 from toolkit.testing.verdict import compare
 
@@ -283,12 +283,11 @@ def layout_worker(cases: list[Case]) -> list[str]:
     After every case the processes tell each other how it went, in a group of their own: an error that one process has
     alone cannot be taken for an answer of the loss, and whoever waits for it in vain gives up.
     """
-    meshes = Meshes()
     status = dist.new_group(timeout=datetime.timedelta(seconds=SECONDS)) if dist.is_initialized() else None
     failed = []
     for case in cases:
         try:
-            words = run_case(case, meshes)
+            words = run_case(case)
         except Exception as error:
             notes = " ".join(getattr(error, "__notes__", []))
             words = f"{type(error).__name__}: {error} {notes}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
@@ -304,7 +303,7 @@ def layout_worker(cases: list[Case]) -> list[str]:
     return failed
 
 
-def run_case(case: Case, meshes: Meshes) -> str:
+def run_case(case: Case) -> str:
     """Return what differs in words, empty when nothing does."""
     draw = random.Random(case.seed)
     batch = random_batch(
@@ -326,8 +325,8 @@ def run_case(case: Case, meshes: Meshes) -> str:
     rtol = RTOL[case.dtype]
     if case.is_auxiliary:
         with alone():
-            known = evaluate(batch, case.cfg, REFERENCE, auxiliary_loop, Meshes())
-        results = [(own, evaluate(batch, case.cfg, own, auxiliary_loop, meshes)) for own in case.layouts]
+            known = evaluate(batch, case.cfg, REFERENCE, auxiliary_loop)
+        results = [(own, evaluate(batch, case.cfg, own, auxiliary_loop)) for own in case.layouts]
         found = [finding for own, result in results for finding in compare(result, known, own, rtol)]
     else:
         found = []
@@ -338,7 +337,7 @@ def run_case(case: Case, meshes: Meshes) -> str:
             known_by = replace(REFERENCE, mode=mode) if case.dtype == torch.float32 else REFERENCE
             if case.dtype == torch.float32:
                 rtol = max(RTOL[case.dtype], REFERENCE_ERRORS * rounding_of_reference(case.cfg, batch, known_by))
-            found += differences(case.cfg, batch, own_layouts, rtol=rtol, meshes=meshes, compared_with=known_by)
+            found += differences(case.cfg, batch, own_layouts, rtol=rtol, compared_with=known_by)
     by_layout = itertools.groupby(found, key=lambda own: (str(own.layout), own.rank))
     return "\n".join(f"{where}: {'; '.join(map(str, own))}" for where, own in by_layout)
 
@@ -349,7 +348,7 @@ def rounding_of_reference(cfg: BaseLossConfig, batch: Batch, layout: Layout) -> 
     A loss whose coefficient is a difference of log-probabilities (opd) magnifies the rounding of both, on each CPU
     otherwise.
     """
-    batch = _with_current(batch, cfg)
+    batch = with_current(batch, cfg)
     rounded, exact = (reference(one, cfg, layout).gradients for one in (batch, batch.with_dtype(torch.float64)))
     errors = [
         float((rounded[name].double() - gradient).abs().max() / gradient.abs().max().clamp(min=1e-30))

@@ -13,8 +13,7 @@ from PIL import Image
 
 from toolkit import ConfigError
 from toolkit.bench import measure, report
-from toolkit.bench.build import BENCH, build_bench
-from toolkit.bench.config import BenchConfig
+from toolkit.bench.config import BENCH, BenchConfig, build_bench
 from toolkit.bench.overhead import BUILDERS
 from toolkit.bench.peers import PEERS
 from toolkit.bench.problem import make_problem
@@ -63,7 +62,7 @@ def test_every_variant_computes_the_same(overrides: list[str]) -> None:
     # In float64, so that a wrong variant cannot hide behind rounding.
     fixed = ["bench.dtype=float64", "bench.memory=false", "bench.peers=false", "bench.cases=all"]
     config, loss_cfg = toy(*fixed, *overrides)
-    results = measure.measure_all(config, loss_cfg, [], say=lambda what: None)
+    results = measure.measure_all(config, loss_cfg)
     measured = [result for result in results if result.errors]
     assert len(measured) >= 12
     for result in measured:
@@ -92,7 +91,7 @@ def test_an_absent_peer_is_named_and_a_failing_one_stops_nobody(monkeypatch: pyt
     broken = Peer("broken", breaks, lambda config, loss_cfg: None)
     monkeypatch.setattr(module, "PEERS", (absent, broken))
     config, loss_cfg = toy("bench.memory=false")
-    results = {r.name: r for r in measure.measure_all(config, loss_cfg, [], say=lambda what: None)}
+    results = {r.name: r for r in measure.measure_all(config, loss_cfg)}
     assert results["absent"].skipped == "absent-peer is not installed"
     assert results["broken"].skipped == "failed: RuntimeError: out of luck"
     assert len(results["toolkit"].cpu) == 1
@@ -107,7 +106,7 @@ def test_peers_that_are_installed_are_measured() -> None:
 
 def test_the_report_holds_what_was_measured(tmp_path: Path) -> None:
     config, loss_cfg = toy("bench.memory=false", "bench.peers=false")
-    results = measure.measure_all(config, loss_cfg, [], say=lambda what: None)
+    results = measure.measure_all(config, loss_cfg)
     results.append(measure.Result("absent", skipped="not installed"))
     paths = report.write(tmp_path / "new", config, loss_cfg.model_dump(), results)
     record = json.loads(paths[0].read_text())
@@ -156,7 +155,7 @@ def test_overhead_is_measured_over_the_loss_by_hand(monkeypatch: pytest.MonkeyPa
     """All five compute the same; chunk mode is the same as eager mode on so small a batch."""
     monkeypatch.setattr(scored, "SMALL_LOGITS", 2**20)
     config, loss_cfg = build_bench(compose_config(["bench=overhead", "bench.rounds=2"], root=BENCH))
-    results = {result.name: result for result in measure.measure_all(config, loss_cfg, [], say=lambda _: None)}
+    results = {result.name: result for result in measure.measure_all(config, loss_cfg)}
     assert list(results) == list(BUILDERS)
     for result in results.values():
         assert result.skipped is None
@@ -168,4 +167,4 @@ def test_overhead_is_measured_over_the_loss_by_hand(monkeypatch: pytest.MonkeyPa
 def test_overhead_compares_one_loss_only() -> None:
     config, loss_cfg = build_bench(compose_config(["bench=overhead", "policy_loss=gspo"], root=BENCH))
     with pytest.raises(ConfigError, match="bench=overhead compares with PPO's clipped loss written by hand"):
-        measure.measure_all(config, loss_cfg, [], say=lambda _: None)
+        measure.measure_all(config, loss_cfg)

@@ -16,12 +16,14 @@ from tests.processes import run_module
 from toolkit import GRPOLossConfig
 from toolkit.check import process_checks as spread
 from toolkit.check.__main__ import main
-from toolkit.check.suite import Outcome, Subject, load_subject, report, run_suite
+from toolkit.check.outcome import Outcome, report_of
+from toolkit.check.subject import Subject, load_subject
+from toolkit.check.suite import run_suite
 from toolkit.errors import ConfigError
 from toolkit.functional import scope_check
-from toolkit.functional.declared_fields import undeclared
 from toolkit.functional.policy import registry
 from toolkit.functional.policy.registry import policy_loss, policy_loss_names, register_policy_loss
+from toolkit.functional.scope_check import undeclared
 from toolkit.training.run import rehearse
 
 NAMES = slow_unless(lambda _, name: name in spread.REPRESENTATIVE, policy_loss_names())
@@ -197,7 +199,7 @@ def test_the_scope_that_is_needed(scope: str) -> None:
 def test_nothing_runs_after_a_loss_that_cannot_be_called() -> None:
     outcomes = list(outcomes_of(averaged).values())
     assert {outcome.status for outcome in outcomes[1:]} == {"not run"}
-    lines = report(load_subject("mine"), outcomes, 1.0).splitlines()
+    lines = report_of(str(load_subject("mine")), outcomes, 1.0).splitlines()
     assert lines[-2] == "-     12 more checks skipped until this is fixed"
     assert len(lines) == 5
 
@@ -210,7 +212,7 @@ def test_a_random_loss_is_not_told_to_widen_its_scope() -> None:
 
 def test_the_same_cause_is_told_once() -> None:
     outcomes = [Outcome("a", "failed", "the cause"), Outcome("b", "failed", "the cause")]
-    text = report(load_subject("vanilla"), outcomes, 1.0)
+    text = report_of(str(load_subject("vanilla")), outcomes, 1.0)
     assert text.count("the cause") == 1
     assert "the same as: a" in text
 
@@ -418,7 +420,7 @@ def test_an_error_of_the_function_names_its_line() -> None:
     outcomes = run_suite(subject)
     assert "AttributeError" in outcomes[0].words
     assert "(my_file.py:20)" in outcomes[0].words
-    text = report(subject, outcomes, 1.0)
+    text = report_of(str(subject), outcomes, 1.0)
     assert "FAIL  one loss for each token" in text
     assert text.endswith("1.0 s")
 
@@ -526,10 +528,10 @@ def test_a_file_that_cannot_be_read_is_found_before_torch(
 ) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("def mine(t:\n")
-    monkeypatch.setattr("toolkit.check.suite.load_subject", None)
+    monkeypatch.setattr("toolkit.check.subject.load_subject", None)
     for source, words in (
-        (tmp_path / "nowhere.py", f"error: file '{tmp_path / 'nowhere.py'}' does not exist (looked for"),
-        (broken, f"error: '{broken}' is not valid Python: '(' was never closed ({broken}:1)"),
+        (tmp_path / "nowhere.py", f"error: plugins: file '{tmp_path / 'nowhere.py'}' does not exist (looked for"),
+        (broken, f"error: plugins: '{broken}' cannot be loaded: SyntaxError: '(' was never closed"),
     ):
         monkeypatch.setattr(sys, "argv", ["toolkit-check", *flags, f"{source}:mine"])
         with pytest.raises(SystemExit, match="1"):

@@ -15,14 +15,14 @@ from hydra._internal.utils import get_args_parser
 from tests.conftest import slow_unless
 from tests.processes import run_module
 from toolkit import ConfigError, LossRunner
-from toolkit.bench.build import BENCH
+from toolkit.bench.config import BENCH
 from toolkit.compose.build import build_loss
 from toolkit.compose.help_text import help_text
 from toolkit.compose.overrides import options_first
 from toolkit.compose.plugins import class_at, load_plugins
 from toolkit.compose.schemas import conf_dir
 from toolkit.compose.settings import settings_in
-from toolkit.compose.tree import TRAIN, check_command_line, check_overrides, compose_config, compose_loss, load_loss
+from toolkit.compose.tree import TRAIN, check_command_line, compose_config, compose_loss, load_loss
 from toolkit.explain.__main__ import main as explain
 from toolkit.functional.policy import registry
 
@@ -136,7 +136,7 @@ def test_fields_that_a_file_does_not_list_are_set_without_a_plus(own: Path) -> N
     loss = build_loss(found)
     assert loss.policy_loss_cfg["delta"] == 4  # type: ignore[attr-defined]
     assert loss.aggregation.name == "token_sum"  # type: ignore[attr-defined]
-    (config,) = check_overrides([overrides[0], "advantage=own", "optimizer=own", "optimizer.weight_decay=0.1"])
+    (config,), _ = check_command_line([overrides[0], "advantage=own", "optimizer=own", "optimizer.weight_decay=0.1"])
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (0.5, 0.1)
 
 
@@ -151,7 +151,7 @@ def test_fields_that_a_file_does_not_list_are_set_without_a_plus(own: Path) -> N
 )
 def test_and_mistyped_ones_are_named(own: Path, wrong: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_overrides([f"hydra.searchpath=[file://{own}]", "task=own", wrong])
+        check_command_line([f"hydra.searchpath=[file://{own}]", "task=own", wrong])
     assert words in str(caught.value)
 
 

@@ -17,7 +17,7 @@ from toolkit.compose.build import build_config, build_loss
 from toolkit.compose.overrides import LOSS_GROUPS
 from toolkit.compose.plugins import load_plugins
 from toolkit.compose.schemas import BEHAVIOUR, SCHEMAS, conf_dir
-from toolkit.compose.tree import check_overrides, compose_config, load_loss
+from toolkit.compose.tree import check_command_line, compose_config, load_loss
 from toolkit.functional.advantages import advantage, advantage_names
 from toolkit.functional.policy import registry
 from toolkit.training.config import TRAINING_HAS
@@ -198,7 +198,7 @@ WRONG = [
 )
 def test_wrong_overrides(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_overrides(overrides)
+        check_command_line(overrides)
     assert words in str(caught.value)
     assert "Traceback" not in str(caught.value)
 
@@ -218,13 +218,13 @@ def test_composing_inside_a_program_that_uses_hydra_itself(tmp_path: Path) -> No
 def test_several_processes_take_one_job_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is above 1; start each job separately"):
-        check_overrides(["seed=0,1"], multirun=True)
+        check_command_line(["seed=0,1"], multirun=True)
 
 
 def test_multirun_jobs_are_checked_one_by_one() -> None:
-    check_overrides(["seed=0,1", "loss=grpo,ce"], multirun=True)
+    check_command_line(["seed=0,1", "loss=grpo,ce"], multirun=True)
     with pytest.raises(ConfigError, match="try: loss=grpo"):
-        check_overrides(["seed=0,1", "loss=ce,grop"], multirun=True)
+        check_command_line(["seed=0,1", "loss=ce,grop"], multirun=True)
 
 
 def train(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -244,8 +244,8 @@ def test_process_ends_with_one_readable_message(wrong: str) -> None:
 
 def test_errors_need_no_torch() -> None:
     code = (
-        "import sys; from toolkit.compose.tree import check_overrides\n"
-        "try: check_overrides(['loss=grpo', 'policy_loss.cliprange_low=-1'])\n"
+        "import sys; from toolkit.compose.tree import check_command_line\n"
+        "try: check_command_line(['loss=grpo', 'policy_loss.cliprange_low=-1'])\n"
         "except ValueError: print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -313,7 +313,7 @@ def test_a_plugin_that_changed_is_loaded_again(tmp_path: Path, monkeypatch: pyte
             f"def f(t, *, {option}: float = 0.2):\n    return t.logprobs\n"
         )
         os.utime(plugin, ns=(0, len(option)))
-        check_overrides([f"plugins=[{plugin}]", "policy_loss=changing", f"policy_loss.{option}=0.5"])
+        check_command_line([f"plugins=[{plugin}]", "policy_loss=changing", f"policy_loss.{option}=0.5"])
 
 
 def test_own_configuration_folder(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_own_configuration_folder(tmp_path: Path) -> None:
     target = "tests.losses.test_custom_loss.FocalLossConfig"
     (tmp_path / "loss" / "focal.yaml").write_text(f"_target_: {target}\ngamma: 2.0\n")
     own = [f"hydra.searchpath=[file://{tmp_path}]", "loss=focal"]
-    (config,) = check_overrides([*own, "loss.gamma=1.5"])
+    (config,), _ = check_command_line([*own, "loss.gamma=1.5"])
     assert config.loss.model_dump()["gamma"] == 1.5
     for wrong, words in (
         ("loss.gama=1", "try: loss.gamma=1"),
@@ -334,7 +334,7 @@ def test_own_configuration_folder(tmp_path: Path) -> None:
         ("kl=k3", "kl=k3 has no effect"),
     ):
         with pytest.raises(ConfigError) as caught:
-            check_overrides([*own, wrong])
+            check_command_line([*own, wrong])
         assert words in str(caught.value)
 
 

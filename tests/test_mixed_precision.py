@@ -155,6 +155,7 @@ def test_the_reference_is_not_the_policy_under_autocast() -> None:
 
     from toolkit.compose.build import build_config
     from toolkit.compose.tree import compose_config
+    from toolkit.training.sharding import unwrapped
     from toolkit.training.trainer import Trainer
 
     config = build_config(compose_config(["debug=smoke", "kl=k3"]))
@@ -166,10 +167,10 @@ def test_the_reference_is_not_the_policy_under_autocast() -> None:
     assert trainer.reference is not None
     before = trainer.reference(ids, torch.ones_like(ids))
     with torch.no_grad():
-        for parameter in trainer.unwrapped.parameters():
+        for parameter in unwrapped(trainer.policy).parameters():
             parameter.mul_(0.5)
     assert torch.equal(trainer.reference(ids, torch.ones_like(ids)), before)
-    assert not torch.equal(trainer.unwrapped(ids, torch.ones_like(ids)), before)
+    assert not torch.equal(unwrapped(trainer.policy)(ids, torch.ones_like(ids)), before)
 
 
 def test_settings_that_would_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import toolkit
-from toolkit.compose.tree import check_overrides
+from toolkit.compose.tree import check_command_line
 from toolkit.errors import ConfigError
 from toolkit.functional.policy import registry
 
@@ -41,14 +41,14 @@ def test_commands_are_understood(command: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     monkeypatch.delitem(sys.modules, "my_loss", raising=False)
     words = shlex.split(command)[1:]
-    check_overrides([word for word in words if word != "-m"], multirun="-m" in words)
+    check_command_line([word for word in words if word != "-m"], multirun="-m" in words)
 
 
 def test_the_error_message_is_the_real_one() -> None:
     (shown,) = (block for block in blocks("text") if "error:" in block)
     command, message = shown.strip().splitlines()
     with pytest.raises(ConfigError) as caught:
-        check_overrides(shlex.split(command)[2:])
+        check_command_line(shlex.split(command)[2:])
     assert f"error: {caught.value}" == message
 
 

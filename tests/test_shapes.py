@@ -53,6 +53,15 @@ def test_every_tensor_has_a_shape(path: Path) -> None:
     assert not without_shape(path.read_text())
 
 
+def test_every_alias_of_a_tensor_has_a_shape() -> None:
+    """A function whose result is such an alias does not repeat it."""
+    aliases = [
+        match for path in FILES for match in re.findall(r'^(\w+): TypeAlias = "Tensor"\n(.*)', path.read_text(), re.M)
+    ]
+    assert len(aliases) == 3
+    assert [name for name, doc in aliases if not SHAPE.search(doc)] == []
+
+
 def test_a_missing_shape_is_found() -> None:
     doc = "Return what `a` [N] gives.\n\n    Args:\n        b: values.\n    "
     source = f'def f(a: Tensor, b: Tensor) -> Tensor:\n    """{doc}"""'

@@ -24,9 +24,7 @@ from toolkit.models.policy import Policy
 from toolkit.training.full_state import (
     check_optimizer,
     full_optimizer_state,
-    full_state_dict,
     load_full_optimizer_state,
-    load_full_state_dict,
     load_weights,
     save_weights,
 )
@@ -221,9 +219,8 @@ def check_inside(rank: int, accelerator: Any) -> None:
     assert policy.inside(generate).shape[1] <= 5 + 5 * rank
     assert are_shards(policy)
     with torch.no_grad():
-        for method in (policy, policy.hidden_states, policy.logits):
-            method(prompts, prompts > 0)
-            assert are_shards(policy)
+        policy(prompts, prompts > 0)
+        assert are_shards(policy)
     check_gradients_of_inside(policy, prompts)
     policy(prompts, prompts > 0)  # a backward may follow
     assert not are_shards(policy)
@@ -244,11 +241,16 @@ def are_shards(policy: Any) -> bool:
 
 def check_gradients_of_inside(policy: Any, prompts: Tensor) -> None:
     """Weights that were freed are gathered again for a backward."""
-    policy.inside(lambda lm: lm(input_ids=prompts).logits).square().sum().backward()
+
+    def scores(lm: Any) -> Tensor:
+        logprobs = lm(input_ids=prompts).logits[:, :-1].log_softmax(-1)
+        return logprobs.gather(-1, prompts[:, 1:, None])
+
+    policy.inside(scores).square().sum().backward()
     found = gradients(policy)
     policy.zero_grad()
     policy.train()
-    policy.logits(prompts, prompts > 0).square().sum().backward()
+    policy(prompts, prompts > 0).square().sum().backward()
     for name, exact in gradients(policy).items():
         torch.testing.assert_close(found[name], exact, rtol=1e-9, atol=1e-12)
     policy.zero_grad()
@@ -262,17 +264,15 @@ def check_files(rank: int, world: int, accelerator: Any, expected: dict[str, Any
         optimizer = optimizer_of(policy)
         for step in range(STEPS):
             if step == STEPS - 1:
-                weights, state = full_state_dict(policy), full_optimizer_state(policy, optimizer)
-                torch.manual_seed(rank + 7)
-                fresh = Policy(head_variant("plain"))
-                if rank == 0:
-                    fresh.load_state_dict(weights)  # the names are those of an unsharded policy
-                policy = prepare_policy(Policy(head_variant("plain")), accelerator, other)
-                optimizer, holder = optimizer_of(policy), [weights, state]
+                path, holder = f"{folder}/plain_{sharding}.safetensors", [full_optimizer_state(policy, optimizer)]
+                save_weights(policy, path)
                 dist.broadcast_object_list(holder)  # as from a file: unsharded, every rank loads
-                weights, state = holder
-                load_full_state_dict(policy, weights)
-                load_full_optimizer_state(policy, optimizer, state)
+                torch.manual_seed(rank + 7)
+                load_weights(Policy(head_variant("plain")), path)  # the names are those of an unsharded policy
+                policy = prepare_policy(Policy(head_variant("plain")), accelerator, other)
+                optimizer = optimizer_of(policy)
+                load_weights(policy, path)
+                load_full_optimizer_state(policy, optimizer, holder[0])
             forward_backward(policy, micro_batches(step, rank, world, number))
             clip_grad_norm(policy, MAX_NORM)
             optimizer.step()

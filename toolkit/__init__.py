@@ -9,106 +9,71 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from toolkit.errors import ConfigError, DataError, LaunchError, ToolkitError
-    from toolkit.functional.advantages import register_advantage
-    from toolkit.functional.policy.registry import register_policy_loss
-    from toolkit.functional.terms import PolicyTerms
-    from toolkit.losses.ce import CELossContext, CELossKwargs
-    from toolkit.losses.config.aggregation import AggregationConfig
-    from toolkit.losses.config.base import BaseLossConfig
-    from toolkit.losses.config.ce import CELossConfig
-    from toolkit.losses.config.correction import CorrectionConfig
-    from toolkit.losses.config.logprob_spec import LogprobSpec
-    from toolkit.losses.config.opd import OPDLossConfig
-    from toolkit.losses.config.oreal import OrealLossConfig
-    from toolkit.losses.config.policy import BaseRLLossConfig, GRPOLossConfig
-    from toolkit.losses.config.term import LossTerm
-    from toolkit.losses.context import BaseLossContext
-    from toolkit.losses.grpo import GRPOLossContext, GRPOLossKwargs
-    from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
-    from toolkit.losses.kwargs import BaseLossKwargs
-    from toolkit.losses.opd import OPDLossContext
-    from toolkit.losses.oreal import OrealLossContext
-    from toolkit.losses.record import PerToken, Shared
-    from toolkit.losses.scored import ScoredLossContext
-    from toolkit.losses.step.step import step_weights
-    from toolkit.runner import LossResult, LossRunner
+    from toolkit.errors import ConfigError as ConfigError
+    from toolkit.errors import DataError as DataError
+    from toolkit.errors import LaunchError as LaunchError
+    from toolkit.errors import ToolkitError as ToolkitError
+    from toolkit.functional.advantages import register_advantage as register_advantage
+    from toolkit.functional.policy.registry import register_policy_loss as register_policy_loss
+    from toolkit.functional.terms import PolicyTerms as PolicyTerms
+    from toolkit.losses.ce import CELossContext as CELossContext
+    from toolkit.losses.ce import CELossKwargs as CELossKwargs
+    from toolkit.losses.config.aggregation import AggregationConfig as AggregationConfig
+    from toolkit.losses.config.base import BaseLossConfig as BaseLossConfig
+    from toolkit.losses.config.ce import CELossConfig as CELossConfig
+    from toolkit.losses.config.correction import CorrectionConfig as CorrectionConfig
+    from toolkit.losses.config.logprob_spec import LogprobSpec as LogprobSpec
+    from toolkit.losses.config.opd import OPDLossConfig as OPDLossConfig
+    from toolkit.losses.config.oreal import OrealLossConfig as OrealLossConfig
+    from toolkit.losses.config.policy import BaseRLLossConfig as BaseRLLossConfig
+    from toolkit.losses.config.policy import GRPOLossConfig as GRPOLossConfig
+    from toolkit.losses.config.term import LossTerm as LossTerm
+    from toolkit.losses.context import BaseLossContext as BaseLossContext
+    from toolkit.losses.grpo import GRPOLossContext as GRPOLossContext
+    from toolkit.losses.grpo import GRPOLossKwargs as GRPOLossKwargs
+    from toolkit.losses.items import CELossContextInputItem as CELossContextInputItem
+    from toolkit.losses.items import LossContextInputItem as LossContextInputItem
+    from toolkit.losses.items import RLLossContextInputItem as RLLossContextInputItem
+    from toolkit.losses.kwargs import BaseLossKwargs as BaseLossKwargs
+    from toolkit.losses.opd import OPDLossContext as OPDLossContext
+    from toolkit.losses.oreal import OrealLossContext as OrealLossContext
+    from toolkit.losses.record import PerToken as PerToken
+    from toolkit.losses.record import Shared as Shared
+    from toolkit.losses.scored import ScoredLossContext as ScoredLossContext
+    from toolkit.losses.step.step import step_weights as step_weights
+    from toolkit.runner import LossResult as LossResult
+    from toolkit.runner import LossRunner as LossRunner
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "ToolkitError": "errors",
-    "ConfigError": "errors",
-    "DataError": "errors",
-    "LaunchError": "errors",
-    "register_policy_loss": "functional.policy.registry",
-    "register_advantage": "functional.advantages",
-    "PolicyTerms": "functional.terms",
-    "BaseLossConfig": "losses.config.base",
-    "CELossConfig": "losses.config.ce",
-    "BaseRLLossConfig": "losses.config.policy",
-    "GRPOLossConfig": "losses.config.policy",
-    "OPDLossConfig": "losses.config.opd",
-    "OrealLossConfig": "losses.config.oreal",
-    "AggregationConfig": "losses.config.aggregation",
-    "CorrectionConfig": "losses.config.correction",
-    "LogprobSpec": "losses.config.logprob_spec",
-    "BaseLossContext": "losses.context",
-    "BaseLossKwargs": "losses.kwargs",
-    "PerToken": "losses.record",
-    "Shared": "losses.record",
-    "LossContextInputItem": "losses.items",
-    "CELossContextInputItem": "losses.items",
-    "RLLossContextInputItem": "losses.items",
-    "CELossContext": "losses.ce",
-    "CELossKwargs": "losses.ce",
-    "GRPOLossContext": "losses.grpo",
-    "GRPOLossKwargs": "losses.grpo",
-    "OPDLossContext": "losses.opd",
-    "OrealLossContext": "losses.oreal",
-    "LossTerm": "losses.config.term",
-    "ScoredLossContext": "losses.scored",
-    "step_weights": "losses.step.step",
-    "LossRunner": "runner",
-    "LossResult": "runner",
+_NAMES = {
+    "errors": ("ToolkitError", "ConfigError", "DataError", "LaunchError"),
+    "functional.policy.registry": ("register_policy_loss",),
+    "functional.advantages": ("register_advantage",),
+    "functional.terms": ("PolicyTerms",),
+    "losses.config.base": ("BaseLossConfig",),
+    "losses.config.ce": ("CELossConfig",),
+    "losses.config.policy": ("BaseRLLossConfig", "GRPOLossConfig"),
+    "losses.config.opd": ("OPDLossConfig",),
+    "losses.config.oreal": ("OrealLossConfig",),
+    "losses.config.aggregation": ("AggregationConfig",),
+    "losses.config.correction": ("CorrectionConfig",),
+    "losses.config.logprob_spec": ("LogprobSpec",),
+    "losses.context": ("BaseLossContext",),
+    "losses.kwargs": ("BaseLossKwargs",),
+    "losses.record": ("PerToken", "Shared"),
+    "losses.items": ("LossContextInputItem", "CELossContextInputItem", "RLLossContextInputItem"),
+    "losses.ce": ("CELossContext", "CELossKwargs"),
+    "losses.grpo": ("GRPOLossContext", "GRPOLossKwargs"),
+    "losses.opd": ("OPDLossContext",),
+    "losses.oreal": ("OrealLossContext",),
+    "losses.config.term": ("LossTerm",),
+    "losses.scored": ("ScoredLossContext",),
+    "losses.step.step": ("step_weights",),
+    "runner": ("LossRunner", "LossResult"),
 }
-
-__all__ = [
-    "AggregationConfig",
-    "BaseLossConfig",
-    "BaseLossContext",
-    "BaseLossKwargs",
-    "BaseRLLossConfig",
-    "CELossConfig",
-    "CELossContext",
-    "CELossContextInputItem",
-    "CELossKwargs",
-    "ConfigError",
-    "CorrectionConfig",
-    "DataError",
-    "GRPOLossConfig",
-    "GRPOLossContext",
-    "GRPOLossKwargs",
-    "LaunchError",
-    "LogprobSpec",
-    "LossContextInputItem",
-    "LossResult",
-    "LossRunner",
-    "LossTerm",
-    "OPDLossConfig",
-    "OPDLossContext",
-    "OrealLossConfig",
-    "OrealLossContext",
-    "PerToken",
-    "PolicyTerms",
-    "RLLossContextInputItem",
-    "ScoredLossContext",
-    "Shared",
-    "ToolkitError",
-    "register_advantage",
-    "register_policy_loss",
-    "step_weights",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -32,8 +32,7 @@ STARTED_TOGETHER = (
 )
 """Environment variables in which torchrun, MPI and srun give the number of processes that they started."""
 PACKET = 128
-"""Values per rank in the first collective of `reduce_metrics`; a step with more needs a second one."""
-
+"""Numbers per rank in the first collective of `reduce_metrics`, two of them not values; more need a second one."""
 
 _counted: Any = None
 """The process group of `counting_over`; None: all ranks."""
@@ -44,14 +43,12 @@ def counting_over(group: Any) -> Iterator[None]:
     """Count steps and reduce metrics over the ranks of `group` instead of all ranks.
 
     Use it where several ranks process the same tokens, such as those that share a vocabulary: each would count them
-    again. Pass the group of ranks with different tokens; ranks that share a sequence belong to it::
+    again. Pass the process group of ranks with different tokens, over which the back-end averages gradients; ranks that
+    share a sequence belong to it::
 
         mesh = init_device_mesh("cuda", (dp, tp), mesh_dim_names=("dp", "tp"))
         with counting_over(mesh["dp"].get_group()):
             ...  # build_batches_loss_kwargs, forward, LossRunner.step, reduce_metrics
-
-    Args:
-        group: a process group of torch.distributed with this rank; the back-end must average gradients over it.
     """
     global _counted
     previous, _counted = _counted, group
@@ -117,20 +114,12 @@ def reduce_metrics(metrics: Metrics) -> dict[str, Metric]:
         return dict(metrics)
     names = sorted(metrics)
     values = packed([part for name in names for part in metrics[name].parts], collective_device())
-    checksum = float(zlib.crc32(repr([(name, type(metrics[name]).__name__) for name in names]).encode()))
-    room = PACKET - 1
-    first = F.pad(torch.cat([values.new_full((1,), checksum), values[:room]]), [0, max(0, room - len(values))])
-    everyone = _gathered(first)
-    if bool((everyone[:, 0] != checksum).any()):
+    checksum = zlib.crc32(repr([(name, type(metrics[name]).__name__) for name in names]).encode())
+    everyone = all_gather_ragged(F.pad(values, [1, 0], value=checksum), room=PACKET - 1)
+    if any(row[0] != checksum for row in everyone):
         return _reduced_by_name({name: (type(metrics[name]), fetch(metrics[name].parts)) for name in names})
-    numbers = everyone[:, 1 : 1 + len(values)]
-    if len(values) > room:
-        numbers = torch.cat([numbers, _gathered(values[room:])], 1)
-    merged, start = {}, 0
-    for name in names:
-        kind, width = type(metrics[name]), len(metrics[name].parts)
-        merged[name] = _over_ranks(kind, numbers[:, start : start + width])
-        start += width
+    columns = torch.stack(everyone)[:, 1:].split([len(metrics[name].parts) for name in names], 1)
+    merged = {name: _over_ranks(type(metrics[name]), numbers) for name, numbers in zip(names, columns, strict=True)}
     return {name: merged[name] for name in metrics}
 
 
@@ -140,7 +129,7 @@ def all_gather_ragged(vector: Tensor, *, room: int) -> list[Tensor]:
     One collective, and a second one only if a vector is longer than `room`.
 
     Args:
-        vector: [n] int64, of any length.
+        vector: [n], of any length.
         room: elements that the first collective carries, the same on every rank.
     """
     if world_size() == 1:

@@ -6,11 +6,12 @@ built-in error that it refines, so ``except ValueError`` keeps working.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -77,10 +78,8 @@ def say_warnings_plainly() -> None:
     """Print each warning of `warn_once` as one line, as a command line should; other warnings do not change."""
     usual = warnings.formatwarning
 
-    def formatted(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
-        return f"note: {message}\n" if str(message) in _warned else usual(message, category, filename, lineno, line)
+    def formatted(message: Warning | str, *args: Any, **kwargs: Any) -> str:
+        return f"note: {message}\n" if str(message) in _warned else usual(message, *args, **kwargs)
 
     warnings.formatwarning = formatted
 
@@ -94,6 +93,16 @@ def described(error: BaseException) -> str:
     """Return the class of an error, and the first line of its message where it has one."""
     name = type(error).__name__
     return name if first_line(error) == name else f"{name}: {first_line(error)}"
+
+
+@contextlib.contextmanager
+def stopping_on_error() -> Iterator[None]:
+    """End the program where a `ToolkitError` is raised inside: one line, and exit code 1."""
+    try:
+        yield
+    except ToolkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def print_text(text: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -36,11 +36,7 @@ class Metric(ABC):
 
     @classmethod
     def of_parts(cls, parts: Iterable[Tensor]) -> Self:
-        """Return the metric with these fields.
-
-        Args:
-            parts: 0-dim tensors, in the order of the fields.
-        """
+        """Return the metric with the 0-dim tensors `parts` [n] as its fields, in their order."""
         return cls(*parts)
 
     def merge(self, other: Metric) -> Self:
@@ -81,7 +77,7 @@ class Mean(Metric):
     @classmethod
     def of(cls, values: Tensor) -> Mean:
         """Return the mean of all elements of `values` [...], which may be empty."""
-        values = _unsharded(without_graph(values))
+        values = unsharded(without_graph(values))
         return cls(_wide_sum(values), _count(values))
 
     @classmethod
@@ -94,8 +90,8 @@ class Mean(Metric):
             by_dtype.setdefault(tensor.dtype, {})[name] = without_graph(tensor)
         means: dict[str, Mean] = {}
         for tensors in by_dtype.values():
-            rows = _unsharded(torch.stack([*tensors.values()])).flatten(1)
-            count = next(iter(means.values())).den if means else _count(rows, rows.shape[1])
+            rows = unsharded(torch.stack([*tensors.values()])).flatten(1)
+            count = next(iter(means.values())).den if means else _count(rows[0])
             totals = _wide_sum(rows, -1).unbind()
             means |= {name: cls(total, count) for name, total in zip(tensors, totals, strict=True)}
         return means
@@ -103,7 +99,7 @@ class Mean(Metric):
     @classmethod
     def share(cls, chosen: Tensor, among: Tensor) -> Mean:
         """Return the share of `chosen` [...] in `among`, both bool of one shape; `chosen` is a subset of `among`."""
-        return cls(_wide_sum(_unsharded(chosen)), _wide_sum(_unsharded(among)))
+        return cls(_wide_sum(unsharded(chosen)), _wide_sum(unsharded(among)))
 
     @staticmethod
     def number(parts: Sequence[float]) -> float:
@@ -197,14 +193,14 @@ def extremes(values: Tensor) -> tuple[Min, Max]:
     """Return the smallest and the largest of all elements of `values` [...], which may be empty, in one pass."""
     if not values.numel():
         return Min.of(values), Max.of(values)
-    low, high = _unsharded(without_graph(values)).aminmax()
+    low, high = unsharded(without_graph(values)).aminmax()
     return Min(low), Max(high)  # exact in any dtype
 
 
 def to_floats(metrics: Metrics) -> dict[str, float]:
     """Return the number of each metric. Waits for the device once in all: call it once per step."""
     numbers = iter(fetch([part for metric in metrics.values() for part in metric.parts]))
-    return {name: metric.number(_next(numbers, len(metric.parts))) for name, metric in metrics.items()}
+    return {name: metric.number(list(islice(numbers, len(metric.parts)))) for name, metric in metrics.items()}
 
 
 def without_graph(values: Tensor) -> Tensor:
@@ -214,7 +210,7 @@ def without_graph(values: Tensor) -> Tensor:
 
 def widened(values: Tensor) -> Tensor:
     """Return `values` [...] without graph in float64; float32 on mps, which has nothing wider."""
-    values = _unsharded(without_graph(values))
+    values = unsharded(without_graph(values))
     return values.to(wide_dtype(values))
 
 
@@ -237,10 +233,6 @@ def fetch(parts: Sequence[Tensor]) -> list[float]:
     return packed(parts, torch.device("cpu")).tolist()
 
 
-def _next(numbers: Iterator[float], count: int) -> list[float]:
-    return list(islice(numbers, count))
-
-
 def wide_dtype(values: Tensor) -> torch.dtype:
     """Return the dtype of sums of `values` [...]: float64; float32 on mps, which has nothing wider."""
     return torch.float32 if values.device.type == "mps" else torch.float64
@@ -250,11 +242,11 @@ def _wide_sum(values: Tensor, *dim: int) -> Tensor:
     return values.sum(*dim, dtype=wide_dtype(values))
 
 
-def _count(values: Tensor, number: int | None = None) -> Tensor:
+def _count(values: Tensor) -> Tensor:
     # Filled on the device: a number sent from the host would wait for it.
-    return values.new_full((), float(values.numel() if number is None else number), dtype=wide_dtype(values))
+    return values.new_full((), float(values.numel()), dtype=wide_dtype(values))
 
 
-def _unsharded(values: Any) -> Tensor:
-    """Return the full tensor of a DTensor, which is a collective; other tensors unchanged."""
+def unsharded(values: Any) -> Tensor:
+    """Return the full tensor [...] of a DTensor, which is a collective; other tensors unchanged."""
     return values.full_tensor() if hasattr(values, "full_tensor") else values

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from toolkit.errors import ConfigError, ToolkitError, did_you_mean, listed, nearest
 
@@ -71,25 +72,11 @@ class FrozenDict(dict[str, Any]):
         return self
 
 
-def _answer(function: Callable[[Any], Any]) -> property:
-    """Make a property of a config that is computed once: the fields that it depends on never change."""
-
-    @functools.wraps(function)
-    def once(config: Any) -> Any:
-        answers = config.__dict__.setdefault(ANSWERS, {})
-        if function not in answers:
-            answers[function] = function(config)
-        return answers[function]
-
-    return property(once)
-
-
+# A property of a config that is computed once: the fields that it depends on never change.
 if TYPE_CHECKING:
-    answer = property  # type checkers know only this one
+    answer = property  # type checkers let it override another property
 else:
-    answer = _answer
-ANSWERS = "_answers"
-"""Key in a config's `__dict__` for the computed answers."""
+    answer = functools.cached_property
 
 
 class Config(Model):
@@ -100,18 +87,20 @@ class Config(Model):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy with some fields changed; the new values are not checked."""
         copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop(ANSWERS, None)
+        for name in copied.__dict__.keys() - type(self).model_fields:
+            del copied.__dict__[name]  # an answer
         return copied
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        return {**state, "__dict__": {key: value for key, value in state["__dict__"].items() if key != ANSWERS}}
+        fields = type(self).model_fields
+        return {**state, "__dict__": {key: value for key, value in state["__dict__"].items() if key in fields}}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Return every field with its default; required fields read ``???`` (Hydra's mark for missing)."""
         return {
-            name: "???" if field.is_required() else _plain(field.get_default(call_default_factory=True))
+            name: "???" if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
             for name, field in cls.model_fields.items()
         }
 
@@ -122,14 +111,6 @@ def checked_chunk_size(value: Any) -> Any:
     if is_count or value == "auto" or value is None:
         return value
     raise ValueError("it must be a number of tokens above 0, or 'auto'")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Config):
-        return value.model_dump()
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> str:
@@ -160,16 +141,15 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
         hint = f" (did you mean {best!r}?)" if best else ""
         hint += f"; try: {path}={best}" if best and where else ""
         return f"{path}={_shown(value)} is not one of the choices; choose {listed(options)}{hint}"
-    return f"{path}={_shown(value)} is not allowed: {_lower_first(item['msg'])}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path}={_shown(value)} is not allowed: {message[:1].lower()}{message[1:]}"
 
 
 def _explain_inner(cause: ToolkitError, where: str | None, path: str) -> str:
     """Repeat the error of a nested config, now that the path to it is known."""
-    if cause.report is None:
-        return str(cause)
-    model, error, reported_where = cause.report
-    if reported_where != where:
-        return str(cause)  # its message already has a path
+    model, error, reported_where = cause.report or (None, None, None)
+    if model is None or reported_where != where:
+        return str(cause)  # it has no path to add, or its message already has one
     with located(path):
         return explain(model, error)
 
@@ -191,8 +171,6 @@ def _shown(value: Any) -> str:
 
 def _literal_options(model: type[BaseModel], key: str) -> list[Any]:
     """Return the choices of a Literal field, also in a union with None."""
-    from typing import Literal, get_args, get_origin
-
     pending, options = [model.model_fields[key.split(".")[0]].annotation], []
     while pending:
         annotation = pending.pop(0)
@@ -201,8 +179,3 @@ def _literal_options(model: type[BaseModel], key: str) -> list[Any]:
         else:
             pending += list(get_args(annotation))
     return options or ["another value"]
-
-
-def _lower_first(text: str) -> str:
-    text = text.removeprefix("Value error, ")
-    return text[:1].lower() + text[1:]

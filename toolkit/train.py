@@ -31,7 +31,7 @@ from toolkit.compose.tree import TRAIN, check_command_line, compose_config
 from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, say_warnings_plainly
 from toolkit.explain.lint import warnings_for
 from toolkit.training.run_config import RunConfig
-from toolkit.training.startup import check_environment, make_output_dir
+from toolkit.training.startup import INTERRUPTED, check_environment, make_output_dir
 
 if TYPE_CHECKING:
     from toolkit.training.report import Summary
@@ -47,8 +47,6 @@ EXAMPLES = {
     "toolkit-train --cfg job --resolve": "print the configuration and stop",
     "toolkit-train training.resume=outputs/...": "continue from a checkpoint",
 }
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells expect."""
 PATIENCE = 8.0
 """Seconds that another process waits for the main one to print the same error, so it is printed once."""
 

@@ -339,5 +339,5 @@ def test_documentation_has_a_title_and_a_source(name: str) -> None:
     text = advantage(name).function.__doc__
     assert text.splitlines()[0].endswith(".")
     assert "Source: " in text
-    for option in advantage(name).options_model.model_fields:
-        assert f"        {option}: " in text, option
+    for option, field in advantage(name).options_model.model_fields.items():
+        assert f"    {option}: {field.description[:9]}" in text, option

@@ -2,6 +2,7 @@
 
 import math
 from itertools import product
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError
 from toolkit.functional.kl import full_kl, top_k_kl
-from toolkit.functional.kl_exact import KL_DIRECTIONS, KL_TAILS
+from toolkit.functional.names import KLDirection, KLTail
 
 
 def logs(*probabilities: float) -> Tensor:
@@ -47,7 +48,7 @@ def test_top_k_of_one_candidate_by_hand() -> None:
     assert top_k_kl(p, q, direction="forward").item() == pytest.approx(forward, rel=1e-12)
 
 
-@pytest.mark.parametrize(("direction", "tail"), list(product(KL_DIRECTIONS, KL_TAILS)))
+@pytest.mark.parametrize(("direction", "tail"), list(product(get_args(KLDirection), get_args(KLTail))))
 def test_against_loops(direction: str, tail: str) -> None:
     logprobs, ref = random_policies()
     found = top_k_kl(logprobs[:, :4], ref[:, :4], direction=direction, tail=tail)
@@ -58,7 +59,7 @@ def test_against_loops(direction: str, tail: str) -> None:
         assert found[row].item() == pytest.approx(divergence(p, q, direction), rel=1e-12)
 
 
-@pytest.mark.parametrize(("direction", "tail"), list(product(KL_DIRECTIONS, KL_TAILS)))
+@pytest.mark.parametrize(("direction", "tail"), list(product(get_args(KLDirection), get_args(KLTail))))
 def test_all_candidates_are_the_full_divergence(direction: str, tail: str) -> None:
     logprobs, ref = random_policies()
     found = top_k_kl(logprobs, ref, direction=direction, tail=tail)
@@ -91,7 +92,7 @@ def test_full_kl_has_the_true_gradient() -> None:
     assert logits.grad.tolist() == pytest.approx([0.33404, -0.24421, -0.08984], abs=1e-5)
 
 
-@pytest.mark.parametrize(("direction", "tail"), list(product(KL_DIRECTIONS, KL_TAILS)))
+@pytest.mark.parametrize(("direction", "tail"), list(product(get_args(KLDirection), get_args(KLTail))))
 def test_gradients_against_finite_differences(direction: str, tail: str) -> None:
     generator = torch.Generator().manual_seed(1)
     logits, ref = torch.randn(2, 3, 6, dtype=torch.float64, generator=generator)
@@ -102,7 +103,7 @@ def test_gradients_against_finite_differences(direction: str, tail: str) -> None
     assert torch.autograd.gradcheck(of_logits, logits.requires_grad_())
 
 
-@pytest.mark.parametrize("direction", KL_DIRECTIONS)
+@pytest.mark.parametrize("direction", get_args(KLDirection))
 def test_tokens_that_cannot_come_add_nothing(direction: str) -> None:
     logits = torch.tensor([[0.3, -1.0, -math.inf, 0.7]], requires_grad=True)
     ref = torch.tensor([[0.1, 0.4, -math.inf, -0.2]]).log_softmax(-1)
@@ -138,7 +139,7 @@ def test_candidates_with_all_the_mass_stay_finite_in_fp32() -> None:
 def test_inputs_are_unchanged() -> None:
     logprobs, ref = random_policies()
     before = logprobs.clone(), ref.clone()
-    for direction, tail in product(KL_DIRECTIONS, KL_TAILS):
+    for direction, tail in product(get_args(KLDirection), get_args(KLTail)):
         top_k_kl(logprobs, ref, direction=direction, tail=tail)
     assert torch.equal(logprobs, before[0])
     assert torch.equal(ref, before[1])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError
-from toolkit.functional.kl import KL_GRADIENTS, expected_gradient_facts, kl_estimate, kl_warning
-from toolkit.functional.kl_facts import GRADIENT_FACTS, KL_NAMES
+from toolkit.functional.kl import kl_estimate
+from toolkit.functional.kl_facts import GRADIENT_FACTS, KL_GRADIENTS, KL_NAMES, expected_gradient_facts, kl_warning
 
 POLICY, REFERENCE, SAMPLER = [1.0, 0.0, -1.0], [0.0, 0.5, -0.5], [-0.5, 0.3, 0.8]
 KL = 0.270525

@@ -29,10 +29,6 @@ def product(lm: Any) -> Tensor:
 
 def assert_own_logits(lm: Any) -> None:
     torch.testing.assert_close(product(lm), lm(input_ids=IDS).logits, rtol=1e-10, atol=1e-12)
-    head = find_head(lm)
-    hidden = head.trunk(input_ids=IDS).last_hidden_state
-    by_pair = nn.functional.linear(hidden, *head.weight_and_bias())
-    torch.testing.assert_close(by_pair, lm(input_ids=IDS).logits, rtol=1e-10, atol=1e-12)
 
 
 def test_lora_by_hand() -> None:
@@ -50,7 +46,6 @@ def test_lora_by_hand() -> None:
     assert wide.tolist() == [[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]
     assert bias is None
     assert (hidden @ wide.t()).tolist() == [[10.0, 4.0]]
-    assert find_head(lm).weight_and_bias()[0].tolist() == [[2.0, 1.0], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,8 +93,6 @@ def test_dropout_of_the_adapter() -> None:
     ours = product(lm)
     torch.manual_seed(5)
     torch.testing.assert_close(ours, lm(input_ids=IDS).logits)
-    with pytest.raises(ConfigError, match="lora_dropout=0"):
-        find_head(lm).weight_and_bias()
     assert_own_logits(lm.eval())
 
 

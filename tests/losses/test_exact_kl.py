@@ -10,7 +10,7 @@ from tests.conftest import random_head, random_labels
 from tests.losses.evaluation import assert_same, cut, evaluate
 from toolkit import ConfigError, DataError, GRPOLossConfig, GRPOLossContext, LossRunner, RLLossContextInputItem
 from toolkit.compose.build import build_loss
-from toolkit.compose.tree import check_overrides, compose_config
+from toolkit.compose.tree import check_command_line, compose_config
 from toolkit.losses import scored
 
 VOCABULARY, K = 11, 4
@@ -313,4 +313,4 @@ def test_from_overrides_but_not_in_training() -> None:
     assert torch.equal(result.loss.detach(), evaluate(runner.loss_cfg, [item], [head])[0])
     assert build_loss(compose_config(["kl=full"])).kl_loss_type == "full"
     with pytest.raises(ConfigError, match=r"kl_loss_type=full reads ref_topk_logprobs.*this command does not make"):
-        check_overrides(["kl=full"])
+        check_command_line(["kl=full"])

@@ -20,7 +20,7 @@ from toolkit import (
     RLLossContextInputItem,
 )
 from toolkit.compose.build import build_loss
-from toolkit.compose.tree import check_overrides, compose_config
+from toolkit.compose.tree import check_command_line, compose_config
 
 VOCABULARY, K = 11, 4
 DIRECTIONS = ["reverse", "forward", "jensen_shannon"]
@@ -264,10 +264,10 @@ def test_on_the_command_line() -> None:
     cfg = build_loss(compose_config(["loss=opd", "loss.variant=top_k", "loss.direction=forward"]))
     assert cfg == OPDLossConfig(variant="top_k", direction="forward", use_entropy_metric=True)
     with pytest.raises(ConfigError, match=r"this command has no teacher.*loss=opd loss\.teacher=reference"):
-        check_overrides(["loss=opd"])
+        check_command_line(["loss=opd"])
     with pytest.raises(ConfigError, match="policy_loss=sdar has no effect: OPDLossConfig has no policy_loss_cfg"):
         compose_config(["loss=opd", "policy_loss=sdar"])
-    (run,) = check_overrides(["loss=opd", "loss.teacher=reference"])
+    (run,), _ = check_command_line(["loss=opd", "loss.teacher=reference"])
     assert run.loss.needs_reference
 
 

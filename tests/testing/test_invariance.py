@@ -29,7 +29,7 @@ from toolkit import (
 from toolkit.errors import ConfigError, DataError, LaunchError
 from toolkit.functional.policy import registry
 from toolkit.testing import Batch, Finding, Layout, LayoutError, assert_layout_invariant, differences, random_batch
-from toolkit.testing.evaluation import BIAS, HEAD, HIDDEN, Meshes, Result
+from toolkit.testing.evaluation import BIAS, HEAD, HIDDEN, Result
 from toolkit.testing.layout import layouts_of
 from toolkit.testing.processes import NESTED, _failure, check_can_start
 from toolkit.testing.verdict import compare, likely_cause, missing_metrics, verdict
@@ -354,11 +354,10 @@ def in_group(rank: int, world: int) -> None:
         loops.never_reduces: "gradients are not exchanged over processes",
         loops.no_gradient: "no gradient arrives: backward was not called",
     }
-    meshes = Meshes()
     layouts = layouts_of(world, (1, 2), (1, 2), (False, True), ("eager",))
     batch = random_batch(GRPO, num_sequences=5)
     for loop, words in expected.items():
-        findings = differences(GRPO, batch, layouts, loop, meshes=meshes)
+        findings = differences(GRPO, batch, layouts, loop)
         assert words in likely_cause(findings, layouts), (loop.__name__, likely_cause(findings, layouts))
     with pytest.raises(LayoutError, match="2 processes, 1 micro-batch, 2 of them share each sequence, padded, eager"):
         assert_layout_invariant(GRPO, loop=loops.shards_counted_twice, modes=("eager",))

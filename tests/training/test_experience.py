@@ -28,8 +28,7 @@ def test_sampled_log_probabilities_are_those_of_the_policy(model, temperature: f
     found = complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=4, group_size=5, temperature=temperature)
     assert found.input_ids.shape[0] == 15
     with torch.no_grad():
-        hidden = policy.hidden_states(found.input_ids, found.attention_mask)
-        logits = policy.lm.get_output_embeddings()(hidden)[:, :-1] / temperature
+        logits = policy._raw_logits(found.input_ids, found.attention_mask)[:, :-1] / temperature
     again = logits.log_softmax(-1).gather(-1, found.input_ids[:, 1:, None]).squeeze(-1)
     is_new = found.is_new[:, 1:]
     torch.testing.assert_close(found.logprobs[:, 1:][is_new], again[is_new], rtol=0, atol=1e-5)
@@ -66,12 +65,12 @@ def test_greedy_is_repeatable(model) -> None:
 def test_rows_of_completions_score_new_tokens_only(model) -> None:
     policy, tokenizer = model
     found = complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=4, group_size=2, temperature=1.0)
-    rows = rows_from_completions(found, torch.arange(6.0))
+    rows = rows_from_completions(found, torch.arange(6))
     is_scored = rows.shifted_labels != IGNORED
     assert torch.equal(is_scored, found.is_new[:, 1:])
     assert torch.equal(rows.shifted_labels[is_scored], found.input_ids[:, 1:][is_scored])
-    assert rows.advantages is not None
-    assert rows.advantages[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert rows.group_ids is not None
+    assert rows.group_ids[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
     item = rows.item(-100)
     assert item.shifted_labels.shape == (6, found.input_ids.shape[1] - 1)
 
@@ -113,9 +112,8 @@ def test_advantages_of_completions_whatever_their_shape(model) -> None:
     assert terms.group_ids.tolist() == [0, 0, 1, 1, 2, 2]
     assert terms.require("lengths").tolist() == found.is_new.sum(-1).tolist()
     each = AdvantageConfig(estimator="reinforce_pp").compute(terms)
-    rows = rows_from_completions(found, each)
-    assert rows.advantages is not None
-    assert torch.equal(rows.advantages, each)
+    rows = rows_from_completions(found, terms.group_ids)
+    assert each.shape == rows.shifted_labels.shape
     assert (each[rows.shifted_labels == IGNORED] == 0).all()
 
 
@@ -199,7 +197,7 @@ def test_no_rows_at_all(model) -> None:
     assert [len(piece) for piece in rows.split(4, 2)] == [1, 1]
     found = complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=4, group_size=2, temperature=1.0).first(0)
     assert found.texts == []
-    none = rows_from_completions(found, torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    none = rows_from_completions(found, torch.zeros(0, dtype=torch.int64))
     silent = none.unscored_row()
     assert (silent.shifted_labels == IGNORED).all()
     assert silent.group_ids is not None

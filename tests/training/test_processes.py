@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("reasoning_gym")
 
 from tests.processes import run_processes
-from toolkit.training.layout import largest_share, minibatches, share_of
+from toolkit.training.layout import minibatches, share_of
 
 UNEVEN = [
     "rollout.prompts_per_step=10",
@@ -41,7 +41,6 @@ TIMED = ("seconds", "tokens_per_second")
 def test_shares_by_hand() -> None:
     assert [share_of(10, rank, 4) for rank in range(4)] == [slice(0, 2), slice(2, 5), slice(5, 7), slice(7, 10)]
     assert [len(range(3)[share_of(3, rank, 4)]) for rank in range(4)] == [0, 1, 1, 1]
-    assert [largest_share(number, 4) for number in (10, 3, 8, 0)] == [3, 1, 2, 0]
 
 
 @pytest.mark.parametrize("unit", [1, 2])

@@ -14,11 +14,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from toolkit.bench.build import BENCH, build_bench
+from toolkit.bench.config import BENCH, build_bench
 from toolkit.compose.overrides import options_first
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
 from toolkit.compose.tree import compose_config
-from toolkit.errors import ToolkitError, print_text, say_warnings_plainly
+from toolkit.errors import print_text, say_warnings_plainly, stopping_on_error
 
 PURPOSE = (
     "Measure the head with a loss on top: time, memory and accuracy, against eager PyTorch, installed peers and the "
@@ -36,15 +36,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 @hydra.main(config_path=conf_dir(), config_name="bench", **BEHAVIOUR)
 def _job(cfg: DictConfig) -> None:
-    try:
+    with stopping_on_error():
         config, loss_cfg = build_bench(cfg)
         from toolkit.bench import measure, report  # loads torch
 
-        results = measure.measure_all(config, loss_cfg, list(cfg.plugins), say=_say)
+        results = measure.measure_all(config, loss_cfg, list(cfg.plugins))
         report.print_table(config, results)
         paths = report.write(Path(HydraConfig.get().runtime.output_dir), config, loss_cfg.model_dump(), results)
-    except ToolkitError as error:
-        _stop(error)
     print(f"{', '.join(path.name for path in paths)} in {paths[0].parent}")
 
 
@@ -53,7 +51,7 @@ def main() -> None:
     say_warnings_plainly()
     sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
     arguments = get_args_parser().parse_args()
-    try:
+    with stopping_on_error():
         if not (arguments.shell_completion or arguments.hydra_help):
             cfg = compose_config(arguments.overrides, root=BENCH, config_dir=arguments.config_dir)
             if arguments.help:
@@ -62,18 +60,7 @@ def main() -> None:
                 return print_text(help_text(cfg, root=BENCH, purpose=PURPOSE, examples=EXAMPLES))
             build_bench(cfg)
         register_schemas(BENCH.schemas)
-    except ToolkitError as error:
-        _stop(error)
     _job()
-
-
-def _say(what: str) -> None:
-    print(f"... {what}", file=sys.stderr, flush=True)
-
-
-def _stop(error: ToolkitError) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

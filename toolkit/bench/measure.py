@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
-import pickle
-import statistics
-import subprocess
+import multiprocessing
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from toolkit.bench.config import BenchConfig
-from toolkit.bench.problem import Problem, Step, device_of
-from toolkit.bench.variants import Variant, variants
+from toolkit.bench.problem import Problem, Step, changed, device_of
+from toolkit.bench.variants import Variant, toolkit_step, variants
+from toolkit.compose.plugins import load_plugins
 from toolkit.errors import described
 from toolkit.head.memory import keep_freed_memory
 from toolkit.losses.config.base import BaseLossConfig
@@ -43,22 +42,16 @@ class Result:
     skipped: str | None = None
     """Why it was not measured."""
 
-    def ratio(self, floor: Result, kind: str) -> float:
-        """Return the median time over that of `floor`; `kind` is "wall" or "cpu"."""
-        return statistics.median(getattr(self, kind)) / statistics.median(getattr(floor, kind))
 
-
-def measure_all(
-    config: BenchConfig, loss_cfg: BaseLossConfig, plugins: Sequence[str], say: Callable[[str], None]
-) -> list[Result]:
-    """Measure every variant; `say` is called with each step."""
+def measure_all(config: BenchConfig, loss_cfg: BaseLossConfig, plugins: Sequence[str] = ()) -> list[Result]:
+    """Measure every variant; new processes load the `plugins` first."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     chosen = variants(config, loss_cfg)
     results = {variant.name: Result(variant.name, skipped=variant.why_not) for variant in chosen}
     running = [variant for variant in chosen if variant.why_not is None]
     if config.accuracy:
-        say("accuracy")
+        _say("accuracy")
         _measure_accuracy(config, loss_cfg, running, results)
         torch.compiler.reset()  # code that a peer compiled for the small shape may not fit the large one
         running = [variant for variant in running if results[variant.name].skipped is None]
@@ -66,25 +59,27 @@ def measure_all(
         keep_freed_memory()
     if config.memory:
         for variant in running:
-            say(f"memory of {variant.name}")
+            _say(f"memory of {variant.name}")
             results[variant.name].peak_bytes = _peak_of(config, loss_cfg, plugins, variant.name)
-    _measure_time(config, running, results, say)
+    _measure_time(config, running, results)
     return list(results.values())
 
 
-def _measure_time(
-    config: BenchConfig, running: Sequence[Variant], results: dict[str, Result], say: Callable[[str], None]
-) -> None:
+def _say(what: str) -> None:
+    print(f"... {what}", file=sys.stderr, flush=True)
+
+
+def _measure_time(config: BenchConfig, running: Sequence[Variant], results: dict[str, Result]) -> None:
     built: list[tuple[str, Problem, Step]] = []
     for variant in running:
-        say(f"warm-up of {variant.name}")
+        _say(f"warm-up of {variant.name}")
         with _noting_failure(results[variant.name], is_ours=variant.is_ours):
             problem = variant.problem()
             step = variant.build(problem)
             _timed(problem, step)
             built.append((variant.name, problem, step))
     for number in range(1, config.rounds + 1):
-        say(f"time, round {number} of {config.rounds}")
+        _say(f"time, round {number} of {config.rounds}")
         for name, problem, step in built:
             wall, cpu = _timed(problem, step)
             results[name].wall.append(wall)
@@ -131,31 +126,16 @@ def _measure_accuracy(
             loss, grads = _loss_and_grads(problem, variant.build(problem))
         if result.skipped is not None:
             continue
-        exact_cfg = type(problem.loss_cfg)(**{**problem.loss_cfg.model_dump(), "mode": "eager"})
-        exact = _in_float64(problem, exact_cfg)
-        context = exact.context(softcap=config.softcap)
-
-        def step(context: object = context, exact: Problem = exact) -> Tensor:
-            loss, _ = context.forward(exact.rows, exact.weight)  # type: ignore[attr-defined]
-            loss.backward()
-            return loss
-
-        exact_loss, exact_grads = _loss_and_grads(exact, step)
+        exact = replace(
+            problem,
+            hidden=problem.hidden.detach().double().requires_grad_(),
+            weight=problem.weight.detach().double().requires_grad_(problem.weight.requires_grad),
+        )
+        exact_loss, exact_grads = _loss_and_grads(exact, toolkit_step(exact, mode="eager"))
         result.errors = {
             "loss": abs(float(loss) / float(exact_loss) - 1),
             **{name: float((grads[name].double() - want).norm() / want.norm()) for name, want in exact_grads.items()},
         }
-
-
-def _in_float64(problem: Problem, loss_cfg: BaseLossConfig) -> Problem:
-    return Problem(
-        problem.config,
-        loss_cfg,
-        problem.hidden.detach().double().requires_grad_(),
-        problem.weight.detach().double().requires_grad_(problem.weight.requires_grad),
-        problem.labels,
-        problem.item,
-    )
 
 
 def _loss_and_grads(problem: Problem, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
@@ -172,24 +152,22 @@ def _smaller(config: BenchConfig) -> BenchConfig:
     tokens = max(length, min(config.shape[0], SMALL[0]) // length * length)
     chunk = config.chunk_size if config.chunk_size == "auto" else max(1, config.chunk_size * tokens // config.shape[0])
     shape = (tokens, *map(min, config.shape[1:], SMALL[1:]))
-    return BenchConfig(**{**config.model_dump(), "shape": shape, "sequence_length": length, "chunk_size": chunk})
+    return changed(config, shape=shape, sequence_length=length, chunk_size=chunk)
 
 
 def _peak_of(config: BenchConfig, loss_cfg: BaseLossConfig, plugins: Sequence[str], name: str) -> int | None:
     """Measure in a new process, where no other variant has compiled or allocated anything."""
-    with tempfile.TemporaryDirectory() as folder:
-        task = Path(folder, "task.pickle")
-        task.write_bytes(pickle.dumps((config, loss_cfg, list(plugins), name)))
-        command = [sys.executable, "-m", "toolkit.bench.memory", str(task)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
-    if done.returncode:
-        print(f"memory of {name} could not be measured:\n{done.stderr}", file=sys.stderr)
-        return None
-    return int(done.stdout.split()[-1])
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=load_plugins, initargs=(plugins,)) as pool:
+        try:
+            return pool.submit(_peak_of_call, config, loss_cfg, name).result()
+        except Exception:
+            print(f"memory of {name} could not be measured:\n{traceback.format_exc()}", file=sys.stderr)
+            return None
 
 
-def peak_of_call(config: BenchConfig, loss_cfg: BaseLossConfig, name: str) -> int:
-    """Return the peak bytes of a call without its inputs, in this process: use a new process for each call.
+def _peak_of_call(config: BenchConfig, loss_cfg: BaseLossConfig, name: str) -> int:
+    """Return the peak bytes of a call without its inputs, in this process.
 
     On a CPU the peak of the resident memory, so allocations inside libraries count too; a first call, which compiles,
     is not measured. On a GPU the peak of PyTorch's allocator.
@@ -197,14 +175,13 @@ def peak_of_call(config: BenchConfig, loss_cfg: BaseLossConfig, name: str) -> in
     (variant,) = [variant for variant in variants(config, loss_cfg) if variant.name == name]
     problem = variant.problem()
     step = variant.build(problem)
-    for is_measured in (False, True):
-        problem.clear()
-        gc.collect()
-        before = _reset_peak(device_of(config))
-        step()
-        if is_measured:
-            return _peak(device_of(config)) - before
-    raise AssertionError
+    step()
+    problem.clear()
+    gc.collect()
+    before = _reset_peak(device_of(config))
+    step()
+    is_gpu = problem.hidden.device.type == "cuda"
+    return (torch.cuda.max_memory_allocated() if is_gpu else _status("VmHWM")) - before
 
 
 def _reset_peak(device: torch.device) -> int:
@@ -217,10 +194,6 @@ def _reset_peak(device: torch.device) -> int:
     if clear.exists():
         clear.write_text("5")  # resets the peak
     return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
 
 
 def _status(key: str) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.bench.problem import Problem, Step
+from toolkit.bench.problem import Problem, Step, changed
 from toolkit.errors import ConfigError
 from toolkit.losses.config.policy import GRPOLossConfig
 from toolkit.losses.items import RLLossContextInputItem
@@ -58,7 +58,7 @@ def by_hand(problem: Problem) -> Step:
 
 def by_context(problem: Problem, mode: str) -> Step:
     """Return the same through `build_batches_loss_kwargs` and a context."""
-    cfg = _in_mode(problem, mode)
+    cfg = changed(problem.loss_cfg, mode=mode)
 
     def step() -> Tensor:
         (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([problem.item], cfg)
@@ -71,7 +71,7 @@ def by_context(problem: Problem, mode: str) -> Step:
 
 def by_runner(problem: Problem, mode: str) -> Step:
     """Return the same through `LossRunner`."""
-    runner, fields = LossRunner(_in_mode(problem, mode)), dict(problem.item.tensors())
+    runner, fields = LossRunner(changed(problem.loss_cfg, mode=mode)), dict(problem.item.tensors())
     fields.pop("ref_logprobs", None)
 
     def step() -> Tensor:
@@ -90,7 +90,3 @@ BUILDERS: dict[str, Callable[[Problem], Step]] = {
     "LossRunner, mode=chunk": partial(by_runner, mode="chunk"),
 }
 """By name; the others are compared with the first."""
-
-
-def _in_mode(problem: Problem, mode: str) -> GRPOLossConfig:
-    return GRPOLossConfig(**{**problem.loss_cfg.model_dump(), "mode": mode})

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from toolkit.bench.config import BenchConfig
-from toolkit.bench.problem import Problem, device_of
-from toolkit.head import TokenScores
+from toolkit.bench.problem import Problem, Step, device_of
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.policy import GRPOLossConfig
 
@@ -30,7 +29,7 @@ class Peer:
     """A head of another project."""
 
     name: str
-    build: Callable[[Problem], Callable[[], Tensor]]
+    build: Callable[[Problem], Step]
     why_not: Callable[[BenchConfig, BaseLossConfig], str | None]
 
 
@@ -50,18 +49,15 @@ def _no_trl(config: BenchConfig, loss_cfg: BaseLossConfig) -> str | None:
     return None
 
 
-def _trl(problem: Problem) -> Callable[[], Tensor]:
+def _trl(problem: Problem) -> Step:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    positions, softcap = problem.scored, problem.config.softcap
-    targets = problem.labels[positions]
+    softcap, width = problem.config.softcap, min(TRL_VOCABULARY_TILE, problem.weight.shape[0])
 
-    def logprobs() -> Tensor:
-        hidden = problem.hidden.index_select(0, positions)
-        width = min(TRL_VOCABULARY_TILE, problem.weight.shape[0])
-        return ChunkedLogProbFunction.apply(hidden, problem.weight, None, targets, 1.0, width, softcap, 1.0, ())[0]
+    def head(hidden: Tensor, labels: Tensor) -> Tensor:
+        return ChunkedLogProbFunction.apply(hidden, problem.weight, None, labels, 1.0, width, softcap, 1.0, ())[0]
 
-    return _with_our_loss(problem, logprobs)
+    return _with_our_loss(problem, head)
 
 
 def _no_liger(config: BenchConfig, loss_cfg: BaseLossConfig) -> str | None:
@@ -77,7 +73,7 @@ def _no_liger(config: BenchConfig, loss_cfg: BaseLossConfig) -> str | None:
     return None
 
 
-def _liger(problem: Problem) -> Callable[[], Tensor]:
+def _liger(problem: Problem) -> Step:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     cfg, item = problem.loss_cfg, problem.item
@@ -115,23 +111,14 @@ def _liger(problem: Problem) -> Callable[[], Tensor]:
     return step
 
 
-def _no_cce(config: BenchConfig, loss_cfg: BaseLossConfig) -> str | None:
-    return _absent("cut-cross-entropy", (25,))
-
-
-def _cce(problem: Problem) -> Callable[[], Tensor]:
+def _cce(problem: Problem) -> Step:
     from cut_cross_entropy import linear_cross_entropy
 
-    positions = problem.scored
-    targets = problem.labels[positions]
     impl = "cce_exact" if device_of(problem.config).type == "cuda" else "torch_compile"
-
-    def logprobs() -> Tensor:
-        hidden = problem.hidden.index_select(0, positions)
-        options = {"softcap": problem.config.softcap, "reduction": "none", "impl": impl}
-        return -linear_cross_entropy(hidden, problem.weight, targets, **options)
-
-    return _with_our_loss(problem, logprobs)
+    options = {"softcap": problem.config.softcap, "reduction": "none", "impl": impl}
+    return _with_our_loss(
+        problem, lambda hidden, labels: -linear_cross_entropy(hidden, problem.weight, labels, **options)
+    )
 
 
 def _no_torch_lce(config: BenchConfig, loss_cfg: BaseLossConfig) -> str | None:
@@ -144,35 +131,27 @@ def _no_torch_lce(config: BenchConfig, loss_cfg: BaseLossConfig) -> str | None:
     return None
 
 
-def _torch_lce(problem: Problem) -> Callable[[], Tensor]:
-    positions = problem.scored
-    targets = problem.labels[positions]
+def _torch_lce(problem: Problem) -> Step:
     options = torch.nn.LinearCrossEntropyOptions()
 
-    def logprobs() -> Tensor:
-        hidden = problem.hidden.index_select(0, positions)
+    def head(hidden: Tensor, labels: Tensor) -> Tensor:
         return -torch.nn.functional.linear_cross_entropy(
-            hidden, problem.weight, targets, reduction="none", options=options
+            hidden, problem.weight, labels, reduction="none", options=options
         )
 
-    return _with_our_loss(problem, logprobs)
+    return _with_our_loss(problem, head)
 
 
-def _with_our_loss(problem: Problem, logprobs: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    context = problem.context()
-    kwargs = context.loss_kwargs.take(problem.scored)
-
-    def step() -> Tensor:
-        loss, _ = context.loss_from_scores(TokenScores(logprobs(), None), kwargs)
-        loss.backward()
-        return loss
-
-    return step
+def _with_our_loss(problem: Problem, head: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """Return the step of a head that takes hidden states [n, D] and labels [n] and gives log-probabilities [n]."""
+    positions = problem.scored
+    labels = problem.labels[positions]
+    return problem.with_our_loss(lambda: head(problem.hidden.index_select(0, positions), labels))
 
 
 PEERS = (
     Peer("TRL, chunked log-prob", _trl, _no_trl),
     Peer("Liger, fused linear GRPO", _liger, _no_liger),
-    Peer("cut-cross-entropy", _cce, _no_cce),
+    Peer("cut-cross-entropy", _cce, lambda config, loss_cfg: _absent("cut-cross-entropy", (25,))),
     Peer("torch, linear_cross_entropy", _torch_lce, _no_torch_lce),
 )

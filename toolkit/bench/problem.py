@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from toolkit.bench.config import BenchConfig
+from toolkit.head import TokenScores, token_logprobs
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.items import LossContextInputItem
 from toolkit.losses.samples import sample_fields
 from toolkit.losses.step.builder import item_class
+from toolkit.schema import Config
 
+C = TypeVar("C", bound=Config)
 Step = Callable[[], Tensor | None]
 """One forward and backward; the loss, if there is one."""
 NEAR = 0.15
 """Spread of log pi - log pi_old, in nats: about a tenth of the tokens are clipped at 0.2."""
+
+
+def changed(config: C, **changes: Any) -> C:
+    """Return a config with some fields changed; unlike in `model_copy` the new values are checked."""
+    return type(config)(**{**config.model_dump(), **changes})
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,21 @@ class Problem:
 
     def context(self, **changes: Any) -> Any:
         """Return a fresh context of the loss, with some fields of its config changed."""
-        loss_cfg = type(self.loss_cfg)(**{**self.loss_cfg.model_dump(), **changes})
+        loss_cfg = changed(self.loss_cfg, **changes)
         (kwargs,) = loss_cfg.loss_ctx_cls.build_batches_loss_kwargs([self.item], loss_cfg)
         return loss_cfg.loss_ctx_cls(loss_cfg, kwargs)
+
+    def with_our_loss(self, logprobs: Callable[[], Tensor]) -> Step:
+        """Return forward and backward of the loss, given a function for the log-probabilities of the scored tokens."""
+        context = self.context()
+        kwargs = context.loss_kwargs.take(self.scored)
+
+        def step() -> Tensor:
+            loss, _ = context.loss_from_scores(TokenScores(logprobs(), None), kwargs)
+            loss.backward()
+            return loss
+
+        return step
 
     @property
     def rows(self) -> Tensor:
@@ -57,10 +77,10 @@ class Problem:
         self.hidden.grad = self.weight.grad = None
 
 
-def make_problem(config: BenchConfig, loss_cfg: BaseLossConfig, *, dtype: torch.dtype | None = None) -> Problem:
+def make_problem(config: BenchConfig, loss_cfg: BaseLossConfig) -> Problem:
     """Make the tensors of a configuration; the same seed gives the same numbers in every dtype."""
     tokens, width, vocabulary = config.shape
-    device, dtype = device_of(config), dtype or getattr(torch, config.dtype)
+    device, dtype = device_of(config), getattr(torch, config.dtype)
     generator = torch.Generator().manual_seed(config.seed)
     hidden = torch.randn(tokens, width, generator=generator).to(device, dtype)
     weight = torch.empty(vocabulary, width, dtype=dtype, device=device)
@@ -75,8 +95,9 @@ def make_problem(config: BenchConfig, loss_cfg: BaseLossConfig, *, dtype: torch.
     labels = labels.to(device)
     item_cls, fields = item_class(loss_cfg.loss_ctx_cls), dict[str, Tensor]()
     if "advantages" in item_cls.model_fields:
+        states = hidden.view(*labels.shape, -1)
         with torch.no_grad():
-            logprobs = _logprobs(hidden, weight, labels, config).cpu()
+            logprobs = token_logprobs(states, weight, labels, softcap=config.softcap, chunk_bytes=2**25).float().cpu()
         names = ("old_logprobs", "ref_logprobs")
         fields = sample_fields(item_cls, logprobs, draw=generator, names=names, spread=NEAR)
         fields["advantages"] = advantages
@@ -89,13 +110,6 @@ def make_problem(config: BenchConfig, loss_cfg: BaseLossConfig, *, dtype: torch.
         labels.reshape(-1),
         item,
     )
-
-
-def _logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, config: BenchConfig) -> Tensor:
-    from toolkit.head import token_logprobs
-
-    rows = hidden.view(*labels.shape, -1)
-    return token_logprobs(rows, weight, labels, softcap=config.softcap, chunk_bytes=2**25).float()
 
 
 def device_of(config: BenchConfig) -> torch.device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from toolkit.bench.config import BenchConfig
 from toolkit.bench.measure import Result
 from toolkit.bench.problem import device_of
+from toolkit.explain.tables import aligned, markdown_table
 from toolkit.head.products import onednn_wins
 
 MIB = 2**20
@@ -26,22 +26,29 @@ def time_kind(config: BenchConfig) -> str:
     return "wall" if device_of(config).type == "cuda" else "cpu"
 
 
+def ratios(config: BenchConfig, results: Sequence[Result]) -> dict[str, float]:
+    """Return the median time of each measured variant, by name, over that of the first."""
+    kind = time_kind(config)
+    medians = {result.name: statistics.median(getattr(result, kind)) for result in results if result.skipped is None}
+    return {name: median / medians[results[0].name] for name, median in medians.items()}
+
+
 def table(config: BenchConfig, results: Sequence[Result]) -> list[tuple[str, ...]]:
     """Return the rows of the table; the first holds the headings."""
-    kind, floor = time_kind(config), results[0]
+    over_floor = ratios(config, results)
     rows: list[tuple[str, ...]] = [COLUMNS]
     for result in results:
         if result.skipped is not None:
             continue
-        errors = {name: error for name, error in (result.errors or {}).items() if name != "loss"}
+        errors = [error for name, error in (result.errors or {}).items() if name != "loss"]
         rows.append(
             (
                 result.name,
                 _milliseconds(result.wall),
                 _milliseconds(result.cpu),
-                f"{result.ratio(floor, kind):.2f}",
+                f"{over_floor[result.name]:.2f}",
                 "-" if result.peak_bytes is None else f"{result.peak_bytes / MIB:,.0f}",
-                f"{max(errors.values()):.1e}" if errors else "-",
+                f"{max(errors):.1e}" if errors else "-",
             )
         )
     return rows
@@ -49,59 +56,39 @@ def table(config: BenchConfig, results: Sequence[Result]) -> list[tuple[str, ...
 
 def print_table(config: BenchConfig, results: Sequence[Result]) -> None:
     """Print the table and an explanation of its columns."""
-    from rich.console import Console
-    from rich.table import Table
-
-    tokens, width, vocabulary = config.shape
-    title = f"N={tokens:,} D={width:,} V={vocabulary:,} {config.dtype}, {config.ignored:.0%} ignored"
-    shown = Table(title=title, title_justify="left")
-    heading, *rows = table(config, results)
-    for number, name in enumerate(heading):
-        shown.add_column(name, justify="left" if number == 0 else "right")
-    for row in rows:
-        shown.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(shown)
-    for result in results:
-        if result.skipped is not None:
-            console.print(f"not measured: {result.name}: {result.skipped}", highlight=False)
+    skipped = [f"not measured: {result.name}: {result.skipped}" for result in results if result.skipped is not None]
     floor = (
         "the loss by hand" if config.cases == "overhead" else "three bare, preallocated products of the scored tokens"
     )
-    console.print(
+    print(
+        f"{_size(config)}, {config.ignored:.0%} ignored",
+        aligned(table(config, results)),
+        *skipped,
         f"x floor: median {time_kind(config)} time over {floor}. "
         "Times: median ± half the range of the middle half. Peak: over the inputs, returned gradients included. "
         "Error: larger relative error of the two gradients against float64, at a smaller shape.",
-        soft_wrap=True,
+        sep="\n",
     )
 
 
-def markdown(config: BenchConfig, results: Sequence[Result]) -> str:
-    """Return the table in Markdown."""
-    heading, *rows = table(config, results)
-    lines = [" | ".join(heading), " | ".join(["---"] + ["---:"] * (len(heading) - 1)), *map(" | ".join, rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+def _size(config: BenchConfig) -> str:
+    tokens, width, vocabulary = config.shape
+    return f"N={tokens:,}, D={width:,}, V={vocabulary:,}, {config.dtype}"
 
 
 def write(folder: Path, config: BenchConfig, loss: dict[str, Any], results: Sequence[Result]) -> list[Path]:
     """Write results.json, table.md and figure.png, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    floor, kind = results[0], time_kind(config)
+    over_floor = ratios(config, results)
     record = {
         "bench": config.model_dump(),
         "loss": loss,
         "environment": environment(config),
-        "results": [
-            {
-                **vars(result),
-                "ratio_to_floor": None if result.skipped else result.ratio(floor, kind),
-            }
-            for result in results
-        ],
+        "results": [{**vars(result), "ratio_to_floor": over_floor.get(result.name)} for result in results],
     }
     paths = [folder / "results.json", folder / "table.md", folder / "figure.png"]
     paths[0].write_text(json.dumps(record, indent=2) + "\n")
-    paths[1].write_text(markdown(config, results) + "\n")
+    paths[1].write_text(markdown_table(table(config, results), left=1) + "\n")
     _figure(paths[2], config, results)
     return paths
 
@@ -141,12 +128,12 @@ def _figure(path: Path, config: BenchConfig, results: Sequence[Result]) -> None:
     import matplotlib.pyplot as plt
 
     shown = [result for result in results if result.skipped is None][::-1]
-    floor, kind = results[0], time_kind(config)
+    over_floor = ratios(config, results)
     colours = ["#2c7fb8" if result.name.startswith("toolkit") else "#b0b0b0" for result in shown]
     figure, axes = plt.subplots(1, 2, figsize=(12, 0.42 * len(shown) + 1.4), sharey=True, layout="constrained")
-    ratios = [result.ratio(floor, kind) for result in shown]
+    times = [over_floor[result.name] for result in shown]
     peaks = [(result.peak_bytes or 0) / MIB for result in shown]
-    for axis, values, text in ((axes[0], ratios, "{:.2f}"), (axes[1], peaks, "{:,.0f}")):
+    for axis, values, text in ((axes[0], times, "{:.2f}"), (axes[1], peaks, "{:,.0f}")):
         bars = axis.barh([result.name for result in shown], values, color=colours)
         labels = axis.bar_label(bars, [text.format(value) for value in values], padding=3, fontsize=9)
         for label in labels:
@@ -154,9 +141,8 @@ def _figure(path: Path, config: BenchConfig, results: Sequence[Result]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.12)
     axes[0].axvline(1, color="#444444", linewidth=0.8, linestyle=":", zorder=0)
-    axes[0].set_xlabel(f"{'wall' if kind == 'wall' else 'CPU'} time over {results[0].name}")
+    axes[0].set_xlabel(f"{'wall' if time_kind(config) == 'wall' else 'CPU'} time over {results[0].name}")
     axes[1].set_xlabel("peak memory over the inputs, MiB")
-    tokens, width, vocabulary = config.shape
-    figure.suptitle(f"Loss and gradients over the head: N={tokens:,}, D={width:,}, V={vocabulary:,}, {config.dtype}")
+    figure.suptitle(f"Loss and gradients over the head: {_size(config)}")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from toolkit.bench.config import BenchConfig
 from toolkit.bench.overhead import BUILDERS
 from toolkit.bench.peers import PEERS
-from toolkit.bench.problem import Problem, Step, device_of, make_problem
+from toolkit.bench.problem import Problem, Step, changed, device_of, make_problem
 from toolkit.head import TokenScores, token_logprobs
 from toolkit.head.logits import LogitTransform
 from toolkit.head.plan import auto_chunk
@@ -40,14 +40,14 @@ class Variant:
 
 def variants(config: BenchConfig, loss_cfg: BaseLossConfig) -> list[Variant]:
     """Return everything to measure, the floor first."""
-    shared_problem = _once(config, loss_cfg)
+    shared_problem = partial(_problem, config, loss_cfg)
     if config.cases == "overhead":
         return [Variant(name, shared_problem, build) for name, build in BUILDERS.items()]
     chosen = [
         Variant(FLOOR, shared_problem, _products, has_gradients=False),
-        Variant("toolkit", shared_problem, _toolkit),
+        Variant("toolkit", shared_problem, toolkit_step),
         Variant("toolkit, token_logprobs, any loop", shared_problem, _token_logprobs),
-        Variant("toolkit, mode=eager", shared_problem, partial(_toolkit, mode="eager")),
+        Variant("toolkit, mode=eager", shared_problem, partial(toolkit_step, mode="eager")),
         Variant("eager PyTorch, all tokens", shared_problem, _eager),
     ]
     if config.cases == "all":
@@ -62,52 +62,36 @@ def variants(config: BenchConfig, loss_cfg: BaseLossConfig) -> list[Variant]:
 
 def _all_cases(config: BenchConfig, loss_cfg: BaseLossConfig, shared_problem: Callable[[], Problem]) -> list[Variant]:
     """Return every pass: other losses, other lengths, a frozen head, no gradient."""
+    base = loss_cfg if isinstance(loss_cfg, GRPOLossConfig) else GRPOLossConfig()
 
-    def changed(loss_type: str = "vanilla", **changes: Any) -> Callable[[], Problem]:
-        of_loss = [key for key in ("retain_bytes", "use_entropy_metric") if key in changes]
-        loss_changes = {str(key): changes.pop(key) for key in of_loss}
+    def with_changes(loss_type: str = "vanilla", *, of_loss: dict[str, Any] | None = None, **changes: Any) -> Any:
         # GSPO's default range clips entire sequences of made-up tokens, whose products would be skipped.
-        wide = {"cliprange_low": 0.2, "cliprange_high": 0.2}
-        base = loss_cfg.model_dump() if isinstance(loss_cfg, GRPOLossConfig) else GRPOLossConfig().model_dump()
-        policy_loss = {"loss_type": loss_type, **wide}
-        fixed: dict[str, Any] = {"mode": "chunk", "chunk_size": config.chunk_size, "policy_loss_cfg": policy_loss}
-        cfg = GRPOLossConfig(**{**base, **fixed, **loss_changes})  # with the KL term of the configured loss
-        return _once(BenchConfig(**{**config.model_dump(), **changes}), cfg)
+        policy_loss = {"loss_type": loss_type, "cliprange_low": 0.2, "cliprange_high": 0.2}
+        cfg = changed(base, mode="chunk", chunk_size=config.chunk_size, policy_loss_cfg=policy_loss, **(of_loss or {}))
+        return partial(_problem, changed(config, **changes), cfg)
 
-    length = {"sequence_length": config.shape[0]}
+    length: dict[str, Any] = {"sequence_length": config.shape[0]}
     dtype, chunk = getattr(torch, config.dtype), config.chunk_size
     rows = chunk if isinstance(chunk, int) else auto_chunk(config.shape[2], dtype, device_of(config))
-    budget = rows * config.shape[2] * dtype.itemsize
+    budget = {"retain_bytes": rows * config.shape[2] * dtype.itemsize}
+    problems = {
+        "cispo": with_changes("cispo"),
+        "with entropy metric": with_changes(of_loss={"use_entropy_metric": True}),
+        "half of the rows at advantage 0": with_changes(zero_advantage=0.5),
+        "gspo": with_changes("gspo"),
+        "gspo, one long sequence": with_changes("gspo", **length),
+        "gspo, one long sequence, one chunk retained": with_changes("gspo", of_loss=budget, **length),
+        "frozen head": with_changes(frozen_head=True),
+        "frozen head, gspo, one long sequence": with_changes("gspo", frozen_head=True, **length),
+    }
     return [
-        Variant("toolkit, cispo", changed("cispo"), _toolkit),
-        Variant("toolkit, with entropy metric", changed(use_entropy_metric=True), _toolkit),
-        Variant("toolkit, half of the rows at advantage 0", changed(zero_advantage=0.5), _toolkit),
-        Variant("toolkit, gspo", changed("gspo"), _toolkit),
-        Variant("toolkit, gspo, one long sequence", changed("gspo", **length), _toolkit),
-        Variant(
-            "toolkit, gspo, one long sequence, one chunk retained",
-            changed("gspo", retain_bytes=budget, **length),
-            _toolkit,
-        ),
-        Variant("toolkit, frozen head", changed(frozen_head=True), _toolkit),
-        Variant("toolkit, frozen head, gspo, one long sequence", changed("gspo", frozen_head=True, **length), _toolkit),
+        *(Variant(f"toolkit, {name}", problem, toolkit_step) for name, problem in problems.items()),
         Variant("toolkit, log-probs without gradient", shared_problem, _no_grad, has_gradients=False),
     ]
 
 
-def _once(config: BenchConfig, loss_cfg: BaseLossConfig) -> Callable[[], Problem]:
-    """Return a function that makes the problem once, so variants share its tensors."""
-
-    def make() -> Problem:
-        key = (config, repr(loss_cfg))
-        if key not in _problems:
-            _problems[key] = make_problem(config, loss_cfg)
-        return _problems[key]
-
-    return make
-
-
-_problems: dict[Any, Problem] = {}
+_problem = cache(make_problem)
+"""Made once, so variants share its tensors."""
 
 
 def _products(problem: Problem) -> Step:
@@ -124,7 +108,8 @@ def _products(problem: Problem) -> Step:
     return step
 
 
-def _toolkit(problem: Problem, mode: str = "chunk") -> Step:
+def toolkit_step(problem: Problem, mode: str = "chunk") -> Step:
+    """Return forward and backward of the loss through its context."""
     context = problem.context(softcap=problem.config.softcap, mode=mode)
 
     def step() -> Tensor:
@@ -136,34 +121,18 @@ def _toolkit(problem: Problem, mode: str = "chunk") -> Step:
 
 
 def _token_logprobs(problem: Problem) -> Step:
-    context, positions = problem.context(), problem.scored
-    kwargs, labels = context.loss_kwargs.take(positions), problem.item.shifted_labels
-
-    def step() -> Tensor:
-        logprobs = token_logprobs(
-            problem.rows, problem.weight, labels, chunk_size=problem.config.chunk_size, softcap=problem.config.softcap
-        )
-        loss, _ = context.loss_from_scores(TokenScores(logprobs.reshape(-1)[positions], None), kwargs)
-        loss.backward()
-        return loss
-
-    return step
+    logprobs, positions = _head_alone(problem), problem.scored
+    return problem.with_our_loss(lambda: logprobs().reshape(-1)[positions])
 
 
 def _no_grad(problem: Problem) -> Step:
-    labels = problem.item.shifted_labels
+    return torch.no_grad()(_head_alone(problem))
 
-    def step() -> None:
-        with torch.no_grad():
-            token_logprobs(
-                problem.rows,
-                problem.weight,
-                labels,
-                chunk_size=problem.config.chunk_size,
-                softcap=problem.config.softcap,
-            )
 
-    return step
+def _head_alone(problem: Problem) -> Callable[[], Tensor]:
+    config, labels = problem.config, problem.item.shifted_labels
+    options = {"chunk_size": config.chunk_size, "softcap": config.softcap}
+    return partial(token_logprobs, problem.rows, problem.weight, labels, **options)
 
 
 def _eager(problem: Problem) -> Step:

@@ -7,18 +7,15 @@ checks instead that two processes give the gradient of one.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from toolkit.errors import ConfigError, ToolkitError, first_line, print_text, say_warnings_plainly
-
-if TYPE_CHECKING:
-    from toolkit.check.suite import Outcome
+from toolkit.check.outcome import report_of
+from toolkit.compose.plugins import load_plugins
+from toolkit.errors import ConfigError, first_line, print_text, say_warnings_plainly, stopping_on_error
 
 MOST_PROCESSES = 16
 """Each takes about 300 MB; more would show nothing new."""
@@ -28,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
     """Prints an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        _stop(message)
+        raise SystemExit(f"error: {message}")
 
 
 def main() -> None:
@@ -52,40 +49,31 @@ def main() -> None:
         "OREAL and one policy loss of each scope",
     )
     arguments = parser.parse_args()
-    if arguments.loss is None and arguments.distributed is None:
-        _stop("name a policy loss: toolkit-check my_file.py:my_loss (then option=value for each option to change)")
-    try:
+    with stopping_on_error():
+        if arguments.loss is None and arguments.distributed is None:
+            raise ConfigError(
+                "name a policy loss: toolkit-check my_file.py:my_loss (then option=value for each option to change)"
+            )
         options = _options(arguments.options)
-        _check_source(arguments.loss)
-        if arguments.distributed is not None:
-            title, outcomes = _distributed(_processes(arguments.distributed), arguments.loss, options)
+        source = (arguments.loss or "").rpartition(":")[0]
+        load_plugins([source] if source.endswith(".py") else [])  # before torch, if it can be loaded at all
+        number = None if arguments.distributed is None else _processes(arguments.distributed)
+        from toolkit.check.subject import load_subject  # loads torch
+
+        subject = None if arguments.loss is None else load_subject(arguments.loss, options)
+        title = "losses of every scope" if subject is None else str(subject)
+        if number is not None:
+            from toolkit.check.process_checks import run_spread
+
+            title, outcomes = f"{title}, {number} processes", run_spread(number, arguments.loss, options)
         else:
-            from toolkit.check.suite import load_subject, run_suite, title_of  # loads torch
+            from toolkit.check.suite import run_suite
 
-            subject = load_subject(arguments.loss, options)
-            title, outcomes = title_of(subject), run_suite(subject)
-    except ToolkitError as error:
-        _stop(str(error))
-    from toolkit.check.suite import report_of
-
+            assert subject is not None
+            outcomes = run_suite(subject)
     print_text(report_of(title, outcomes, time.perf_counter() - started))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise SystemExit(1)
-
-
-def _check_source(what: str | None) -> None:
-    """Raise if a named file does not exist or is not valid Python, before torch is loaded."""
-    source = (what or "").rpartition(":")[0]
-    if not source.endswith(".py"):
-        return
-    path = Path(source).resolve()
-    if not path.is_file():
-        raise ConfigError(f"file {source!r} does not exist (looked for {path})")
-    try:
-        compile(path.read_bytes(), str(path), "exec")
-    except (SyntaxError, ValueError) as error:
-        where = f"{path}:{getattr(error, 'lineno', None) or 1}"
-        raise ConfigError(f"{source!r} is not valid Python: {getattr(error, 'msg', error)} ({where})") from None
 
 
 def _processes(number: str) -> int:
@@ -95,19 +83,6 @@ def _processes(number: str) -> int:
             "toolkit-check --distributed 2 my_file.py:my_loss"
         )
     return int(number)
-
-
-def _distributed(processes: int, what: str | None, options: dict[str, object]) -> tuple[str, list[Outcome]]:
-    from toolkit.check.process_checks import run_spread
-    from toolkit.check.suite import load_subject, title_of
-
-    title = "losses of every scope" if what is None else title_of(load_subject(what, options))
-    return f"{title}, {processes} processes", run_spread(processes, what, options)
-
-
-def _stop(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(1) from None
 
 
 def _options(assignments: list[str]) -> dict[str, object]:

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from toolkit.check.subject import Failed, NotApplicable, Subject, tensors_of
+from toolkit.check.subject import Failed, NotApplicable, Subject
 from toolkit.errors import ConfigError
-from toolkit.functional.scope_check import SPREADS, check_scope, check_token_losses, made_up_terms
+from toolkit.functional.scope_check import SPREADS, check_scope, check_token_losses, made_up_terms, tensors_of
 from toolkit.functional.terms import PolicyTerms
 
 USUAL, FAR = 0.3, 1.0
@@ -115,7 +115,7 @@ def options_matter(s: Subject) -> None:
     # The options of the subject first; some options are read only if another one (a switch, a bound) is changed.
     idle = {name: tried for name in s.options if (tried := list(_others(s, name)))}
     for context in _contexts(s):
-        base = _answers(s, context, probes)
+        base = [s(terms, context) for terms in probes]
         idle = {
             name: tried
             for name, tried in idle.items()
@@ -152,10 +152,6 @@ def _probes() -> list[PolicyTerms]:
 def _of_sequences(terms: PolicyTerms) -> Tensor:
     assert terms.sequence_ids is not None
     return torch.tensor(SEQUENCE_ADVANTAGES, dtype=terms.logprobs.dtype)[terms.sequence_ids]
-
-
-def _answers(s: Subject, options: Mapping[str, Any], probes: list[PolicyTerms]) -> list[tuple[Tensor, Tensor]]:
-    return [s(terms, options) for terms in probes]
 
 
 def _differs(

@@ -5,7 +5,6 @@ Legend: B rows, T positions of a row, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.check.subject import Failed, NotApplicable, Subject, fields_declared
+from toolkit.check.subject import Failed, NotApplicable, Subject
 from toolkit.errors import described
 from toolkit.losses.config.policy import GRPOLossConfig
 from toolkit.losses.grpo import GRPOLossContext
-from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.samples import Batch, random_batch
+from toolkit.testing.evaluation import REFERENCE, hidden_gradient, toolkit_loop
+from toolkit.testing.layout import Layout, part_of
 
 ROWS, POSITIONS = 8, 7
 RTOL, ATOL = 1e-9, 1e-12
 """All checks here run in float64, except `low_precision`."""
+MICRO_BATCHES = (2, 3, ROWS)
 CHUNKS = (1, 3, 5, 1000)
 TRASH = (float("nan"), float("inf"), float("-inf"), 1e30)
 
@@ -42,49 +43,12 @@ def config(s: Subject, **settings: Any) -> GRPOLossConfig:
     return GRPOLossConfig(policy_loss_cfg=chosen, aggregation=wanted, **settings)
 
 
-def loss_and_grads(
-    s: Subject,
-    batch: Batch,
-    cfg: GRPOLossConfig,
-    *,
-    batches: Sequence[Sequence[int]] = (tuple(range(ROWS)),),
-    is_packed: bool = False,
-    with_current: bool = False,
-) -> list[Tensor]:
-    """Return the loss of a step, 0-dim, and its gradients for hidden states [B, T, D] and head [V, D].
-
-    Args:
-        s: the loss.
-        batch: the sequences.
-        cfg: of `config`.
-        batches: which rows are in each micro-batch.
-        is_packed: whether the rows of a micro-batch are joined into one.
-        with_current: whether the items have `current_logprobs`, with which a loss sees the whole step.
-    """
-    if with_current:
-        batch = batch.with_current_logprobs(cfg)
-    wanted = {"shifted_labels", "advantages", "old_logprobs", *fields_declared(s.loss, s.options)}
-    wanted |= {"current_logprobs"} if with_current else set()
-    wanted |= {"group_ids"} if cfg.aggregation.name == "prompt_mean" else set()
-    hidden, weight = batch.hidden_states.clone().requires_grad_(), batch.head_weight.clone().requires_grad_()
-    items, bounds, states = [], [], []
-    for rows in batches:
-        index = torch.tensor(rows)
-        fields: dict[str, Any] = {name: value[index] for name, value in batch.item.tensors() if name in wanted}
-        state = hidden[index]
-        if is_packed:
-            fields = {name: value.reshape(1, -1) for name, value in fields.items()}
-            state = state.reshape(1, -1, state.shape[-1])
-        items.append(RLLossContextInputItem(**fields))
-        states.append(state)
-        bounds.append(torch.arange(0, len(rows) + 1) * POSITIONS if is_packed else None)
-    kwargs = GRPOLossContext.build_batches_loss_kwargs(items, cfg, bounds if is_packed else None)
-    losses = [
-        GRPOLossContext(cfg, loss_kwargs).forward(state, weight, batch.head_bias)[0]
-        for loss_kwargs, state in zip(kwargs, states, strict=True)
-    ]
-    loss = torch.stack(losses).sum()
-    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+def loss_and_grads(batch: Batch, cfg: GRPOLossConfig, layout: Layout = REFERENCE) -> list[Tensor]:
+    """Return the loss of a step, 0-dim, and its gradients for hidden states [B, T, D] and head [V, D]."""
+    part = part_of(batch, cfg, layout, 0, None)
+    loss, _ = toolkit_loop(part)
+    assert part.head_weight.grad is not None
+    return [loss, hidden_gradient(batch, part), part.head_weight.grad]
 
 
 NAMES = ("loss", "gradient of the hidden states", "gradient of the head")
@@ -112,9 +76,9 @@ def masked_positions(s: Subject) -> None:
         changes = {name: field.masked_fill(is_masked, value) for name, field in fields}
         return replace(batch, item=batch.item.replace(**changes))
 
-    clean = loss_and_grads(s, filled(0.0), cfg)
+    clean = loss_and_grads(filled(0.0), cfg)
     for trash in TRASH:
-        for name, ours, theirs in zip(NAMES, loss_and_grads(s, filled(trash), cfg), clean, strict=True):
+        for name, ours, theirs in zip(NAMES, loss_and_grads(filled(trash), cfg), clean, strict=True):
             if not torch.equal(ours, theirs):
                 raise Failed(
                     f"{trash} at positions that are not scored changes the {name}; read per-token values only from t, "
@@ -126,33 +90,30 @@ def partition(s: Subject) -> None:
     """Micro-batches of a step add up to the step in one batch, padded and packed."""
     if s.loss.scope == "batch" and "entropies" in s.loss.needs:
         raise NotApplicable("scope='batch' with entropies: a step in several micro-batches is an error")
-    batch, cfg, is_wide = problem(), config(s), s.loss.scope in ("group", "batch")
-    reference = loss_and_grads(s, batch, cfg, with_current=is_wide)
+    batch, cfg = problem(), config(s)
+    if s.loss.scope in ("group", "batch"):
+        batch = batch.with_current_logprobs(cfg)
+    reference = loss_and_grads(batch, cfg)
     remedy = (
         "a token's loss must not depend on how many tokens or sequences there are (no mean, sum or N over the batch); "
         "leave averaging to the aggregation"
     )
-    layouts: dict[str, tuple[tuple[int, ...], ...]] = {
-        "three micro-batches": ((0, 1), (2, 3), (4, 5, 6, 7)),
-        "two micro-batches": ((4, 5), (0, 1, 2, 3, 6, 7)),
-    }
-    layouts["one sequence in each micro-batch"] = tuple((row,) for row in range(ROWS))
-    for name, batches in layouts.items():
-        actual = loss_and_grads(s, batch, cfg, batches=batches, with_current=is_wide)
-        _agree(actual, reference, f"{name} instead of one", remedy)
+    for number in MICRO_BATCHES:
+        actual = loss_and_grads(batch, cfg, Layout(micro_batches=number))
+        _agree(actual, reference, f"{number} micro-batches instead of one", remedy)
     remedy = "use t.segment_mean(x) and related methods for sequences, t.positions for distances inside them"
-    actual = loss_and_grads(s, batch, cfg, is_packed=True, with_current=is_wide)
+    actual = loss_and_grads(batch, cfg, Layout(is_packed=True))
     _agree(actual, reference, "one packed row instead of padded ones", remedy)
 
 
 def eager_equals_chunk(s: Subject) -> None:
     """The head may compute log-probabilities in chunks of any size."""
     batch = problem()
-    reference = loss_and_grads(s, batch, config(s))
+    reference = loss_and_grads(batch, config(s))
     if not any(bool((value != 0).any()) for value in reference):
         raise Failed("loss and gradients are 0 on all made-up tokens, so there is nothing to compare")
     for size in CHUNKS:
-        actual = loss_and_grads(s, batch, config(s, mode="chunk", chunk_size=size))
+        actual = loss_and_grads(batch, config(s, mode="chunk", chunk_size=size))
         remedy = "register it with the scope it needs: scope='sequence', 'group' or 'batch'"
         _agree(actual, reference, f"mode='chunk' with chunk_size={size} instead of mode='eager'", remedy)
 
@@ -164,7 +125,7 @@ def nothing_to_score(s: Subject) -> None:
     empty = replace(batch, item=batch.item.replace(shifted_labels=labels))
     for mode in ("eager", "chunk"):
         try:
-            results = loss_and_grads(s, empty, config(s, mode=mode))
+            results = loss_and_grads(empty, config(s, mode=mode))
         except (IndexError, RuntimeError, ZeroDivisionError) as error:
             raise Failed(
                 f"it fails without tokens ({described(error)}), but some process may "
@@ -179,7 +140,12 @@ def low_precision(s: Subject) -> None:
     """bfloat16 hidden states, head and advantages give an fp32 loss and finite gradients."""
     wide, batch = problem().with_dtype(torch.float32), problem().with_dtype(torch.bfloat16)
     item = wide.item.replace(advantages=batch.item.advantages)  # type: ignore[attr-defined]
-    loss, *grads = loss_and_grads(s, replace(batch, item=item), config(s))
+    cfg = config(s)
+    part = part_of(replace(batch, item=item), cfg, REFERENCE, 0, None)
+    (kwargs,) = GRPOLossContext.build_batches_loss_kwargs(part.items, cfg)
+    leaves = (part.hidden_states[0], part.head_weight)
+    loss, _ = GRPOLossContext(cfg, kwargs).forward(*leaves, part.head_bias)
+    grads = torch.autograd.grad(loss, leaves)
     if loss.dtype != torch.float32:
         raise Failed(f"with bfloat16 hidden states the loss is {loss.dtype}; leave log-probabilities in float32")
     if not all(bool(value.isfinite().all()) for value in (loss, *grads)):

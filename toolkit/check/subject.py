@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,12 +11,9 @@ from torch import Tensor
 
 from toolkit.compose.plugins import load_plugins
 from toolkit.errors import ConfigError, did_you_mean, listed
-from toolkit.functional.declared_fields import declared, error_location, fields_declared, tensors_of, undeclared
 from toolkit.functional.policy.registry import PolicyLoss, policy_loss, policy_loss_names, register_policy_loss
-from toolkit.functional.scope_check import check_token_losses
+from toolkit.functional.scope_check import check_token_losses, declared, tensors_of, undeclared
 from toolkit.functional.terms import PolicyTerms
-
-__all__ = ["Failed", "NotApplicable", "Subject", "error_location", "fields_declared", "load_subject", "tensors_of"]
 
 
 class Failed(Exception):
@@ -59,6 +53,10 @@ class Subject:
         gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0]
         return values.detach(), torch.zeros_like(leaf) if gradient is None else gradient
 
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items()) or "no options"
+        return f"{self.loss.name} (scope {self.loss.scope}; {options})"
+
     def declared(self, terms: PolicyTerms, options: Mapping[str, Any] | None = None) -> PolicyTerms:
         """Return `terms` with only the fields that the loss declares."""
         return declared(self.loss, self.options if options is None else options, terms)
@@ -82,8 +80,7 @@ def load_subject(what: str, options: Mapping[str, Any] | None = None) -> Subject
 
 
 def _from_source(source: str, name: str) -> PolicyLoss:
-    load_plugins([source])
-    module = _module(source)
+    (module,) = load_plugins([source])
     function = getattr(module, name, None)
     losses = [policy_loss(known_name) for known_name in policy_loss_names()]
     for loss in losses:
@@ -91,20 +88,9 @@ def _from_source(source: str, name: str) -> PolicyLoss:
         if is_this and loss.function.__module__ == module.__name__:
             return loss
     if not callable(function):
-        names = [key for key, value in vars(module).items() if _is_defined_in(value, module)]
+        functions = {key: value for key, value in vars(module).items() if callable(value)}
+        names = [key for key, value in functions.items() if getattr(value, "__module__", None) == module.__name__]
         have = f"it has {listed(names, 'and')}" if names else "it has no functions"
         raise ConfigError(f"{source} has no function {name!r}; {have}{did_you_mean(name, names)}")
     register_policy_loss(name)(function)  # not decorated: register it under its name for this check
     return policy_loss(name)
-
-
-def _is_defined_in(value: Any, module: ModuleType) -> bool:
-    is_function: Callable[[Any], bool] = callable
-    return is_function(value) and getattr(value, "__module__", None) == module.__name__
-
-
-def _module(source: str) -> ModuleType:
-    if not source.endswith(".py"):
-        return sys.modules[source]
-    path = str(Path(source).resolve())
-    return next(module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == path)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 from toolkit.check import function_checks, loss_checks
-from toolkit.check.outcome import Outcome, report_of
-from toolkit.check.subject import Failed, NotApplicable, Subject, error_location, load_subject
+from toolkit.check.outcome import Outcome
+from toolkit.check.subject import Failed, NotApplicable, Subject
 from toolkit.errors import ToolkitError
-
-__all__ = ["Outcome", "Subject", "load_subject", "report", "report_of", "run_suite", "title_of"]
+from toolkit.functional.scope_check import error_location
 
 Check = Callable[[Subject], None]
 FIRST: tuple[tuple[str, Check], ...] = (
@@ -43,8 +42,7 @@ OTHERS: tuple[tuple[str, Check], ...] = (
 
 def run_suite(subject: Subject) -> list[Outcome]:
     """Run all checks; a broken loss gives failed outcomes, never an exception."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]):
         outcomes: list[Outcome] = []
         for name, check in FIRST:
             outcomes.append(_outcome(name, check, subject))
@@ -52,17 +50,6 @@ def run_suite(subject: Subject) -> list[Outcome]:
                 skipped = [name for name, _ in (*FIRST, *OTHERS)][len(outcomes) :]
                 return [*outcomes, *(Outcome(name, "not run") for name in skipped)]
         return [*outcomes, *(_outcome(name, check, subject) for name, check in OTHERS)]
-
-
-def report(subject: Subject, outcomes: Iterable[Outcome], seconds: float) -> str:
-    """Return one line for each check, the message of each failure (once, if repeated), and a summary."""
-    return report_of(title_of(subject), outcomes, seconds)
-
-
-def title_of(subject: Subject) -> str:
-    """Return the loss with its scope and options, in one line."""
-    options = ", ".join(f"{name}={value}" for name, value in subject.options.items()) or "no options"
-    return f"{subject.loss.name} (scope {subject.loss.scope}; {options})"
 
 
 def _outcome(name: str, check: Check, subject: Subject) -> Outcome:

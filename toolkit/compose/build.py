@@ -44,16 +44,10 @@ def build_loss(cfg: DictConfig) -> BaseLossConfig:
 
 
 def build_part(cfg: DictConfig, name: str, expected: Any, **unlisted: Any) -> Any:
-    """Instantiate one part of a composed configuration.
-
-    Args:
-        cfg: the composed configuration.
-        name: name of the part, such as "loss".
-        expected: the class that it must be an instance of.
-        unlisted: fields that its YAML file does not list.
+    """Instantiate one part of a composed configuration, with fields that its YAML file does not list.
 
     Raises:
-        ConfigError: as `build_config`.
+        ConfigError: as `build_config`; or it is not an instance of the `expected` class.
     """
     try:
         values = OmegaConf.to_container(cfg[name], resolve=True)

@@ -35,12 +35,7 @@ def groups_in(*folders: str) -> dict[str, list[str]]:
 
 
 def choices_shown(choices: list[str], wrong_choice: str = "") -> list[str]:
-    """Return the choices to print; the many presets are listed only if `wrong_choice` looks like one.
-
-    Args:
-        choices: all of them.
-        wrong_choice: the choice that does not exist; ``preset/verl/...`` lists the presets of that project.
-    """
+    """Return the choices to print; presets, which are many, only if the `wrong_choice` is one (of that project)."""
     folder = wrong_choice.rpartition("/")[0]
     inside = [choice for choice in choices if folder and choice.startswith(f"{folder}/")]
     plain = [choice for choice in choices if "/" not in choice]
@@ -93,13 +88,9 @@ def _in_one_line(error: YAMLError) -> str:
 
 
 def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]], base: DictConfig) -> str:
-    """Say which key is wrong and which one would work; return Hydra's message if that is unclear.
+    """Say which key is wrong and which one would work; return Hydra's message (`error`) if that is unclear.
 
-    Args:
-        parsed: all overrides.
-        error: what Hydra raised for them.
-        groups: as `groups_in` returns them.
-        base: as `choices_composed` returns it.
+    `groups` and `base` are what `groups_in` and `choices_composed` return.
     """
     listed_keys = _dotted(OmegaConf.to_container(base, resolve=False))
     known = [*listed_keys, *(s.key for s in settings_in(base) if s.key not in listed_keys)]

@@ -9,12 +9,11 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from omegaconf import DictConfig
 
 from toolkit.compose.diagnosis import choices_shown
-from toolkit.compose.settings import Setting, settings_in
+from toolkit.compose.settings import Setting, as_written, settings_in
 from toolkit.compose.tree import Root, groups_of
 
 MOST_COLUMNS, FEWEST_COLUMNS = 120, 80
@@ -25,14 +24,9 @@ SETTING_COLUMNS = 42
 def help_text(
     cfg: DictConfig, *, root: Root, purpose: str, examples: Mapping[str, str], folders: Sequence[str] = ()
 ) -> str:
-    """Return the help of a command.
+    """Return the help of a command: its `purpose`, choices, the settings of `cfg`, and `examples` with their meaning.
 
-    Args:
-        cfg: the configuration, composed with the choices of the command line.
-        root: what the command composes.
-        purpose: what the command does, one sentence.
-        examples: command line -> what it does.
-        folders: additional configuration folders.
+    `folders` are additional configuration folders.
     """
     width = min(max(shutil.get_terminal_size((MOST_COLUMNS, 24)).columns, FEWEST_COLUMNS), MOST_COLUMNS)
     choices = [
@@ -65,7 +59,7 @@ def _settings(cfg: DictConfig, width: int) -> Iterator[str]:
 
 
 def _lines(setting: Setting, width: int) -> Iterator[str]:
-    start = f"{setting.key}={_as_written(setting.value)}"
+    start = f"{setting.key}={as_written(setting.value)}"
     meaning = _as_help(setting.meaning or "")
     indent = " " * (SETTING_COLUMNS + 2)
     if len(start) > SETTING_COLUMNS or not meaning:
@@ -77,20 +71,9 @@ def _lines(setting: Setting, width: int) -> Iterator[str]:
         yield from (indent + line for line in rest)
 
 
-def _as_written(value: Any) -> str:
-    """Return a value as it is written in an override."""
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_as_written, value))}]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_as_written(item)}" for name, item in value.items()) + "}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
 def _as_help(text: str) -> str:
-    """Return the first sentence of a docstring in command-line spelling, where None is ``null``."""
-    sentence = re.split(r"(?<!Dr)\. ", " ".join(text.split()), maxsplit=1)[0].rstrip(".").replace("``", "`")
+    """Return a docstring in command-line spelling, where None is ``null``."""
+    plain = " ".join(text.split()).rstrip(".").replace("``", "`")
     for python, yaml in (("None", "null"), ("True", "true"), ("False", "false")):
-        sentence = re.sub(rf"\b{python}\b", yaml, sentence)
-    return sentence
+        plain = re.sub(rf"\b{python}\b", yaml, plain)
+    return plain

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from toolkit.compose.schemas import conf_dir
 from toolkit.errors import ConfigError, first_line
 
 PRESET = "preset/"
@@ -32,9 +33,7 @@ def adapted(overrides: Sequence[str]) -> list[str]:
 def options_first(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """Return a command line with its options before its overrides, because argparse needs the overrides in one piece.
 
-    Args:
-        arguments: the command line without the program.
-        parser: has a positional argument ``overrides`` that takes any number.
+    The parser has a positional argument ``overrides`` that takes any number.
     """
     read, rest = parser.parse_known_args(arguments)
     if any(argument.startswith("-") for argument in rest):
@@ -55,15 +54,14 @@ def policy_loss_has_a_group(override: Override) -> ConfigError:
     )
 
 
-def check_policy_loss_keys(parsed: Sequence[Override], is_shipped: Callable[[str], bool]) -> None:
+def check_policy_loss_keys(parsed: Sequence[Override]) -> None:
     """Raise if options of the policy loss are set where nothing reads them: presets read loss.*, others policy_loss.*.
 
-    Args:
-        parsed: the overrides.
-        is_shipped: whether a loss is part of this package; for a custom loss only its file shows where they are.
+    For a custom loss only its file shows where they are, so it is checked after composing.
     """
     loss = next((str(o.value()) for o in parsed if o.key_or_group == "loss"), "grpo")
     preset = loss if loss.startswith(PRESET) else None
+    is_shipped = Path(conf_dir(), "loss", f"{loss}.yaml").is_file()
     for override in parsed:
         group, _, option = str(override.key_or_group).partition(".")
         value = override.value()
@@ -75,7 +73,7 @@ def check_policy_loss_keys(parsed: Sequence[Override], is_shipped: Callable[[str
             raise ConfigError(
                 f"correction=bypass sets policy_loss.anchor, which loss={loss} does not read; write {where}=rollout"
             )
-        if preset is None and str(override.key_or_group).startswith("loss.policy_loss_cfg") and is_shipped(loss):
+        if preset is None and str(override.key_or_group).startswith("loss.policy_loss_cfg") and is_shipped:
             raise policy_loss_has_a_group(override)
         if preset is not None and group == "policy_loss":
             raise ConfigError(
@@ -118,37 +116,31 @@ def with_folder(overrides: Sequence[str], config_dir: str | os.PathLike[str] | N
         raise ConfigError(f"--config-dir={os.fspath(config_dir)} is not a folder (looked for {folder})")
     parsed = parse(overrides)
     rest = [text for text, o in zip(overrides, parsed, strict=True) if o.key_or_group != "hydra.searchpath"]
-    folders = ", ".join(_quoted(f"file://{path}") for path in [*config_folders_in(parsed), folder])
+    quoted = [f"file://{path}".replace("'", "\\'") for path in [*config_folders_in(parsed), folder]]
+    folders = ", ".join(f"'{path}'" for path in quoted)
     return [*rest, f"hydra.searchpath=[{folders}]"]
-
-
-def _quoted(text: str) -> str:
-    """Return a text in quotes, so an override may contain it whatever characters it has."""
-    return "'" + text.replace("'", "\\'") + "'"
 
 
 def config_folders_in(parsed: Iterable[Override]) -> list[str]:
     """Return the configuration folders that the command line adds (``--config-dir``, ``hydra.searchpath``)."""
-    values = [o.value() for o in parsed if o.key_or_group == "hydra.searchpath"]
-    return [str(folder).removeprefix("file://") for value in values if isinstance(value, list) for folder in value]
+    return [folder.removeprefix("file://") for folder in _values_of("hydra.searchpath", parsed)]
 
 
 def output_dir_in(overrides: Sequence[str]) -> str | None:
     """Return the output directory that the command line sets; None if it sets none, or one with an interpolation."""
-    for override in parse(overrides):
-        if override.key_or_group == "hydra.run.dir":
-            value = str(override.value())
-            return None if "${" in value else value
-    return None
+    folders = _values_of("hydra.run.dir", parse(overrides))
+    return folders[0] if folders and "${" not in folders[0] else None
 
 
 def plugins_in(parsed: Iterable[Override]) -> list[str]:
     """Return the plugins that the command line names."""
-    for override in parsed:
-        if override.key_or_group == "plugins":
-            value = override.value()
-            return [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    return []
+    return _values_of("plugins", parsed)
+
+
+def _values_of(key: str, parsed: Iterable[Override]) -> list[str]:
+    """Return what the overrides set `key` to, each element of a list by itself."""
+    values = [override.value() for override in parsed if override.key_or_group == key]
+    return [str(element) for value in values for element in (value if isinstance(value, list) else [value])]
 
 
 def sweep_jobs(overrides: Sequence[str]) -> Iterable[Sequence[str]] | None:

@@ -23,20 +23,18 @@ _modules: dict[str, ModuleType] = {}
 """Modules of the loaded files by file name without ``.py``, as YAML files refer to their classes."""
 
 
-def load_plugins(plugins: Iterable[str]) -> None:
-    """Import plugin files or modules; a file that has changed since it was loaded is loaded again.
+def load_plugins(plugins: Iterable[str]) -> list[ModuleType]:
+    """Import plugin files or modules and return them; a file that has changed since it was loaded is loaded again.
 
     Raises:
         ConfigError: a file or module does not exist, or its import fails.
     """
+    modules = []
     for plugin in plugins:
         advantage_names()
         policy_loss_names()  # built-in losses first, so a name that a plugin repeats is reported for the plugin
         try:
-            if plugin.endswith(".py"):
-                _load_file(Path(plugin))
-            else:
-                _imported(plugin)
+            modules.append(_load_file(Path(plugin)) if plugin.endswith(".py") else _imported(plugin))
         except ToolkitError:
             raise
         except (Exception, SystemExit) as error:
@@ -45,6 +43,7 @@ def load_plugins(plugins: Iterable[str]) -> None:
             else:
                 why = why_it_failed(error)
             raise ConfigError(f"plugins: {plugin!r} cannot be loaded: {why}") from None
+    return modules
 
 
 def why_it_failed(error: BaseException) -> str:
@@ -56,15 +55,15 @@ def why_it_failed(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} ({where})"
 
 
-def _load_file(file: Path) -> None:
+def _load_file(file: Path) -> ModuleType:
     path = file.resolve()
     if not path.is_file():
         raise ConfigError(f"plugins: file {str(file)!r} does not exist (looked for {path})")
     changed = path.stat().st_mtime_ns
-    if _loaded.get(path) == changed:
-        return
     # A unique name: a plugin called random.py must not collide with the standard module.
     name = f"toolkit_plugin_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
+    if _loaded.get(path) == changed:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path, loader=_FromSource(name, str(path)))
     assert spec is not None
     assert spec.loader is not None
@@ -73,6 +72,7 @@ def _load_file(file: Path) -> None:
     spec.loader.exec_module(module)
     _loaded[path] = changed
     _modules[path.stem] = module
+    return module
 
 
 class _FromSource(SourceFileLoader):
@@ -92,17 +92,15 @@ def class_at(path: str) -> type:
         ImportError: the module does not exist, or does not have such a class.
     """
     module_name, _, name = path.rpartition(".")
-    module = _modules.get(module_name) or _imported(module_name)
+    module = _modules.get(module_name) or (_imported(module_name) if module_name else None)
     target = getattr(module, name, None)
     if not isinstance(target, type):
         raise ImportError(f"{module_name} has no class {name!r}" if module_name else f"{name!r} does not name a module")
     return target
 
 
-def _imported(name: str) -> ModuleType | None:
+def _imported(name: str) -> ModuleType:
     """Import a module as ``python -m`` would: also from the current folder, which a console script does not search."""
-    if not name:
-        return None
     if os.getcwd() in sys.path or "" in sys.path:
         return importlib.import_module(name)
     sys.path.insert(0, os.getcwd())

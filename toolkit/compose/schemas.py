@@ -6,6 +6,7 @@ field is written down once, in the class.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,21 @@ from toolkit.errors import ConfigError
 from toolkit.functional.advantages import advantage, advantage_names
 from toolkit.functional.policy.registry import policy_loss, policy_loss_names
 from toolkit.losses.config.aggregation import AggregationConfig
-from toolkit.losses.config.ce import CELossConfig
-from toolkit.losses.config.opd import OPDLossConfig
-from toolkit.losses.config.oreal import OrealLossConfig
-from toolkit.losses.config.policy import GRPOLossConfig
-from toolkit.models.config import PretrainedConfig, TinyLlamaConfig
-from toolkit.rollout.config import RolloutConfig
 from toolkit.schema import Config
-from toolkit.tasks.config import SpellBackwardConfig
-from toolkit.training.config import (
-    AdvantageConfig,
-    KLControlConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    TrackerConfig,
-    TrainingConfig,
-    WarmupConfig,
-)
+from toolkit.training.config import AdvantageConfig
+from toolkit.training.run_config import RunConfig
 
-SCHEMAS: tuple[type[Config], ...] = (
-    CELossConfig,
-    GRPOLossConfig,
-    OrealLossConfig,
-    OPDLossConfig,
-    SpellBackwardConfig,
-    TinyLlamaConfig,
-    PretrainedConfig,
-    KLControlConfig,
-    RolloutConfig,
-    WarmupConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    TrainingConfig,
-    TrackerConfig,
-)
-PARTS: tuple[type[Config], ...] = (AggregationConfig,)
-"""Configs inside other configs; their schema nodes are plain values."""
 
+def _classes_of(annotation: Any) -> Iterator[type[Config]]:
+    """Yield a config class and its subclasses in this package."""
+    if isinstance(annotation, type) and issubclass(annotation, Config) and annotation.__module__.startswith("toolkit."):
+        yield annotation
+        for subclass in annotation.__subclasses__():
+            yield from _classes_of(subclass)
+
+
+SCHEMAS = tuple(schema for field in RunConfig.model_fields.values() for schema in _classes_of(field.annotation))
+"""What the parts of a run may be."""
 IS_HYDRA_1_3 = hydra.__version__.startswith("1.3.")
 BEHAVIOUR: dict[str, Any] = {"version_base": "1.3"} if IS_HYDRA_1_3 else {}
 """Arguments of Hydra: without ``version_base``, 1.3 behaves like older versions; with it, 1.4 warns."""
@@ -75,18 +54,15 @@ def conf_dir() -> str:
 def register_schemas(schemas: tuple[type[Config], ...] = ()) -> int:
     """Store every config class, policy loss and advantage estimator as a node for YAML files.
 
-    May be called repeatedly: later calls store only what plugins have registered or replaced since.
-
-    Args:
-        schemas: additional config classes of one command.
+    May be called repeatedly: later calls store only what plugins have registered or replaced since. `schemas` are
+    additional config classes of one command.
 
     Returns:
         How many nodes have been stored; if the number has not changed, neither have the choices.
     """
     for schema in (*SCHEMAS, *schemas):
         _store("schema", schema.__name__, schema, _target_=_path_of(schema))
-    for part in PARTS:
-        _store("schema", part.__name__, part)
+    _store("schema", AggregationConfig.__name__, AggregationConfig)  # inside other configs: plain values
     for name in policy_loss_names():
         _store_choice("policy_loss", name, policy_loss(name).options_model, loss_type=name)
     target = _path_of(AdvantageConfig)

@@ -113,3 +113,14 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
         values = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(values, dict)
     return {str(name): value for name, value in values.items()}
+
+
+def as_written(value: Any) -> str:
+    """Return a value as the command line spells it."""
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(as_written, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{as_written(item)}" for name, item in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

@@ -33,9 +33,11 @@ from toolkit.compose.overrides import (
 from toolkit.compose.plugins import load_plugins
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
 from toolkit.compose.settings import settings_in
-from toolkit.compose.unread import check_unread
 from toolkit.errors import ConfigError
+from toolkit.functional.policy.registry import policy_loss
 from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.ce import CELossConfig
+from toolkit.losses.config.opd import OPDLossConfig
 from toolkit.schema import Config
 from toolkit.training.run_config import RunConfig
 
@@ -64,6 +66,13 @@ OF_COMMANDS = ("launcher", "sweeper", "help", "hydra_help", "hydra_logging", "ou
 """Groups of Hydra that a command needs and a configuration does not; each takes time to compose."""
 MAX_CHECKED_JOBS = 32
 """Jobs of a multirun that are checked in advance; each job checks itself again when it starts."""
+READ_BY = {
+    "policy_loss": "policy_loss_cfg",
+    "kl": "use_kl_loss",
+    "aggregation": "aggregation",
+    "correction": "correction",
+}
+"""Group of choices -> the field of a loss config that reads it."""
 
 
 def compose_config(
@@ -71,10 +80,7 @@ def compose_config(
 ) -> DictConfig:
     """Compose ``conf/`` with `overrides`; may be called repeatedly in one process, inside Hydra or not.
 
-    Args:
-        overrides: as on the command line.
-        root: what the command composes.
-        config_dir: a folder with additional YAML files, as ``--config-dir``.
+    `root` is what the command composes, and `config_dir` a folder with additional YAML files, as ``--config-dir``.
 
     Raises:
         ConfigError: an override names a choice or a key that does not exist; the message names the nearest valid one.
@@ -119,7 +125,7 @@ def load_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | 
 def _compose(overrides: Sequence[str], root: Root) -> tuple[DictConfig, list[str]]:
     """Compose one job; also return its overrides in the form that Hydra accepts."""
     parsed = parse(overrides)
-    check_policy_loss_keys(parsed, lambda loss: Path(conf_dir(), "loss", f"{loss}.yaml").is_file())
+    check_policy_loss_keys(parsed)
     load_plugins(plugins_in(parsed))
     register_schemas(root.schemas)
     with _hydra_of_conf():
@@ -151,7 +157,7 @@ def _compose(overrides: Sequence[str], root: Root) -> tuple[DictConfig, list[str
             "policy_loss has no loss_type; add the policy loss that its options are for to its file, such as "
             "loss_type: vanilla"
         )
-    check_unread(parsed, cfg, root.keys)
+    _check_unread(parsed, cfg, root.keys)
     return cfg, taken
 
 
@@ -182,6 +188,43 @@ def _with_unlisted(overrides: list[str], parsed: Sequence[Override], base: DictC
     return result
 
 
+def _check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[str]) -> None:
+    """Check that something reads every setting of `cfg`, which was composed with the overrides.
+
+    `known` are the settings of the top level.
+
+    Raises:
+        ConfigError: nothing reads one of them.
+    """
+    stray = [str(key) for key in cfg if key not in known and key != "policy_loss"]
+    if stray:
+        raise ConfigError(f"{stray[0]} is not a setting; the top level has: {', '.join(known)}")
+    target = target_class("loss", cfg.loss)
+    fields = getattr(target, "model_fields", {})
+    if "bypass" in str(next((o.value() for o in parsed if o.key_or_group == "correction"), "")):
+        name = str(cfg.policy_loss.loss_type)
+        if "anchor" not in policy_loss(name).options_model.model_fields:
+            raise ConfigError(
+                f"correction=bypass takes ratios to the sampler's probabilities, but policy loss {name!r} has no "
+                "option 'anchor'; remove it, or choose a policy loss with that option"
+            )
+    has_fixed_policy = "policy_loss_cfg" in cfg.loss and not OmegaConf.is_interpolation(cfg.loss, "policy_loss_cfg")
+    for override in parsed:
+        group = str(override.key_or_group).split(".")[0]
+        if group == "policy_loss" and has_fixed_policy:
+            raise ConfigError(
+                f"{override.input_line} has no effect: the file of this loss defines its policy loss; change its "
+                "options with loss.policy_loss_cfg.<option>=..., or write policy_loss_cfg: ${policy_loss} in that file"
+            )
+        if group == "advantage" and issubclass(target, (OPDLossConfig, CELossConfig)):
+            raise ConfigError(f"{override.input_line} has no effect: {target.__name__} does not read advantages")
+        if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):
+            raise ConfigError(
+                f"{override.input_line} has no effect: {cfg.loss._target_.rpartition('.')[2]} has no "
+                f"{READ_BY[group]}; remove it, or choose a loss that has it, such as loss=grpo"
+            )
+
+
 @contextlib.contextmanager
 def _hydra_of_conf() -> Iterator[None]:
     """Initialise Hydra for ``conf/``, also inside a program that uses Hydra, and restore its Hydra afterwards."""
@@ -194,21 +237,12 @@ def _hydra_of_conf() -> Iterator[None]:
         GlobalHydra.instance().hydra = outer  # looked up again: Hydra may have replaced the instance
 
 
-def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list[RunConfig]:
+def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> tuple[list[RunConfig], list[str]]:
     """Check a command line as far as possible without torch: choices, keys, types and ranges.
 
     Returns:
-        The configuration of each job: at most `MAX_CHECKED_JOBS` of a multirun, none for a sweep that only its sweeper
-        can list.
-
-    Raises:
-        ConfigError: something is wrong; the message is about the first mistake.
-    """
-    return check_command_line(overrides, multirun=multirun)[0]
-
-
-def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> tuple[list[RunConfig], list[str]]:
-    """Check like `check_overrides`; also return the overrides in the form that Hydra accepts.
+        The configuration of each job (at most `MAX_CHECKED_JOBS` of a multirun, none for a sweep that only its sweeper
+        can list), and the overrides in the form that Hydra accepts.
 
     Raises:
         ConfigError: something is wrong; the message is about the first mistake.
@@ -233,12 +267,7 @@ def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> t
 
 
 def groups_of(root: Root, *folders: str) -> dict[str, list[str]]:
-    """Return the groups of a command with their choices.
-
-    Args:
-        root: what the command composes.
-        folders: additional configuration folders.
-    """
+    """Return the groups of a command with their choices, those of additional configuration folders included."""
     groups = groups_in(conf_dir(), *folders)
     if root.groups is not None:
         return {group: groups[group] for group in root.groups}

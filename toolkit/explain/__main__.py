@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from toolkit.compose.build import build_loss
 from toolkit.compose.overrides import options_first
 from toolkit.compose.tree import compose_loss
-from toolkit.errors import ConfigError, ToolkitError, print_text
-from toolkit.explain.facts import KL_EQUATIONS, shown, title_of
+from toolkit.errors import ConfigError, print_text, stopping_on_error
+from toolkit.explain.facts import KL_EQUATIONS, shown_all, title_of
 from toolkit.explain.formula import explain_loss
 from toolkit.functional.advantages import advantage
 from toolkit.functional.kl_facts import KL_NAMES
@@ -31,11 +31,8 @@ from toolkit.training.config import AdvantageConfig, KLControlConfig
 def main() -> None:
     """Run the command line."""
     arguments = _parser().parse_args(options_first(sys.argv[1:], _parser()))
-    try:
+    with stopping_on_error():
         print_text(_answer(arguments))
-    except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +68,9 @@ def _answer(arguments: argparse.Namespace) -> str:
         about = list(_around(cfg, loss))
     text = explain_loss(loss, about, **_context(cfg))
     messages = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-    return "\n".join([text, *(f"note: {message}" for message in messages if not _is_in(message, text))])
+    unwrapped = " ".join(text.split())
+    notes = [f"note: {message}" for message in messages if " ".join(message.split()) not in unwrapped]
+    return "\n".join([text, *notes])
 
 
 def _markdown(path: str) -> str:
@@ -115,33 +114,23 @@ def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[s
     control = KLControlConfig(**_part(cfg, "kl_control"))
     if control.reward_type is not None:
         estimator = KL_NAMES[control.reward_type]
-        yield (
-            "reward",
-            [
-                f"R - {control.reward_coef:g} x the sum over the completion of {estimator}: {KL_EQUATIONS[estimator]}, "
-                "d = log pi - log pi_ref, without gradient; before advantages are computed"
-            ],
+        text = (
+            f"R - {control.reward_coef:g} x the sum over the completion of {estimator}: {KL_EQUATIONS[estimator]}, "
+            "d = log pi - log pi_ref, without gradient; before advantages are computed"
         )
+        yield "reward", [text]
     if control.target is not None:
-        yield (
-            "kl control",
-            [
-                f"adaptive: the coefficient rises while the KL of a completion is above {control.target:g} nats and "
-                f"falls while it is below; horizon {control.horizon} completions"
-            ],
+        text = (
+            f"adaptive: the coefficient rises while the KL of a completion is above {control.target:g} nats and "
+            f"falls while it is below; horizon {control.horizon} completions"
         )
+        yield "kl control", [text]
     chosen = AdvantageConfig(**_part(cfg, "advantage"))
     chosen.check_training(RolloutConfig(**_part(cfg, "rollout")).group_size)
     if "advantages" not in loss.required_fields:
         return
-    options = ", ".join(f"{name}={shown(value)}" for name, value in chosen.options.items())
-    title = title_of(advantage(chosen.estimator).function)
-    yield "advantage", [f"{chosen.estimator}: {title}" + (f" ({options})" if options else "")]
-
-
-def _is_in(message: str, text: str) -> bool:
-    """Whether a message is already in the wrapped text."""
-    return " ".join(message.split()) in " ".join(text.split())
+    options = f" ({shown_all(chosen.options)})" if chosen.options else ""
+    yield "advantage", [f"{chosen.estimator}: {title_of(advantage(chosen.estimator).function)}{options}"]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Nothing is repeated here, so ``python -m toolkit.explain --list`` and README's t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import yaml
 from toolkit.compose.overrides import PRESET
 from toolkit.compose.schemas import conf_dir
 from toolkit.explain.facts import AGGREGATIONS, KL_EQUATIONS, equation, title_of
+from toolkit.explain.tables import Rows, aligned, markdown_table
 from toolkit.functional.advantages import advantage, advantage_names
 from toolkit.functional.kl_facts import GRADIENT_FACTS, KL_NAMES
 from toolkit.functional.policy.registry import policy_loss, policy_loss_names
@@ -35,22 +37,24 @@ class Entry:
     facts: str = ""
     """Scope, formula or other facts, in plain characters."""
     source: str = ""
+    scope: str = ""
+    """Of a policy loss."""
+    aggregation: str = ""
+    """Of its paper."""
 
 
-def policy_losses() -> list[Entry]:
-    """Return the registered policy losses with their formulas at the default options."""
-    entries = []
+def _policy_losses() -> Iterator[Entry]:
+    """Yield the registered policy losses with their formulas at the default options."""
     for name in policy_loss_names():
         loss = policy_loss(name)
-        formula = equation(loss, loss.options({}))
+        formula = f"`{equation(loss, loss.options({}))}`"
         title = title_of(loss.function) if loss.alias_of is None else f"Another name for {loss.alias_of}"
-        entries.append(Entry(f"policy_loss={name}", title, formula, loss.facts.source))
-    return entries
+        wanted = loss.aggregation or "any"
+        yield Entry(f"policy_loss={name}", title, formula, loss.facts.source, loss.scope, wanted)
 
 
-def kl_terms() -> list[Entry]:
-    """Return the choices of the KL term, with what each does in expectation."""
-    entries = []
+def _kl_terms() -> Iterator[Entry]:
+    """Yield the choices of the KL term, with what each does in expectation."""
     for path in _files("kl"):
         settings = yaml.safe_load(path.read_text()) or {}
         estimator, gradient = settings.get("kl_loss_type"), settings.get("kl_gradient", "as_is")
@@ -59,48 +63,56 @@ def kl_terms() -> list[Entry]:
             fact = GRADIENT_FACTS[KL_NAMES[estimator], gradient]
             unbiased = "unbiased" if fact.value_unbiased else "biased"
             facts = f"{KL_EQUATIONS[fact.estimator]}; value {unbiased}, expected gradient {fact.expected_gradient}"
-        entries.append(Entry(f"kl={path.stem}", *_titled(path, facts)))
-    return entries
+        yield _of_file(path, facts)
 
 
-def aggregations() -> list[Entry]:
-    """Return the aggregations with the weight of one token."""
+def _aggregations() -> Iterator[Entry]:
+    """Yield the aggregations with the weight of one token."""
     words = {"length": "L", "positive_weight": "w+", "negative_weight": "w-"}
-    return [
-        Entry(f"aggregation={path.stem}", *_titled(path, f"weight {AGGREGATIONS[path.stem].weight.format_map(words)}"))
-        for path in _files("aggregation")
-    ]
+    for path in _files("aggregation"):
+        yield _of_file(path, f"weight {AGGREGATIONS[path.stem].weight.format_map(words)}")
 
 
-def advantages() -> list[Entry]:
-    """Return the registered advantage estimators."""
-    return [
-        Entry(
-            f"advantage={name}",
-            title_of(advantage(name).function),
-            f"per {advantage(name).level}",
-            advantage(name).source,
-        )
-        for name in advantage_names()
-    ]
+def _advantages() -> Iterator[Entry]:
+    for estimator in map(advantage, advantage_names()):
+        facts = f"per {estimator.level}"
+        yield Entry(f"advantage={estimator.name}", title_of(estimator.function), facts, estimator.source)
 
 
-def presets() -> dict[str, list[Entry]]:
-    """Return the losses of other projects, by project."""
-    by_project: dict[str, list[Entry]] = {}
+def _sections() -> dict[str, list[Entry]]:
+    """Return the entries of each table, without other projects' losses."""
+    return {
+        "Policy losses": list(_policy_losses()),
+        "KL terms": list(_kl_terms()),
+        "Aggregations": list(_aggregations()),
+        "Advantages": list(_advantages()),
+        **{title: [_of_file(path) for path in _files(group)] for group, title in CHOICES},
+    }
+
+
+def _presets() -> dict[str, list[str]]:
+    """Return the names of other projects' losses, by project."""
+    by_project: dict[str, list[str]] = {}
     for path in sorted(Path(conf_dir(), "loss", PRESET).glob("*/*.yaml")):
-        entry = Entry(f"loss={PRESET}{path.parent.name}/{path.stem}", *_titled(path))
-        by_project.setdefault(path.parent.name, []).append(entry)
+        by_project.setdefault(path.parent.name, []).append(path.stem)
     return by_project
 
 
-def _sections() -> Iterator[tuple[str, list[Entry]]]:
-    yield "Policy losses", policy_losses()
-    yield "KL terms", kl_terms()
-    yield "Aggregations", aggregations()
-    yield "Advantages", advantages()
-    for group, title in CHOICES:
-        yield title, [Entry(f"{group}={path.stem}", *_titled(path)) for path in _files(group)]
+def _files(group: str) -> list[Path]:
+    return sorted(Path(conf_dir(), group).glob("*.yaml"))
+
+
+def _of_file(path: Path, facts: str = "") -> Entry:
+    """Return the entry of a file of ``conf/``: title and source are its comment before and after ``# Source:``."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    comment = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    title, _, source = "\n".join(comment).partition("\nSource:")
+    title, source = (" ".join(text.split()).rstrip(".") for text in (title, source))
+    return Entry(f"{path.parent.name}={path.stem}", title, facts, source)
 
 
 # -------------------------------------------------------------------- as text
@@ -108,52 +120,38 @@ def _sections() -> Iterator[tuple[str, list[Entry]]]:
 
 def listing() -> str:
     """Return everything that can be chosen as plain text: what selects it, its title, scope and papers."""
-    parts = []
-    for title, entries in _sections():
-        rows = [(entry.override, _first(entry.title), _papers(entry.source)) for entry in entries]
-        if title == "Policy losses":
-            scopes = [policy_loss(entry.override.partition("=")[2]).scope for entry in entries]
-            rows = [(row[0], f"[{scope}] {row[1]}", row[2]) for row, scope in zip(rows, scopes, strict=True)]
-        parts.append(_table(title, rows))
-    by_project = [
-        (project, ", ".join(entry.override.rpartition("/")[2] for entry in entries), "")
-        for project, entries in presets().items()
-    ]
-    parts.append(_table(f"Other projects' losses (loss={PRESET}<project>/<name>)", by_project))
-    return "\n\n".join(parts)
+    tables = {title: [(entry.override, _summary(entry)) for entry in entries] for title, entries in _sections().items()}
+    presets = [(project, ", ".join(names)) for project, names in _presets().items()]
+    tables[f"Other projects' losses (loss={PRESET}<project>/<name>)"] = presets
+    return "\n\n".join(f"{title}\n{textwrap.indent(aligned(rows, left=2), '  ')}" for title, rows in tables.items())
 
 
-def _table(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
-    rows = list(rows)
-    width = max((len(row[0]) for row in rows), default=0) + 2
-    lines = [f"  {name:<{width}}{text}" + (f" ({papers})" if papers else "") for name, text, papers in rows]
-    return "\n".join([title, *lines])
-
-
-# -------------------------------------------------------------------- as Markdown
+def _summary(entry: Entry) -> str:
+    papers = ", ".join(dict.fromkeys(re.findall(r"arXiv \d{4}\.\d{4,5}", entry.source)))
+    return (f"[{entry.scope}] " if entry.scope else "") + entry.title + (f" ({papers})" if papers else "")
 
 
 def markdown() -> str:
     """Return README's tables: paper -> override -> equation, and the other choices in short."""
-    lines = [
-        "One token's policy loss, with default numbers; A: the advantage, sg(x): x without gradient.",
-        "For details run `python -m toolkit.explain policy_loss=<name> ...`.",
-        "",
-        "| override | what it does | equation | source | aggregation of its paper |",
-        "|---|---|---|---|---|",
+    losses, *others = _sections().items()
+    tables: list[Rows] = [
+        [
+            ("override", "what it does", "equation", "source", "aggregation of its paper"),
+            *((f"`{e.override}`", e.title, e.facts, e.source, e.aggregation) for e in losses[1]),
+        ]
     ]
-    for entry in policy_losses():
-        wanted = policy_loss(entry.override.partition("=")[2]).aggregation or "any"
-        lines.append(_row(f"`{entry.override}`", entry.title, _code(entry.facts), entry.source, wanted))
-    for title, entries in list(_sections())[1:]:
-        lines += ["", f"| {title} | what it does | facts | source |", "|---|---|---|---|"]
-        lines += [_row(f"`{e.override}`", e.title, e.facts, e.source) for e in entries]
-    lines += ["", f"| Other projects (`loss={PRESET}<project>/<name>`) | names |", "|---|---|"]
-    lines += [
-        _row(project, ", ".join(f"`{entry.override.rpartition('/')[2]}`" for entry in entries))
-        for project, entries in presets().items()
-    ]
-    return "\n".join(lines)
+    for title, entries in others:
+        rows = [(f"`{e.override}`", e.title, e.facts, e.source) for e in entries]
+        tables.append([(title, "what it does", "facts", "source"), *rows])
+    presets = [(project, ", ".join(f"`{name}`" for name in names)) for project, names in _presets().items()]
+    tables.append([(f"Other projects (`loss={PRESET}<project>/<name>`)", "names"), *presets])
+    return "\n".join(
+        [
+            "One token's policy loss, with default numbers; A: the advantage, sg(x): x without gradient.",
+            "For details run `python -m toolkit.explain policy_loss=<name> ...`.",
+            *(f"\n{markdown_table(rows, left=len(rows[0]))}" for rows in tables),
+        ]
+    )
 
 
 def with_markdown(readme: str) -> str:
@@ -167,39 +165,3 @@ def with_markdown(readme: str) -> str:
     if not (begin and end):
         raise ValueError(f"README has no {BEGIN} ... {END}")
     return f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}"
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("``", "`") or "-" for cell in cells) + " |"
-
-
-def _code(text: str) -> str:
-    return f"`{text}`" if text else ""
-
-
-# -------------------------------------------------------------------- titles and sources
-
-
-def _files(group: str) -> list[Path]:
-    return sorted(Path(conf_dir(), group).glob("*.yaml"))
-
-
-def _titled(path: Path, facts: str = "") -> tuple[str, str, str]:
-    """Return title, facts and source of a file of ``conf/``: its comment before and after ``# Source:``."""
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
-    comment = []
-    for line in lines:
-        if not line.startswith("#"):
-            break
-        comment.append(line.lstrip("# "))
-    title, _, source = "\n".join(comment).partition("\nSource:")
-    return " ".join(title.split()).rstrip("."), facts, " ".join(source.split()).rstrip(".")
-
-
-def _first(title: str) -> str:
-    """Return the first sentence."""
-    return re.split(r"(?<!Dr)\. ", title)[0]
-
-
-def _papers(source: str) -> str:
-    return ", ".join(dict.fromkeys(re.findall(r"arXiv \d{4}\.\d{4,5}", source)))

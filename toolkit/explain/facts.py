@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from toolkit.compose.settings import as_written
 from toolkit.functional.policy.facts import LossFacts
 from toolkit.functional.policy.registry import PolicyLoss
 
@@ -92,18 +93,20 @@ def filled(formula: str, options: Mapping[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as the command line spells it."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """Return a value as the command line spells it, floats with six digits."""
+    return f"{value:g}" if isinstance(value, float) else as_written(value)
+
+
+def shown_all(options: Mapping[str, Any]) -> str:
+    """Return options as ``name=value, ...``."""
+    return ", ".join(f"{name}={shown(value)}" for name, value in options.items())
 
 
 def equation(loss: PolicyLoss, options: Mapping[str, Any]) -> str:
     """Return one token's loss with numbers filled in; the signature if a loss has no formula."""
     if loss.formula:
         return filled(loss.formula, options)
-    call = ", ".join([f"{name}={shown(value)}" for name, value in options.items()])
-    return f"{loss.function.__name__}({', '.join(filter(None, ['t', call]))}) (no formula registered)"
+    return f"{loss.function.__name__}({', '.join(filter(None, ['t', shown_all(options)]))}) (no formula registered)"
 
 
 def facts_of(loss: PolicyLoss, options: Mapping[str, Any], log_ratio_range: Sequence[float | None]) -> LossFacts | None:

@@ -14,14 +14,16 @@ from toolkit.explain.facts import (
     facts_of,
     range_words,
     shown,
+    shown_all,
     title_of,
 )
 from toolkit.explain.lint import warnings_for
 from toolkit.functional.kl_facts import KL_NAMES, MAX_K3, MAX_LOG_DIFF, expected_gradient_facts
 from toolkit.functional.policy.facts import LossFacts
 from toolkit.functional.policy.registry import PolicyLoss
+from toolkit.losses.config.aggregation import AggregationConfig
 from toolkit.losses.config.base import BaseLossConfig
-from toolkit.losses.config.ce import CE_AGGREGATIONS, CELossConfig
+from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.config.correction import CLAMPS, CorrectionConfig
 from toolkit.losses.config.policy import BaseRLLossConfig, GRPOLossConfig
 
@@ -60,10 +62,7 @@ UNCUT = "full distributions are compared, and a token's loss depends on its {sco
 def explain_loss(cfg: BaseLossConfig, about: Sections = (), **context: Any) -> str:
     """Say in plain text what a loss computes.
 
-    Args:
-        cfg: config of any loss.
-        about: more sections, on the run; each has a name and lines.
-        context: keyword arguments of `warnings_for`.
+    The run adds sections (`about`, each has a name and lines), and tells `warnings_for` what it knows (`context`).
     """
     if isinstance(cfg, BaseRLLossConfig):
         sections = _policy_sections(cfg)
@@ -95,10 +94,8 @@ def _custom_sections(cfg: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
     yield "loss", [f"{type(cfg).__name__}: {title_of(type(cfg))}" if has_title else type(cfg).__name__]
     lines = []
     for term in cfg.checked_terms:
-        numbers = {name: shown(value) for name, value in term.average.model_dump().items()}
         chosen = "" if term.token_filter is None else ", over the tokens that its filter selects"
-        weight = _aggregation_lines(term.average.name, numbers)[0]
-        lines.append(f"{shown(float(term.coef))} x {term.name}{chosen}; {weight}")
+        lines.append(f"{shown(float(term.coef))} x {term.name}{chosen}; {_aggregation_lines(term.average)[0]}")
     yield "terms", lines
     yield "computed by", [f"{cfg.loss_ctx_cls.__module__}.{cfg.loss_ctx_cls.__qualname__}"]
 
@@ -142,7 +139,7 @@ def _total(cfg: BaseRLLossConfig) -> list[str]:
     known = (*BaseRLLossConfig.model_fields, *GRPOLossConfig.model_fields)
     extra = {name: getattr(cfg, name) for name in type(cfg).model_fields if name not in known}
     if extra:
-        lines.append(f"{type(cfg).__name__}: {', '.join(f'{name}={shown(value)}' for name, value in extra.items())}")
+        lines.append(f"{type(cfg).__name__}: {shown_all(extra)}")
     return lines
 
 
@@ -153,11 +150,8 @@ def _policy_term(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any
     name = loss.name if loss.alias_of is None else f"{loss.name} (another name for {loss.alias_of})"
     lines = [f"{name}: {title}" if title else name, equation(loss, options)]
     if options:
-        lines.append("options: " + ", ".join(f"{name}={shown(value)}" for name, value in options.items()))
-    return [
-        *lines,
-        "A: the token's advantage; sg(x): x without gradient; log: the natural logarithm",
-    ]
+        lines.append(f"options: {shown_all(options)}")
+    return [*lines, "A: the token's advantage; sg(x): x without gradient; log: the natural logarithm"]
 
 
 def _kl_term(cfg: BaseRLLossConfig) -> list[str]:
@@ -195,12 +189,10 @@ def _bound(what: str, clamp: Any, usual: float | None) -> str:
 
 def _normaliser(cfg: BaseRLLossConfig) -> list[str]:
     chosen = cfg.aggregation
-    numbers = {name: shown(value) for name, value in chosen.model_dump().items()}
-    lines = _aggregation_lines(chosen.name, numbers)
+    lines = _aggregation_lines(chosen)
     for term in cfg.terms:
         if term.name in ("kl", "entropy") and term.average != chosen:
-            term_numbers = {name: shown(value) for name, value in term.average.model_dump().items()}
-            lines.append(f"{term.name}: " + _aggregation_lines(term.average.name, term_numbers)[0])
+            lines.append(f"{term.name}: {_aggregation_lines(term.average)[0]}")
     if chosen.count_empty:
         lines.append("Sequences (prompts) without scored tokens are counted, too.")
     if any(correction.denominator == "survivors" for correction in cfg.correction):
@@ -208,10 +200,11 @@ def _normaliser(cfg: BaseRLLossConfig) -> list[str]:
     return lines
 
 
-def _aggregation_lines(name: str, numbers: dict[str, str]) -> list[str]:
-    aggregation = AGGREGATIONS[name]
-    lines = [f"{name}: weight = {aggregation.weight}: {aggregation.words}".format_map(numbers)]
-    if name != "token_sum":
+def _aggregation_lines(chosen: AggregationConfig) -> list[str]:
+    aggregation = AGGREGATIONS[chosen.name]
+    numbers = {name: shown(value) for name, value in chosen.model_dump().items()}
+    lines = [f"{chosen.name}: weight = {aggregation.weight}: {aggregation.words}".format_map(numbers)]
+    if chosen.name != "token_sum":
         lines.append(
             "Counts are over all micro-batches and ranks of the optimizer step, taken before its first forward."
         )
@@ -235,19 +228,20 @@ def _policies(cfg: BaseRLLossConfig, loss: PolicyLoss, options: dict[str, Any]) 
         yield "ratio: as the function computes it (t.ratio() divides by pi_old)"
     weighted = {name for correction in cfg.correction for name in correction.between.split("_")}
     is_kl = cfg.use_kl_loss and cfg.kl_gradient == "is_corrected"
+    divides_by = "old" if fact is None and anchor is None else anchor
     roles = {
-        "old": [
-            "the ratio's denominator" if anchor == "old" or (fact is None and anchor is None) else "",
+        name: [
+            "the ratio's denominator" if divides_by == name else "",
             factor,
-            "corrections" if "old" in weighted else "",
-            "the KL term's ratio" if is_kl and cfg.kl_anchor == "old" else "",
-        ],
-        "rollout": [
-            "the ratio's denominator" if anchor == "rollout" else "",
-            factor,
-            "corrections (a weight, never clipped in the policy term)" if "rollout" in weighted else "",
-            "the KL term's ratio" if is_kl and cfg.kl_anchor == "rollout" else "",
-        ],
+            corrections if name in weighted else "",
+            "the KL term's ratio" if is_kl and cfg.kl_anchor == name else "",
+        ]
+        for name, corrections in (
+            ("old", "corrections"),
+            ("rollout", "corrections (a weight, never clipped in the policy term)"),
+        )
+    }
+    roles |= {
         "ref": ["the KL term" if cfg.use_kl_loss else "", "the policy loss" if "ref_logprobs" in loss.needs else ""],
         "teacher": ["the policy loss" if "teacher_logprobs" in loss.needs else ""],
     }
@@ -306,7 +300,7 @@ def _correction_words(correction: CorrectionConfig) -> str:
 
 def _ce_sections(cfg: CELossConfig) -> Iterator[tuple[str, list[str]]]:
     yield "loss", ["loss = sum over labelled tokens of weight x (-log pi)"]
-    yield "weight", _aggregation_lines(CE_AGGREGATIONS[cfg.loss_reduction], {})
+    yield "weight", _aggregation_lines(cfg.checked_terms[0].average)
     yield "gradient", ["-weight grad log pi of each label; no other policy appears"]
     yield "items need", ["shifted_labels: the tokens to predict"]
 

@@ -67,13 +67,9 @@ def warnings_for(
     advantage_options: Mapping[str, Any] | None = None,
     longest: int | None = None,
 ) -> list[str]:
-    """Return one sentence for each known problem of a config, with its remedy.
+    """Return one sentence for each known problem of a config, with its remedy; only policy losses are checked.
 
-    Args:
-        cfg: config of any loss; only policy losses are checked.
-        advantage: name of the advantage estimator of the run, if known.
-        advantage_options: options of that estimator.
-        longest: largest number of tokens in a completion, if known.
+    What is known about the run is as in `Setting`.
     """
     if not isinstance(cfg, BaseRLLossConfig):
         return []

@@ -27,10 +27,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from toolkit.functional.segments import segment_sum
+from toolkit.metrics import wide_dtype
 
 BY_TOKEN = ("token_mean", "token_sum", "prompt_mean")
 """Aggregations that do not depend on which sequence a token belongs to."""
@@ -77,7 +77,7 @@ def share(
         num_prompts: prompts that this micro-batch counts; for "prompt_mean".
     """
     # fp64: a count above 2^24 would be rounded in fp32, above 256 in bf16.
-    dtype = torch.float64 if is_active.device.type != "mps" else torch.float32
+    dtype = wide_dtype(is_active)
     active = is_active.to(dtype)
     if aggregation == "token_mean":
         return Share(active, active.sum())

@@ -11,70 +11,37 @@ k2      d^2 / 2               d: in expectation the true gradient of the reverse
 k3      exp(-d) - 1 + d       1 - exp(-d): in expectation the gradient of the *forward* KL
 ======  ====================  ===========================================================================
 
-The other gradients, and what each does in expectation, are in `kl_facts`; the KL over a full distribution, which needs
-no estimate, is in `kl_exact`.
+The other gradients, and what each does in expectation, are in `kl_facts`. `full_kl` and `top_k_kl` need no estimate:
+they are exact over their tokens, but need the log-probability of every token (or of K) under both policies.
+
+V: vocabulary, K: candidates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
-from toolkit.functional.kl_exact import full_kl, top_k_kl
-from toolkit.functional.kl_facts import (
-    KL_GRADIENTS,
-    KL_NAMES,
-    MAX_K3,
-    MAX_LOG_DIFF,
-    GradientFact,
-    expected_gradient_facts,
-    kl_warning,
-)
-from toolkit.functional.segments import segment_sum
-
-__all__ = [
-    "ESTIMATORS",
-    "KL_GRADIENTS",
-    "MAX_K3",
-    "MAX_LOG_DIFF",
-    "Clamp",
-    "GradientFact",
-    "expected_gradient_facts",
-    "full_kl",
-    "k1",
-    "k3",
-    "kl_estimate",
-    "kl_warning",
-    "sequence_kl",
-    "top_k_kl",
-]
+from toolkit.functional.kl_facts import MAX_K3, MAX_LOG_DIFF, expected_gradient_facts
+from toolkit.functional.names import KLDirection, KLTail, check_choice
 
 MAX_EXPONENT = 60.0
 """Bound on |d| in k3 where the caller sets none: e^60 times the largest ratio, e^20, is finite in fp32 (< e^88)."""
-
 Clamp = float | Literal["auto"] | None
 """A bound in nats, None for no bound, or "auto" for the usual bound of the estimator."""
-
-
-def _k1(difference: Tensor) -> Tensor:
-    return difference
-
-
-def _k2(difference: Tensor) -> Tensor:
-    return 0.5 * difference.square()
-
-
-def _k3(difference: Tensor) -> Tensor:
-    # expm1 keeps d^2/2 for small d, where exp(-d) - 1 would cancel to 0 in fp32.
-    return (-difference).expm1() + difference
-
-
-_VALUES: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "abs": Tensor.abs, "k2": _k2, "k3": _k3}
+KL_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda d: d,
+    "abs": Tensor.abs,
+    "k2": lambda d: 0.5 * d.square(),
+    # expm1 keeps d^2 / 2 for small d, where exp(-d) - 1 would cancel to 0 in fp32.
+    "k3": lambda d: (-d).expm1() + d,
+}
+"""Each estimator of d [N], per token [N]."""
 
 
 def kl_estimate(
@@ -87,7 +54,7 @@ def kl_estimate(
     output_clamp: Clamp = "auto",
     log_ratio: Tensor | None = None,
 ) -> Tensor:
-    """Return the named estimator per token, with the named gradient.
+    """Return the named estimator per token, [N] in nats, with the named gradient.
 
     With v(d) the estimator, l = log pi_theta and sg the stop-gradient, the result per token is
 
@@ -109,8 +76,8 @@ def kl_estimate(
     Args:
         logprobs: [N] log pi in nats, with gradient, fp32 or wider.
         ref_logprobs: [N] log pi_ref in nats.
-        kl_type: a name in `ESTIMATORS`.
-        gradient: a name in `KL_GRADIENTS`.
+        kl_type: a name in `kl_facts.KL_NAMES`.
+        gradient: a name in `kl_facts.KL_GRADIENTS`.
         input_clamp: bound on |d| in nats for any estimator, None for none, "auto" for 20 with k3 and none otherwise.
             Without a bound k3 still stops at 60 nats, short of overflow.
         output_clamp: bound on the magnitude of the result in nats, None for none, "auto" for 10 with k3 and none
@@ -118,9 +85,6 @@ def kl_estimate(
         log_ratio: [N] log pi_theta - log pi_anchor in nats, with gradient and already bounded, where pi_anchor is the
             policy whose tokens these are; a sequence's ratio repeated per token also works. Only ``is_corrected``
             reads it.
-
-    Returns:
-        [N] in nats, not yet weighted.
 
     Raises:
         ConfigError: an unknown name, or a clamp that is not positive.
@@ -136,59 +100,24 @@ def kl_estimate(
         bound = MAX_EXPONENT
     raw = logprobs - ref_logprobs
     difference = raw if bound is None else raw.clamp(-bound, bound)
-    value = _VALUES[estimator](difference)
+    value = KL_VALUES[estimator](difference)
     if gradient == "straight_through":
         # d - sg(d) is 0 with gradient 1, or without a gradient where the input clamp binds.
         value = _limited(value, limit).detach()
         return value + difference.detach() * (difference - difference.detach())
     if gradient == "as_is":
         return _limited(value, limit)
-    weight = (logprobs - logprobs.detach() if gradient == "score_corrected" else _require(log_ratio)).exp()
+    if gradient == "score_corrected":
+        log_ratio = logprobs - logprobs.detach()
+    elif log_ratio is None:
+        raise DataError(
+            "gradient='is_corrected' of the KL term needs log_ratio, the bounded log pi_theta - log pi_anchor of each "
+            "token; pass it, or choose gradient='score_corrected', which uses the policy itself as the anchor"
+        )
+    weight = log_ratio.exp()
     if bound is not None:
         weight = torch.where(raw == difference, weight, weight.detach())
     return _limited(weight * value, limit)
-
-
-def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return d per token, [N]: unbiased value, may be negative. A metric: its expected gradient is zero.
-
-    `logprobs` and `ref_logprobs` are [N], in nats.
-    """
-    return kl_estimate(logprobs, ref_logprobs, "k1")
-
-
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return exp(-d) - 1 + d per token with its usual clamps, [N]: unbiased value, never negative, low variance.
-
-    `logprobs` and `ref_logprobs` are [N], in nats.
-    """
-    return kl_estimate(logprobs, ref_logprobs, "k3")
-
-
-ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    name: partial(kl_estimate, kl_type=name) for name in KL_NAMES
-}
-"""Every accepted name and its estimator of (logprobs, ref_logprobs), with the usual clamps, its gradient as it is."""
-
-
-def sequence_kl(kl_tokens: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
-    """Sum an estimator over each sequence, without gradient: the KL penalty of a reward.
-
-    The penalised reward of sequence i is ``reward_i - kl_coef * KL_i``. A penalty in the reward needs the *value* to
-    be right (k1 or k3): the policy gradient supplies the score-function term. Take k1 when in doubt: the clamps of k3
-    bias it where the policies are far apart.
-
-    Args:
-        kl_tokens: [N] estimator of each token, in nats.
-        ids: [N] int64, the sequence of each token, 0 .. num_sequences - 1.
-        num_sequences: S.
-
-    Returns:
-        [S] in nats, 0 for a sequence without a token.
-
-    Source: Ziegler et al. 2019, arXiv 1909.08593, eq. 2, where the estimator is k1.
-    """
-    return segment_sum(kl_tokens.detach(), ids, num_sequences)
 
 
 def _resolved(name: str, clamp: Clamp, usual: float | None) -> float | None:
@@ -205,10 +134,60 @@ def _limited(value: Tensor, limit: float | None) -> Tensor:
     return value if limit is None else value.clamp(-limit, limit)
 
 
-def _require(log_ratio: Tensor | None) -> Tensor:
-    if log_ratio is None:
-        raise DataError(
-            "gradient='is_corrected' of the KL term needs log_ratio, the bounded log pi_theta - log pi_anchor of each "
-            "token; pass it, or choose gradient='score_corrected', which uses the policy itself as the anchor"
-        )
-    return log_ratio
+def full_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return the exact reverse KL of each position, [N] in nats: the sum over the vocabulary of p (log p - log q).
+
+    Autograd of it is the true gradient: the sum over tokens includes the score-function term, which sampling omits.
+
+    Args:
+        logprobs: [N, V] log-probabilities of the policy in nats, with gradient; -inf for an impossible token,
+            which adds exactly 0.
+        ref_logprobs: [N, V] those of the reference, finite wherever `logprobs` is.
+    """
+    impossible = logprobs.isneginf()
+    # Filled before the subtraction: -inf - -inf is NaN, and 0 * NaN would bring it back in the backward.
+    log_p, log_q = logprobs.masked_fill(impossible, 0.0), ref_logprobs.masked_fill(impossible, 0.0)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def top_k_kl(logprobs: Tensor, ref_logprobs: Tensor, *, direction: str = "reverse", tail: str = "one_bucket") -> Tensor:
+    """Return a divergence over K candidate tokens of each position, [N] in nats.
+
+    The remaining mass, 1 - sum of the candidates, is either
+
+    - ``one_bucket``: one more outcome for both policies. The result is the divergence of the coarser distributions:
+      never negative, never above the full one, 0 only if they agree on the candidates, and sensitive to mass leaving
+      the candidates;
+    - ``drop``: ignored. The result is the candidates' terms of the full divergence: it may be negative, and moving mass
+      out of the candidates is enough to lower it.
+
+    Args:
+        logprobs: [N, K] log-probabilities of the candidates under the policy, over its full vocabulary (not
+            renormalised to the candidates), with gradient; -inf where there is no candidate.
+        ref_logprobs: [N, K] those under the reference.
+        direction: a `KLDirection`; candidates should come from the side whose probabilities weigh the terms: the
+            policy's for "reverse", the reference's for "forward".
+        tail: "one_bucket" or "drop".
+
+    Raises:
+        ConfigError: an unknown direction or tail.
+    """
+    check_choice(direction, get_args(KLDirection), f"direction={direction!r} of the top-k KL is not known")
+    check_choice(tail, get_args(KLTail), f"tail={tail!r} of the top-k KL is not known")
+    if tail == "one_bucket":
+        logprobs, ref_logprobs = _with_tail(logprobs), _with_tail(ref_logprobs)
+    if direction == "reverse":
+        return full_kl(logprobs, ref_logprobs)
+    if direction == "forward":
+        return full_kl(ref_logprobs, logprobs)
+    # logaddexp has a NaN gradient at (-inf, -inf); both divergences skip such an outcome.
+    absent = logprobs.isneginf() & ref_logprobs.isneginf()
+    mixture = torch.logaddexp(logprobs.masked_fill(absent, 0.0), ref_logprobs.masked_fill(absent, 0.0)) - math.log(2)
+    return 0.5 * (full_kl(logprobs, mixture) + full_kl(ref_logprobs, mixture))
+
+
+def _with_tail(logprobs: Tensor) -> Tensor:
+    """Append the log of the remaining mass: [N, K] -> [N, K + 1]; at least the resolution of the dtype."""
+    smallest = torch.finfo(logprobs.dtype).eps
+    inside = logprobs.logsumexp(-1, keepdim=True).clamp(max=-smallest)
+    return torch.cat([logprobs, (-inside.expm1()).log()], dim=-1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from toolkit.errors import ConfigError, DataError
 
@@ -57,19 +56,3 @@ class AdaptiveKL:
             )
         error = min(max(observed_kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
         return replace(self, coef=self.coef * (1 + error * gain))
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the state for a checkpoint, as plain numbers."""
-        return asdict(self)
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, float]) -> AdaptiveKL:
-        """Return the controller that `state_dict` described.
-
-        Raises:
-            DataError: the keys are not those of a state.
-        """
-        expected = [field.name for field in fields(cls)]
-        if sorted(state) != sorted(expected):
-            raise DataError(f"the state of the adaptive KL coefficient has keys {sorted(state)}, not {expected}")
-        return cls(**state)

@@ -9,22 +9,15 @@ give an unbiased gradient, because the tokens were drawn from the policy that is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from toolkit.errors import ConfigError, did_you_mean, listed
+from toolkit.errors import listed
+from toolkit.functional.names import KLGradient, check_choice
 
-KL_NAMES: dict[str, str] = {
-    "kl": "k1",
-    "k1": "k1",
-    "abs": "abs",
-    "mse": "k2",
-    "k2": "k2",
-    "low_var_kl": "k3",
-    "k3": "k3",
-}
+KL_NAMES = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 """Every accepted name and the estimator it means; ``kl``, ``mse`` and ``low_var_kl`` are XTuner's spellings."""
 
-KL_GRADIENTS: tuple[str, ...] = ("as_is", "straight_through", "score_corrected", "is_corrected")
+KL_GRADIENTS = get_args(KLGradient)
 """What flows back through an estimator; see `toolkit.functional.kl.kl_estimate`."""
 
 MAX_LOG_DIFF = 20.0
@@ -58,7 +51,7 @@ class GradientFact:
     """What the expected gradient is when it belongs to neither KL."""
 
 
-_UNBIASED = ("k1", "k3")
+_VARIATION, _BIASED = "twice the total variation distance", "the biased expected value"
 _EXPECTED: dict[str, tuple[Expected, Expected, Expected, Expected]] = {
     # in the order of KL_GRADIENTS
     "k1": ("zero", "reverse", "reverse", "reverse"),
@@ -66,23 +59,15 @@ _EXPECTED: dict[str, tuple[Expected, Expected, Expected, Expected]] = {
     "k2": ("reverse", "reverse", "neither", "neither"),
     "k3": ("forward", "reverse", "reverse", "reverse"),
 }
-_BIASED = "it is that of the biased expected value"
-_NOTES = {
-    ("abs", "as_is"): "it is that of twice the total variation distance",
-    ("abs", "score_corrected"): _BIASED,
-    ("abs", "is_corrected"): _BIASED,
-    ("k2", "score_corrected"): _BIASED,
-    ("k2", "is_corrected"): _BIASED,
-}
 
 GRADIENT_FACTS: dict[tuple[str, str], GradientFact] = {
     (estimator, gradient): GradientFact(
         estimator=estimator,
         gradient=gradient,
-        value_unbiased=estimator in _UNBIASED,
+        value_unbiased=estimator in ("k1", "k3"),
         expected_gradient=expected,
         off_policy=gradient == "is_corrected",
-        note=_NOTES.get((estimator, gradient), ""),
+        note="" if expected != "neither" else f"it is that of {_VARIATION if gradient == 'as_is' else _BIASED}",
     )
     for estimator, row in _EXPECTED.items()
     for gradient, expected in zip(KL_GRADIENTS, row, strict=True)
@@ -90,48 +75,19 @@ GRADIENT_FACTS: dict[tuple[str, str], GradientFact] = {
 """The fact of every (estimator, gradient); the tests prove each by exact enumeration over a small vocabulary."""
 
 
-def estimator_of(kl_type: str) -> str:
-    """Return ``k1``, ``abs``, ``k2`` or ``k3`` for any accepted spelling.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
-    if kl_type not in KL_NAMES:
-        raise ConfigError(
-            f"kl_type={kl_type!r} is not a KL estimator; choose {listed(KL_NAMES)}{did_you_mean(kl_type, KL_NAMES)}"
-        )
-    return KL_NAMES[kl_type]
-
-
 def expected_gradient_facts(kl_type: str, gradient: str = "as_is") -> GradientFact:
-    """Return what a choice of estimator and gradient does in expectation.
-
-    Args:
-        kl_type: a name in `KL_NAMES`, aliases included.
-        gradient: a name in `KL_GRADIENTS`.
+    """Return what an estimator (a name in `KL_NAMES`) with a gradient (one in `KL_GRADIENTS`) does in expectation.
 
     Raises:
         ConfigError: one of the two names is unknown.
     """
-    estimator = estimator_of(kl_type)
-    if gradient not in KL_GRADIENTS:
-        raise ConfigError(
-            f"gradient={gradient!r} of the KL term is not known; choose "
-            f"{listed(KL_GRADIENTS)}{did_you_mean(gradient, KL_GRADIENTS)}"
-        )
-    return GRADIENT_FACTS[estimator, gradient]
+    check_choice(kl_type, KL_NAMES, f"kl_type={kl_type!r} is not a KL estimator")
+    check_choice(gradient, KL_GRADIENTS, f"gradient={gradient!r} of the KL term is not known")
+    return GRADIENT_FACTS[KL_NAMES[kl_type], gradient]
 
 
 def kl_warning(kl_type: str, gradient: str = "as_is") -> str | None:
-    """Return one sentence on what is wrong with the expected gradient, or None if it is that of the reverse KL.
-
-    Args:
-        kl_type: a name in `KL_NAMES`, aliases included.
-        gradient: a name in `KL_GRADIENTS`.
-
-    Raises:
-        ConfigError: one of the two names is unknown.
-    """
+    """Return what is wrong with the gradient of `expected_gradient_facts`, None if it is that of the reverse KL."""
     fact = expected_gradient_facts(kl_type, gradient)
     if fact.expected_gradient == "reverse":
         return None

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.functional.ratios import MAX_LOG_RATIO
+from toolkit.functional.kl import KL_VALUES
+from toolkit.functional.names import MAX_LOG_RATIO
 from toolkit.functional.segments import segment_mean, segment_sum
 from toolkit.metrics import EffectiveSampleSize, Max, Mean, Metric, Min
 
@@ -114,10 +115,9 @@ class Corrected:
 # ------------------------------------------------------------------------------------------------ statistics
 
 TOKEN_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "k1": lambda log_ratio, p, q: -log_ratio,
-    "k2": lambda log_ratio, p, q: 0.5 * log_ratio.square(),
-    # expm1 keeps d^2 / 2 for a small d, where exp(d) - 1 would cancel.
-    "k3": lambda log_ratio, p, q: log_ratio.expm1() - log_ratio,
+    "k1": lambda log_ratio, p, q: KL_VALUES["k1"](-log_ratio),
+    "k2": lambda log_ratio, p, q: KL_VALUES["k2"](-log_ratio),
+    "k3": lambda log_ratio, p, q: KL_VALUES["k3"](-log_ratio),
     "tv": lambda log_ratio, p, q: (p.exp() - q.exp()).abs(),
     "prob_diff": lambda log_ratio, p, q: p.exp() - q.exp(),
     "ratio_tv": lambda log_ratio, p, q: log_ratio.expm1().abs(),
@@ -137,7 +137,7 @@ def unit_statistic(
     max_log_ratio: float | None = MAX_LOG_RATIO,
     max_token_log_ratio: float | None = None,
 ) -> Tensor:
-    """Measure how far two policies are apart on each unit.
+    """Measure how far two policies are apart on each unit: [N] float64, each token with the value of its unit.
 
     With d = log p - log q of a sampled token: ratio e^d, k1 -d, k2 d^2/2, k3 e^d - 1 - d (all three estimate
     KL(q || p) on samples of q), tv |p - q|, prob_diff p - q, ratio_tv |e^d - 1|. The ratio of a unit is reduced in log
@@ -153,9 +153,6 @@ def unit_statistic(
         max_log_ratio: bound in nats on |d| in k1, k2, k3, ratio_tv, and on the log of the reduced ratio, before exp;
             None: `LARGEST_LOG`.
         max_token_log_ratio: bound in nats on |d| of each token before anything else; None: no bound.
-
-    Returns:
-        [N] float64, each token with the value of its unit.
 
     Source: k1, k2, k3: Schulman 2020, "Approximating KL divergence". Product and geometric mean: Liu et al. 2025,
     "When speed kills stability". |p - q| is the total variation of "this token or another one".
@@ -216,15 +213,15 @@ def corrected(
     in_denominator, hits = is_kept, []
     for index, correction in enumerate(corrections):
         value = _statistic(correction, terms)
-        is_hit = _is_outside(value, correction.lower, correction.upper)
+        factor = _clamped(value, correction)
+        is_hit = factor != value
         if correction.action in CLAMPS:
-            factor = _clamped(value, correction)
             if correction.normalize:
                 factor = factor / _normalizer(normalizer_sums, index)
             weights = (weights * factor).clamp(max=LARGEST_WEIGHT)
         else:
             if correction.action == "veto":
-                is_hit = _anywhere_in_sequence(is_hit, terms)
+                is_hit = _reduced(is_hit.double(), *terms.units("sequence"), "max") > 0
             is_hit = is_hit & terms.has_sign(correction.advantages, correction.between)
             is_kept = is_kept & ~is_hit
             if correction.denominator == "survivors":
@@ -236,15 +233,10 @@ def corrected(
 
 @torch.no_grad()
 def normalizer_parts(corrections: Sequence[Correction], terms: MismatchTerms) -> Tensor:
-    """Return the sums and counts of the mean weights of a step; add them up over its micro-batches and ranks.
+    """Return the sums and counts of a step's mean weights, [C, 2] float64; add them up over micro-batches and ranks.
 
-    Args:
-        corrections: C objects.
-        terms: the tensors of one micro-batch.
-
-    Returns:
-        [C, 2] float64: the sum of the units' clamped ratios and the number of units, by the granularity of the
-        correction (a sequence counts once, however long); zeros for a correction that does not normalise.
+    These are the sum of the units' clamped ratios and the number of units, by the granularity of the correction (a
+    sequence counts once, however long); zeros for a correction that does not normalise.
     """
     parts = torch.zeros(len(corrections), 2, dtype=torch.float64, device=terms.rollout_logprobs.device)
     for index, correction in enumerate(corrections):
@@ -261,19 +253,6 @@ def normalizer_parts(corrections: Sequence[Correction], terms: MismatchTerms) ->
 def _clamped(ratio: Tensor, correction: Correction) -> Tensor:
     bounds = correction.lower, correction.upper
     return ratio if bounds == (None, None) else ratio.clamp(*bounds)
-
-
-def _is_outside(values: Tensor, lower: float | None, upper: float | None) -> Tensor:
-    is_outside = torch.zeros_like(values, dtype=torch.bool)
-    if lower is not None:
-        is_outside = is_outside | (values < lower)
-    return is_outside if upper is None else is_outside | (values > upper)
-
-
-def _anywhere_in_sequence(is_hit: Tensor, terms: MismatchTerms) -> Tensor:
-    ids, num = terms.units("sequence")
-    assert ids is not None
-    return segment_sum(is_hit.double(), ids, num)[ids] > 0
 
 
 def _normalizer(sums: Tensor | None, index: int) -> Tensor:
@@ -311,7 +290,7 @@ def mismatch_metrics(
         weights: [N] from `corrected`.
         is_kept: [N] from `corrected`.
         sequence_ids: [N] int64, to count sequences too.
-        num_sequences: S.
+        num_sequences: how many there are.
     """
     is_known = rollout_logprobs.isfinite()
     p, q = old_logprobs.double()[is_known], rollout_logprobs.double()[is_known]
@@ -342,9 +321,9 @@ def correction_metrics(corrections: Sequence[Correction], result: Corrected) -> 
 
     A second correction of the same kind gets "_2" after its name, and so on.
     """
+    names = [f"rollout_{c.action}_{c.granularity}_{c.statistic}" for c in corrections]
     metrics: dict[str, Metric] = {}
-    for correction, is_hit in zip(corrections, result.is_hit, strict=True):
-        name = f"rollout_{correction.action}_{correction.granularity}_{correction.statistic}"
-        same = sum(known == name or known.startswith(f"{name}#") for known in metrics)
-        metrics[f"{name}#{same + 1}" if same else name] = Mean.of(is_hit)
-    return {name.replace("#", "_"): metric for name, metric in metrics.items()}
+    for index, (name, is_hit) in enumerate(zip(names, result.is_hit, strict=True)):
+        same = names[:index].count(name)
+        metrics[f"{name}_{same + 1}" if same else name] = Mean.of(is_hit)
+    return metrics

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
+
+from toolkit.errors import ConfigError, did_you_mean, listed
 
 Aggregation = Literal[
     "token_mean",
@@ -30,3 +33,9 @@ KLGradient = Literal["as_is", "straight_through", "score_corrected", "is_correct
 """What flows back through the KL term."""
 MAX_LOG_RATIO = 20.0
 """Bound on |log ratio| in nats before exp (XTuner, verl and OpenRLHF use the same): e^20 = 4.9e8 is finite in fp32."""
+
+
+def check_choice(value: str, allowed: Collection[str], problem: str) -> None:
+    """Raise `ConfigError` if `value` is not one of `allowed`; its message is `problem` and what to choose."""
+    if value not in allowed:
+        raise ConfigError(f"{problem}; choose {listed(allowed)}{did_you_mean(str(value), allowed)}")

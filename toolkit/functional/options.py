@@ -1,27 +1,34 @@
-"""Turn the signature of a registered function into a validated options model; no torch here."""
+"""Turn the signature of a registered function into a validated options model; no torch here.
+
+A type that several functions use carries the description of its options. A function's own ``Args:`` adds to it, e.g.
+where its default comes from.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import DocInfo, Ge, Gt, Le
 from pydantic import ConfigDict, Field, create_model
 
 from toolkit.errors import ConfigError
 from toolkit.schema import Config
 
-Anchor = Literal["old", "rollout", "self"]
-"""What a ratio divides by: the policy before the step, the one that sampled, or the current one without gradient."""
-ClipLow = Annotated[float, Ge(0), Le(1)]
-"""A ratio's floor is 1 minus it."""
-ClipHigh = Annotated[float, Ge(0)]
-"""A ratio's ceiling is 1 plus it."""
+Anchor = Annotated[Literal["old", "rollout", "self"], DocInfo("what the ratio divides by")]
+"""The policy before the step, the one that sampled, or the current one without gradient."""
+ClipLow = Annotated[float, Ge(0), Le(1), DocInfo("the ratio's floor is 1 - cliprange_low")]
+ClipHigh = Annotated[float, Ge(0), DocInfo("the ratio's ceiling is 1 + cliprange_high")]
 AboveOne = Annotated[float, Gt(1)]
 """A cap on ratios that does not change a ratio of 1."""
+DualClip = Annotated[AboveOne, DocInfo("bound of the dual clip where A < 0; None: no dual clip")]
+AverageAdvantages = Annotated[
+    bool, DocInfo("whether A is the mean of the sequence's (AReaL); without effect where they are equal")
+]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
+SquareCoef = Annotated[NotNegative, DocInfo("factor of (log r)^2, without a half")]
 Fraction = Annotated[float, Ge(0), Le(1)]
 
 
@@ -31,9 +38,7 @@ class _Options(Config):
     model_config = ConfigDict(use_attribute_docstrings=False)
 
 
-def options_model(
-    kind: str, name: str, function: Callable[..., Any], *, reserved: tuple[str, ...] = ()
-) -> type[Config]:
+def options_model(kind: str, name: str, function: Callable[..., Any], *, reserved: tuple[str, ...]) -> type[Config]:
     """Build the options class from the keyword-only parameters of `function`.
 
     Args:
@@ -47,7 +52,7 @@ def options_model(
     """
     first, *options = inspect.signature(function).parameters.values()
     fields: dict[str, Any] = {}
-    meanings = arguments_described(function)
+    _, meanings, _ = docstring_parts(function)
     for option in options:
         if option.kind is not option.KEYWORD_ONLY or option.default is option.empty:
             raise ConfigError(
@@ -58,8 +63,11 @@ def options_model(
             raise ConfigError(
                 f"{kind} {name!r} has an option called {option.name!r}; that name selects the {kind.split()[-1]} itself"
             )
-        described = Field(option.default, description=meanings.get(option.name))
-        fields[option.name] = (_annotation(option.annotation, kind, function), described)
+        annotation = _annotation(option.annotation, kind, function)
+        meaning = "; ".join(filter(None, (_meaning(annotation), meanings.get(option.name))))
+        sentence = f"{meaning[:1].upper()}{meaning[1:].rstrip('.')}." if meaning else None
+        described = Field(option.default, description=sentence)
+        fields[option.name] = (annotation, described)
     return create_model(f"{name}_options", __base__=_Options, **fields)
 
 
@@ -71,26 +79,27 @@ def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     return one.__module__ == other.__module__ or (files[0] == files[1] and not files[0].startswith("<"))
 
 
-def arguments_described(function: Callable[..., Any]) -> dict[str, str]:
-    """Return the description of each argument in the section ``Args:`` of a docstring; empty without such a section.
+def docstring_parts(function: Callable[..., Any]) -> tuple[str, dict[str, str], str]:
+    """Return what stands before the section ``Args:`` of a docstring, its arguments by name, and what stands after.
 
     An argument starts a line one level deeper than ``Args:``; its continuation lines are indented further.
     """
-    _, heading, section = (inspect.getdoc(function) or "").partition("\nArgs:\n")
+    before, _, section = (inspect.getdoc(function) or "").partition("\nArgs:\n")
     meanings: dict[str, str] = {}
     depth, name = None, ""
-    for line in section.splitlines() if heading else []:
+    lines = section.splitlines()
+    for number, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())
         if line.strip() and indent == 0:
-            break
+            return before, meanings, "\n".join(lines[number:])
         depth = indent if depth is None else depth
         head, colon, rest = line.strip().partition(": ")
         if indent == depth and colon:
             name = head
-            meanings[name] = rest[:1].upper() + rest[1:]
+            meanings[name] = rest
         elif name and line.strip():
             meanings[name] += f" {line.strip()}"
-    return meanings
+    return before, meanings, ""
 
 
 def _annotation(annotation: Any, kind: str, function: Callable[..., Any]) -> Any:
@@ -105,3 +114,10 @@ def _annotation(annotation: Any, kind: str, function: Callable[..., Any]) -> Any
             f"an option of {kind} {function.__name__!r} is annotated {annotation!r}, but {error}; import the type "
             "outside of TYPE_CHECKING"
         ) from None
+
+
+def _meaning(annotation: Any) -> str:
+    """Return the description that a type carries, also inside a union, the outermost one; empty if it carries none."""
+    parts = reversed(get_args(annotation))
+    texts = (part.documentation if isinstance(part, DocInfo) else _meaning(part) for part in parts)
+    return next(filter(None, texts), "")

@@ -15,18 +15,10 @@ HEADROOM = 20.0
 
 
 def bounded(log_ratio: Tensor, low: float | None = -MAX_LOG_RATIO, high: float | None = MAX_LOG_RATIO) -> Tensor:
-    """Return `log_ratio` clamped to [low, high]; its gradient is exactly 0 outside.
+    """Return `log_ratio` [N], in nats and fp32 or wider, clamped to [low, high]; its gradient is exactly 0 outside.
 
     Clamping *before* exp keeps inf out of the graph: ``where(ok, exp(x), 0)`` would have a finite value and a NaN
-    gradient.
-
-    Args:
-        log_ratio: [N] in nats, fp32 or wider.
-        low: floor in nats; None: no floor.
-        high: ceiling in nats; None: only what the dtype can hold after exp and some arithmetic (68.7 nats in fp32).
-
-    Returns:
-        [N] in nats.
+    gradient. With ``high=None`` the ceiling is what the dtype can hold after exp and some arithmetic (68.7 in fp32).
     """
     # An infinite ratio times an advantage of 0 would be NaN; the headroom is for advantages, weights and sums.
     largest = _largest_log(log_ratio.dtype) - HEADROOM

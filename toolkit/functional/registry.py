@@ -6,14 +6,19 @@ No torch here: the command line knows every name and option without loading it.
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 from toolkit.errors import ConfigError, did_you_mean, listed
-from toolkit.functional.options import is_same_source
+from toolkit.functional.options import docstring_parts, is_same_source, options_model
 from toolkit.schema import Config, located
+
+WRAP: dict[str, Any] = {"width": 100, "break_on_hyphens": False}
+"""How lines are added to a docstring."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +32,11 @@ class Registered:
     function: Callable[..., Any]
     options_model: type[Config]
     """Validates the keyword-only parameters of `function`."""
+    alias_of: str | None = None
+    """The name of the function that this is an alias of."""
 
     def options(self, values: Mapping[str, Any], where: str | None = None) -> dict[str, Any]:
-        """Validate `values` and fill in the defaults.
-
-        Args:
-            values: options by name.
-            where: path to name in messages; None: `config_path`.
+        """Validate `values` and fill in the defaults; messages name the path `where`, by default `config_path`.
 
         Raises:
             ConfigError: an option is unknown, of the wrong type or out of range.
@@ -41,27 +44,75 @@ class Registered:
         with located(where or self.config_path):
             return self.options_model(**values).model_dump()
 
+    def document(self, *, takes: str, returns: str, facts: str, source: str) -> None:
+        """Complete the docstring of the function, where it has one, for `help`.
+
+        What it takes first and what it returns is added if it does not say so itself; an empty text is skipped.
+        """
+        if not self.function.__doc__:
+            return
+        data, *_ = inspect.signature(self.function).parameters
+        before, meanings, after = docstring_parts(self.function)
+        described = {name: field.description or "" for name, field in self.options_model.model_fields.items()}
+        arguments = {data: meanings.get(data, takes), **described}
+        texts = (textwrap.fill(f"{name}: {text}", **WRAP, subsequent_indent="    ") for name, text in arguments.items())
+        parts = (
+            before.rstrip(),
+            "\n".join(textwrap.fill(fact, **WRAP) for fact in facts.splitlines()),
+            "Args:\n" + textwrap.indent("\n".join(texts), "    "),
+            "" if "Returns:" in before + after else f"Returns:\n    {returns}.",
+            after.rstrip(),
+            f"Source: {source}." if source else "",
+        )
+        self.function.__doc__ = "\n\n".join(filter(None, parts)) + "\n"
+
 
 EntryT = TypeVar("EntryT", bound=Registered)
 
 
+@dataclass(kw_only=True)
 class Registry(Generic[EntryT]):
     """Registered functions of one kind, including those of a package, whose modules are imported on demand."""
 
-    def __init__(self, kind: str, *, package: str, key: str, how: str) -> None:
-        """Create an empty registry.
+    kind: str
+    """What the functions are, such as "policy loss"."""
+    entry: type[EntryT]
+    package: str
+    """Dotted; its modules register the built-in functions."""
+    key: str
+    """The setting that selects by name, such as "loss_type"."""
+    how: str
+    """The decorator that registers a custom function."""
+    reserved: tuple[str, ...]
+    """Names that no option may have."""
+    entries: dict[str, EntryT] = field(default_factory=dict)
 
-        Args:
-            kind: what its functions are, such as "policy loss".
-            package: dotted; its modules register the built-in ones.
-            key: the setting that selects by name, such as "loss_type".
-            how: a clause that says how to register a custom function.
+    def decorator(
+        self,
+        name: str,
+        *,
+        documented: Mapping[str, str],
+        aliases: tuple[str, ...] = (),
+        overwrite: bool,
+        **declared: Any,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Return a decorator that registers a function and completes its docstring.
+
+        `documented` are the arguments of `Registered.document`, `declared` the other fields of the entry.
         """
-        self._kind, self._package, self._key, self._how = kind, package, key, how
-        self.entries: dict[str, EntryT] = {}
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            model = options_model(self.kind, name, function, reserved=self.reserved)
+            entry = self.entry(name=name, function=function, options_model=model, **declared)
+            entry.document(**documented)
+            for each in (entry, *(replace(entry, name=alias, alias_of=name) for alias in aliases)):
+                self.add(each, overwrite=overwrite)
+            return function
+
+        return decorate
 
     def add(self, entry: EntryT, *, overwrite: bool) -> None:
-        """Register a function.
+        """Register an entry.
 
         Raises:
             ConfigError: another function has this name, and `overwrite` is False.
@@ -69,7 +120,7 @@ class Registry(Generic[EntryT]):
         known = self.entries.get(entry.name)
         if known is not None and not overwrite and not is_same_source(known.function, entry.function):
             raise ConfigError(
-                f"{self._kind} {entry.name!r} is already registered by {known.function.__module__}."
+                f"{self.kind} {entry.name!r} is already registered by {known.function.__module__}."
                 f"{known.function.__name__}; choose another name, or pass overwrite=True"
             )
         self.entries[entry.name] = entry
@@ -84,32 +135,17 @@ class Registry(Generic[EntryT]):
             return self.entries[name]
         names = self.names()
         if name not in names:
-            article = "an" if self._kind[0] in "aeiou" else "a"
+            article = "an" if self.kind[0] in "aeiou" else "a"
             hint = did_you_mean(str(name), names)
             raise ConfigError(
-                f"{self._key}={name!r} is not {article} {self._kind}; choose {listed(names)}{hint}; {self._how}"
+                f"{self.key}={name!r} is not {article} {self.kind}; choose {listed(names)}{hint}; "
+                f"register your own with @{self.how}"
             )
         return self.entries[name]
 
     def names(self) -> list[str]:
         """Return all names, built-in ones included, sorted."""
-        package = importlib.import_module(self._package)
+        package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
+            importlib.import_module(f"{self.package}.{module.name}")
         return sorted(self.entries)
-
-
-def document_source(function: Callable[..., Any], source: str, differs: str = "") -> None:
-    """Add the registered source to a docstring, so `help` shows it."""
-    text = ". ".join(filter(None, (source, differs)))
-    if text and function.__doc__:
-        indents = [len(line) - len(line.lstrip()) for line in function.__doc__.splitlines()[1:] if line.strip()]
-        indent = " " * min(indents, default=0)
-        function.__doc__ = f"{function.__doc__.rstrip()}\n\n{indent}Source: {text}.\n{indent}"
-
-
-def check_needs(who: str, needs: Sequence[str], known: Sequence[str], lacking: str) -> None:
-    """Raise `ConfigError` if a function to register needs a field that does not exist."""
-    unknown = next((need for need in needs if need not in known), None)
-    if unknown is not None:
-        raise ConfigError(f"{who} needs {unknown!r}, which {lacking}; choose {listed(known)}")

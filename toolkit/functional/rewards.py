@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
+from toolkit.metrics import wide_dtype
 
 Level = Literal["group", "batch"]
 Spread = Literal["sample", "population", "leave_one_out"]
@@ -72,8 +73,8 @@ class RewardTerms:
 
     @cached_property
     def wide(self) -> torch.dtype:
-        """The dtype of statistics: rewards are few, so float64 costs nothing (MPS has only float32)."""
-        return torch.float32 if self.rewards.device.type == "mps" else torch.float64
+        """The dtype of statistics: rewards are few, so float64 costs nothing."""
+        return wide_dtype(self.rewards)
 
     @cached_property
     def known(self) -> Tensor:
@@ -135,9 +136,7 @@ class RewardTerms:
     def mean(self, level: Level = "group", weights: Tensor | None = None) -> Tensor:
         """Return for each sequence the mean of the known rewards of its group, or of the batch, [S].
 
-        Args:
-            level: over the group or the batch.
-            weights: [S] weight of each reward, not negative; equal ones by default.
+        `weights` [S] are not negative; equal ones by default.
         """
         weights = self.known.to(self.wide) if weights is None else weights.to(self.wide).where(self.known, 0.0)
         total = self.total(weights, level)
@@ -145,10 +144,8 @@ class RewardTerms:
 
     def varies(self, level: Level = "group") -> Tensor:
         """Return for each sequence whether the known rewards of its group, or of the batch, differ, [S] bool."""
-        low = float("-inf")
-        return self.largest(self.filled.where(self.known, low), level) > -self.largest(
-            (-self.filled).where(self.known, low), level
-        )
+        highest, lowest = (self.largest(x.where(self.known, float("-inf")), level) for x in (self.filled, -self.filled))
+        return highest > -lowest
 
     def centred(self, level: Level = "group", weights: Tensor | None = None) -> Tensor:
         """Return reward - mean, [S]: exactly 0 if unknown or all are equal; `weights` [S] are those of the mean."""
@@ -156,14 +153,10 @@ class RewardTerms:
         return (self.filled - self.mean(level, weights)).where(self.known & self.varies(level), 0.0)
 
     def residual(self, level: Literal["group", "batch", "none"] = "group", *, leave_one_out: bool = False) -> Tensor:
-        """Return reward - baseline, [S].
-
-        Args:
-            level: the baseline is the mean of the group, of the batch, or 0.
-            leave_one_out: exclude a sequence from its baseline: ``n / (n - 1)`` times the centred reward.
-        """
+        """Return reward - baseline, [S]: the mean of the group, of the batch (of the others in it), or 0."""
         if level == "none":
             return self.filled
+        # The distance to the mean of the others is n / (n - 1) times that to the mean of all.
         count = self.count(level)
         factor = count / (count - 1).clamp(min=1) if leave_one_out else 1
         return self.centred(level) * factor
@@ -198,10 +191,10 @@ class RewardTerms:
 
     def complete(self, where: Tensor, *names: str) -> Tensor:
         """Return which sequences have a known reward and only finite numbers at `where` [S, T] in fields `names`."""
-        fields = [self.require(name) for name in names] + [t for t in (self.token_rewards,) if t is not None]
         is_complete = self.known
-        for field in fields:
-            is_complete = is_complete & (field.isfinite() | ~where).all(-1)
+        for values in [self.token_rewards, *map(self.require, names)]:
+            if values is not None:
+                is_complete = is_complete & (values.isfinite() | ~where).all(-1)
         return is_complete
 
     def rewards_at(self, where: Tensor) -> Tensor:
@@ -227,8 +220,8 @@ class RewardTerms:
             values: [S] or [S, T]; finite.
             weights: [S] or [S, T] as `values`, the weight of each: 1 or 0, or the tokens of a sequence.
             std: divide the sum of squares by their number minus 1, or by their number.
-            eps: added to the variance or to its root, as `eps_to` says.
-            eps_to: see `eps`.
+            eps: added to the variance, or to its root.
+            eps_to: to which of the two.
         """
         weights = weights.to(self.wide)
         number = weights.sum()
@@ -245,11 +238,9 @@ class RewardTerms:
     # ------------------------------------------------------------------ results
 
     def result(self, advantages: Tensor, where: Tensor | None = None) -> Tensor:
-        """Return `advantages` in the dtype of the rewards (fp32 or wider), finite, 0 where `where` is False.
+        """Return `advantages` [S] or [S, T] in the dtype of the rewards (fp32 or wider), finite, 0 where not `where`.
 
-        Args:
-            advantages: [S] or [S, T], wide.
-            where: bool, [S] or [S, T] as `advantages`; the sequences with a known reward by default.
+        `where` is bool, [S] or [S, T]; by default the sequences with a known reward.
         """
         dtype = torch.promote_types(self.rewards.dtype, torch.float32)
         bound = torch.finfo(dtype).max

@@ -1,5 +1,7 @@
 """Check that a policy loss keeps its declared scope: on a few made-up tokens, in a millisecond, before it is used.
 
+Also which fields of `PolicyTerms` it reads: undeclared ones may be missing in training.
+
 A loss that declares scope "token" but reads other tokens gives one gradient in eager mode and another in chunks,
 without an error: in chunks of 4 tokens the gradient of GSPO has been seen to change its sign.
 
@@ -8,15 +10,17 @@ Legend: N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
-from toolkit.functional.policy.registry import Need, PolicyLoss, policy_loss
+from toolkit.functional.policy.registry import Need, PolicyLoss, Scope, policy_loss
 from toolkit.functional.terms import PolicyTerms
 
 LENGTHS = (3, 5, 1, 4)
@@ -27,17 +31,21 @@ UNEQUAL = (0.6, 0.3, 2.0, 1.5)
 """The spread of each of them, relative."""
 SPREADS = (0.01, 0.3, 1.0, 3.0, 15.0)
 """Of log pi - log pi_old in nats: a statistic with a threshold must cross it in one of them."""
+READS = {
+    "sequence": "other tokens of its sequence",
+    "group": "other sequences of its group",
+    "batch": "all tokens of the batch",
+}
+"""What a token's loss depends on besides what the scope before allows."""
 TOLERANCE = 1e-9
 """Relative; the check runs in float64."""
+OPTIONAL = (*get_args(Need), "group_ids", "positions")
+"""Fields of `PolicyTerms` that a loss gets only if it declares them."""
 _passed: set[tuple[Any, ...]] = set()
 
 
 def check_policy_loss(name: str, **options: Any) -> None:
-    """Check that the loss of a token (or sequence) does not depend on tokens outside of its declared scope.
-
-    Args:
-        name: name of a registered policy loss.
-        options: its options; others have their defaults.
+    """Check that the policy loss `name` of a token (or sequence) does not depend on tokens outside of its scope.
 
     Raises:
         ConfigError: the values or gradients differ; the message names the scope that would be right.
@@ -53,14 +61,17 @@ def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
         ConfigError: it uses more than its scope allows.
     """
     key = _key(loss, options)
-    if loss.scope == "batch" or key in _passed:
+    if key in _passed:
         return
-    if not _is_local(loss, options, "group"):
-        raise _wrong_scope(loss, "batch", "all tokens of the batch")
-    if loss.scope != "group" and not _is_local(loss, options, "sequence"):
-        raise _wrong_scope(loss, "group", "other sequences of its group")
-    if loss.scope == "token" and not _is_local(loss, options, "token"):
-        raise _wrong_scope(loss, "sequence", "other tokens of its sequence")
+    scopes = get_args(Scope)
+    for number in reversed(range(scopes.index(loss.scope), scopes.index("batch"))):
+        if not _is_local(loss, options, scopes[number]):
+            needed = scopes[number + 1]
+            raise ConfigError(
+                f"policy loss {loss.name!r} is registered with scope={loss.scope!r}, but a token's loss changes with "
+                f"{READS[needed]}; in chunks its gradient would be wrong. Register it with "
+                f"@register_policy_loss({loss.name!r}, scope={needed!r})"
+            )
     _passed.add(key)
 
 
@@ -95,34 +106,19 @@ def check_token_losses(token_losses: object, logprobs: Tensor, name: str) -> Non
         )
 
 
-def _wrong_scope(loss: PolicyLoss, needed: str, what: str) -> ConfigError:
-    return ConfigError(
-        f"policy loss {loss.name!r} is registered with scope={loss.scope!r}, but a token's loss changes with {what}; "
-        f"in chunks its gradient would be wrong. Register it with "
-        f"@register_policy_loss({loss.name!r}, scope={needed!r})"
-    )
-
-
 def _is_local(loss: PolicyLoss, options: Mapping[str, Any], scope: str) -> bool:
     """Return whether each sequence (or token) has the same values and gradients alone as among the others."""
     for spread in SPREADS:
         terms = made_up_terms(spread)
         full = _values_and_grads(loss, options, terms)
-        for rows in _parts(terms, scope):
+        labels = torch.arange(len(terms.logprobs)) if scope == "token" else terms.require(f"{scope}_ids")
+        for label in labels.unique():
+            rows = (labels == label).nonzero().squeeze(1)
             part = _values_and_grads(loss, options, _part(terms, rows))
             for among, alone in zip(full, part, strict=True):
                 if not torch.allclose(among[rows], alone, rtol=TOLERANCE, atol=TOLERANCE):
                     return False
     return True
-
-
-def _parts(terms: PolicyTerms, scope: str) -> Iterator[Tensor]:
-    assert terms.sequence_ids is not None
-    tokens = torch.arange(len(terms.sequence_ids))
-    labels = {"group": terms.group_ids, "sequence": terms.sequence_ids, "token": tokens}[scope]
-    assert labels is not None
-    for label in labels.unique():
-        yield (labels == label).nonzero().squeeze(1)
 
 
 def _values_and_grads(loss: PolicyLoss, options: Mapping[str, Any], terms: PolicyTerms) -> tuple[Tensor, Tensor]:
@@ -139,11 +135,7 @@ def _values_and_grads(loss: PolicyLoss, options: Mapping[str, Any], terms: Polic
 
 def _part(terms: PolicyTerms, rows: Tensor) -> PolicyTerms:
     """Return the tokens at `rows`."""
-    tensors: dict[str, Any] = {
-        field.name: value.index_select(0, rows)
-        for field in fields(terms)
-        if isinstance(value := getattr(terms, field.name), Tensor)
-    }
+    tensors: dict[str, Any] = {name: value.index_select(0, rows) for name, value in tensors_of(terms)}
     # As in a micro-batch that holds only these tokens.
     numbers: dict[str, Any] = {
         f"num_{what}s": int(tensors[f"{what}_ids"].max()) + 1
@@ -186,3 +178,72 @@ def made_up_terms(spread: float) -> PolicyTerms:
         num_groups=max(GROUPS) + 1,
         positions=positions,
     )
+
+
+def tensors_of(terms: PolicyTerms) -> list[tuple[str, Tensor]]:
+    """Return the tensors of `terms` by name, [N] each."""
+    values = [(field.name, getattr(terms, field.name)) for field in fields(terms)]
+    return [(name, value) for name, value in values if isinstance(value, Tensor)]
+
+
+def fields_declared(loss: PolicyLoss, options: Mapping[str, Any]) -> set[str]:
+    """Return the optional fields of `PolicyTerms` that a loss always gets, by ``needs``, its options and its scope."""
+    names = set(loss.fields_read(options))
+    if loss.scope != "token":
+        names.add("positions")
+    if loss.scope in ("group", "batch"):
+        names.add("group_ids")
+    return names
+
+
+def declared(
+    loss: PolicyLoss, options: Mapping[str, Any], terms: PolicyTerms, also: tuple[str, ...] = ()
+) -> PolicyTerms:
+    """Return `terms` without the fields that `loss` does not declare, except those named in `also`."""
+    kept = fields_declared(loss, options).union(also)
+    missing: dict[str, Any] = {name: None for name in OPTIONAL if name not in kept}
+    return replace(terms, reported={}, reported_means={}, **missing)
+
+
+def undeclared(loss: PolicyLoss, options: Mapping[str, Any], terms: PolicyTerms | None = None) -> str | None:
+    """Return a message on fields that `loss` needs but does not declare; None without any, or if it always fails."""
+    terms = made_up_terms(0.3) if terms is None else terms
+
+    def works(*also: str) -> bool:
+        copies: dict[str, Any] = {name: value.clone() for name, value in tensors_of(terms)}
+        try:
+            loss.function(declared(loss, options, replace(terms, **copies), also), **options)
+        except Exception:  # the user's function may raise anything
+            return False
+        return True
+
+    if works() or not works(*OPTIONAL):
+        return None
+    names = [name for name in OPTIONAL if not works(*(other for other in OPTIONAL if other != name))]
+    needs = [name for name in names if name in get_args(Need)]
+    declare = f"needs={(*loss.needs, *needs)!r}" if needs else ""
+    if "group_ids" in names or ("positions" in names and loss.scope == "token"):
+        scope = "group" if "group_ids" in names else "sequence"
+        declare += f"{', ' if declare else ''}scope={scope!r}"
+    if not names:
+        return None
+    pronoun = "it" if len(names) == 1 else "them"
+    return (
+        f"it reads {' and '.join(f't.{name}' for name in names)} without declaring {pronoun}; "
+        f"write @register_policy_loss({loss.name!r}, {declare})"
+    )
+
+
+def error_location(error: Exception, loss: PolicyLoss) -> str:
+    """Return the file and line of the loss that raised, in parentheses; empty if unknown."""
+    path = loss.function.__code__.co_filename if hasattr(loss.function, "__code__") else ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f" ({Path(path).name}:{lines[-1]})" if lines else ""
+
+
+def has_gradient(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
+    """Return whether the losses depend on t.logprobs at all, as autograd sees it."""
+    terms = declared(loss, options, made_up_terms(0.3))
+    with torch.enable_grad():
+        values = loss.function(replace(terms, logprobs=terms.logprobs.requires_grad_() * 1), **options)
+    return isinstance(values, Tensor) and values.requires_grad

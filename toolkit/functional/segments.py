@@ -17,7 +17,7 @@ NO_SEQUENCE = -1
 
 
 def sequence_ids(shape: torch.Size, cu_seq_lens: Tensor | None, device: torch.device | None = None) -> Tensor:
-    """Number the sequence that each position belongs to.
+    """Number the sequence that each position belongs to: int64 of `shape`, `NO_SEQUENCE` where it belongs to none.
 
     Without `cu_seq_lens` every row is one sequence. With it the row is packed: sequence s covers positions
     ``cu_seq_lens[s] .. cu_seq_lens[s+1] - 1``, and positions after the last boundary belong to none.
@@ -26,9 +26,6 @@ def sequence_ids(shape: torch.Size, cu_seq_lens: Tensor | None, device: torch.de
         shape: shape of the labels, [T], [1, T] (packed) or [B, T] (padded).
         cu_seq_lens: [S + 1] int boundaries, 0 first, not decreasing, at most T; only for one packed row.
         device: device of the result; that of `cu_seq_lens` by default.
-
-    Returns:
-        int64 of `shape`; `NO_SEQUENCE` where a position belongs to no sequence.
 
     Raises:
         DataError: the boundaries do not start at 0, decrease, exceed T, or come with more than one row.
@@ -58,15 +55,9 @@ def sequence_ids(shape: torch.Size, cu_seq_lens: Tensor | None, device: torch.de
 def turn_ids(is_scored: Tensor, sequence_ids: Tensor) -> Tensor:
     """Number the turns: each contiguous run of scored positions within a sequence is one.
 
-    In a conversation the positions between two runs belong to someone else (a user, a tool). Two sequences packed side
-    by side never share a turn, nor do two rows.
-
-    Args:
-        is_scored: bool [B, T] (or [T]).
-        sequence_ids: int64 [B, T] (or [T]), as from `sequence_ids`.
-
-    Returns:
-        int64 of the same shape: 0, 1, 2 ... in row order; `NO_SEQUENCE` where a position is not scored.
+    `is_scored` and `sequence_ids` are [B, T] or [T]. The result has their shape: 0, 1, 2 ... in row order,
+    `NO_SEQUENCE` where a position is not scored. In a conversation the positions between two runs belong to someone
+    else (a user, a tool). Two sequences packed side by side never share a turn, nor do two rows.
     """
     goes_on = torch.zeros_like(is_scored)
     goes_on[..., 1:] = is_scored[..., :-1] & (sequence_ids[..., 1:] == sequence_ids[..., :-1])
@@ -76,36 +67,24 @@ def turn_ids(is_scored: Tensor, sequence_ids: Tensor) -> Tensor:
 
 
 def segment_sum(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
-    """Sum the values of each sequence.
-
-    Args:
-        values: [N].
-        ids: [N] int64 in 0 .. num_sequences - 1.
-        num_sequences: S.
-
-    Returns:
-        [S], 0 for a sequence without a value.
-    """
+    """Sum the `values` [N] of each sequence, numbered from 0 by `ids` [N] int64: [S], 0 for one without a value."""
     return values.new_zeros(num_sequences).index_add(0, ids, values)
 
 
 def segment_mean(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
-    """Average the `values` [N] of each sequence, numbered by `ids` [N]: [S], 0 for a sequence without a value."""
+    """Average the `values` [N] of each sequence, numbered by `ids` [N]: [S], as `segment_sum`."""
     counts = segment_sum(torch.ones_like(values), ids, num_sequences)
     return segment_sum(values, ids, num_sequences) / counts.clamp(min=1)
 
 
 def suffix_sum(values: Tensor, ids: Tensor, discount: float = 1.0, positions: Tensor | None = None) -> Tensor:
-    """Sum each token's value and those after it in its sequence: ``sum over k >= t of discount^(k - t) values_k``.
+    """Sum each token's value and those after it in its sequence: [N] ``sum over k >= t of discount^(k - t) values_k``.
 
     Args:
         values: [N], the tokens of a sequence contiguous and in order.
         ids: [N] int64, the sequence of each token.
         discount: in (0, 1].
         positions: [N] int64, the positions k and t where tokens between were skipped; None: consecutive.
-
-    Returns:
-        [N].
     """
     # Sums over spans of 1, 2, 4 ... tokens: log2(N) steps without the powers discount^-t that would overflow.
     total, span = values, 1

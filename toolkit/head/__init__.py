@@ -18,13 +18,8 @@ if TYPE_CHECKING:
     from toolkit.head.plan import HeadPlan
     from toolkit.head.scores import TokenScores
 
-_MODULES = {
-    "HeadPlan": "plan",
-    "TokenScores": "scores",
-    "explain": "engine",
-    "fused_loss": "engine",
-    "token_logprobs": "engine",
-}
+_ENGINE = dict.fromkeys(("explain", "fused_loss", "token_logprobs"), "engine")
+_MODULES = {"HeadPlan": "plan", "TokenScores": "scores", **_ENGINE}
 
 __all__ = ["HeadOptions", "HeadPlan", "TokenScores", "explain", "fused_loss", "token_logprobs"]
 

@@ -8,7 +8,7 @@ Legend: T positions, D hidden width, V vocabulary, r summed rank of the active L
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +24,15 @@ _SCALES = (("logits_scaling", -1), ("logit_scale", 1), ("lm_head_multiplier", 1)
 """Config fields for a factor on the logits; -1 where the model divides by it."""
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
 """Config fields for a soft cap of the logits."""
+_WRAPPERS = {
+    "FullyShardedDataParallel": "FullyShardedDataParallel (FSDP 1) flattens the head's weight; use FSDP 2: "
+    "training.sharding=fsdp2, or torch.distributed.fsdp.fully_shard on the Policy",
+    "DataParallel": "torch.nn.DataParallel copies the model to each device in every forward and gathers the losses; "
+    "use one process for each device: torchrun --nproc_per_node N",
+    "DistributedDataParallel": "the language model is already wrapped in DistributedDataParallel, whose hooks would "
+    "not see the head; create Policy(lm) first and wrap that",
+}
+"""Wrappers that hide the head's weight from the loss, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Head:
     """Takes the model's arguments and returns an object with `last_hidden_state`, [B, T, D]."""
     module: nn.Module
     """The head as the model calls it, including adapters."""
-    transform: LogitTransform = field(default_factory=LogitTransform)
+    transform: LogitTransform
     """Scale and soft cap of the logits, from the model's config."""
 
     def inputs(self, hidden: Tensor) -> HeadTensors:
@@ -68,29 +77,6 @@ class Head:
                 bias = more if bias is None else bias + more
         return torch.cat(parts, -1), torch.cat(columns, -1), bias
 
-    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return the effective weight [V, D] and bias [V] or None, differentiable: W + s B A under LoRA.
-
-        For loops that need one weight; prefer `inputs`, which rounds less and supports dropout.
-
-        Raises:
-            ConfigError: as `inputs`, or there is dropout between the hidden states and the adapter.
-            DataError: as `inputs`.
-        """
-        layer, adapters = _unwrapped(self.module)
-        weight, bias = self._checked(layer)
-        for lora in adapters:
-            if getattr(lora.dropout, "p", 0.0) > 0 and lora.dropout.training:
-                raise ConfigError(
-                    "the LoRA adapter of the head has dropout, which one weight cannot represent; set lora_dropout=0, "
-                    "call .eval(), or use Head.inputs(hidden)"
-                )
-            weight = torch.addmm(weight, lora.up.weight, lora.down.weight, alpha=lora.scaling)
-            if lora.up.bias is not None:
-                more = lora.scaling * lora.up.bias
-                bias = more if bias is None else bias + more
-        return weight, bias
-
     def _checked(self, layer: Any) -> tuple[Tensor, Tensor | None]:
         weight, bias = layer.weight, getattr(layer, "bias", None)
         _refuse_sharded(weight)
@@ -120,9 +106,8 @@ class _Lora:
 def find_head(lm: Any) -> Head:
     """Find trunk, head and logit transform of a causal language model.
 
-    Args:
-        lm: a model like those of transformers, with `base_model` (or `get_decoder`) and `get_output_embeddings`; or
-            PEFT's wrapper of one.
+    `lm` is a model like those of transformers, with `base_model` (or `get_decoder`) and `get_output_embeddings`; or
+    PEFT's wrapper of one.
 
     Raises:
         ConfigError: the model has no trunk or no head, PEFT changes the input (prompt learning), or an adapter or the
@@ -187,21 +172,9 @@ def refuse_wrappers(module: Any) -> None:
         return
     for part in module.modules():
         names = {kind.__name__ for kind in type(part).__mro__}
-        if "FullyShardedDataParallel" in names:
-            raise ConfigError(
-                "FullyShardedDataParallel (FSDP 1) flattens the head's weight; use FSDP 2: "
-                "training.sharding=fsdp2, or torch.distributed.fsdp.fully_shard on the Policy"
-            )
-        if names & {"DataParallel"}:
-            raise ConfigError(
-                "torch.nn.DataParallel copies the model to each device in every forward and gathers the losses; use "
-                "one process for each device: torchrun --nproc_per_node N"
-            )
-        if names & {"DistributedDataParallel"}:
-            raise ConfigError(
-                "the language model is already wrapped in DistributedDataParallel, whose hooks would not see the head; "
-                "create Policy(lm) first and wrap that"
-            )
+        for name, message in _WRAPPERS.items():
+            if name in names:
+                raise ConfigError(message)
     for parameter in module.parameters():
         _refuse_sharded(parameter)
 

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from toolkit.errors import DataError
+
+Gradients = Sequence[Tensor | None]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -44,6 +48,97 @@ def refuses_second_derivative(backward: Callable[..., tuple[Any, ...]]) -> Calla
     return wrapped
 
 
+class OtherLeaves(Exception):
+    """The loss depends on leaves that autograd does not know of; they must become inputs before the first chunk."""
+
+    def __init__(self, leaves: list[Tensor], group: int) -> None:
+        super().__init__()
+        self.leaves, self.group = leaves, group
+
+
+class _LossWithGradients(torch.autograd.Function):
+    """A loss whose gradients are complete when forward returns; backward multiplies them by the upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[..., tuple[Tensor, Gradients]], extras: list[Any], *inputs: Tensor | None
+    ) -> Tensor:
+        loss, grads = run(extras, *inputs)
+        ctx.dtypes = [
+            None if grad is None or tensor is None else tensor.dtype for grad, tensor in zip(grads, inputs, strict=True)
+        ]
+        ctx.save_for_backward(*[grad for grad in grads if grad is not None])
+        return loss
+
+    @staticmethod
+    @refuses_second_derivative
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        # Scaled before the cast: in fp32 a loss scale of 65536 is a number, and not inf as in fp16.
+        scaled = [None if dtype is None else rescaled(next(saved), grad_loss).to(dtype) for dtype in ctx.dtypes]
+        return None, None, *scaled
+
+
+def loss_with_gradients(
+    run: Callable[..., tuple[Tensor, Gradients]], hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, list[Any]]:
+    """Return the 0-dim loss that `run` computes together with its gradients, and what else it returns.
+
+    Args:
+        run: ``f(extras, hidden, weight, bias, *others) -> (loss, a gradient of each tensor or None)``, called without
+            grad; it appends to `extras`. Where it finds that the loss depends on leaves beside `others`, it raises
+            `OtherLeaves` and is called again with them.
+        hidden: [..., D].
+        weight: [V, D].
+        bias: [V] or None.
+
+    Raises:
+        DataError: leaves are new in every call.
+    """
+    others: list[Tensor] = []
+    group = -1
+    while True:
+        extras: list[Any] = []
+        try:
+            return _LossWithGradients.apply(run, extras, hidden, weight, bias, *others), extras
+        except OtherLeaves as new:
+            if new.group <= group:
+                raise DataError(
+                    "loss_fn depends on a tensor that requires a gradient and is a new one in every call (one that it "
+                    "makes, or the scores of another chunk that it kept); detach it"
+                ) from None
+            others, group = others + new.leaves, new.group
+
+
+def refuse_other_leaves(loss: Tensor, known: Iterable[Tensor | None], group: int) -> None:
+    """Raise `OtherLeaves` if the 0-dim `loss` of a `group` depends on other leaves than `known` [...]."""
+    known_ids = {id(tensor) for tensor in known}
+    unknown = {id(leaf): leaf for leaf in _leaves_of(loss) if id(leaf) not in known_ids}
+    if unknown:
+        raise OtherLeaves(list(unknown.values()), group)
+
+
+def _leaves_of(output: Tensor) -> Iterator[Tensor]:
+    """Yield the leaf tensors that `output` was computed from and that require a gradient."""
+    pending, seen = [output.grad_fn], set()
+    if output.grad_fn is None and output.requires_grad:
+        yield output
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # only the node of a leaf has one
+        if variable is not None:
+            yield variable
+        pending += [parent for parent, _ in node.next_functions]
+
+
+def total_of(losses: Sequence[Tensor], wide: torch.dtype) -> Tensor:
+    """Return the sum of `losses`, [] each and at least one, in `wide` or their dtype, the wider one."""
+    return torch.stack([loss.to(torch.promote_types(loss.dtype, wide)) for loss in losses]).sum()
+
+
 def not_compiled(function: Any) -> Any:
     """Exclude a function from ``torch.compile``, as ``torch.compiler.disable`` does, which loads the compiler.
 
@@ -60,15 +155,10 @@ def not_compiled(function: Any) -> Any:
 
 def rescaled(grad: Tensor, factor: Tensor) -> Tensor:
     """Return `grad` [...] times 0-dim `factor`, without a second V x D tensor if `grad` will not be used again."""
-    if not _graph_is_freed():
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    if keep_graph is None or keep_graph():  # retain_graph=True
         return grad * factor
     return grad if factor.device.type == "cpu" and float(factor) == 1 else grad.mul_(factor)
-
-
-def _graph_is_freed() -> bool:
-    """Whether the saved gradients will not be used again (``retain_graph=False``)."""
-    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keep_graph is not None and not keep_graph()
 
 
 @contextlib.contextmanager

@@ -1,18 +1,18 @@
 """Any loss that is a sum over tokens, computed chunk by chunk with the logits of one chunk alive at a time.
 
-Legend: T positions, D hidden width, V vocabulary.
+Legend: T positions, t positions of a chunk, D hidden width, V vocabulary, [...] any shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from toolkit.errors import DataError
-from toolkit.head.gradients import HeadGradients, leaves_of
+from toolkit.head.autograd import Gradients, loss_with_gradients, refuse_other_leaves, total_of
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Any]]
 """``f(hidden chunk, weight, bias, chunk index) -> (scalar loss, anything to keep)``."""
@@ -37,82 +37,61 @@ def chunked_loss(
         The summed scalar loss (fp32 or wider), and what else `loss_fn` returned, a list with one entry per chunk.
     """
     if not torch.is_grad_enabled():
-        parts = [
-            loss_fn(chunk, head_weight, head_bias, index)
-            for index, chunk in enumerate(hidden_states.split(list(lengths), dim=-2))
+        chunks = hidden_states.split(list(lengths), dim=-2)
+        parts = [loss_fn(chunk, head_weight, head_bias, index) for index, chunk in enumerate(chunks)]
+        return total_of([loss for loss, _ in parts], torch.float32), [extra for _, extra in parts]
+    return loss_with_gradients(partial(_run, loss_fn, lengths), hidden_states, head_weight, head_bias)
+
+
+def _run(
+    loss_fn: ChunkLoss,
+    lengths: Sequence[int],
+    extras: list[Any],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *others: Tensor,
+) -> tuple[Tensor, Gradients]:
+    """Compute the loss, and the gradients in fp32 or wider; nothing is allocated for an input without one.
+
+    Summing the weight gradient of many chunks in bf16 loses precision: 9.6e-3 relative error against 2.4e-3 with
+    an fp32 accumulator (4096 tokens in chunks of 64).
+    """
+    totals = [_accumulator(source) for source in (hidden, weight, bias, *others)]
+    # One leaf for all chunks: autocast keeps a low-precision copy of every leaf that it meets.
+    weight_leaf = weight.detach().requires_grad_(weight.requires_grad)
+    bias_leaf = None if bias is None else bias.detach().requires_grad_(bias.requires_grad)
+    losses, start, token_dim = [], 0, hidden.dim() - 2
+    for index, length in enumerate(lengths):
+        chunk = hidden.narrow(token_dim, start, length).detach().requires_grad_(hidden.requires_grad)
+        inputs = (chunk, weight_leaf, bias_leaf, *others)
+        with torch.enable_grad():
+            loss, extra = loss_fn(chunk, weight_leaf, bias_leaf, index)
+        refuse_other_leaves(loss, inputs, index)
+        targets = [
+            (tensor, total.narrow(token_dim, start, length) if tensor is chunk else total)
+            for tensor, total in zip(inputs, totals, strict=True)
+            if tensor is not None and total is not None
         ]
-        return _total([loss for loss, _ in parts]), [extra for _, extra in parts]
-    others: list[Tensor] = []
-    before = -1
-    while True:
-        extras: list[Any] = []
-        try:
-            loss = _ChunkedLoss.apply(hidden_states, head_weight, head_bias, loss_fn, tuple(lengths), extras, *others)
-        except _OtherLeaves as new:
-            if new.index <= before:
-                raise DataError(
-                    "loss_fn makes a new tensor that requires a gradient in every call; detach it"
-                ) from None
-            others, before = others + new.leaves, new.index
-            continue
-        return loss, extras
+        _add_gradients(loss, targets, retain_graph=bool(others))  # all chunks share the graph of the others
+        losses.append(loss.detach())
+        extras.append(extra)
+        start += length
+    return total_of(losses, torch.float32), totals
 
 
-class _OtherLeaves(Exception):
-    """The loss depends on leaves that autograd does not know of; they must become inputs before the first chunk."""
-
-    def __init__(self, leaves: list[Tensor], index: int) -> None:
-        super().__init__()
-        self.leaves, self.index = leaves, index
-
-
-def _total(losses: Sequence[Tensor]) -> Tensor:
-    wide = torch.promote_types(losses[0].dtype, torch.float32)
-    return torch.stack([loss.detach().to(wide) for loss in losses]).sum()
+def _add_gradients(loss: Tensor, targets: Sequence[tuple[Tensor, Tensor]], *, retain_graph: bool) -> None:
+    """Add the gradient of `loss` by the first tensor of each target to the second."""
+    if not targets or not loss.requires_grad:
+        return
+    tensors = [tensor for tensor, _ in targets]
+    grads = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=retain_graph)
+    for (_, total), grad in zip(targets, grads, strict=True):
+        if grad is not None:
+            total.add_(grad)
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        loss_fn: ChunkLoss,
-        lengths: tuple[int, ...],
-        extras: list[Any],
-        *others: Tensor,
-    ) -> Tensor:
-        token_dim = hidden.dim() - 2
-        grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3], token_dim=token_dim, others=others)
-        losses, start = [], 0
-        for index, length in enumerate(lengths):
-            span = slice(start, start + length)
-            inputs = grads.leaves(hidden.narrow(token_dim, start, length))
-            with torch.enable_grad():
-                loss, extra = loss_fn(*inputs, index)
-            known = {id(tensor) for tensor in (*inputs, *others)}
-            unknown = {id(leaf): leaf for leaf in leaves_of(loss) if id(leaf) not in known}
-            if unknown:
-                raise _OtherLeaves(list(unknown.values()), index)
-            grads.add([loss], None, inputs, span)
-            losses.append(loss.detach())
-            extras.append(extra)
-            start = span.stop
-        totals = grads.totals()
-        tensors = (hidden, weight, bias, *others)
-        ctx.dtypes = [
-            None if total is None or tensor is None else tensor.dtype
-            for total, tensor in zip(totals, tensors, strict=True)
-        ]
-        ctx.save_for_backward(*[total for total in totals if total is not None])
-        return _total(losses)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        # Scaled in fp32, where a loss scale of 65536 is a number and not inf as in fp16; and out of place, because
-        # the saved gradients must survive a second backward (retain_graph=True).
-        scaled = [None if dtype is None else (next(saved) * grad_loss).to(dtype) for dtype in ctx.dtypes]
-        return (*scaled[:3], None, None, None, *scaled[3:])
+def _accumulator(source: Tensor | None) -> Tensor | None:
+    if source is None or not source.requires_grad:
+        return None
+    return torch.zeros_like(source, dtype=torch.promote_types(source.dtype, torch.float32))

@@ -5,27 +5,20 @@ Legend: T positions, N scored tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.head.autograd import not_compiled, quiet
+from toolkit.head.autograd import loss_with_gradients, not_compiled, quiet, total_of
+from toolkit.head.cost import Job, PassName
 from toolkit.head.inputs import HeadInputs, head_inputs
 from toolkit.head.options import HeadOptions, takes_head_options
-from toolkit.head.passes import (
-    FusedLoss,
-    Job,
-    OtherLeaves,
-    ScoreLoss,
-    Scores,
-    check_progress,
-    checked_loss,
-    score_without_grad,
-    total_of,
-)
-from toolkit.head.plan import HeadPlan, Needs, PassName, Scope, make_plan
+from toolkit.head.passes import ScoreLoss, Scores, checked_loss, fused_run, score_without_grad
+from toolkit.head.plan import HeadPlan, Scope, job_of, plan_of
 from toolkit.head.scores import TokenScores
 
 
@@ -91,14 +84,14 @@ def token_logprobs(
         RuntimeError: on a second derivative, which is not supported.
     """
     inputs = head_inputs(hidden_states, head_weight, labels, head_bias, options)
-    job = _job(inputs, None, None, options)
+    job = job_of(inputs, options, scope=None)
     _check_ranks(job, labels)
     if job.needs:
-        logprobs, entropies = Scores.apply(inputs.hidden, inputs.weight, inputs.bias, job)
+        scores = TokenScores(*Scores.apply(inputs.hidden, inputs.weight, inputs.bias, job))
     else:
-        logprobs, entropies = score_without_grad(job)
-    scattered = _scattered(logprobs, inputs, labels)
-    return scattered if entropies is None else TokenScores(scattered, _scattered(entropies, inputs, labels))
+        scores = score_without_grad(job)
+    logprobs = _scattered(scores.logprobs, inputs, labels)
+    return logprobs if scores.entropy is None else TokenScores(logprobs, _scattered(scores.entropy, inputs, labels))
 
 
 @not_compiled
@@ -125,7 +118,7 @@ def fused_loss(
         loss_fn: ``f(scores, positions) -> (scalar, extra)`` with `TokenScores` of [n] tokens and their positions [n]
             in the flattened labels. If it depends on other leaves, it is called once more for each group with new
             ones; it must not keep scores with their graph from one call to the next.
-        hidden_states: [..., D]; this and the other arguments are as in `token_logprobs`.
+        hidden_states: [..., D]; this and the other tensors are as in `token_logprobs`.
         head_weight: [V, D].
         labels: [...] int64.
         head_bias: [V], optional.
@@ -144,21 +137,11 @@ def fused_loss(
     """
     inputs = head_inputs(hidden_states, head_weight, labels, head_bias, options)
     inputs, ids = _by_sequence(inputs, scope, sequence_ids, labels)
-    job = _job(inputs, scope, ids, options)
+    job = job_of(inputs, options, scope=scope, sequence_ids=ids)
     _check_ranks(job, labels)
     if not job.needs:
         return _loss_without_grad(job, loss_fn)
-    others: list[Tensor] = []
-    before: OtherLeaves | None = None
-    while True:
-        extras: list[Any] = []
-        try:
-            loss = FusedLoss.apply(inputs.hidden, inputs.weight, inputs.bias, job, loss_fn, extras, *others)
-        except OtherLeaves as new:
-            check_progress(before, new)
-            others, before = others + new.leaves, new
-            continue
-        return loss, extras
+    return loss_with_gradients(partial(fused_run, job, loss_fn), inputs.hidden, inputs.weight, inputs.bias)
 
 
 @takes_head_options
@@ -174,30 +157,17 @@ def explain(
 ) -> HeadPlan:
     """Return which pass this call would use, why, and what it will cost; ``print`` it.
 
-    Args:
-        hidden_states: [..., D]; all arguments are as in `token_logprobs` (with ``scope=None``) and `fused_loss`.
-        head_weight: [V, D].
-        labels: [...] int64.
-        head_bias: [V], optional.
-        scope: None for `token_logprobs`, else that of `fused_loss`.
-        sequence_ids: [...] int64.
-        options: a `HeadOptions`, or its fields as keywords.
+    All arguments are as in `token_logprobs` (with ``scope=None``) and `fused_loss`.
     """
     inputs = head_inputs(hidden_states, head_weight, labels, head_bias, options)
     inputs, ids = _by_sequence(inputs, scope, sequence_ids, labels)
-    return _job(inputs, scope, ids, options).plan
-
-
-def _job(inputs: HeadInputs, scope: Scope | None, ids: Tensor | None, options: HeadOptions) -> Job:
-    needs = Needs.of(inputs)
-    return Job(inputs, make_plan(inputs, needs, options, scope=scope, sequence_ids=ids), needs, options.entropy)
+    return plan_of(job_of(inputs, options, scope=scope, sequence_ids=ids))
 
 
 def _check_ranks(job: Job, labels: Tensor) -> None:
     """Raise if ranks that share the vocabulary would process it differently."""
-    needs, names = job.needs, [*get_args(PassName)]
-    flags = [needs.hidden, needs.weight, needs.bias, job.entropy is True, job.entropy == "metric"]
-    job.inputs.vocab.check_same(labels, len(job.plan.chunks), names.index(job.plan.name), *flags)
+    flags = [*job.needs, job.entropy is True, job.entropy == "metric"]
+    job.inputs.vocab.check_same(labels, len(job.chunks), get_args(PassName).index(job.name), *flags)
 
 
 def _by_sequence(
@@ -216,20 +186,21 @@ def _by_sequence(
     if bool((ids.diff() >= 0).all()):
         return inputs, ids
     order = ids.argsort(stable=True)
-    return inputs.reordered(order), ids.index_select(0, order)
+    positions, targets = inputs.positions.index_select(0, order), inputs.targets.index_select(0, order)
+    return replace(inputs, positions=positions, targets=targets), ids.index_select(0, order)
 
 
 def _loss_without_grad(job: Job, loss_fn: ScoreLoss) -> tuple[Tensor, list[Any]]:
-    logprobs, entropy = score_without_grad(job)
-    losses, extras = [], []
+    all_scores, losses, extras = score_without_grad(job), [], []
     with quiet(job.inputs.hidden):
-        for group in job.plan.groups:
+        for group in job.groups:
             span = slice(group[0].start, group[-1].stop)
-            scores = TokenScores(logprobs[span], None if entropy is None else entropy[span])
+            entropy = None if all_scores.entropy is None else all_scores.entropy[span]
+            scores = TokenScores(all_scores.logprobs[span], entropy)
             loss, extra = checked_loss(loss_fn(scores, job.inputs.positions[span].clone()))
             losses.append(loss)
             extras.append(extra)
-    return total_of(losses, job), extras
+    return total_of(losses, job.inputs.wide), extras
 
 
 def _scattered(values: Tensor, inputs: HeadInputs, labels: Tensor) -> Tensor:

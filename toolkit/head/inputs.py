@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,18 +39,44 @@ class HeadInputs:
     vocab: VocabGroup
     """Which rows `weight` holds."""
 
-    def reordered(self, order: Tensor) -> HeadInputs:
-        """Return the same with the scored tokens in another `order`, indices [N]."""
-        return HeadInputs(
-            self.hidden,
-            self.weight,
-            self.bias,
-            self.positions.index_select(0, order),
-            self.targets.index_select(0, order),
-            self.transform,
-            self.compute_dtype,
-            self.vocab,
-        )
+    @property
+    def wide(self) -> torch.dtype:
+        """Dtype of log-probabilities, entropies and their arithmetic: fp32 or float64."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    @property
+    def hidden_sum_dtype(self) -> torch.dtype:
+        """Dtype in which the gradient of the hidden states is computed.
+
+        fp16 has no number below 6e-8: its gradients wait in fp32 for the loss scale that backward brings.
+        """
+        return torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype
+
+    def weight_sum_dtype(self, num_chunks: int) -> torch.dtype:
+        """Dtype in which the weight gradient is added up.
+
+        `wide` where more than one low-precision product is summed, or where small values would be lost.
+        """
+        dtype = self.compute_dtype
+        is_direct = num_chunks == 1 and dtype == self.weight.dtype and dtype != torch.float16
+        return dtype if is_direct else self.wide
+
+
+class Needs(NamedTuple):
+    """Which inputs require a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+        """Look at `requires_grad` of `hidden` [..., D], `weight` [V, D] and `bias` [V], and at the grad mode."""
+        is_on = torch.is_grad_enabled()
+        return cls(*(is_on and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)))
 
 
 def head_inputs(
@@ -68,7 +95,6 @@ def head_inputs(
         ConfigError: a scale, soft cap or temperature is not valid.
     """
     hidden_states, ignore_idx = replicated(hidden_states), options.ignore_idx
-    transform = LogitTransform(options.logit_scale, options.softcap, options.temperature, options.vocab_mask)
     check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx)
     weight, bias, vocab = local_part(head_weight, head_bias)
     labels = labels.long()
@@ -81,7 +107,7 @@ def head_inputs(
         bias=bias,
         positions=positions,
         targets=targets,
-        transform=_checked_transform(transform, labels, targets, head_weight, hidden_states, ignore_idx),
+        transform=_checked_transform(options, labels, targets, head_weight, hidden_states),
         compute_dtype=_compute_dtype(hidden_states),
         vocab=vocab,
     )
@@ -132,7 +158,8 @@ def check_head(
     if is_inside:
         return
     ids = labels.masked_fill(labels == ignore_idx, 0)
-    if labels.numel() and not _are_inside(ids, vocabulary):
+    lowest, highest = torch.stack(ids.aminmax()).tolist() if labels.numel() else (0, -1)  # waits for the device once
+    if lowest < 0 or highest >= vocabulary:
         where = ((ids < 0) | (ids >= vocabulary)).nonzero()[0].tolist()
         raise DataError(
             f"{labels_name}{where} = {int(labels[tuple(where)])} lies outside the vocabulary of {vocabulary} "
@@ -140,34 +167,33 @@ def check_head(
         )
 
 
-def _are_inside(ids: Tensor, vocabulary: int) -> bool:
-    lowest, highest = torch.stack(ids.aminmax()).tolist()  # waits for the device once
-    return lowest >= 0 and highest < vocabulary
-
-
 def _checked_transform(
-    transform: LogitTransform, labels: Tensor, targets: Tensor, weight: Tensor, hidden: Tensor, ignore_idx: int
+    options: HeadOptions, labels: Tensor, targets: Tensor, weight: Tensor, hidden: Tensor
 ) -> LogitTransform:
-    temperature, mask = transform.temperature, transform.vocab_mask
-    if not math.isfinite(transform.scale) or transform.scale == 0:
-        raise ConfigError(f"logit_scale={transform.scale} must be a finite number other than 0")
-    if transform.softcap is not None and not (math.isfinite(transform.softcap) and transform.softcap > 0):
-        raise ConfigError(f"softcap={transform.softcap} must be a number above 0, or None for no soft cap")
+    scale, softcap, temperature, mask = options.logit_scale, options.softcap, options.temperature, options.vocab_mask
+    if not math.isfinite(scale) or scale == 0:
+        raise ConfigError(f"logit_scale={scale} must be a finite number other than 0")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ConfigError(f"softcap={softcap} must be a number above 0, or None for no soft cap")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape[:1]):
         raise DataError(f"vocab_mask is {mask.dtype} {list(mask.shape)}; it must be bool [{weight.shape[0]}]")
     if mask is not None and not bool(mask.index_select(0, targets).all()):
         excluded = int(targets[~mask.index_select(0, targets)][0])
         raise DataError(f"label {excluded} is excluded by vocab_mask: it could not have been sampled")
-    if not isinstance(temperature, Tensor):
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ConfigError(f"temperature={temperature} must be a number above 0")
-        return transform
+    if isinstance(temperature, Tensor):
+        mask = None if mask is None else mask.clone()
+        temperature = _copied_temperature(temperature, labels, hidden, options.ignore_idx)
+    if not isinstance(temperature, Tensor) and not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature={temperature} must be a number above 0")
+    return LogitTransform(scale, softcap, temperature, mask)
+
+
+def _copied_temperature(temperature: Tensor, labels: Tensor, hidden: Tensor, ignore_idx: int) -> float | Tensor:
+    """Return a checked copy of the temperatures of all positions, [T], as a number if there is one."""
     if temperature.requires_grad:
         raise DataError("temperature requires a gradient, but gets none; pass temperature.detach()")
     if temperature.dim() == 0:
-        return _checked_transform(
-            _with_temperature(transform, float(temperature)), labels, targets, weight, hidden, ignore_idx
-        )
+        return float(temperature)
     if temperature.shape != labels.shape:
         raise DataError(
             f"temperature has shape {list(temperature.shape)}; it must be one number or, like the labels, "
@@ -178,12 +204,7 @@ def _checked_transform(
     scored = copied[(labels != ignore_idx).reshape(-1)]
     if bool((~((scored > 0) & scored.isfinite())).any()):
         raise DataError("temperature is 0, negative or not finite at a scored position; it must be above 0")
-    return _with_temperature(transform, copied)
-
-
-def _with_temperature(transform: LogitTransform, temperature: float | Tensor) -> LogitTransform:
-    mask = None if transform.vocab_mask is None else transform.vocab_mask.clone()
-    return LogitTransform(transform.scale, transform.softcap, temperature, mask)
+    return copied
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

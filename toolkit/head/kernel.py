@@ -51,14 +51,9 @@ class Kernel:
     def __init__(
         self, transform: LogitTransform, bias: Tensor | None, vocab: VocabGroup, *, wide: torch.dtype, rows: int
     ) -> None:
-        """Make a kernel.
+        """Make a kernel for chunks of at most `rows` tokens; a per-token temperature is passed with each chunk.
 
-        Args:
-            transform: what happens to the logits; a per-token temperature is passed with each chunk.
-            bias: [V], added to the logits first.
-            vocab: which columns these are.
-            wide: dtype of the arithmetic, fp32 or float64.
-            rows: n of the largest chunk.
+        `bias` [V] is added to the logits first; `wide` is the dtype of the arithmetic.
         """
         self._softcap, self._vocab_mask = transform.softcap, transform.vocab_mask
         self._bias = None if bias is None else bias.detach().to(wide)
@@ -76,21 +71,15 @@ class Kernel:
         with_entropy: bool,
         known: RowStats | None = None,
     ) -> RowStats:
-        """Turn raw logits into probabilities in place and return statistics of each row.
+        """Turn raw `logits` [n, V], without the bias, into probabilities in place; return statistics of each row.
 
-        Args:
-            logits: [n, V], the head's product, without its bias.
-            targets: [n] labels.
-            transform: that of these rows.
-            with_entropy: also compute the entropies.
-            known: what an earlier call returned for these rows where the vocabulary is split, so ranks need not
-                communicate again.
+        `targets` [n] are the labels, `transform` is that of these rows; `known` is what an earlier call returned for
+        them where the vocabulary is split, so ranks need not communicate again.
         """
         before, after = transform.row_factors()
         is_split, with_entropy = self._vocab.is_split, with_entropy and known is None
-        stats = [self._wide_vector(logits, len(targets)) for _ in range(2 + is_split + with_entropy)]
-        for span, rows in self._blocks(logits):
-            block = self._widened(rows)
+        stats = [logits.new_empty(len(targets), dtype=self._wide) for _ in range(2 + is_split + with_entropy)]
+        for span, block in self._wide_blocks_(logits):
             if self._bias is not None:
                 block.add_(self._bias)
             _scale_(block, before, span)
@@ -107,9 +96,7 @@ class Kernel:
                 torch.softmax(block, -1, out=block)
                 stats[0][span], stats[1][span] = _logprobs(block, columns, logit, largest)
             if with_entropy:
-                stats[-1][span] = self._entropy(block)
-            if rows is not block:
-                rows.copy_(block)
+                stats[-1][span] = self._logs(block).mul_(block).sum(1).neg_().clamp_min_(0)
         entropy = stats[-1] if with_entropy else None
         if is_split:
             return known or self._merged(targets, stats[0], stats[1], stats[2], entropy)
@@ -129,13 +116,8 @@ class Kernel:
         Without softcap and entropy gradient that is ``p - onehot``, whatever the upstream gradient: it stays outside,
         so the chunk is not read again.
 
-        Args:
-            probs: [n, V], from `probabilities_`.
-            targets: [n] labels.
-            stats: from `probabilities_`.
-            transform: that of these rows.
-            logprob_grads: [n] upstream gradient of the log-probabilities; None keeps it outside, as -1.
-            entropy_grads: [n] upstream gradient of the entropies, None for none.
+        `probs` [n, V] and `stats` are from `probabilities_`, with the same `targets` [n] and `transform`;
+        `logprob_grads` [n] and `entropy_grads` [n] are the upstream gradients. Without the former it is -1.
 
         Returns:
             [n] factor of each row (a row's gradient is ``factor * probs[row]``), None for 1.
@@ -143,7 +125,9 @@ class Kernel:
         before, after = transform.row_factors()
         factor = before if self._softcap is None else before * after
         if self._softcap is None and entropy_grads is None:
-            self._scale_to_share_(probs, stats)
+            if stats.share is not None:  # the softmax over local columns becomes their part of the full one
+                for span, block in self._wide_blocks_(probs):
+                    block.mul_(stats.share[span].unsqueeze(1))
             # p - 1 from log p, not from p as stored: bf16 has no number between 0.996 and 1.
             self._vocab.labels(targets).put_(probs, stats.logprobs.expm1().to(probs.dtype))
             return _row_factor(factor, None if logprob_grads is None else -logprob_grads, stats.logprobs)
@@ -157,9 +141,9 @@ class Kernel:
             size = logprob_grads.abs().maximum(entropy_grads.abs())
             size = size.where(size > 0, 1.0)
             logprob_grads, entropy_grads = logprob_grads / size, entropy_grads / size
-        for span, rows in self._blocks(probs):
+        for span, block in self._wide_blocks_(probs):
             labels = self._vocab.labels(targets[span])
-            self._gradient_block_(rows, span, labels, stats, transform, logprob_grads, entropy_grads)
+            self._gradient_block_(block, span, labels, stats, transform, logprob_grads, entropy_grads)
         return _row_factor(factor, size, stats.logprobs)
 
     def add_bias_gradient(self, total: Tensor, logit_grads: Tensor, factor: Tensor | None) -> None:
@@ -199,19 +183,9 @@ class Kernel:
             entropy = (log_sum + sums[2] / sums[0]).clamp_(min=0)
         return RowStats((sums[1] - log_sum).clamp_(max=0), top + log_sum, entropy, total / sums[0])
 
-    def _scale_to_share_(self, probs: Tensor, stats: RowStats) -> None:
-        """Turn the softmax over local columns into their part of the full one, where the vocabulary is split."""
-        if stats.share is None:
-            return
-        for span, rows in self._blocks(probs):
-            block = self._widened(rows)
-            block.mul_(stats.share[span].unsqueeze(1))
-            if rows is not block:
-                rows.copy_(block)
-
     def _gradient_block_(
         self,
-        rows: Tensor,
+        block: Tensor,
         span: slice,
         labels: LocalLabels,
         stats: RowStats,
@@ -219,13 +193,11 @@ class Kernel:
         logprob_grads: Tensor,
         entropy_grads: Tensor | None,
     ) -> None:
-        """``rows = (g_l (onehot - p) - g_H p (log p + H)) * d softcap``, with p = rows."""
-        block = self._widened(rows)
+        """``block = (g_l (onehot - p) - g_H p (log p + H)) * d softcap``, with p = block."""
         if stats.share is not None:
             block.mul_(stats.share[span].unsqueeze(1))
         labels.put_(block, stats.logprobs[span].exp())
-        # p = 0 gives 0 whatever its logarithm, which only must not be -inf.
-        logs = torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()
+        logs = self._logs(block)
         slope = self._cap_slope(logs, span, labels, stats, transform)
         upstream = logprob_grads[span].unsqueeze(1)
         if entropy_grads is None:
@@ -237,8 +209,6 @@ class Kernel:
         labels.add_(block, upstream.squeeze(1))
         if slope is not None:
             block.mul_(slope)
-        if rows is not block:
-            rows.copy_(block)
 
     def _cap_slope(
         self, logs: Tensor, span: slice, labels: LocalLabels, stats: RowStats, transform: LogitTransform
@@ -253,14 +223,22 @@ class Kernel:
         exact = ((stats.logprobs[span].unsqueeze(1) + lse) * back).square().neg().add(1)
         return labels.put_(slope, exact.squeeze(1))  # exact for the label even where its probability underflows
 
-    def _entropy(self, block: Tensor) -> Tensor:
-        logs = torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()
-        return logs.mul_(block).sum(1).neg_().clamp_min_(0)
+    def _logs(self, block: Tensor) -> Tensor:
+        """Return log p in scratch memory; p = 0 gives 0 whatever its logarithm, which only must not be -inf."""
+        return torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()
 
     def _blocks(self, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
         size = block_rows(chunk.shape[0], self._vocabulary, chunk.device.type)
         for start in range(0, chunk.shape[0], size):
             yield slice(start, start + size), chunk[start : start + size]
+
+    def _wide_blocks_(self, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the blocks of `chunk` in fp32 or wider; what the caller makes of a block is written back."""
+        for span, rows in self._blocks(chunk):
+            block = self._widened(rows)
+            yield span, block
+            if rows is not block:
+                rows.copy_(block)
 
     def _widened(self, rows: Tensor) -> Tensor:
         """Return `rows` themselves in fp32 and fp64, else a wide copy in scratch memory."""
@@ -272,9 +250,6 @@ class Kernel:
             most = block_rows(self._rows, self._vocabulary, rows.device.type)
             self._scratch[index] = rows.new_empty(most, self._vocabulary, dtype=self._wide)
         return self._scratch[index][: rows.shape[0]]
-
-    def _wide_vector(self, like: Tensor, length: int) -> Tensor:
-        return like.new_empty(length, dtype=self._wide)
 
 
 def block_rows(rows: int, vocabulary: int, device: str) -> int:

@@ -1,4 +1,4 @@
-"""The two autograd functions of the head: scores for a loss elsewhere, and a loss computed while logits are in memory.
+"""The two kinds of passes of the head: scores for a loss elsewhere, and a loss computed while logits are in memory.
 
 Where the vocabulary is split over ranks, they communicate only in the first pass over a chunk and once for the gradient
 of the hidden states, never in the second pass: each rank may skip different rows there, so a collective would deadlock.
@@ -13,20 +13,17 @@ entries where it is split).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.head.autograd import quiet, refuses_second_derivative, rescaled
-from toolkit.head.cost import Group, kept_of
-from toolkit.head.gradients import leaves_of
-from toolkit.head.inputs import HeadInputs
+from toolkit.head.autograd import Gradients, quiet, refuse_other_leaves, refuses_second_derivative, total_of
+from toolkit.head.cost import Group, Job, kept_of
+from toolkit.head.inputs import Needs
 from toolkit.head.kernel import RowStats
-from toolkit.head.options import Entropy
-from toolkit.head.plan import HeadPlan, Needs, has_free_entropy
 from toolkit.head.scores import TokenScores
 from toolkit.head.work import Chunk, HeadWork
 
@@ -34,36 +31,10 @@ ScoreLoss = Callable[[TokenScores, Tensor], tuple[Tensor, Any]]
 """``f(scores of n tokens, their positions [n]) -> (scalar loss, anything to keep)``."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything a pass needs besides tensors with a gradient."""
-
-    inputs: HeadInputs
-    plan: HeadPlan
-    needs: Needs
-    entropy: Entropy
-
-    @property
-    def with_entropy(self) -> bool:
-        """Whether the softmax pass computes entropies; the frozen pass has them from its products."""
-        return bool(self.entropy) and not self.has_free_entropy
-
-    @property
-    def has_free_entropy(self) -> bool:
-        """Whether entropies come from the products of the frozen pass."""
-        return has_free_entropy(self.inputs, self.plan.name, self.entropy)
-
-
-def score_without_grad(job: Job) -> tuple[Tensor, Tensor | None]:
+def score_without_grad(job: Job) -> TokenScores:
     """Return log-probabilities and entropies of the scored tokens, [N] each."""
-    work = HeadWork(job.inputs, job.needs, job.plan, with_entropy=job.with_entropy)
-    logprobs, entropy = _empty_scores(job)
     with quiet(job.inputs.hidden):
-        for span in job.plan.chunks:
-            chunk = work.score(span)
-            _write(logprobs, entropy, span, chunk)
-            work.release(chunk)
-    return logprobs, entropy
+        return _score(job, HeadWork(job), job.chunks, num_kept=0)[0]
 
 
 class Scores(torch.autograd.Function):
@@ -76,34 +47,27 @@ class Scores(torch.autograd.Function):
         """Return log-probabilities and entropies, [N] each, from `hidden` [T, D], `weight` [V, D] and `bias` [V]."""
         ctx.set_materialize_grads(False)
         job = _with_tensors(job, hidden, weight, bias)
-        work = HeadWork(job.inputs, Needs(False, False, False), job.plan, with_entropy=job.with_entropy)
-        logprobs, entropy = _empty_scores(job)
-        is_frozen, chunks = job.plan.name == "frozen", job.plan.chunks
-        kept: dict[int, Chunk] = {}
-        seen: list[RowStats] = []
-        slopes = hidden.new_empty(job.plan.tokens if is_frozen else 0, hidden.shape[1], dtype=work.hidden_grad_dtype)
+        work = HeadWork(replace(job, needs=Needs(False, False, False)))
+        is_frozen = job.name == "frozen"
+        slopes = hidden.new_empty(len(job.inputs.positions) * is_frozen, hidden.shape[1], dtype=work.hidden_grad_dtype)
+
+        def store_slopes(chunk: Chunk, span: slice) -> Tensor:
+            slopes[span] = work.keep_input_gradient(chunk)
+            return slopes[span]
+
         with quiet(hidden):
-            for index, span in enumerate(chunks):
-                chunk = work.score(span)
-                seen += [chunk.stats] if job.inputs.vocab.is_split else []
-                _write(logprobs, entropy, span, chunk)
-                if is_frozen:
-                    slopes[span] = work.keep_input_gradient(chunk)
-                    _write_free_entropy(job, entropy, span, chunk, slopes[span])
-                if not is_frozen and index >= len(chunks) - job.plan.retained:
-                    kept[index] = chunk
-                else:
-                    work.release(chunk)
+            scores, ctx.kept, ctx.seen = _score(
+                job, work, job.chunks, num_kept=job.retained, store_slopes=store_slopes if is_frozen else None
+            )
         if is_frozen:
             ctx.save_for_backward(slopes)
         else:
             ctx.save_for_backward(hidden, weight, bias)
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
-        ctx.job, ctx.kept = _with_tensors(job, hidden.new_empty(0), weight.new_empty(0), None), kept
-        ctx.seen = dict(enumerate(seen))
-        if entropy is not None and job.entropy == "metric":
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.job = _with_tensors(job, hidden.new_empty(0), weight.new_empty(0), None)
+        if scores.entropy is not None and job.entropy == "metric":
+            ctx.mark_non_differentiable(scores.entropy)
+        return scores.logprobs, scores.entropy
 
     @staticmethod
     @refuses_second_derivative
@@ -114,77 +78,49 @@ class Scores(torch.autograd.Function):
             if entropy_grads is None:
                 return None, None, None, None
             logprob_grads = torch.zeros_like(entropy_grads)
-        if job.plan.name == "frozen":
+        if job.name == "frozen":
             (slopes,) = ctx.saved_tensors
             grad = slopes.new_zeros(ctx.hidden_shape, dtype=ctx.hidden_dtype)
-            for span in job.plan.chunks:
+            for span in job.chunks:
                 rows = (slopes[span] * -logprob_grads[span].unsqueeze(1)).to(ctx.hidden_dtype)
                 grad.index_copy_(0, job.inputs.positions[span], rows)
             return job.inputs.vocab.sum_rows_(grad, job.inputs.positions), None, None, None
         hidden, weight, bias = ctx.saved_tensors
         job = _with_tensors(job, hidden, weight, bias)
         needs = Needs(*ctx.needs_input_grad[:3])
-        work = HeadWork(job.inputs, needs, job.plan, with_entropy=entropy_grads is not None)
+        work = HeadWork(replace(job, needs=needs, entropy=entropy_grads is not None))
         with quiet(hidden):
             # The retained chunks first, so the others can reuse one of their buffers.
-            for index, span in sorted(enumerate(job.plan.chunks), key=lambda item: item[0] not in ctx.kept):
+            for index, span in sorted(enumerate(job.chunks), key=lambda item: item[0] not in ctx.kept):
                 upstream = logprob_grads[span], None if entropy_grads is None else entropy_grads[span]
-                _second_pass(work, span, ctx.kept.pop(index, None), ctx.seen.get(index), *upstream)
-        return (*_in_dtypes(work.gradients(), (hidden, weight, bias)), None)
+                _second_pass(work, span, ctx.kept.pop(index, None), ctx.seen[index], *upstream)
+        pairs = zip(work.gradients(), (hidden, weight, bias), strict=True)
+        return (*(None if grad is None else grad.to(tensor.dtype) for grad, tensor in pairs), None)
 
 
-class FusedLoss(torch.autograd.Function):
-    """A loss over log-probabilities, group of chunks by group; the gradient is complete when forward returns."""
+def fused_run(
+    job: Job,
+    loss_fn: ScoreLoss,
+    extras: list[Any],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *others: Tensor,
+) -> tuple[Tensor, Gradients]:
+    """Compute a loss and its gradients, group of chunks by group; see `loss_with_gradients`.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        job: Job,
-        loss_fn: ScoreLoss,
-        extras: list[Any],
-        *others: Tensor,
-    ) -> Tensor:
-        """Return the 0-dim loss over `hidden` [T, D], `weight` [V, D], `bias` [V] and other leaves of any shape."""
-        job = _with_tensors(job, hidden, weight, bias)
-        work = HeadWork(job.inputs, job.needs, job.plan, with_entropy=job.with_entropy)
-        other_grads = [torch.zeros_like(other) for other in others]
-        losses = []
-        with quiet(hidden):
-            for index, group in enumerate(job.plan.groups):
-                try:
-                    loss, extra = _run_group(job, work, group, loss_fn, others, other_grads)
-                except OtherLeaves as new:
-                    new.group = index
-                    raise
-                losses.append(loss)
-                extras.append(extra)
-        grads = (*work.gradients(), *other_grads)
-        tensors = (hidden, weight, bias, *others)
-        ctx.dtypes = [
-            None if grad is None or tensor is None else tensor.dtype
-            for grad, tensor in zip(grads, tensors, strict=True)
-        ]
-        ctx.save_for_backward(*[grad for grad in grads if grad is not None])
-        return total_of(losses, job)
-
-    @staticmethod
-    @refuses_second_derivative
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
-        """Return the gradients of hidden [T, D], weight [V, D], bias [V] and other leaves, times 0-dim `grad_loss`."""
-        saved = iter(ctx.saved_tensors)
-        grads = [None if dtype is None else rescaled(next(saved), grad_loss).to(dtype) for dtype in ctx.dtypes]
-        return (*grads[:3], None, None, None, *grads[3:])
-
-
-class OtherLeaves(Exception):
-    """The loss depends on leaves that autograd does not know of; they must become inputs before the first chunk."""
-
-    def __init__(self, leaves: list[Tensor], group: int) -> None:
-        super().__init__()
-        self.leaves, self.group = leaves, group
+    Takes `hidden` [T, D], `weight` [V, D], `bias` [V] and `others` [...], and returns a 0-dim loss.
+    """
+    job = _with_tensors(job, hidden, weight, bias)
+    work = HeadWork(job)
+    other_grads = [torch.zeros_like(other) for other in others]
+    losses = []
+    with quiet(hidden):
+        for index in range(len(job.groups)):
+            loss, extra = _run_group(job, work, index, loss_fn, others, other_grads)
+            losses.append(loss)
+            extras.append(extra)
+    return total_of(losses, job.inputs.wide), [*work.gradients(), *other_grads]
 
 
 def checked_loss(result: Any) -> tuple[Tensor, Any]:
@@ -202,58 +138,67 @@ def checked_loss(result: Any) -> tuple[Tensor, Any]:
     return loss, extra
 
 
-def check_progress(before: OtherLeaves | None, new: OtherLeaves) -> None:
-    """Raise if leaves are new in every call: the call before already had new ones in this group.
+def _score(
+    job: Job,
+    work: HeadWork,
+    spans: Sequence[slice],
+    *,
+    num_kept: int,
+    store_slopes: Callable[[Chunk, slice], Tensor] | None = None,
+) -> tuple[TokenScores, dict[int, Chunk], list[RowStats | None]]:
+    """Score consecutive chunks; return the scores, the `num_kept` last chunks, and statistics for a second pass.
 
-    Raises:
-        DataError: the message says where such a leaf may come from.
+    The frozen pass keeps no chunk: `store_slopes` stores d(-log p)/d(hidden) of a chunk, whose slice counts from the
+    first one, and returns it.
     """
-    if before is not None and new.group <= before.group:
-        raise DataError(
-            "loss_fn depends on a tensor that requires a gradient and is a new one in every call (one that it makes, "
-            "or the scores of another chunk that it kept); detach it"
-        )
-
-
-def total_of(losses: Sequence[Tensor], job: Job) -> Tensor:
-    """Return the 0-dim sum of the groups' `losses` ([] each) in fp32 or wider; 0 without groups."""
-    wide = torch.promote_types(job.inputs.compute_dtype, torch.float32)
-    if not losses:
-        return torch.zeros((), dtype=wide, device=job.inputs.hidden.device)
-    return torch.stack([loss.to(torch.promote_types(loss.dtype, wide)) for loss in losses]).sum()
+    first, last = spans[0].start, spans[-1].stop
+    new = job.inputs.hidden.detach().new_empty
+    logprobs = new(last - first, dtype=job.inputs.wide)
+    entropy = new(last - first, dtype=job.inputs.wide) if job.entropy else None
+    kept: dict[int, Chunk] = {}
+    seen: list[RowStats | None] = []
+    for index, span in enumerate(spans):
+        local = slice(span.start - first, span.stop - first)
+        chunk = work.score(span)
+        seen.append(chunk.stats if job.inputs.vocab.is_split else None)
+        logprobs[local] = chunk.stats.logprobs
+        if entropy is not None and chunk.stats.entropy is not None:
+            entropy[local] = chunk.stats.entropy
+        if store_slopes is not None:
+            slopes = store_slopes(chunk, local)
+            if entropy is not None and job.has_free_entropy:
+                product = job.inputs.vocab.sum_((chunk.inputs * slopes).sum(1))
+                entropy[local] = (-chunk.stats.logprobs - product).clamp(min=0)
+        if store_slopes is None and index >= len(spans) - num_kept:
+            kept[index] = chunk
+        else:
+            work.release(chunk)
+    return TokenScores(logprobs, entropy), kept, seen
 
 
 def _run_group(
     job: Job,
     work: HeadWork,
-    group: Group,
+    number: int,
     loss_fn: ScoreLoss,
     others: Sequence[Tensor],
     other_grads: Sequence[Tensor],
 ) -> tuple[Tensor, Any]:
     """Score a group, differentiate its loss, and take the gradients of its chunks."""
+    group: Group = job.groups[number]
+    is_frozen = job.name == "frozen" and (len(group) > 1 or job.has_free_entropy)
+
+    def store_slopes(chunk: Chunk, local: slice) -> Tensor:
+        slopes = work.keep_input_gradient(chunk)
+        work.set_hidden_gradient(chunk.positions, slopes)
+        return slopes
+
+    num_kept = kept_of(group, job.retained)
+    scores, kept, seen = _score(job, work, group, num_kept=num_kept, store_slopes=store_slopes if is_frozen else None)
     base = group[0].start
-    length = group[-1].stop - base
-    logprobs, entropy = _empty_scores(job, length)
-    is_frozen = job.plan.name == "frozen" and (len(group) > 1 or job.has_free_entropy)
-    kept: dict[int, Chunk] = {}
-    seen: list[RowStats | None] = []
-    for index, span in enumerate(group):
-        local = slice(span.start - base, span.stop - base)
-        chunk = work.score(span)
-        seen.append(chunk.stats if job.inputs.vocab.is_split else None)
-        _write(logprobs, entropy, local, chunk)
-        if is_frozen:
-            slopes = work.keep_input_gradient(chunk)
-            _write_free_entropy(job, entropy, local, chunk, slopes)
-            work.set_hidden_gradient(chunk.positions, slopes)
-        if not is_frozen and index >= len(group) - kept_of(group, job.plan.retained):
-            kept[index] = chunk
-        else:
-            work.release(chunk)
-    positions = job.inputs.positions[base : base + length]
+    positions = job.inputs.positions[base : group[-1].stop]
     loss, extra, logprob_grads, entropy_grads = _differentiate(
-        loss_fn, TokenScores(logprobs, entropy), positions, others, other_grads, is_live=job.entropy is True
+        loss_fn, scores, positions, others, other_grads, number, is_live=job.entropy is True
     )
     for index in reversed(range(len(group))):
         local = slice(group[index].start - base, group[index].stop - base)
@@ -294,6 +239,7 @@ def _differentiate(
     positions: Tensor,
     others: Sequence[Tensor],
     other_grads: Sequence[Tensor],
+    group: int,
     *,
     is_live: bool,
 ) -> tuple[Tensor, Any, Tensor, Tensor | None]:
@@ -303,10 +249,7 @@ def _differentiate(
         entropy = scores.entropy if scores.entropy is None else scores.entropy.requires_grad_(is_live)
         loss, extra = checked_loss(loss_fn(TokenScores(logprobs, entropy), positions.clone()))
     targets = [logprobs, *([entropy] if is_live and entropy is not None else []), *others]
-    known = {id(tensor) for tensor in targets}
-    unknown = {id(leaf): leaf for leaf in leaves_of(loss) if id(leaf) not in known}
-    if unknown:
-        raise OtherLeaves(list(unknown.values()), group=0)
+    refuse_other_leaves(loss, targets, group)
     if not loss.requires_grad:
         return loss.detach(), extra, torch.zeros_like(logprobs), None
     grads = list(torch.autograd.grad(loss, targets, allow_unused=True, retain_graph=bool(others)))
@@ -318,32 +261,6 @@ def _differentiate(
     return loss.detach(), extra, logprob_grads, entropy_grads
 
 
-def _in_dtypes(grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [
-        None if grad is None or tensor is None else grad.to(tensor.dtype)
-        for grad, tensor in zip(grads, tensors, strict=True)
-    ]
-
-
 def _with_tensors(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Job:
     """Return `job` with the tensors that autograd passed in; a job keeps no tensors alive."""
     return replace(job, inputs=replace(job.inputs, hidden=hidden, weight=weight, bias=bias))
-
-
-def _empty_scores(job: Job, length: int | None = None) -> tuple[Tensor, Tensor | None]:
-    wide = torch.promote_types(job.inputs.compute_dtype, torch.float32)
-    length = job.plan.tokens if length is None else length
-    new = job.inputs.hidden.detach().new_empty
-    return new(length, dtype=wide), new(length, dtype=wide) if job.entropy else None
-
-
-def _write(logprobs: Tensor, entropy: Tensor | None, span: slice, chunk: Chunk) -> None:
-    logprobs[span] = chunk.stats.logprobs
-    if entropy is not None and chunk.stats.entropy is not None:
-        entropy[span] = chunk.stats.entropy
-
-
-def _write_free_entropy(job: Job, entropy: Tensor | None, span: slice, chunk: Chunk, slope: Tensor) -> None:
-    if entropy is not None and job.has_free_entropy:
-        product = job.inputs.vocab.sum_((chunk.inputs * slope).sum(1))
-        entropy[span] = (-chunk.stats.logprobs - product).clamp(min=0)

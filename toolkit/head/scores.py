@@ -46,10 +46,9 @@ def eager_scores(
 ) -> TokenScores:
     """Score `labels` [N] with the logits of all of them at once, under plain autograd.
 
-    The logits come from `hidden` [N, D], `weight` [V, D] and `bias` [V].
-
-    The reference that every pass is tested against, and what ``mode="eager"`` runs. It alone scores candidates:
-    `candidate_ids` [N, K] int64, negative for none, or "all" for the full vocabulary in order.
+    The logits come from `hidden` [N, D], `weight` [V, D] and `bias` [V]. This is the reference that every pass is
+    tested against, and what ``mode="eager"`` runs. It alone scores candidates: `candidate_ids` [N, K] int64, negative
+    for none, or "all" for the full vocabulary in order.
 
     A weight whose vocabulary is split over ranks (see `toolkit.head.vocabulary`) gives logits of the local columns; the
     ranks then exchange 3 + K numbers a token, and the gradient [N, D] of the hidden states.

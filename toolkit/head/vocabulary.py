@@ -28,18 +28,14 @@ class VocabGroup:
 
     vocabulary: int
     """V, of all ranks."""
-    start: int = 0
+    start: int
     """The first local entry."""
-    rows: int = -1
+    rows: int
     """Local entries; 0 on the last ranks if V is small."""
     ranks: int = 1
     """R."""
     group: Any = field(default=None, repr=False)
     """Process group of torch.distributed; None for one rank."""
-
-    def __post_init__(self) -> None:
-        if self.rows < 0:
-            object.__setattr__(self, "rows", self.vocabulary)
 
     @property
     def is_split(self) -> bool:
@@ -86,11 +82,8 @@ class VocabGroup:
         """Raise if the ranks have different labels or options; one collective of a few numbers.
 
         A head sharded by FSDP looks the same as one whose vocabulary is split, but its ranks have different tokens:
-        without this check they would deadlock or return wrong results.
-
-        Args:
-            labels: [...], of all positions.
-            options: everything that decides which collectives follow.
+        without this check they would deadlock or return wrong results. `labels` [...] are those of all positions,
+        `options` everything that decides which collectives follow.
 
         Raises:
             DataError: on every rank alike.
@@ -140,9 +133,8 @@ class LocalLabels:
 
         ``scatter_`` would take 100x the time of ``index_put_`` on a CPU.
         """
-        return block.index_put_(
-            self.at, values if self.is_local is None else values.where(self.is_local, block[self.at])
-        )
+        local_values = values if self.is_local is None else values.where(self.is_local, block[self.at])
+        return block.index_put_(self.at, local_values)
 
     def add_(self, block: Tensor, values: Tensor) -> Tensor:
         """Add `values` [n] to the labels' entries of `block` [n, v], and return it."""
@@ -157,8 +149,9 @@ def vocab_group(weight: Tensor) -> VocabGroup:
         DataError: the weight is sharded in a way that the head does not support.
     """
     if not _is_sharded(weight):
-        return VocabGroup(weight.shape[0])
-    mesh, placements = _as_any(weight).device_mesh, _as_any(weight).placements
+        return VocabGroup(weight.shape[0], 0, weight.shape[0])
+    sharded: Any = weight
+    mesh, placements = sharded.device_mesh, sharded.placements
     if mesh.ndim != 1 or not _is_row_shard(placements[0]):
         raise DataError(
             f"head_weight is a DTensor with placements {placements} on a mesh of {list(mesh.shape)}; the head takes a "
@@ -174,9 +167,7 @@ def vocab_group(weight: Tensor) -> VocabGroup:
             f"{mesh.size()}; DTensor's Shard(0) gives it {rows}. Make it with distribute_tensor, or pass "
             "the global shape to DTensor.from_local"
         )
-    if mesh.size() == 1:
-        return VocabGroup(vocabulary)
-    return VocabGroup(vocabulary, start, rows, mesh.size(), mesh.get_group())
+    return VocabGroup(vocabulary, start, rows, mesh.size(), mesh.get_group() if mesh.size() > 1 else None)
 
 
 def local_part(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, VocabGroup]:
@@ -195,7 +186,7 @@ def local_part(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | No
             )
         bias = _local(bias)
         if group.is_split and not is_sharded:
-            bias = _LocalRows.apply(bias, group)
+            bias = UsedByRanks.apply(bias, group).narrow(0, group.start, group.rows)
     if group.is_split and group.rows == 0:  # one row of padding, so no product is empty
         weight, bias = F.pad(weight, (0, 0, 0, 1)), None if bias is None else F.pad(bias, (0, 1))
     return weight, bias, group
@@ -209,8 +200,8 @@ def replicated(hidden: Tensor) -> Tensor:
     """
     if _is_sharded(hidden):
         raise DataError(
-            f"hidden_states is a DTensor with placements {_as_any(hidden).placements}; the head needs all of it on "
-            "each rank; redistribute it to Replicate() first"
+            f"hidden_states is a DTensor with placements {getattr(hidden, 'placements', None)}; the head needs all of "
+            "it on each rank; redistribute it to Replicate() first"
         )
     return _local(hidden)
 
@@ -242,33 +233,14 @@ class UsedByRanks(torch.autograd.Function):
         return ctx.group.sum_(grads[0].clone(memory_format=torch.contiguous_format)), None
 
 
-class _LocalRows(torch.autograd.Function):
-    """The local rows of a tensor that all ranks have; each rank gets the gradient of all rows."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: VocabGroup) -> Tensor:
-        ctx.group, ctx.shape = group, values.shape
-        return values[group.start :][: group.rows].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        total = grads[0].new_zeros(ctx.shape)
-        total[ctx.group.start :][: ctx.group.rows] = grads[0]
-        return ctx.group.sum_(total), None
-
-
 def _is_dtensor(tensor: Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # not loaded: no DTensor exists
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def _is_sharded(tensor: Any) -> bool:
     """Whether a rank has only a part of `tensor`."""
-    return _is_dtensor(tensor) and not all(placement.is_replicate() for placement in _as_any(tensor).placements)
-
-
-def _as_any(tensor: Tensor) -> Any:
-    return tensor
+    return _is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
 
 
 def _is_row_shard(placement: Any) -> bool:
@@ -277,8 +249,6 @@ def _is_row_shard(placement: Any) -> bool:
     return type(placement) is Shard and placement.dim == 0  # a subclass cuts the rows in another order
 
 
-def _local(tensor: Tensor) -> Tensor:
-    if not _is_dtensor(tensor):
-        return tensor
-    local: Tensor = _as_any(tensor).to_local(grad_placements=_as_any(tensor).placements)
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local(grad_placements=tensor.placements) if _is_dtensor(tensor) else tensor
     return local

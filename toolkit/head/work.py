@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from toolkit.head.inputs import HeadInputs
+from toolkit.head.cost import Job
 from toolkit.head.kernel import Kernel, RowStats
 from toolkit.head.logits import LogitTransform
-from toolkit.head.plan import HeadPlan, Needs
 from toolkit.head.products import add_weight_gradient, input_gradient, logits_into
 
 FP16_HALF_RANGE = 2.0**15
@@ -44,45 +43,37 @@ class Chunk:
 class HeadWork:
     """Buffers and accumulators of one forward (or backward) over the head."""
 
-    def __init__(self, inputs: HeadInputs, needs: Needs, plan: HeadPlan, *, with_entropy: bool) -> None:
-        self._inputs, self._needs, self._with_entropy = inputs, needs, with_entropy
+    def __init__(self, job: Job) -> None:
+        inputs = self._inputs = job.inputs
+        self._with_entropy = job.with_entropy
         self._hidden = inputs.hidden.detach()
         weight = self._weight = inputs.weight.detach().to(inputs.compute_dtype)
-        self._wide = torch.promote_types(inputs.compute_dtype, torch.float32)
         local_mask = inputs.vocab.local_mask(inputs.transform.vocab_mask, weight.device)
         local_transform = replace(inputs.transform, vocab_mask=local_mask)
-        self._kernel = Kernel(local_transform, inputs.bias, inputs.vocab, wide=self._wide, rows=plan.largest)
-        self._rows = plan.largest
+        self._rows = job.largest
+        self._kernel = Kernel(local_transform, inputs.bias, inputs.vocab, wide=inputs.wide, rows=self._rows)
         self._free: list[Tensor] = []
-        self._is_single = len(plan.chunks) == 1
-        self._hidden_grad: Tensor | None = None
-        self._weight_grad: Tensor | None = None
-        self._bias_grad: Tensor | None = None
         self._is_first = True
-        # fp16 has no number below 6e-8: its gradients wait in fp32 for the loss scale that backward brings.
-        self.hidden_grad_dtype = torch.float32 if self._hidden.dtype == torch.float16 else self._hidden.dtype
-        if needs.hidden:
+        self.hidden_grad_dtype = inputs.hidden_sum_dtype
+        self._hidden_grad = self._weight_grad = self._bias_grad = None
+        if job.needs.hidden:
             self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self.hidden_grad_dtype)
-        if needs.weight:
-            shape, dtype = self._weight.shape, self._weight_grad_dtype()
-            self._weight_grad = self._weight.new_empty(shape, dtype=dtype)
-        if needs.bias:
-            self._bias_grad = self._weight.new_zeros(self._weight.shape[0], dtype=self._wide)
+        if job.needs.weight:
+            self._weight_grad = weight.new_empty(weight.shape, dtype=inputs.weight_sum_dtype(len(job.chunks)))
+        if job.needs.bias:
+            self._bias_grad = weight.new_zeros(weight.shape[0], dtype=inputs.wide)
 
     def score(self, span: slice, *, keep_rows: Tensor | None = None, known: RowStats | None = None) -> Chunk:
-        """Compute probabilities and statistics of a chunk.
+        """Compute probabilities and statistics of a chunk, the scored tokens of `span` (its `keep_rows` [k] only).
 
-        Args:
-            span: the chunk, as a slice of the scored tokens.
-            keep_rows: [k] rows of the chunk to compute; all by default.
-            known: statistics of the full chunk, if the vocabulary is split and it was scored before.
+        `known` are the statistics of the full chunk, if the vocabulary is split and it was scored before.
         """
         positions, targets = self._inputs.positions[span], self._inputs.targets[span]
         if keep_rows is not None:
             positions, targets = positions.index_select(0, keep_rows), targets.index_select(0, keep_rows)
             known = None if known is None else known.select(keep_rows)
         inputs = self._hidden.index_select(0, positions).to(self._weight.dtype)
-        buffer = self._free.pop() if self._free else self._new_buffer()
+        buffer = self._free.pop() if self._free else self._weight.new_empty(self._rows, self._weight.shape[0])
         probs = buffer[: len(targets)]
         logits_into(probs, inputs, self._weight)
         transform = self._inputs.transform.at(positions)
@@ -94,13 +85,9 @@ class HeadWork:
         self._free.append(chunk.buffer)
 
     def differentiate(self, chunk: Chunk, logprob_grads: Tensor, entropy_grads: Tensor | None) -> None:
-        """Add up the gradients of a chunk; its probabilities are overwritten.
+        """Add up the gradients of a chunk, given those of its scores; its probabilities are overwritten.
 
-        Args:
-            chunk: from `score`.
-            logprob_grads: [n] upstream gradient of the log-probabilities. Rows where it (and that of the entropies) is
-                exactly 0 are skipped.
-            entropy_grads: [n] upstream gradient of the entropies.
+        Rows where both `logprob_grads` [n] and `entropy_grads` [n] are exactly 0 are skipped.
         """
         chunk, logprob_grads, entropy_grads = _without_idle_rows(chunk, logprob_grads, entropy_grads)
         if len(chunk.targets) == 0:
@@ -149,15 +136,6 @@ class HeadWork:
             self._weight_grad.zero_()
         return self._hidden_grad, self._weight_grad, self._bias_grad
 
-    def _new_buffer(self) -> Tensor:
-        return self._weight.new_empty(self._rows, self._weight.shape[0])
-
-    def _weight_grad_dtype(self) -> torch.dtype:
-        """Return fp32 where more than one low-precision product is summed, or where small values would be lost."""
-        dtype = self._weight.dtype
-        is_direct = self._is_single and dtype == self._inputs.weight.dtype and dtype != torch.float16
-        return dtype if is_direct else self._wide
-
 
 def _without_idle_rows(
     chunk: Chunk, logprob_grads: Tensor, entropy_grads: Tensor | None
@@ -176,12 +154,12 @@ def _without_idle_rows(
     for start in range(0, len(holes), MOVED_ROWS):
         span = slice(start, start + MOVED_ROWS)
         chunk.probs.index_copy_(0, holes[span], chunk.probs.index_select(0, movers[span]))
-    compact = Chunk(
+    compact = replace(
+        chunk,
         inputs=chunk.inputs.index_select(0, order),
         positions=chunk.positions.index_select(0, order),
         targets=chunk.targets.index_select(0, order),
         transform=chunk.transform.at(order),
-        buffer=chunk.buffer,
         probs=chunk.probs[:kept],
         stats=chunk.stats.select(order),
     )

@@ -12,13 +12,7 @@ if TYPE_CHECKING:
     from toolkit.losses.auxiliary import auxiliary_weights
     from toolkit.losses.packing import in_order, pack, plan_rows, unpack
 
-_MODULES = {
-    "auxiliary_weights": "auxiliary",
-    "in_order": "packing",
-    "pack": "packing",
-    "plan_rows": "packing",
-    "unpack": "packing",
-}
+_MODULES = {"auxiliary_weights": "auxiliary", **dict.fromkeys(("in_order", "pack", "plan_rows", "unpack"), "packing")}
 
 __all__ = ["auxiliary_weights", "in_order", "pack", "plan_rows", "unpack"]
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.functional.kl import k3, kl_estimate
-from toolkit.functional.kl_exact import top_k_kl
+from toolkit.functional.kl import kl_estimate, top_k_kl
 from toolkit.functional.mismatch import LARGEST_WEIGHT
 from toolkit.functional.policy.registry import Need
 from toolkit.functional.scope_check import check_token_losses
@@ -329,7 +328,7 @@ def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
             **terms.reported_means,
             "ratio": ratio,
             "log_ratio_clamped": difference != log_ratio,
-            "kl_old": k3(terms.old_logprobs, terms.logprobs),
+            "kl_old": kl_estimate(terms.old_logprobs, terms.logprobs, "k3"),
             "kl_old_k1": -difference,
             "non_finite_tokens": (terms.logprobs - terms.logprobs) != 0,  # inf - inf is NaN, too
         }

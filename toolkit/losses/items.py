@@ -95,10 +95,10 @@ class LossContextInputItem(TensorRecord):
         if len(shape) == 2 and value_shape == (shape[0], 1) != shape:
             return value
         if value_shape not in (shape, shape[-1:]):
-            allowed = f"{list(shape)}" + (f", [{shape[-1]}] or [{shape[0]}, 1]" if len(shape) == 2 else "")
+            others = f", [{shape[-1]}] or [{shape[0]}, 1]" if len(shape) == 2 else ""
             raise DataError(
-                f"{name} has shape {list(value.shape)}, but input_ids has {list(shape)}; allowed are {allowed}: one "
-                "value for each token, including the first; NaN where a log-probability was not reported"
+                f"{name} has shape {list(value.shape)}, but input_ids has {list(shape)}; allowed are {list(shape)}"
+                f"{others}: one value for each token, including the first; NaN where a log-probability was not reported"
             )
         if name == "group_ids":
             return value
@@ -107,14 +107,14 @@ class LossContextInputItem(TensorRecord):
         return shift_values(value.expand(*shape, *trailing), is_followed, pad=pad, dim=mark.dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in type(self).model_fields and getattr(self, name, None) is None and isinstance(value, Tensor):
-            self.__dict__[name] = self._fitted(name, value)
-            return
-        if name in type(self).model_fields and getattr(self, name, None) is None:
-            raise DataError(f"{type(self).__name__}.{name} must be a tensor, not {type(value).__name__}")
-        if name in type(self).model_fields:
-            raise DataError(f"{type(self).__name__}.{name} is already set; item.replace({name}=...) returns a new item")
-        raise DataError(f"{type(self).__name__} has no field {name!r}; it has: {', '.join(type(self).model_fields)}")
+        kind, fields = type(self).__name__, type(self).model_fields
+        if name not in fields:
+            raise DataError(f"{kind} has no field {name!r}; it has: {', '.join(fields)}")
+        if getattr(self, name, None) is not None:
+            raise DataError(f"{kind}.{name} is already set; item.replace({name}=...) returns a new item")
+        if not isinstance(value, Tensor):
+            raise DataError(f"{kind}.{name} must be a tensor, not {type(value).__name__}")
+        self.__dict__[name] = self._fitted(name, value)
 
     def _fitted(self, name: str, value: Tensor) -> Tensor:
         """Return `value` in the shape of the labels; it has that shape, or [T] (every row), or [B, 1] (one per row)."""
@@ -131,8 +131,7 @@ class LossContextInputItem(TensorRecord):
                     f"[{', '.join(map(str, shape))}, K] with K candidates for each position"
                 )
             return value.expand(*shape, -1)
-        fits = value.shape == shape or (len(shape) == 2 and value.shape in (shape[1:], torch.Size([shape[0], 1])))
-        if not fits:
+        if value.shape != shape and not (len(shape) == 2 and value.shape in (shape[1:], torch.Size([shape[0], 1]))):
             raise DataError(
                 f"{name} has shape {list(value.shape)}, but shifted_labels has {list(shape)}; allowed are "
                 f"{list(shape)}, [{shape[-1]}] and [{shape[0]}, 1]"
@@ -141,12 +140,10 @@ class LossContextInputItem(TensorRecord):
 
 
 def _check_kind(name: str, value: Tensor, kind: str) -> None:
-    if kind == "float" and not value.is_floating_point():
-        raise DataError(f"{name} has dtype {value.dtype}; it must be a floating-point tensor")
-    if kind == "integer" and (value.is_floating_point() or value.dtype == torch.bool):
-        raise DataError(f"{name} has dtype {value.dtype}; it must be an integer tensor")
-    if kind == "bool" and value.dtype != torch.bool:
-        raise DataError(f"{name} has dtype {value.dtype}; it must be a bool tensor")
+    actual = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "integer"
+    if kind not in ("any", actual):
+        wanted = {"float": "a floating-point", "integer": "an integer", "bool": "a bool"}[kind]
+        raise DataError(f"{name} has dtype {value.dtype}; it must be {wanted} tensor")
 
 
 class CELossContextInputItem(LossContextInputItem):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from toolkit.functional.kl_exact import top_k_kl
+from toolkit.functional.kl import top_k_kl
 from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
 from toolkit.losses.config.opd import OPDLossConfig
-from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.grpo import GRPOLossContext
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.kwargs import GRPOLossKwargs
-
-__all__ = ["OPDLossConfig", "OPDLossContext"]
 
 
 class OPDLossContext(GRPOLossContext):
@@ -30,7 +25,7 @@ class OPDLossContext(GRPOLossContext):
     divergences only the even mixture. Thinking Machines 2025, "On-policy distillation", for ``sampled``.
     """
 
-    cfg_cls: ClassVar[type[BaseRLLossConfig]] = OPDLossConfig
+    cfg_cls = OPDLossConfig
     loss_cfg: OPDLossConfig
 
     @classmethod

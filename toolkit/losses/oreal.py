@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from toolkit.losses.config.oreal import OrealLossConfig
-from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.grpo import GRPOLossContext
-
-__all__ = ["OrealLossConfig", "OrealLossContext"]
 
 
 class OrealLossContext(GRPOLossContext):
@@ -23,4 +18,4 @@ class OrealLossContext(GRPOLossContext):
     A <= 0: the loss there is NaN, here that mean is 0.
     """
 
-    cfg_cls: ClassVar[type[BaseRLLossConfig]] = OrealLossConfig
+    cfg_cls = OrealLossConfig

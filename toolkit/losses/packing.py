@@ -13,7 +13,6 @@ from torch import Tensor
 
 from toolkit.errors import DataError
 from toolkit.losses.items import LossContextInputItem
-from toolkit.losses.record import PerToken
 
 ItemT = TypeVar("ItemT", bound=LossContextInputItem)
 
@@ -62,19 +61,15 @@ def pack(items: Sequence[ItemT]) -> tuple[ItemT, Tensor]:
         if item.shifted_labels.dim() == 2 and len(item.shifted_labels) != 1:
             raise DataError(f"items[{index}] has {len(item.shifted_labels)} rows; give pack() one item per sequence")
         differ = sorted({*names} ^ {name for name, _ in item.tensors()})
+        what = f"only one of items[0] and items[{index}] has {', '.join(differ)}" if differ else "their classes differ"
         if type(item) is not type(first) or differ:
-            what = (
-                f"only one of items[0] and items[{index}] has {', '.join(differ)}" if differ else "their classes differ"
-            )
             raise DataError(f"items of one row must have the same fields, but {what}")
     others = {name: getattr(first, name) for name in type(first).model_fields if name not in names}
     for name, value in others.items():
         if any(getattr(item, name) != value for item in items):
             raise DataError(f"items of one row must have the same {name}, but it differs between them")
     joined = {}
-    for name in names:
-        mark = first.layout(name)
-        assert isinstance(mark, PerToken)
+    for name, _, mark in first.per_token():
         values = [getattr(item, name) for item in items]
         rows = [value if value.dim() == 2 + mark.trailing else value.unsqueeze(0) for value in values]
         joined[name] = torch.cat(rows, mark.dim)

@@ -88,6 +88,13 @@ class TensorRecord(Model):
             if isinstance(value, Tensor):
                 yield name, value
 
+    def per_token(self) -> Iterator[tuple[str, Tensor, PerToken]]:
+        """Yield name, value ([B, T] or [B, T, K]) and layout of every per-token field."""
+        for name, value in self.tensors():
+            mark = self.layout(name)
+            if isinstance(mark, PerToken):
+                yield name, value, mark
+
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed, checked like a new record."""
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
@@ -97,28 +104,21 @@ class TensorRecord(Model):
         return self.model_copy(update={name: value.to(device=device) for name, value in self.tensors()})
 
     def take(self, positions: Tensor, *, as_row: bool = False) -> Self:
-        """Return a record of some positions only.
-
-        Args:
-            positions: [n] int64, in the flattened per-token fields.
-            as_row: return the per-token fields as one row [1, n] instead of [n].
-        """
-        taken = {}
-        for name, value in self.tensors():
-            mark = self.layout(name)
-            if isinstance(mark, PerToken):
-                flat = value.reshape(-1, *value.shape[-mark.trailing :]) if mark.trailing else value.reshape(-1)
-                selected = flat.index_select(0, positions)
-                taken[name] = selected.unsqueeze(0) if as_row else selected
+        """Return a record of some `positions`, [n] int64 in the flattened per-token fields: [n], or `as_row` [1, n]."""
+        taken = {
+            name: value.reshape(-1, *value.shape[value.dim() - mark.trailing :]).index_select(0, positions)
+            for name, value, mark in self.per_token()
+        }
+        if as_row:
+            taken = {name: value.unsqueeze(0) for name, value in taken.items()}
         return self.model_copy(update=taken)  # parts of a checked record need no check
 
     def chunk(self, chunk_size: int) -> list[Self]:
         """Cut the token axis into pieces of at most `chunk_size` positions, views of this record."""
         if chunk_size < 1:
             raise DataError(f"chunk_size={chunk_size} must be at least 1")
-        dims = {name: mark.dim for name, _ in self.tensors() if isinstance(mark := self.layout(name), PerToken)}
-        pieces = {name: getattr(self, name).split(chunk_size, dim=dim) for name, dim in dims.items()}
-        lengths = {name: getattr(self, name).shape[dim] for name, dim in dims.items()}
+        pieces = {name: value.split(chunk_size, dim=mark.dim) for name, value, mark in self.per_token()}
+        lengths = {name: value.shape[mark.dim] for name, value, mark in self.per_token()}
         if len(set(lengths.values())) > 1:
             raise DataError(f"the per-token fields of {type(self).__name__} differ in length: {lengths}")
         number = max(map(len, pieces.values()), default=1)
@@ -132,11 +132,9 @@ class TensorRecord(Model):
             ignore_idx: what pads ``shifted_labels`` when the loss uses another value than -100.
         """
         changes = {}
-        for name, value in self.tensors():
-            mark = self.layout(name)
-            if isinstance(mark, PerToken):
-                pad = ignore_idx if name == "shifted_labels" and ignore_idx is not None else mark.pad
-                changes[name] = sp_split(value, sp_mesh, dim=mark.dim, pad=pad)
+        for name, value, mark in self.per_token():
+            pad = ignore_idx if name == "shifted_labels" and ignore_idx is not None else mark.pad
+            changes[name] = sp_split(value, sp_mesh, dim=mark.dim, pad=pad)
         return self.model_copy(update=changes)
 
     def __delattr__(self, name: str) -> None:

@@ -9,7 +9,7 @@ Legend: B rows (a sequence each), T positions of a row, K candidates, D hidden w
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,13 +74,14 @@ class Batch:
 
     def with_dtype(self, dtype: torch.dtype) -> Batch:
         """Return a copy whose floating-point tensors are of `dtype`."""
-
-        def as_dtype(value: Tensor) -> Tensor:
-            return value.to(dtype) if value.is_floating_point() else value
-
-        item = self.item.replace(**{name: as_dtype(value) for name, value in self.item.tensors()})
-        bias = None if self.head_bias is None else as_dtype(self.head_bias)
-        return Batch(item, as_dtype(self.hidden_states), as_dtype(self.head_weight), bias, self.lengths, self.garbage)
+        floats = {name: value.to(dtype) for name, value in self.item.tensors() if value.is_floating_point()}
+        return replace(
+            self,
+            item=self.item.replace(**floats),
+            hidden_states=self.hidden_states.to(dtype),
+            head_weight=self.head_weight.to(dtype),
+            head_bias=None if self.head_bias is None else self.head_bias.to(dtype),
+        )
 
     def with_current_logprobs(self, cfg: BaseLossConfig) -> Batch:
         """Return a copy whose item has the policy's log-probabilities before the step, from a separate forward."""
@@ -92,8 +93,7 @@ class Batch:
             options=cfg.head_options,
         )
         logprobs = logprobs.masked_fill(self.item.shifted_labels == cfg.ignore_idx, self.garbage)
-        item = self.item.replace(current_logprobs=logprobs.detach())
-        return Batch(item, self.hidden_states, self.head_weight, self.head_bias, self.lengths, self.garbage)
+        return replace(self, item=self.item.replace(current_logprobs=logprobs.detach()))
 
 
 def random_batch(
@@ -157,7 +157,11 @@ def random_batch(
     values.pop("current_logprobs", None)  # they follow from the head: `Batch.with_current_logprobs`
     if "advantages" in values:
         values["advantages"][2] = 0.0
-    item = item_cls(shifted_labels=labels, **_with_garbage(item_cls, values, is_scored, garbage))
+    for name, value in values.items():
+        if value.is_floating_point() and not name.endswith("_topk_logprobs"):
+            is_garbage = ~is_scored.reshape(*is_scored.shape, *(1,) * (value.dim() - 2))
+            values[name] = value.masked_fill(is_garbage, garbage)
+    item = item_cls(shifted_labels=labels, **values)
     hidden = hidden.masked_fill(~is_scored.unsqueeze(-1), garbage)
     return Batch(item, hidden, weight, bias, lengths, garbage).with_dtype(dtype)
 
@@ -180,15 +184,12 @@ def sample_fields(
 
     Args:
         item_cls: class that declares the fields.
-        logprobs: [B, T] of the policy, in nats.
+        logprobs: [B, T] of the policy, in nats; floating-point fields, [B, T] or [B, T, K], have its dtype.
         draw: generator of the random numbers.
         names: fields to draw; None: all.
         spread: of log-probabilities, in nats.
         vocabulary: V.
         candidates: K of each policy with candidates, such as ``{"ref": 3}``; V: the whole vocabulary, without ids.
-
-    Returns:
-        [B, T] or [B, T, K] each; floating-point ones in the dtype of `logprobs`.
     """
     rows = torch.full((len(logprobs), 1), spread, dtype=logprobs.dtype)
     rows[:1] *= NEAR
@@ -200,10 +201,10 @@ def sample_fields(
     for name in item_cls.model_fields:
         if name == "shifted_labels" or not (names is None or name in names) or not item_cls.is_per_token(name):
             continue
-        mark = item_cls.layout(name)
-        assert isinstance(mark, PerToken)
         if name.endswith("_topk_ids"):
             continue  # set together with their log-probabilities
+        mark = item_cls.layout(name)
+        assert isinstance(mark, PerToken)
         if name.endswith("_topk_logprobs"):
             owner = name.removesuffix("_topk_logprobs")
             of_all = noise(vocabulary).log_softmax(-1)
@@ -224,19 +225,6 @@ def sample_fields(
             drawn = noise(*(NUM_VALUES,) * mark.trailing)
             values[name] = {"bool": drawn > 0, "integer": (drawn > 0).long()}.get(mark.kind, drawn)
     return values
-
-
-def _with_garbage(
-    item_cls: type[LossContextInputItem], values: Mapping[str, Tensor], is_scored: Tensor, garbage: float
-) -> dict[str, Tensor]:
-    """Return the fields with `garbage` wherever nothing is scored and a field can hold it."""
-
-    def filled(name: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point() or name.endswith("_topk_logprobs"):
-            return value
-        return value.masked_fill(~is_scored.reshape(*is_scored.shape, *(1,) * (value.dim() - 2)), garbage)
-
-    return {name: filled(name, value) for name, value in values.items()}
 
 
 def _labels(lengths: tuple[int, ...], longest: int, vocabulary: int, draw: torch.Generator, ignore_idx: int) -> Tensor:

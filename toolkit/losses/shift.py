@@ -57,9 +57,9 @@ def shift_labels(
 def has_next(
     shape: torch.Size, cu_seq_lens: Tensor | None, attention_mask: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Return whether position t and token t + 1 belong to the same sequence, bool of `shape`; False at the end.
+    """Return whether position t and token t + 1 belong to the same sequence, bool of `shape`, [B, T] or [T].
 
-    `shape` is [B, T] or [T], and so is that of `attention_mask`; `cu_seq_lens` is [S + 1].
+    `attention_mask` has that shape, too; `cu_seq_lens` is [S + 1].
     """
     ids = sequence_ids(shape, cu_seq_lens, device)
     is_followed = torch.zeros(shape, dtype=torch.bool, device=device)

@@ -5,7 +5,6 @@ Legend: V vocabulary, ``...`` any axes of tokens.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from toolkit.head.logits import LogitTransform
@@ -39,18 +38,13 @@ def fitted_transform(raw: Tensor, theirs: Tensor, tolerance: float) -> LogitTran
     low, high = largest * (1 + 1e-7), largest * 100
     for _ in range(_ROUNDS):
         caps = [low * (high / low) ** (step / (_POINTS - 1)) for step in range(_POINTS)]
-        errors = [difference(_capped(raw, theirs, cap), theirs) for cap in caps]
+        fits = [LogitTransform(_slope(raw, cap * (theirs / cap).atanh()), cap) for cap in caps]
+        errors = [difference(fit(raw), theirs) for fit in fits]
         best = min(range(_POINTS), key=errors.__getitem__)
         low, high = caps[max(best - 2, 0)], caps[min(best + 2, _POINTS - 1)]
     if errors[best] > tolerance:
         return None
-    cap = caps[best]
-    return LogitTransform(_rounded(_slope(raw, cap * (theirs / cap).atanh())), _rounded(cap))
-
-
-def _capped(raw: Tensor, theirs: Tensor, cap: float) -> Tensor:
-    scale = _slope(raw, cap * (theirs / cap).atanh())
-    return cap * torch.tanh(raw * scale / cap)
+    return LogitTransform(_rounded(fits[best].scale), _rounded(caps[best]))
 
 
 def _slope(x: Tensor, y: Tensor) -> float:

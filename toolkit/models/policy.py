@@ -3,7 +3,7 @@
 DDP and FSDP hook the forward of the module they wrap. A loss that called the trunk alone would skip these hooks, and
 the weights of the ranks would drift apart without an error; so the loss runs inside.
 
-Legend: B rows, T tokens of a row, D hidden width, V vocabulary.
+Legend: B rows, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Policy(nn.Module):
             raise ConfigError("torch.nn.DataParallel is not supported; use torchrun --nproc_per_node N and DDP")
         head, mask = self.head, attention_mask[:, :-1]
         if loss_ctx is not None:
-            self._check_transform(loss_ctx)
+            self._check_transform(loss_ctx.loss_cfg)
         has_router_loss = loss_ctx is not None and self.training and router.wants_router_loss(head.lm)
         output = self._trunk_output(head, input_ids[:, :-1], mask, with_router=has_router_loss)
         hidden, weight, bias = head.inputs(output.last_hidden_state)
@@ -106,24 +106,12 @@ class Policy(nn.Module):
                 bias,
                 chunk_size=score_chunk,
                 temperature=temperature,
-                logit_scale=self.transform.scale,
-                softcap=self.transform.softcap,
+                **self._settings,
             )
         loss, metrics = loss_ctx.forward(hidden, weight, bias)
         if not has_router_loss:
             return loss, metrics
         return _with_router_loss(loss, metrics, head.lm, output.router_logits, mask, auxiliary_weight)
-
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the trunk's last hidden states [B, T, D] for `input_ids` and `attention_mask`, [B, T] each."""
-        return self._trunk_output(self.head, input_ids, attention_mask).last_hidden_state
-
-    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the logits of all tokens as the loss would see them, transform included, [B, T, V]: for tests.
-
-        `input_ids` and `attention_mask` are [B, T].
-        """
-        return self.transform(self._raw_logits(input_ids, attention_mask))
 
     def inside(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Return ``function(lm, *args, **kwargs)`` with the full weights gathered, as in a forward: for generation.
@@ -139,26 +127,26 @@ class Policy(nn.Module):
         Raises:
             ConfigError: it has another scale or soft cap than the model.
         """
-        ours = {"logit_scale": self.transform.scale, "softcap": self.transform.softcap}
-        fields = type(loss_cfg).model_fields
-        for name, value in ours.items():
-            configured = getattr(loss_cfg, name)
-            if configured not in (fields[name].default, value):
-                raise ConfigError(self._other_transform(name, configured, value))
-        missing = {name: value for name, value in ours.items() if getattr(loss_cfg, name) != value}
-        return loss_cfg.model_copy(update=missing) if missing else loss_cfg
+        defaults = {name: type(loss_cfg).model_fields[name].default for name in self._settings}
+        unset = {name: value for name, value in self._settings.items() if getattr(loss_cfg, name) == defaults[name]}
+        missing = {name: value for name, value in unset.items() if value != defaults[name]}
+        fitted = loss_cfg.model_copy(update=missing) if missing else loss_cfg
+        self._check_transform(fitted)
+        return fitted
 
-    def _check_transform(self, loss_ctx: BaseLossContext[Any]) -> None:
-        cfg = loss_ctx.loss_cfg
-        for name, value in (("logit_scale", self.transform.scale), ("softcap", self.transform.softcap)):
-            if getattr(cfg, name, value) != value:
-                raise ConfigError(self._other_transform(name, getattr(cfg, name), value))
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"logit_scale": self.transform.scale, "softcap": self.transform.softcap}
 
-    def _other_transform(self, name: str, configured: Any, value: Any) -> str:
-        return (
-            f"loss.{name}={configured}, but {type(self.head.lm).__name__} has {name}={value}; do not set loss.{name} "
-            "(the training command fills it in), or in a custom loop use loss_cfg = policy.fitted(loss_cfg)"
-        )
+    def _check_transform(self, loss_cfg: Any) -> None:
+        for name, value in self._settings.items():
+            configured = getattr(loss_cfg, name, value)
+            if configured != value:
+                raise ConfigError(
+                    f"loss.{name}={configured}, but {type(self.head.lm).__name__} has {name}={value}; do not set "
+                    f"loss.{name} (the training command fills it in), or in a custom loop use loss_cfg = "
+                    "policy.fitted(loss_cfg)"
+                )
 
     def _raw_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         head = self.head
@@ -181,7 +169,7 @@ def _with_router_loss(
     loss: Tensor, metrics: Any, lm: Any, router_logits: Any, mask: Tensor, weight: Tensor | float | None
 ) -> tuple[Tensor, Any]:
     """Add the model's load-balancing loss, times its coefficient and the weight of this micro-batch."""
-    if not router.can_compute(lm) or weight is None:
+    if router.balancing_loss_of(lm) is None or weight is None:
         router.warn_left_out(lm)
         return loss, metrics
     unscaled, tokens = router.router_loss(lm, router_logits, mask), mask.sum()

@@ -35,10 +35,8 @@ def router_loss(lm: Any, router_logits: Any, attention_mask: Tensor) -> Tensor:
 
     Source: Fedus et al. 2021, arXiv 2101.03961, eq. 4-6, by transformers' `load_balancing_loss_func`.
     """
-    modules = [sys.modules[kind.__module__] for kind in type(lm).__mro__ if kind.__module__ in sys.modules]
-    function = next(f for module in modules if (f := getattr(module, "load_balancing_loss_func", None)) is not None)
     experts = getattr(lm, "num_experts", None) or getattr(lm.config, "num_local_experts", None)
-    return function(
+    return balancing_loss_of(lm)(
         tuple(router_logits),
         experts or lm.config.num_experts,
         getattr(lm, "num_experts_per_tok", None) or lm.config.num_experts_per_tok,
@@ -46,10 +44,10 @@ def router_loss(lm: Any, router_logits: Any, attention_mask: Tensor) -> Tensor:
     )
 
 
-def can_compute(lm: Any) -> bool:
-    """Return whether the model's module has a load-balancing loss to call."""
+def balancing_loss_of(lm: Any) -> Any:
+    """Return the load-balancing loss function of the model's module, None if it has none."""
     modules = [sys.modules.get(kind.__module__) for kind in type(lm).__mro__]
-    return any(hasattr(module, "load_balancing_loss_func") for module in modules)
+    return next((f for module in modules if (f := getattr(module, "load_balancing_loss_func", None)) is not None), None)
 
 
 def warn_left_out(lm: Any) -> None:

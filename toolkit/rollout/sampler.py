@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from toolkit.metrics import wide_dtype
+
 
 @dataclass(frozen=True)
 class Completions:
@@ -68,7 +70,7 @@ def inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
         logprobs: [R, V] in nats.
         uniforms: [R] in [0, 1).
     """
-    wide = wide_on(logprobs.device)
+    wide = wide_dtype(logprobs)
     edges = logprobs.to(wide).exp().cumsum(-1)
     total = edges[:, -1:]
     # The product of a number just below 1 may round to the total itself, which no edge exceeds.
@@ -76,17 +78,11 @@ def inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(edges, target, right=True)
 
 
-def wide_on(device: torch.device) -> torch.dtype:
-    """Return float64, or the widest float of the device."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def row_uniforms(seeds: Sequence[str], number: int) -> Tensor:
     """Return `number` uniform numbers in [0, 1) for each row, [R, number] float64, from its seed alone."""
     generators = [Random(seed) for seed in seeds]
-    return torch.tensor([[one.random() for _ in range(number)] for one in generators], dtype=torch.float64).reshape(
-        len(generators), number
-    )
+    numbers = [generator.random() for generator in generators for _ in range(number)]
+    return torch.tensor(numbers, dtype=torch.float64).view(len(seeds), number)
 
 
 @torch.no_grad()
@@ -101,7 +97,7 @@ def complete(
     uniforms: Tensor | None = None,
     synced_gpus: bool = False,
 ) -> Completions:
-    """Continue each prompt `group_size` times.
+    """Continue each prompt `group_size` times: R = len(prompts) x group_size rows.
 
     Args:
         lm: a transformers causal language model, not wrapped.
@@ -112,21 +108,17 @@ def complete(
         temperature: sampling temperature; None takes the most probable token (greedy).
         uniforms: [R, max_new_tokens] numbers in [0, 1) that choose the tokens; None: from torch's global generator.
         synced_gpus: continue until all processes have finished; needed if each forward gathers weights over processes.
-
-    Returns:
-        `Completions` with R = len(prompts) x group_size rows.
     """
     device = next(lm.parameters()).device
     encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False).to(device)
     input_ids = encoded["input_ids"].repeat_interleave(group_size, 0)
     prompt_mask = encoded["attention_mask"].repeat_interleave(group_size, 0)
     if temperature is None:
-        uniforms = None
-    elif uniforms is None:
-        uniforms = torch.rand(len(input_ids), max_new_tokens, dtype=torch.float64)
-    chooser = _Chooser(
-        1.0 if temperature is None else temperature, None if uniforms is None else uniforms.to(device, wide_on(device))
-    )
+        chooser = _Chooser(1.0, None)
+    else:
+        if uniforms is None:
+            uniforms = torch.rand(len(input_ids), max_new_tokens, dtype=torch.float64)
+        chooser = _Chooser(temperature, uniforms.to(device, wide_dtype(input_ids)))
     was_training = lm.training
     lm.eval()
     sequences = lm.generate(

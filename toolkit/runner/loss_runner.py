@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
-from toolkit.errors import ConfigError, DataError, first_line, nearest
+from toolkit.errors import ConfigError, DataError, did_you_mean, first_line
 from toolkit.head import HeadPlan
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
@@ -48,7 +48,7 @@ class LossResult:
         return to_floats(self.raw_metrics)
 
     def backward(self) -> None:
-        """Shorthand for ``result.loss.backward()``."""
+        """Call ``loss.backward()``."""
         self.loss.backward()
 
     def __repr__(self) -> str:
@@ -153,26 +153,9 @@ class LossRunner:
         Raises:
             DataError: a field is missing, has the wrong shape, or is not finite at a scored position.
         """
-        fields = {
-            "input_ids": input_ids,
-            "shifted_labels": shifted_labels,
-            "loss_mask": loss_mask,
-            "advantages": advantages,
-            "old_logprobs": old_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "rollout_logprobs": rollout_logprobs,
-            "teacher_logprobs": teacher_logprobs,
-            "current_logprobs": current_logprobs,
-            "group_ids": group_ids,
-            "rollout_spec": rollout_spec,
-            "teacher_topk_ids": teacher_topk_ids,
-            "teacher_topk_logprobs": teacher_topk_logprobs,
-            "ref_topk_ids": ref_topk_ids,
-            "ref_topk_logprobs": ref_topk_logprobs,
-            "cu_seq_lens": cu_seq_lens,
-            **extra_fields,
-        }
+        fields = dict(locals())  # every argument by its name
         self._check_names(extra_fields)
+        fields = {name: fields[name] for name in FIELDS} | extra_fields
         loss, extra = self._context(fields, hidden_states).forward(hidden_states, head_weight, head_bias)
         return LossResult(loss, metrics_in(extra))
 
@@ -231,10 +214,7 @@ class LossRunner:
 
     def _item(self, fields: Mapping[str, Any], num_positions: int | None) -> LossContextInputItem:
         item_cls = self._item_cls
-        known = {*FIELDS, *item_cls.model_fields}
-        for key in fields:
-            if key not in known and (close := nearest(str(key), known)) is not None:
-                raise DataError(f"{key!r} is not a field of a batch (did you mean {close!r}?)")
+        self._check_names(fields, may_have_others=True)
         labels = self._labels(fields, num_positions)
         names = {*RL_FIELDS, *item_cls.model_fields} - {"shifted_labels"}
         values = {name: fields[name] for name in names if fields.get(name) is not None}
@@ -256,13 +236,13 @@ class LossRunner:
     def _item_cls(self) -> type[LossContextInputItem]:
         return item_class(self.loss_cfg.loss_ctx_cls)
 
-    def _check_names(self, fields: Mapping[str, Any]) -> None:
+    def _check_names(self, fields: Mapping[str, Any], *, may_have_others: bool = False) -> None:
+        """Raise if a name is unknown; others, for the caller's forward, only if they look like a misspelled field."""
         known = dict.fromkeys((*FIELDS, *self._item_cls.model_fields))
-        unknown = next((key for key in fields if key not in known), None)
-        if unknown is not None:
-            close = nearest(unknown, known)
-            hint = f" (did you mean {close!r}?)" if close is not None else ""
-            raise DataError(f"{unknown!r} is not a field of a batch{hint}; it has: {', '.join(known)}")
+        for name in fields:
+            hint = "" if name in known else did_you_mean(str(name), known)
+            if name not in known and (hint or not may_have_others):
+                raise DataError(f"{name!r} is not a field of a batch{hint}; it has: {', '.join(known)}")
 
     def _labels(self, fields: Mapping[str, Any], num_positions: int | None) -> Tensor:
         input_ids, labels = fields.get("input_ids"), fields.get("shifted_labels")

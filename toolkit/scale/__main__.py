@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import stopping_on_error
 
 
 def main() -> None:
@@ -26,21 +25,12 @@ def main() -> None:
     usual = table.usual_mesh(arguments.ranks)
     meshes = (arguments.sequence_parallel, arguments.vocab_parallel)
     sequence, vocab = (usual if mesh is None else mesh for mesh in meshes)
-    try:
-        setup = table.Setup(
-            arguments.ranks,
-            next(model for model in MODELS if model.name == arguments.model),
-            arguments.micro_batches,
-            arguments.tokens,
-            sequence,
-            vocab,
-        )
+    model = next(model for model in MODELS if model.name == arguments.model)
+    with stopping_on_error():
+        setup = table.Setup(arguments.ranks, model, arguments.micro_batches, arguments.tokens, sequence, vocab)
         print(table.step_table(setup))
         print()
         print(table.head_table(arguments.tokens, max(2, vocab), max(2, min(64, arguments.ranks))))
-    except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

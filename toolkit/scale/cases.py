@@ -50,12 +50,7 @@ class Case:
 
 
 def all_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
-    """Yield every case; all ranks must run them together.
-
-    Args:
-        ranks: R, of the process group.
-        mesh: of all ranks.
-    """
+    """Yield every case; all `ranks` of the process group, which `mesh` has, must run them together."""
     yield from counting_cases(ranks)
     yield from sequence_parallel_cases(ranks, mesh)
     yield from vocabulary_parallel_cases(ranks, mesh)
@@ -122,12 +117,7 @@ def vocabulary_parallel_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:
         with counting_over(alone):
             batches = cfg.loss_ctx_cls.build_batches_loss_kwargs(_items(MICRO_BATCHES), cfg)
         name = "vocabulary parallelism" + (", with entropies" if entropy_coef else "")
-        yield Case(name, formula, partial(_counted_alone, alone, partial(_forwards, cfg, batches, weight)))
-
-
-def _counted_alone(group: Any, run: Callable[[], None]) -> None:
-    with counting_over(group):
-        run()
+        yield Case(name, formula, counting_over(alone)(partial(_forwards, cfg, batches, weight)))
 
 
 def gradient_cases(ranks: int, mesh: DeviceMesh) -> Iterator[Case]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
-MICROSECOND = 1e-6
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Collective:
     """Its purpose."""
     kind: Kind
     payload: int
-    """Bytes that one rank contributes to one call: the full tensor for all_reduce and reduce_scatter, its shard for
+    """n, bytes that one rank contributes to one call: the full tensor for all_reduce and reduce_scatter, its shard for
     all_gather."""
     ranks: int
     """R, the ranks of one call."""
@@ -35,16 +34,28 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends in all calls together, by the ring."""
-        sent_by = {"all_reduce": ring_all_reduce, "all_gather": ring_all_gather, "reduce_scatter": ring_reduce_scatter}
-        return self.calls * sent_by[self.kind](self.payload, self.ranks)
+        """Bytes that each rank sends in all calls together, by the ring; an all-reduce is the two others in turn.
+
+        Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
+        """
+        share = {
+            "all_reduce": 2 * (self.ranks - 1) / self.ranks,
+            "reduce_scatter": (self.ranks - 1) / self.ranks,
+            "all_gather": self.ranks - 1,
+        }
+        return self.calls * share[self.kind] * self.payload
 
     @property
     def messages(self) -> int:
-        """Messages that wait for each other, in all calls together, by the better of ring and tree."""
-        return self.calls * latency_steps(self.kind, self.ranks)
+        """Messages that wait for each other, in all calls together: ceil(log2 R) a call, twice that for an all-reduce.
 
-    def seconds(self, *, bandwidth: float, latency: float = 10 * MICROSECOND) -> float:
+        That is a tree (a butterfly for the gather), which back-ends choose for small payloads. A ring takes R - 1 or
+        twice that, and is chosen where bytes outweigh messages.
+        """
+        hops = math.ceil(math.log2(self.ranks))
+        return self.calls * (2 * hops if self.kind == "all_reduce" else hops)
+
+    def seconds(self, *, bandwidth: float, latency: float = 10e-6) -> float:
         """Return the seconds of all calls: messages times latency, plus bytes over bandwidth; nothing overlaps.
 
         Args:
@@ -52,34 +63,6 @@ class Collective:
             latency: seconds of a message.
         """
         return self.messages * latency + self.sent / bandwidth
-
-
-def ring_all_reduce(payload: float, ranks: int) -> float:
-    """Return the bytes that a rank sends in an all-reduce: 2 (R - 1) / R n, a reduce-scatter and an all-gather.
-
-    Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
-    """
-    return 2 * (ranks - 1) / ranks * payload
-
-
-def ring_reduce_scatter(payload: float, ranks: int) -> float:
-    """Return the bytes that a rank sends to get its share of the sum: (R - 1) / R n, with n of the whole tensor."""
-    return (ranks - 1) / ranks * payload
-
-
-def ring_all_gather(payload: float, ranks: int) -> float:
-    """Return the bytes that a rank sends when shards of n bytes are joined: (R - 1) n."""
-    return (ranks - 1) * payload
-
-
-def latency_steps(kind: Kind, ranks: int) -> int:
-    """Return how many messages wait for each other: 2 ceil(log2 R) for an all-reduce, ceil(log2 R) for the others.
-
-    That is a tree (a butterfly for the gather), which back-ends choose for small payloads. A ring takes R - 1 or twice
-    that, and is chosen where bytes outweigh messages.
-    """
-    hops = math.ceil(math.log2(ranks)) if ranks > 1 else 0
-    return 2 * hops if kind == "all_reduce" else hops
 
 
 def total_sent(collectives: Iterable[Collective]) -> float:

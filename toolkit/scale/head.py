@@ -11,6 +11,7 @@ share the head under FSDP.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,11 +34,6 @@ class ModelShape:
     parameters: float
     """Of the whole model."""
     source: str
-
-    @property
-    def head_parameters(self) -> int:
-        """V D."""
-        return self.vocabulary * self.width
 
 
 MODELS = (
@@ -81,9 +77,7 @@ def head_memory(
     is_frozen: bool = False,
     scope: Scope | None = "token",
     dtype: torch.dtype = torch.bfloat16,
-    chunk_size: int | None = None,
-    chunk_bytes: int = GPU_CHUNK_BYTES,
-    optimizer_bytes: int = ADAM_BYTES,
+    chunk_size: int | Literal["auto"] = "auto",
 ) -> HeadMemory:
     """Plan the head of one rank.
 
@@ -97,9 +91,7 @@ def head_memory(
         is_frozen: whether the weight gets no gradient and so no optimizer state.
         scope: of the loss; None for log-probabilities that leave the head.
         dtype: of weight and hidden states.
-        chunk_size: tokens of a chunk; None: as many as `chunk_bytes` hold.
-        chunk_bytes: memory for a chunk's logits; default: the engine's on a GPU.
-        optimizer_bytes: of each parameter; 12 for Adam with fp32 states and copy, 0 to exclude it.
+        chunk_size: tokens of a chunk; "auto": as many as the engine's budget on a GPU holds.
 
     Raises:
         ConfigError: a number of ranks is not positive, or there are more ranks than rows.
@@ -110,42 +102,25 @@ def head_memory(
             "rows of the vocabulary"
         )
     rows = -(-vocabulary // vocab_parallel)
-    plan = _plan(rows, width, tokens, is_eager, is_frozen, scope, dtype, chunk_size, chunk_bytes)
-    weight = rows * width * dtype.itemsize
-    trained = 0 if is_frozen else -(-rows * width // fsdp) * optimizer_bytes
-    logits = plan.largest * rows * dtype.itemsize
-    share = -(-weight // fsdp) if fsdp > 1 else 0
-    return HeadMemory(
-        weight=weight,
-        gradients=plan.gradient_bytes,
-        logits=logits,
-        other=max(0, plan.peak_bytes - plan.gradient_bytes - logits),
-        kept=trained + share,
-        plan=plan,
-    )
-
-
-def _plan(
-    rows: int,
-    width: int,
-    tokens: int,
-    is_eager: bool,
-    is_frozen: bool,
-    scope: Scope | None,
-    dtype: torch.dtype,
-    chunk_size: int | None,
-    chunk_bytes: int,
-) -> HeadPlan:
     hidden = weightless((tokens, width), dtype).requires_grad_()
     weight = weightless((rows, width), dtype).requires_grad_(not is_frozen)
     if is_eager:
-        return autograd_plan("eager", "the logits of all tokens at once", hidden, weight, None, [slice(0, tokens)])
-    size: dict[str, int | str] = (
-        {"chunk_size": "auto", "chunk_bytes": chunk_bytes} if chunk_size is None else {"chunk_size": chunk_size}
+        plan = autograd_plan("eager", "the logits of all tokens at once", hidden, weight, None, [slice(0, tokens)])
+    else:
+        labels = torch.zeros(tokens, dtype=torch.int64)
+        ids = torch.zeros_like(labels) if scope == "sequence" else None
+        size = {"chunk_size": chunk_size, "chunk_bytes": GPU_CHUNK_BYTES if chunk_size == "auto" else None}
+        plan = explain(hidden, weight, labels, scope=scope, sequence_ids=ids, **size)
+    trained = 0 if is_frozen else -(-rows * width // fsdp) * ADAM_BYTES
+    logits = plan.largest * rows * dtype.itemsize
+    return HeadMemory(
+        weight=weight.nbytes,
+        gradients=plan.gradient_bytes,
+        logits=logits,
+        other=max(0, plan.peak_bytes - plan.gradient_bytes - logits),
+        kept=trained + (-(-weight.nbytes // fsdp) if fsdp > 1 else 0),
+        plan=plan,
     )
-    labels = torch.zeros(tokens, dtype=torch.int64)
-    ids = torch.zeros_like(labels) if scope == "sequence" else None
-    return explain(hidden, weight, labels, scope=scope, sequence_ids=ids, **size)
 
 
 def weightless(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

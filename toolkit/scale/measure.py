@@ -2,34 +2,29 @@
 
 Starts that many processes (gloo, on the CPU), runs small steps of every kind and prints a JSON object for each.
 
-Legend: B rows, T positions of a row, N scored tokens, D hidden width, V vocabulary.
+Legend: N scored tokens, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from toolkit.distributed import counting_over
+from toolkit.distributed import counting_over, world_size
 from toolkit.losses.grpo import GRPOLossConfig
 from toolkit.losses.items import RLLossContextInputItem
-from toolkit.scale.allocations import AllocationCounter
 from toolkit.scale.cases import all_cases
 from toolkit.scale.collectives import total_calls, total_payload
-from toolkit.scale.counter import CollectiveCounter
+from toolkit.scale.counters import AllocationCounter, CollectiveCounter
 from toolkit.scale.head import head_memory
+from toolkit.testing.processes import run_processes
 
 HEAD = (8_000, 64, 256)
 """V, D and N of the heads whose memory is measured."""
@@ -82,12 +77,17 @@ class Held:
         return abs(self.planned / self.measured - 1) <= self.tolerance
 
 
-def count_all(ranks: int) -> list[Counted]:
-    """Return every kind of step, counted on this rank; all ranks of the process group must call it together.
+def measure(ranks: int) -> tuple[list[Counted], list[Held]]:
+    """Start `ranks` processes, 2 or more, and return what rank 0 counted and held."""
+    return run_processes(ranks, _measured)
 
-    Args:
-        ranks: of the process group, 2 or more.
-    """
+
+def _measured() -> tuple[list[Counted], list[Held]]:
+    return _count_all(world_size()), _hold_all(world_size())
+
+
+def _count_all(ranks: int) -> list[Counted]:
+    """Return every kind of step, counted on this rank."""
     mesh = init_device_mesh("cpu", (ranks,))
     counted = []
     torch.manual_seed(0)  # ranks that share a vocabulary have the same tokens
@@ -101,12 +101,8 @@ def count_all(ranks: int) -> list[Counted]:
     return counted
 
 
-def hold_all(ranks: int) -> list[Held]:
-    """Return the memory of heads, on one rank and sharded over all; all ranks must call it together.
-
-    Args:
-        ranks: of the process group.
-    """
+def _hold_all(ranks: int) -> list[Held]:
+    """Return the memory of heads, on one rank and sharded over all."""
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "tp"))
     torch.manual_seed(0)
     size = f"head of {HEAD[0]:,} x {HEAD[1]:,}"
@@ -141,44 +137,13 @@ def _measured_peak(dtype: torch.dtype, mesh: DeviceMesh | None, *, mode: Literal
     return seen.peak
 
 
-def measure(*numbers: int) -> tuple[list[Counted], list[Held]]:
-    """Start processes and return what rank 0 counted and held.
-
-    Args:
-        numbers: of processes; as many as the largest are started, and a smaller number leaves the others idle.
-    """
-    counted: list[Counted] = []
-    held: list[Held] = []
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, args=(numbers, folder), nprocs=max(numbers))
-        for ranks in numbers:
-            rows = json.loads((Path(folder) / f"{ranks}.json").read_text())
-            counted += [Counted(**row) for row in rows[0]]
-            held += [Held(**row) for row in rows[1]]
-    return counted, held
-
-
-def _process(rank: int, numbers: tuple[int, ...], folder: str) -> None:
-    torch.set_num_threads(1)
-    for ranks in numbers:
-        if rank >= ranks:
-            continue
-        store = dist.FileStore(os.path.join(folder, f"{ranks}.store"), ranks)
-        dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
-        try:
-            results = count_all(ranks), hold_all(ranks)
-            if rank == 0:
-                text = json.dumps([[asdict(row) for row in rows] for rows in results])
-                (Path(folder) / f"{ranks}.json").write_text(text)
-        finally:
-            dist.destroy_process_group()
-
-
 def main() -> None:
     """Run the command line: numbers of processes."""
     if not sys.argv[1:] or not all(word.isdigit() and int(word) > 1 for word in sys.argv[1:]):
         raise SystemExit("usage: python -m toolkit.scale.measure N ..., each N a number of processes, 2 or more")
-    for rows in measure(*map(int, sys.argv[1:])):
+    for ranks in map(int, sys.argv[1:]):
+        counted, held = measure(ranks)
+        rows: list[Counted | Held] = [*counted, *held]
         for row in rows:
             print(json.dumps({**asdict(row), "agrees": row.agrees}))
 

@@ -3,8 +3,14 @@
 Every function returns the `Collective` calls of one cause, for one rank and one step. The formulas describe this
 package's code: `toolkit.scale.measure` counts the same calls in real processes.
 
-Legend: R ranks of the step, P ranks of a mesh within it, M micro-batches, T positions of a micro-batch's rows (all rows
-together, before any cut), N scored tokens of a micro-batch, D hidden width.
+Arguments that several functions have:
+    ranks: R, of the step.
+    mesh: P, ranks of a mesh within it, which share each row or the vocabulary.
+    micro_batches: M, of a rank; where a function does not have it, the exchange does not depend on it.
+    positions: T, of one micro-batch's rows together, before any cut.
+    tokens: N, scored in one micro-batch, over the whole mesh.
+    parameters: of the whole model.
+    itemsize: bytes of an element of what the function is about.
 """
 
 from __future__ import annotations
@@ -28,13 +34,9 @@ SAME_CALL = 144
 
 
 def counting(ranks: int, *, numbers: int) -> list[Collective]:
-    """Return the exchange of counts before the first forward: one, of a few float64 numbers.
+    """Return the exchange of counts before the first forward: one, of a few float64 numbers (`numbers_counted`).
 
     The size does not depend on tokens or micro-batches, because each rank counts them first.
-
-    Args:
-        ranks: R.
-        numbers: K, which the loss counts; see `numbers_counted`.
     """
     return [Collective("counts of the step", "all_reduce", (ERROR_FLAGS + numbers) * FLOAT64, ranks)]
 
@@ -42,11 +44,8 @@ def counting(ranks: int, *, numbers: int) -> list[Collective]:
 def counting_prompts(ranks: int, *, numbers: int, prompts: int, tables: int = 1) -> list[Collective]:
     """Return the exchange of counts if prompts are compared: every rank gets the table of every other.
 
-    Args:
-        ranks: R.
-        numbers: K, which the loss counts; see `numbers_counted`.
-        prompts: of the rank that has the most.
-        tables: 1 for the aggregation ``prompt_mean``, 1 for a loss of groups.
+    `prompts` are those of the rank that has the most; of the `tables` the aggregation ``prompt_mean`` has 1, and a loss
+    of groups 1.
     """
     table_size = ERROR_FLAGS + numbers + tables * (1 + 2 * prompts)
     first = Collective("counts of the step", "all_gather", (1 + ROOM) * FLOAT64, ranks)
@@ -66,28 +65,21 @@ def numbers_counted(*, terms: int = 1, corrections: int = 0) -> int:
 
 
 def metrics(ranks: int, *, numbers: int) -> list[Collective]:
-    """Return the exchange of metrics at the end of the step.
+    """Return the exchange of metrics at the end of the step: `numbers` of a rank, of which a mean has two.
 
     Every rank gets the packet of every other; only this part of a step grows with the ranks. A packet is 1 KiB.
-
-    Args:
-        ranks: R.
-        numbers: in the metrics of a rank; a mean has two.
     """
     packet = Collective("metrics", "all_gather", PACKET * FLOAT64, ranks)
-    more = numbers - (PACKET - 1)
+    more = numbers - (PACKET - 2)
     beyond = Collective("metrics beyond one packet", "all_gather", more * FLOAT64, ranks)
     return [packet, beyond] if more > 0 else [packet]
 
 
 def small_fields(mesh: int, *, positions: int, fields: int, micro_batches: int = 1) -> list[Collective]:
-    """Return what sequence parallelism exchanges before the first forward: the per-token fields of all micro-batches.
+    """Return what sequence parallelism exchanges before the first forward, once: the fields of all micro-batches.
 
-    Args:
-        mesh: P, ranks that share each row.
-        positions: T, of one micro-batch; a rank holds T / P of them (rounded up).
-        fields: per-token tensors of an item: labels, advantages, log-probabilities ...
-        micro_batches: M; the number of exchanges does not depend on it.
+    `fields` counts the per-token tensors of an item: labels, advantages, log-probabilities ... A rank holds T / P
+    positions of each (rounded up).
     """
     local_positions = -(-positions // mesh)
     return [
@@ -99,13 +91,8 @@ def small_fields(mesh: int, *, positions: int, fields: int, micro_batches: int =
 def row_logprobs(mesh: int, *, tokens: int, micro_batches: int = 1, with_entropy: bool = False) -> list[Collective]:
     """Return what a loss of whole sequences sums over a sequence-parallel mesh: one fp32 number a token in forward.
 
-    Nothing in backward: each rank differentiates the loss of the full row with respect to its tokens.
-
-    Args:
-        mesh: P.
-        tokens: N, scored in one micro-batch over the whole mesh.
-        micro_batches: M.
-        with_entropy: whether the policy loss also uses entropies.
+    Another one if the policy loss also uses entropies (`with_entropy`). Nothing in backward: each rank differentiates
+    the loss of the full row with respect to its tokens.
     """
     calls = micro_batches * (1 + with_entropy)
     return [Collective("log-probabilities of whole rows", "all_reduce", tokens * FLOAT32, mesh, calls=calls)]
@@ -115,12 +102,8 @@ def gathered_tokens(ranks: int, *, tokens: int, bytes_per_token: int) -> list[Co
     """Return what a loss of the whole batch (or of split groups) gathers: the fields of all tokens, on every rank.
 
     Only this exchange grows with the batch of all ranks: every rank sends its tokens and receives those of all others.
-    The tensors are pickled, which adds some hundred bytes for each of them; these are not included here.
-
-    Args:
-        ranks: R.
-        tokens: scored on this rank, in all its micro-batches.
-        bytes_per_token: of all per-token tensors of the kwargs together, about 60.
+    The tensors are pickled, which adds some hundred bytes for each of them; these are not included here. `tokens` are
+    those of all micro-batches of a rank, with `bytes_per_token` (about 60) in all per-token tensors of the kwargs.
     """
     return [
         Collective("sizes", "all_gather", FLOAT64, ranks),
@@ -141,19 +124,10 @@ def vocabulary_parallel(
 ) -> list[Collective]:
     """Return what ranks that share the head's vocabulary exchange: a few numbers a token, and a gradient [N, D].
 
-    For each chunk two all-reduces: the largest logit, then the sum of exponentials with the label's logit (and the
-    entropy's part). Once for each micro-batch the gradient of the hidden states, as for any column-parallel layer.
-    Logits and the gradient of the weight are never sent.
-
-    Args:
-        mesh: P.
-        tokens: N, scored in one micro-batch; every rank of the mesh has the same.
-        width: D.
-        chunks: of one micro-batch, of equal length.
-        micro_batches: M.
-        with_entropy: whether the entropy is a metric (or a term of the loss).
-        itemsize: bytes of an element of the hidden states.
-        is_trunk_trained: whether hidden states get a gradient.
+    For each of the `chunks` (of equal length) of a micro-batch two all-reduces: the largest logit, then the sum of
+    exponentials with the label's logit, and the entropy's part if it is a metric or a term (`with_entropy`). Once for
+    each micro-batch the gradient of the hidden states [N, width], as for any column-parallel layer, unless
+    `is_trunk_trained` is False. Logits and the gradient of the weight are never sent.
     """
     wide = max(FLOAT32, itemsize)
     numbers = (2 + with_entropy) * wide
@@ -170,13 +144,7 @@ def vocabulary_parallel(
 
 
 def data_parallel_gradient(ranks: int, *, parameters: float, itemsize: int = FLOAT32) -> list[Collective]:
-    """Return DDP's all-reduce of the gradient: once a step for any number of micro-batches (in buckets of 25 MiB).
-
-    Args:
-        ranks: R.
-        parameters: of the whole model.
-        itemsize: bytes of an element of the gradient.
-    """
+    """Return DDP's all-reduce of the gradient: once a step for any number of micro-batches (in buckets of 25 MiB)."""
     return [Collective("gradient (DDP)", "all_reduce", round(parameters) * itemsize, ranks)]
 
 
@@ -191,16 +159,9 @@ def sharded_gradient(
 ) -> list[Collective]:
     """Return what FSDP2 sends: every micro-batch gathers the weights in forward and in backward.
 
-    The gradient is reduced and sharded once, in the last backward, as in the training command; a rank holds the full
-    gradient until then.
-
-    Args:
-        ranks: F, over which the model is sharded.
-        parameters: of the whole model; shards are equal.
-        micro_batches: M.
-        itemsize: bytes of a gathered weight.
-        reduce_itemsize: bytes of an element of the gradient.
-        exchange: when the gradient is sent: once a "step", or in every "micro_batch", the default of FSDP2.
+    The gradient (`reduce_itemsize` bytes an element) is reduced and sharded once, in the last backward, as in the
+    training command; a rank holds the full gradient until then. With `exchange` "micro_batch", the default of FSDP2, it
+    is sent in every one. The shards of all ranks are equal.
     """
     shard = -(-round(parameters) // ranks)
     times = micro_batches if exchange == "micro_batch" else 1

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolkit.errors import ConfigError
+from toolkit.explain.tables import aligned
 from toolkit.scale import step
 from toolkit.scale.collectives import Collective, total_calls, total_sent
 from toolkit.scale.head import MODELS, HeadMemory, ModelShape, head_memory
@@ -17,7 +18,7 @@ BANDWIDTH = 50e9
 USUAL_MESH = 8
 """Ranks of one machine."""
 METRIC_NUMBERS = 60
-"""Of a step of GRPO with every metric; up to 127 fit in one packet."""
+"""Of a step of GRPO with every metric; up to 126 fit in one packet."""
 FIELDS = 5
 """Per-token tensors: labels, advantages, old, reference and rollout log-probabilities."""
 
@@ -77,51 +78,40 @@ def causes(setup: Setup) -> list[Collective]:
 
 def step_table(setup: Setup) -> str:
     """Return calls, bytes and time of every cause, as text."""
+    collectives = causes(setup)
     rows = [("cause", "ranks", "calls", "a rank sends", "time if alone")]
-    rows += [
-        (
-            cause.what,
-            f"{cause.ranks:,}",
-            f"{total_calls([cause]):,}",
-            in_words(cause.sent),
-            duration_in_words(cause.seconds(bandwidth=BANDWIDTH)),
-        )
-        for cause in causes(setup)
-    ]
-    is_gradient = [cause.what.endswith("(FSDP2)") for cause in causes(setup)]
-    parts = [
-        total_sent(cause for cause, mark in zip(causes(setup), is_gradient, strict=True) if mark == wanted)
-        for wanted in (False, True)
-    ]
+    for cause in collectives:
+        seconds = cause.seconds(bandwidth=BANDWIDTH)
+        time = f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:,.2f} ms"
+        rows.append((cause.what, f"{cause.ranks:,}", f"{total_calls([cause]):,}", in_words(cause.sent), time))
+    of_gradient = total_sent(cause for cause in collectives if cause.what.endswith("(FSDP2)"))
+    of_loss = total_sent(cause for cause in collectives if not cause.what.endswith("(FSDP2)"))
     title = (
         f"One step of a {setup.model.name} model on {setup.ranks:,} ranks: {setup.micro_batches} micro-batches of "
         f"{setup.tokens:,} tokens, sequence parallel {setup.sequence_parallel}, vocabulary parallel "
         f"{setup.vocab_parallel}"
     )
-    share = f"because of the loss: {in_words(parts[0])}; weights and gradient: {in_words(parts[1])}"
+    share = f"because of the loss: {in_words(of_loss)}; weights and gradient: {in_words(of_gradient)}"
     share += "\nThe gradient is sent once a step, as in the training command; FSDP2's default is every micro-batch."
     return "\n".join([title, "", aligned(rows), "", share])
 
 
 def head_table(tokens: int = 16_384, vocab_parallel: int = 8, fsdp: int = 64) -> str:
-    """Return the memory of the head of every model in `MODELS`, as text.
-
-    Args:
-        tokens: of a micro-batch.
-        vocab_parallel: ranks that share the vocabulary in the last row of a model.
-        fsdp: ranks that share what is kept between steps in the third.
-    """
+    """Return the memory of the head of every model in `MODELS`, as text; `layouts_of` says in which layouts."""
     rows: list[Sequence[str]] = [("head", "layout", "weight", "kept", "gradients", "logits", "other", "peak")]
     for model in MODELS:
         for name, memory in layouts_of(model, tokens, vocab_parallel, fsdp).items():
             parts = (memory.weight, memory.kept, memory.gradients, memory.logits, memory.other, memory.peak)
             rows.append((f"{model.name} [{model.vocabulary:,} x {model.width:,}]", name, *map(in_words, parts)))
     title = f"Memory of the head on one rank, bf16 with Adam, {tokens:,} tokens"
-    return "\n".join([title, "", aligned(rows)])
+    return "\n".join([title, "", aligned(rows, left=2)])
 
 
 def layouts_of(model: ModelShape, tokens: int, vocab_parallel: int, fsdp: int) -> dict[str, HeadMemory]:
-    """Return the memory of a model's head in four layouts, by name."""
+    """Return the memory of a model's head in four layouts, by name.
+
+    In the third `fsdp` ranks share what is kept between steps, in the last `vocab_parallel` ranks the vocabulary.
+    """
     shape = (model.vocabulary, model.width, tokens)
     return {
         "all logits": head_memory(*shape, is_eager=True),
@@ -136,22 +126,4 @@ def in_words(size: float) -> str:
     unit = 0
     while abs(size) >= 1024 and unit < len(UNITS) - 1:
         size, unit = size / 1024, unit + 1
-    return f"{size:,.0f} {UNITS[unit]}" if unit == 0 or size >= 100 else f"{size:,.1f} {UNITS[unit]}"
-
-
-def duration_in_words(seconds: float) -> str:
-    """Return a duration in milliseconds, or from one second in seconds."""
-    return f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:,.2f} ms"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as columns: the first two to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = sum(not cell[:1].isdigit() for cell in rows[-1])
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return f"{size:,.{0 if unit == 0 or size >= 100 else 1}f} {UNITS[unit]}"

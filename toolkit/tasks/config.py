@@ -5,14 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from toolkit.schema import Config
 
 if TYPE_CHECKING:
     from toolkit.tasks.base import Task
-
-Positive = Annotated[int, Field(gt=0)]
 
 
 class TaskConfig(Config):
@@ -24,7 +22,6 @@ class TaskConfig(Config):
     @abstractmethod
     def build(self, seed: int) -> Task:
         """Return the task; the same seed gives the same prompts."""
-        raise NotImplementedError(f"{type(self).__name__} must define build(seed)")
 
 
 class SpellBackwardConfig(TaskConfig):
@@ -32,7 +29,7 @@ class SpellBackwardConfig(TaskConfig):
 
     word_length: Annotated[int, Field(ge=3, le=10)] = 4
     """Letters in a word; reasoning-gym has words of 3 to 10."""
-    num_heldout: Positive = 512
+    num_heldout: PositiveInt = 512
     """Words that are only ever used to measure accuracy; RL uses the others."""
 
     def build(self, seed: int) -> Task:

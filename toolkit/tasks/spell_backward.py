@@ -25,7 +25,6 @@ class SpellBackward(Task):
     alphabet = string.ascii_lowercase + "="
 
     def __init__(self, seed: int, *, word_length: int, num_heldout: int) -> None:
-        """Draw the words; for the settings see `SpellBackwardConfig`."""
         self._length = word_length
         self._dataset = reasoning_gym.create_dataset(
             "spell_backward", size=POOL_SIZE, seed=seed, min_word_len=self._length, max_word_len=self._length

@@ -6,18 +6,28 @@ compares loss, gradients and metrics with those of one process and one batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from toolkit.distributed import all_gather_objects, rank, world_size
 from toolkit.errors import ConfigError
+from toolkit.head.options import is_count
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.samples import Batch, random_batch
-from toolkit.testing.arguments import check_objects, flags_of, modes_of, numbers_of
-from toolkit.testing.evaluation import REFERENCE, Loop, Meshes, Result, evaluate, in_mode, reference, toolkit_loop
-from toolkit.testing.layout import Layout, Part, layouts_of
+from toolkit.testing.evaluation import (
+    REFERENCE,
+    Loop,
+    Result,
+    evaluate,
+    in_mode,
+    reference,
+    toolkit_loop,
+    with_current,
+)
+from toolkit.testing.layout import Layout, Part, counts_empty, layouts_of
 from toolkit.testing.processes import check_can_start, run_processes
 from toolkit.testing.verdict import Finding, LayoutError, compare, missing_metrics, verdict
 
@@ -35,6 +45,7 @@ __all__ = [
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
 """Relative to the largest element."""
+COUNTS = "integers of at least 1, such as (1, 2)"
 
 
 def assert_layout_invariant(
@@ -78,17 +89,24 @@ def assert_layout_invariant(
             the likely cause.
         ConfigError: the settings contradict each other, or something cannot be sent to other processes.
     """
-    check_objects(loss_cfg, batch, loop)
+    _check_objects(loss_cfg, batch, loop)
     together = world_size()
-    number = together if processes is None else numbers_of("processes", (processes,))[0]
+    number = together if processes is None else _several("processes", (processes,), is_count, COUNTS)[0]
     if together > 1 and number != together:
         raise ConfigError(f"processes={number} differs from the {together} processes of this group; leave it out")
     if rtol is None and dtype not in TOLERANCES:
         raise ConfigError(f"dtype={dtype} has no default tolerance; use float64 or float32, or pass rtol")
     allowed = TOLERANCES[dtype] if rtol is None else rtol
     batch = (random_batch(loss_cfg) if batch is None else batch).with_dtype(dtype)
-    numbers = numbers_of("micro_batches", micro_batches), numbers_of("sequence_parallel", sequence_parallel)
-    kinds = flags_of("packed", packed), modes_of(_modes(loss_cfg) if modes is None else modes, loss_cfg)
+    numbers = _several("micro_batches", micro_batches, is_count, COUNTS)
+    shards = _several("sequence_parallel", sequence_parallel, is_count, COUNTS)
+    flags = _several("packed", packed, lambda flag: isinstance(flag, bool), "True, False or both: (False, True)")
+    chosen = _modes(loss_cfg) if modes is None else modes
+    chosen = _several(
+        "modes", chosen, lambda mode: isinstance(mode, str), "'eager', 'chunk' or both: ('eager', 'chunk')"
+    )
+    for mode in chosen:
+        in_mode(loss_cfg, mode)  # raises if the loss cannot be computed in it
     if number > together:
         check_can_start()
     _check_is_something(batch, loss_cfg)
@@ -96,8 +114,9 @@ def assert_layout_invariant(
     findings: list[Finding] = []
     # One process first: a difference there has a simpler cause and needs no new processes.
     for world in (1, number) if number > together else (number,):
-        layouts = layouts_of(world, *numbers, *kinds)
-        layouts = [layout for layout in layouts if _is_countable(loss_cfg, batch, layout)]
+        layouts = layouts_of(world, numbers, shards, flags, chosen)
+        if counts_empty(loss_cfg):  # a micro-batch without a sequence would count as one
+            layouts = [layout for layout in layouts if layout.slots <= len(batch.row_lengths)]
         arguments = (loss_cfg, batch, layouts, loop, allowed)
         if world > together:
             findings = run_processes(world, differences, *arguments, timeout_s=timeout_s)
@@ -113,7 +132,7 @@ def assert_layout_invariant(
             raise LayoutError(verdict(_in_words(loss_cfg), findings, tried), findings)
     if not tried:
         raise ConfigError(
-            f"no layout is left to compare: none of sequence_parallel={numbers[1]} divides processes={number}, or each "
+            f"no layout is left to compare: none of sequence_parallel={shards} divides processes={number}, or each "
             "layout has more micro-batches than there are sequences; change one of them"
         )
 
@@ -125,7 +144,6 @@ def differences(
     loop: Loop | None = None,
     rtol: float = TOLERANCES[torch.float64],
     *,
-    meshes: Meshes | None = None,
     compared_with: Layout = REFERENCE,
 ) -> list[Finding]:
     """Return all differences from the reference that any process saw; all processes must call it.
@@ -136,17 +154,15 @@ def differences(
         layouts: each for the current number of processes.
         loop: your training loop, see `assert_layout_invariant`; None: `toolkit_loop`, which must report every metric.
         rtol: relative tolerance.
-        meshes: those of an earlier call, because meshes are never destroyed.
         compared_with: layout of the reference, for one process.
     """
-    batch = _with_current(batch, loss_cfg)
-    meshes = Meshes() if meshes is None else meshes
+    batch = with_current(batch, loss_cfg)
     known = reference(batch, loss_cfg, compared_with)
     findings: list[Finding] = []
     first: Result | None = None
     for layout in layouts:
         try:
-            result = evaluate(batch, loss_cfg, layout, loop or toolkit_loop, meshes)
+            result = evaluate(batch, loss_cfg, layout, loop or toolkit_loop)
         except Exception as error:
             error.add_note(f"in the layout: {layout}")
             raise
@@ -159,20 +175,9 @@ def differences(
 
 
 def _check_is_something(batch: Batch, cfg: BaseLossConfig) -> None:
-    gradients = reference(_with_current(batch, cfg), cfg).gradients.values()
+    gradients = reference(with_current(batch, cfg), cfg).gradients.values()
     if not any(bool((gradient != 0).any()) for gradient in gradients):
         raise ConfigError("all gradients of this batch are 0, so there is nothing to compare; pass another batch")
-
-
-def _with_current(batch: Batch, cfg: BaseLossConfig) -> Batch:
-    is_missing = hasattr(batch.item, "current_logprobs") and batch.item.current_logprobs is None
-    return batch.with_current_logprobs(cfg) if is_missing and cfg.needs_current(num_parts=2) else batch
-
-
-def _is_countable(cfg: BaseLossConfig, batch: Batch, layout: Layout) -> bool:
-    """Whether no micro-batch stays empty if empty sequences count: there, it would count as a sequence."""
-    counts_empty = getattr(getattr(cfg, "aggregation", None), "count_empty", False)
-    return not counts_empty or layout.slots <= len(batch.row_lengths)
 
 
 def _modes(cfg: BaseLossConfig) -> list[str]:
@@ -188,3 +193,35 @@ def _in_words(cfg: BaseLossConfig) -> str:
     aggregation = getattr(cfg, "aggregation", None)
     words += [f"aggregation {aggregation.name}"] if aggregation is not None else []
     return f"{type(cfg).__name__}({', '.join(words)})" if words else type(cfg).__name__
+
+
+# -------------------------------------------------------------------- arguments
+
+
+def _check_objects(loss_cfg: Any, batch: Any, loop: Any) -> None:
+    """Raise unless they are a config, a batch or None, and a function or None."""
+    if not isinstance(loss_cfg, BaseLossConfig):
+        raise ConfigError(
+            f"loss_cfg={_short(loss_cfg)} is not a loss config; pass e.g. "
+            "GRPOLossConfig(policy_loss_cfg={'loss_type': 'gspo'}) or CELossConfig()"
+        )
+    if batch is not None and not isinstance(batch, Batch):
+        raise ConfigError(
+            f"batch={_short(batch)} is not a toolkit.testing.Batch; make one with random_batch(loss_cfg) or omit it"
+        )
+    if loop is not None and not callable(loop):
+        raise ConfigError(f"loop={_short(loop)} is not callable; pass a function, loop(part) -> (loss, metrics)")
+
+
+def _several(name: str, value: Any, is_valid: Callable[[Any], bool], wanted: str) -> tuple[Any, ...]:
+    """Return a setting as a tuple, given one value or several; if there is none or one is not valid, raise."""
+    is_one = isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable)
+    values = (value,) if is_one else tuple(value)
+    if not values or not all(map(is_valid, values)):
+        raise ConfigError(f"{name}={values} must be {wanted}")
+    return values
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

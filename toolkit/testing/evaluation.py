@@ -6,6 +6,7 @@ Legend: B rows, T positions of a row, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,21 +62,17 @@ def toolkit_loop(part: Part) -> tuple[Tensor, dict[str, Metric]]:
     return all_reduce_sum(total) / factor, reduce_metrics(merge_metrics(parts))
 
 
-class Meshes:
-    """The sequence-parallel meshes of a process group, each made once, by all processes together."""
+def mesh_of(shards: int) -> DeviceMesh | None:
+    """Return the mesh of the processes that share a sequence with this one; None: there are no others."""
+    return None if shards == 1 else _mesh_in(dist.group.WORLD, shards)
 
-    def __init__(self) -> None:
-        self._known: dict[int, DeviceMesh] = {}
 
-    def of(self, shards: int) -> DeviceMesh | None:
-        """Return the mesh of the processes that share a sequence with this one; None: there are no others."""
-        if shards == 1:
-            return None
-        if shards not in self._known:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            shape = (world_size() // shards, shards)
-            self._known[shards] = init_device_mesh(device, shape, mesh_dim_names=("data", "sequence"))["sequence"]
-        return self._known[shards]
+@functools.cache
+def _mesh_in(group: Any, shards: int) -> DeviceMesh:
+    """Make a mesh once in a process group, by all processes together, because meshes are never destroyed."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    shape = (world_size() // shards, shards)
+    return init_device_mesh(device, shape, mesh_dim_names=("data", "sequence"))["sequence"]
 
 
 def in_mode(cfg: BaseLossConfig, mode: str) -> BaseLossConfig:
@@ -89,21 +86,21 @@ def in_mode(cfg: BaseLossConfig, mode: str) -> BaseLossConfig:
     return type(cfg)(**{**settings, "mode": mode, "chunk_size": size})
 
 
-def evaluate(batch: Batch, cfg: BaseLossConfig, layout: Layout, loop: Loop, meshes: Meshes) -> Result:
+def evaluate(batch: Batch, cfg: BaseLossConfig, layout: Layout, loop: Loop) -> Result:
     """Run `loop` on the step in this layout and return its result; all processes must call it together.
 
     Raises:
         ConfigError: the loop did not return a loss and metrics.
     """
     mode_cfg = in_mode(cfg, layout.mode)
-    part = part_of(batch, mode_cfg, layout, rank() // layout.sequence_parallel, meshes.of(layout.sequence_parallel))
+    part = part_of(batch, mode_cfg, layout, rank() // layout.sequence_parallel, mesh_of(layout.sequence_parallel))
     returned = loop(part)
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise ConfigError(f"the loop returned {type(returned).__name__}; return (loss, metrics), either may be None")
     loss, metrics = returned
     if metrics is not None and not isinstance(metrics, Mapping):
         raise ConfigError(f"the loop returned metrics of type {type(metrics).__name__}; return a dict by name, or None")
-    gradients = {HIDDEN: _hidden_gradient(batch, part), HEAD: _of(part.head_weight)}
+    gradients = {HIDDEN: hidden_gradient(batch, part), HEAD: _of(part.head_weight)}
     if part.head_bias is not None:
         gradients[BIAS] = _of(part.head_bias)
     loss_value = None if loss is None else torch.tensor(_number("loss", loss), dtype=torch.float64)
@@ -113,7 +110,13 @@ def evaluate(batch: Batch, cfg: BaseLossConfig, layout: Layout, loop: Loop, mesh
 def reference(batch: Batch, cfg: BaseLossConfig, layout: Layout = REFERENCE) -> Result:
     """Return the result of the step in one process and one batch, as if there were no process group."""
     with alone():
-        return evaluate(batch, cfg, layout, toolkit_loop, Meshes())
+        return evaluate(batch, cfg, layout, toolkit_loop)
+
+
+def with_current(batch: Batch, cfg: BaseLossConfig) -> Batch:
+    """Return the batch with the current policy's log-probabilities if the loss needs them and it has none."""
+    is_missing = hasattr(batch.item, "current_logprobs") and batch.item.current_logprobs is None
+    return batch.with_current_logprobs(cfg) if is_missing and cfg.needs_current(num_parts=2) else batch
 
 
 @contextlib.contextmanager
@@ -131,8 +134,8 @@ def _of(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach()
 
 
-def _hidden_gradient(batch: Batch, part: Part) -> Tensor:
-    """Return the gradient of every position of the step; it is reduced over processes like a trunk's gradient."""
+def hidden_gradient(batch: Batch, part: Part) -> Tensor:
+    """Return the gradient [B, T, D] of every position of the step, float64; reduced over processes like a trunk's."""
     width = batch.hidden_states.shape[-1]
     full_gradient = torch.zeros(batch.hidden_states.shape, dtype=torch.float64, device=batch.hidden_states.device)
     rows = full_gradient.reshape(-1, width)

@@ -121,14 +121,9 @@ class Part:
 
 
 def part_of(batch: Batch, cfg: BaseLossConfig, layout: Layout, team: int, sp_mesh: DeviceMesh | None) -> Part:
-    """Return what a process holds.
+    """Return what a process holds: part number `team` of ``layout.data_parallel``, which the `sp_mesh` shares.
 
-    Args:
-        batch: all rows of the step.
-        cfg: of the loss, in the mode of the layout.
-        layout: how the step is spread.
-        team: which of ``layout.data_parallel`` shares is this process's.
-        sp_mesh: the processes that share it.
+    `cfg` is in the mode of the layout.
     """
     rows_of_slots = _slots(batch, cfg, layout)
     rows_of_batches = rows_of_slots[team * layout.micro_batches : (team + 1) * layout.micro_batches]
@@ -148,22 +143,23 @@ def part_of(batch: Batch, cfg: BaseLossConfig, layout: Layout, team: int, sp_mes
     return Part(cfg, items, states, weight, bias, bounds if layout.is_packed else None, sp_mesh, flat_indices)
 
 
-def needs_complete_groups(cfg: BaseLossConfig, item: LossContextInputItem) -> bool:
-    """Whether the sequences of a prompt must be in one micro-batch: the loss compares them and has no second pass."""
-    is_wide = isinstance(cfg, BaseRLLossConfig) and cfg.policy.scope == "group"
-    return is_wide and getattr(item, "current_logprobs", None) is None
+def counts_empty(cfg: BaseLossConfig) -> bool:
+    """Whether sequences without scored tokens are counted."""
+    return getattr(getattr(cfg, "aggregation", None), "count_empty", False)
 
 
 def _slots(batch: Batch, cfg: BaseLossConfig, layout: Layout) -> list[list[int]]:
     """Spread the rows unevenly over all micro-batches, the same way on every call; some may stay empty."""
     groups = getattr(batch.item, "group_ids", None)
     rows = list(range(len(batch.row_lengths)))
-    if groups is not None and needs_complete_groups(cfg, batch.item):
+    compares = isinstance(cfg, BaseRLLossConfig) and cfg.policy.scope == "group"
+    if groups is not None and compares and getattr(batch.item, "current_logprobs", None) is None:
+        # Without a second pass the sequences of a prompt must be in one micro-batch.
         units = [[row for row in rows if int(groups[row, 0]) == group] for group in groups[:, 0].unique().tolist()]
     else:
         units = [[row] for row in rows]
     draw = torch.Generator().manual_seed(1000 * layout.processes + 10 * layout.micro_batches + layout.is_packed)
-    if getattr(getattr(cfg, "aggregation", None), "count_empty", False):
+    if counts_empty(cfg):
         unit_slots = [number % layout.slots for number in range(len(units))]  # an idle micro-batch would be counted
     else:
         unit_slots = torch.randint(0, layout.slots, (len(units),), generator=draw).tolist()
@@ -178,52 +174,30 @@ def _micro_batch(
     batch: Batch, cfg: BaseLossConfig, rows: Sequence[int], *, is_packed: bool
 ) -> tuple[LossContextInputItem, Tensor, Tensor, Tensor | None]:
     """Return item, hidden states, indices and boundaries of some rows; without rows: two positions of padding."""
-    item, width = batch.item, batch.item.shifted_labels.shape[1]
-    full_index = torch.arange(item.shifted_labels.numel()).reshape(item.shifted_labels.shape)
-    full_index = full_index.to(item.shifted_labels.device)
-    if not rows:
-        return _idle(batch, cfg, full_index, is_packed=is_packed)
-    row_index = torch.tensor(list(rows), device=full_index.device)
-    if not is_packed:
-        width = max(1, *(batch.row_lengths[row] for row in rows))
-
-        def taken(value: Tensor, axis: int) -> Tensor:
-            return value.index_select(0, row_index).narrow(axis, 0, width)
-
-        edges = None
-    else:
-        lengths = [batch.row_lengths[row] for row in rows]
+    item, width, is_idle = batch.item, batch.item.shifted_labels.shape[1], not rows
+    full_index = torch.arange(item.shifted_labels.numel(), device=item.shifted_labels.device)
+    full_index = full_index.reshape(item.shifted_labels.shape)
+    rows, lengths = ([0], [2]) if is_idle else (rows, [batch.row_lengths[row] for row in rows])
+    if is_packed:
         edges = torch.tensor([0, *lengths], device=full_index.device).cumsum(0)
 
         def taken(value: Tensor, axis: int) -> Tensor:
             pieces = [value[row : row + 1].narrow(axis, 0, n) for row, n in zip(rows, lengths, strict=True)]
             return torch.cat(pieces, dim=axis)
 
-    changes = {
-        name: taken(value, axis) for name, value in item.tensors() if (axis := token_axis(item, name)) is not None
-    }
-    return item.replace(**changes), taken(batch.hidden_states.detach(), -2), taken(full_index, -1), edges
+    else:
+        row_index, width, edges = torch.tensor(rows, device=full_index.device), max(1, *lengths), None
 
+        def taken(value: Tensor, axis: int) -> Tensor:
+            return value.index_select(0, row_index).narrow(axis, 0, width)
 
-def _idle(
-    batch: Batch, cfg: BaseLossConfig, full_index: Tensor, *, is_packed: bool
-) -> tuple[LossContextInputItem, Tensor, Tensor, Tensor | None]:
-    """Return a micro-batch in which nothing is scored, as on a process without data."""
-    changes: dict[str, Tensor] = {}
-    for name, value in batch.item.tensors():
-        axis = token_axis(batch.item, name)
-        if axis is not None:
-            piece = value[:1].narrow(axis, 0, 2)
-            filling = {"shifted_labels": cfg.ignore_idx}.get(name, batch.garbage)
-            changes[name] = (
-                torch.full_like(piece, filling) if piece.is_floating_point() or name == "shifted_labels" else piece
-            )
-    hidden = torch.full_like(batch.hidden_states[:1, :2].detach(), batch.garbage)
-    edges = torch.tensor([0, 2], device=full_index.device) if is_packed else None
-    return batch.item.replace(**changes), hidden, torch.full_like(full_index[:1, :2], NOWHERE), edges
-
-
-def token_axis(item: LossContextInputItem, name: str) -> int | None:
-    """Return the axis of the tokens of a field, counted from the end; None: the field is not per token."""
-    mark = item.layout(name)
-    return mark.dim if isinstance(mark, PerToken) else None
+    marks = [(name, value, item.layout(name)) for name, value in item.tensors()]
+    changes = {name: taken(value, mark.dim) for name, value, mark in marks if isinstance(mark, PerToken)}
+    hidden, index = taken(batch.hidden_states.detach(), -2), taken(full_index, -1)
+    if is_idle:  # nothing is scored, as on a process without data
+        changes |= {
+            name: torch.full_like(value, batch.garbage) for name, value in changes.items() if value.is_floating_point()
+        }
+        changes["shifted_labels"] = torch.full_like(changes["shifted_labels"], cfg.ignore_idx)
+        hidden, index = torch.full_like(hidden, batch.garbage), torch.full_like(index, NOWHERE)
+    return item.replace(**changes), hidden, index, edges

@@ -55,8 +55,16 @@ def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout_
         LaunchError: a process raised another error or died; the message quotes it.
     """
     check_can_start()
-    sources = sorted({source for value in args for source in _plugin_files(value)})
-    registered = [loss for value in args for loss in _registered(value)]
+    losses = [loss for value in args if (loss := _user_loss(value)) is not None]
+    sources = sorted({file for value in (*args, *(loss.function for loss in losses)) for file in _plugin_file(value)})
+    registered = [
+        (
+            loss.name,
+            loss.function,
+            {"scope": loss.scope, "needs": loss.needs, "aggregation": loss.aggregation, "formula": loss.formula},
+        )
+        for loss in losses
+    ]
     call = _pickled((function, args, registered))
     with tempfile.TemporaryDirectory() as folder:
         args = (world, folder, sources, call, timeout_s)
@@ -152,8 +160,7 @@ def _failure(home: Path, error: Exception, codes: list[int | None]) -> Exception
 def _name_of(sent: int) -> str:
     if sent == signal.SIGKILL:
         return " (SIGKILL, often because memory ran out)"
-    names = {int(member): member.name for member in signal.Signals}
-    return f" ({names[sent]})" if sent in names else ""
+    return f" ({signal.Signals(sent).name})" if sent in set(signal.Signals) else ""
 
 
 # -------------------------------------------------------------------- pickling
@@ -193,17 +200,7 @@ def _user_loss(value: Any) -> Any:
     return None if loss is None or loss.function.__module__.startswith(BUILT_IN) else loss
 
 
-def _registered(value: Any) -> list[tuple[str, Callable[..., Any], dict[str, Any]]]:
-    loss = _user_loss(value)
-    if loss is None:
-        return []
-    options = {"scope": loss.scope, "needs": loss.needs, "aggregation": loss.aggregation, "formula": loss.formula}
-    return [(loss.name, loss.function, options)]
-
-
-def _plugin_files(value: Any) -> list[str]:
-    """Return the plugin files that a new process must load before it can unpickle `value`."""
-    loss = _user_loss(value)
-    module_names = [getattr(value, "__module__", ""), loss.function.__module__ if loss is not None else ""]
-    modules = [sys.modules[name] for name in module_names if isinstance(name, str) and name.startswith(PLUGIN)]
-    return [str(module.__file__) for module in modules]
+def _plugin_file(value: Any) -> list[str]:
+    """Return the plugin file that a new process must load before it can unpickle `value`, if there is one."""
+    name = getattr(value, "__module__", None)
+    return [str(sys.modules[name].__file__)] if isinstance(name, str) and name.startswith(PLUGIN) else []

@@ -53,24 +53,21 @@ class Finding:
 def compare(result: Result, known: Result, layout: Layout, rtol: float, rank: int = 0) -> list[Finding]:
     """Return what differs by more than `rtol` of the largest element, and by more than rounding of cancelled terms.
 
-    Args:
-        result: of the layout.
-        known: of the reference; quantities that only one of the two has are skipped.
-        layout: named in the findings.
-        rtol: relative tolerance.
-        rank: the process that computed the result.
+    `known` is the result of the reference; quantities that only one of the two has are skipped. The findings name the
+    layout, and the process that computed `result`.
     """
     floor = min(1.0, ROUNDING * torch.finfo(known.gradients[HEAD].dtype).eps / rtol)
-    pairs: list[tuple[str, Tensor, Tensor, float]] = []
-    if result.loss is not None and known.loss is not None:
-        pairs.append(("loss", result.loss, known.loss, floor))
-    pairs += [(name, result.gradients[name], known.gradients[name], GRADIENT * floor) for name in known.gradients]
-    for name, value in result.metrics.items():
-        if name in known.metrics:
-            ours, theirs = (torch.tensor(number, dtype=torch.float64) for number in (value, known.metrics[name]))
-            pairs.append((f"metric {name!r}", ours, theirs, floor))
-    differing = (_difference(layout, *pair, rtol, rank) for pair in pairs)
+    ours, theirs = _quantities(result), _quantities(known)
+    floors = {name: GRADIENT * floor if name in known.gradients else floor for name in theirs}
+    common = [name for name in ours if name in theirs]
+    differing = (_difference(layout, name, ours[name], theirs[name], floors[name], rtol, rank) for name in common)
     return [finding for finding in differing if finding is not None]
+
+
+def _quantities(result: Result) -> dict[str, Tensor]:
+    loss = {} if result.loss is None else {"loss": result.loss}
+    metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in result.metrics.items()}
+    return {**loss, **result.gradients, **{f"metric {name!r}": value for name, value in metrics.items()}}
 
 
 def missing_metrics(result: Result, known: Result, layout: Layout, rank: int = 0) -> list[Finding]:
@@ -126,13 +123,7 @@ def _is_plain(factor: float) -> bool:
 
 
 def verdict(what: str, findings: Sequence[Finding], layouts: Sequence[Layout]) -> str:
-    """Return the report of a failure.
-
-    Args:
-        what: the loss.
-        findings: at least one.
-        layouts: all that ran.
-    """
+    """Return the report of a failure of the loss `what`, given at least one finding and all layouts that ran."""
     first = min(findings, key=lambda finding: layouts.index(finding.layout)).layout
     same_layout = [finding for finding in findings if finding.layout == first]
     shown: dict[str, Finding] = {}
@@ -141,7 +132,8 @@ def verdict(what: str, findings: Sequence[Finding], layouts: Sequence[Layout]) -
     lines = [f"{what}: the result depends on the layout (the reference is one process and one batch)"]
     lines.append(f"  layout: {first}")
     for finding in sorted(shown.values(), key=lambda f: (f.quantity != HEAD, "gradient" not in f.quantity)):
-        where = f" (process {finding.rank} alone)" if _is_of_one(finding, same_layout) else ""
+        ranks = {other.rank for other in same_layout if other.quantity == finding.quantity}
+        where = f" (process {finding.rank} alone)" if first.processes > 1 and len(ranks) == 1 else ""
         lines.append(f"  {finding}{where}")
     failing = {finding.layout for finding in findings}
     lines.append(f"  {len(failing)} of {len(layouts)} layouts differ")
@@ -149,21 +141,12 @@ def verdict(what: str, findings: Sequence[Finding], layouts: Sequence[Layout]) -
     return "\n".join(lines)
 
 
-def _is_of_one(finding: Finding, same_layout: Sequence[Finding]) -> bool:
-    ranks = {other.rank for other in same_layout if other.quantity == finding.quantity}
-    return finding.layout.processes > 1 and len(ranks) == 1
-
-
-COUNTS: tuple[tuple[str, Callable[[Layout], float], str], ...] = (
+COUNTS: tuple[tuple[str, Callable[[Layout], int], str, str], ...] = (
     (
         "the number of processes",
         lambda layout: layout.processes,
         "gradients are added over processes although the weights already contain that factor; let the back-end average "
         "them, or set gradient_reduction='sum' in the loss's config",
-    ),
-    (
-        "one over the number of processes",
-        lambda layout: 1 / layout.processes,
         "something divides by the number of processes a second time: gradient_reduction='sum' under a back-end that "
         "averages, or a loop that divides the loss",
     ),
@@ -171,10 +154,6 @@ COUNTS: tuple[tuple[str, Callable[[Layout], float], str], ...] = (
         "the number of micro-batches",
         lambda layout: layout.micro_batches,
         "the loss is multiplied by the number of accumulation steps; calibrated losses only need to be added up",
-    ),
-    (
-        "one over the number of micro-batches",
-        lambda layout: 1 / layout.micro_batches,
         "something divides by the number of accumulation steps; calibrated losses add up over micro-batches, so set "
         "gradient accumulation of the back-end to 1 and do not divide the loss",
     ),
@@ -183,14 +162,14 @@ COUNTS: tuple[tuple[str, Callable[[Layout], float], str], ...] = (
         lambda layout: layout.sequence_parallel,
         "a sequence is counted once for each sequence-parallel process that shares it: gradients are also "
         "summed over the mesh, or each shard is treated as a complete sequence",
-    ),
-    (
-        "one over the number of shards of a sequence",
-        lambda layout: 1 / layout.sequence_parallel,
         "the denominator counts a sequence once for each sequence-parallel process that shares it; count it on one",
     ),
 )
-"""Possible factors, and the cause of each."""
+"""Numbers that may be a factor, and the cause if gradients are multiplied or divided by them."""
+COUNTED_ALONE = (
+    "something is counted by each process for itself; count over all of them before the first forward "
+    "(build_batches_loss_kwargs does it, called once for the step)"
+)
 NOT_EXCHANGED = (
     "gradients are not exchanged over processes (those of the hidden states, which need no exchange, are right): use "
     "the wrapper (DDP, FSDP), or part.reduce_gradients()"
@@ -217,8 +196,7 @@ ONLY: tuple[tuple[Callable[[Layout], bool], str], ...] = (
     ),
     (
         lambda layout: layout.processes > 1,
-        "only several processes differ: something is counted by each process for itself; count over all of them before "
-        "the first forward (build_batches_loss_kwargs does it, called once for the step)",
+        f"only several processes differ: {COUNTED_ALONE}",
     ),
     (
         lambda layout: layout.slots > 1,
@@ -251,10 +229,7 @@ def likely_cause(findings: Sequence[Finding], layouts: Sequence[Layout]) -> str:
     if cause is not None:
         return cause
     if all(layout.processes > 1 for layout in layouts):
-        return (
-            "every layout with several processes differs: something is counted by each process for itself; count over "
-            "all of them before the first forward (build_batches_loss_kwargs does it, called once for the step)"
-        )
+        return f"every layout with several processes differs: {COUNTED_ALONE}"
     return "even the simplest layout differs: the loop does not compute the same as the loss's context"
 
 
@@ -282,11 +257,14 @@ def _causes_of(factors: dict[Layout, float | None]) -> list[str]:
         return []
     if any(abs(factor) < PROPORTIONAL for factor in known):
         return []  # in some layout no gradient arrived
-    causes = [
-        f"{known[0]:.3f} is {name}: {why}" if len(set(map(expected, factors))) == 1 else f"the factor is {name}: {why}"
-        for name, expected, why in COUNTS
-        if all(abs(factor / expected(layout) - 1) < PROPORTIONAL for layout, factor in zip(factors, known, strict=True))
-    ]
+    causes = []
+    for name, number, multiplied, divided in COUNTS:
+        numbers = [number(layout) for layout in factors]
+        factor_is = f"{known[0]:.3f} is" if len(set(numbers)) == 1 else "the factor is"
+        for power, named, why in ((1, name, multiplied), (-1, f"one over {name}", divided)):
+            pairs = zip(known, numbers, strict=True)
+            if all(abs(factor / number**power - 1) < PROPORTIONAL for factor, number in pairs):
+                causes.append(f"{factor_is} {named}: {why}")
     if all(abs(factor / known[0] - 1) < PROPORTIONAL for factor in known):
         causes.append(
             f"gradients are {known[0]:.3f} times what they should be in every layout that was tried: the loop (or a "
@@ -299,14 +277,13 @@ def _cause_of_numbers(findings: Sequence[Finding], layouts: Sequence[Layout]) ->
     names = sorted({finding.quantity for finding in findings})
     what = "the reported loss is" if names == ["loss"] else f"{', '.join(names)}: what is reported is"
     ranks = {finding.rank for finding in findings}
-    if len(ranks) > 1 or any(layout.processes > 1 for layout in layouts):
-        return (
-            f"gradients agree, but {what} that of one process, or a mean of means; merge toolkit.metrics (a Mean keeps "
-            "numerator and denominator) and reduce them over all processes"
-        )
+    is_spread = len(ranks) > 1 or any(layout.processes > 1 for layout in layouts)
+    part, how = (
+        ("process", "and reduce them over all processes") if is_spread else ("micro-batch", "over micro-batches")
+    )
     return (
-        f"gradients agree, but {what} that of one micro-batch, or a mean of means; merge toolkit.metrics (a Mean keeps "
-        "numerator and denominator) over micro-batches"
+        f"gradients agree, but {what} that of one {part}, or a mean of means; merge toolkit.metrics (a Mean keeps "
+        f"numerator and denominator) {how}"
     )
 
 

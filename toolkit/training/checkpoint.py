@@ -22,11 +22,7 @@ from toolkit.training.trainer import Trainer
 def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: dict[str, Any]) -> None:
     """Write the checkpoint of a run, replacing an older one; the main process writes, the others wait.
 
-    Args:
-        output_dir: of the run; the checkpoint goes to its folder ``checkpoint``.
-        trainer: holds the weights.
-        phase: the phase under way.
-        record: further JSON values to restore at resume.
+    It goes to the folder ``checkpoint`` of `output_dir`; `record` holds further JSON values to restore at resume.
     """
     fresh, final = output_dir / f"{CHECKPOINT}.writing", output_dir / CHECKPOINT
     if trainer.accelerator.is_main_process:
@@ -48,15 +44,18 @@ def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: di
             },
             fresh / "state.pt",
         )
-        state = {"phase": phase.name, "next_step": phase.next_step, "num_updates": phase.num_updates}
-        state |= {
+        state = {
+            "phase": phase.name,
+            "next_step": phase.next_step,
+            "num_updates": phase.num_updates,
             "num_skipped": trainer.num_skipped,
             "num_overflows": trainer.num_overflows,
             "kl_control": trainer.kl_penalty.state(),
             "identity": identity(trainer.config),
+            "python_rng": random.getstate(),
             **record,
         }
-        (fresh / "state.json").write_text(json.dumps({**state, "python_rng": random.getstate()}))
+        (fresh / "state.json").write_text(json.dumps(state))
         old = output_dir / f"{CHECKPOINT}.old"
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from toolkit.errors import ConfigError, listed
 from toolkit.functional.advantages import Advantage, advantage, advantage_names
@@ -17,9 +24,6 @@ if TYPE_CHECKING:
 
     from toolkit.functional.rewards import RewardTerms
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TRAINING_HAS = ("lengths", "mask")
 """What the training command gives to an advantage estimator besides rewards and groups."""
@@ -88,24 +92,24 @@ class KLControlConfig(Config):
 
     reward_type: KLEstimator | None = None
     """Subtract reward_coef x this estimate, summed over a completion, from its reward; None: no KL in the reward."""
-    reward_coef: Rate = 0.001
+    reward_coef: PositiveFloat = 0.001
     """Coefficient of the KL in the reward; 0.001 as in verl."""
-    target: Rate | None = None
+    target: PositiveFloat | None = None
     """KL of a completion, in nats, that the coefficient (of the reward or of the loss) is steered to; None: fixed."""
-    horizon: Positive = 10_000
+    horizon: PositiveInt = 10_000
     """Completions over which an error of 10 % changes the coefficient by 10 %; 10,000 as in verl."""
 
 
 class OptimizerConfig(Config):
     """AdamW."""
 
-    lr: Rate = 1e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate of the RL phase."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment; PyTorch's default."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
-    max_grad_norm: Rate = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Gradients of a larger norm are scaled down to it."""
 
 
@@ -114,7 +118,7 @@ class SchedulerConfig(Config):
 
     shape: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls."""
-    warmup_updates: Count = 0
+    warmup_updates: NonNegativeInt = 0
     """Updates over which it rises linearly from 0."""
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate after the last update over the peak; not used by constant."""
@@ -123,32 +127,32 @@ class SchedulerConfig(Config):
 class WarmupConfig(Config):
     """Supervised learning from demonstrations with the toolkit's cross-entropy: the phase before RL."""
 
-    steps: Count = 300
+    steps: NonNegativeInt = 300
     """Most optimizer steps of the phase; 0 skips it."""
     stop_accuracy: Annotated[float, Field(gt=0, le=1)] | None = 0.35
     """End the phase when this greedy accuracy is reached on training prompts; None: after `steps`."""
-    batch_size: Positive = 64
+    batch_size: PositiveInt = 64
     """Demonstrations per step, over all processes; also with loss=ce in the main phase."""
-    lr: Rate = 2e-3
+    lr: PositiveFloat = 2e-3
     """Learning rate, constant after a rise over 10 updates."""
 
 
 class TrainingConfig(Config):
     """The loop."""
 
-    steps: Count = 80
+    steps: NonNegativeInt = 80
     """Rollouts in the RL phase (batches of demonstrations with loss=ce)."""
-    minibatches: Positive = 4
+    minibatches: PositiveInt = 4
     """Optimizer steps per rollout; after the first one they are off-policy, which the clipping is for."""
-    micro_batch_size: Positive = 1024
+    micro_batch_size: PositiveInt = 1024
     """Sequences per forward on one process; the loss does not depend on it."""
-    checkpoint_every: Count = 0
+    checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
-    log_every: Positive = 10
+    log_every: PositiveInt = 10
     """Steps between progress lines when the output is not a terminal."""
     resume: str | None = None
     """Output directory of an earlier run to continue."""
-    num_processes: Positive | None = None
+    num_processes: PositiveInt | None = None
     """Processes that must work together; None: as many as the launcher started."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU if there is one."""
@@ -157,7 +161,7 @@ class TrainingConfig(Config):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Forward under autocast, weights and optimizer in the model's dtype; fp16 with a loss scale, on a GPU only.
     None: the launcher's setting, otherwise no."""
-    timeout_s: Positive = 600
+    timeout_s: PositiveInt = 600
     """Seconds that a process waits for the others in a collective before the run ends."""
 
 

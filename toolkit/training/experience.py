@@ -84,26 +84,21 @@ class Rows:
         )
 
 
-def rows_from_completions(
-    completions: Completions, advantages: Tensor, group_ids: Tensor | None = None, *, temperature: float = 1.0
-) -> Rows:
-    """Turn completions and their advantages into rows that score the new tokens.
+def rows_from_completions(completions: Completions, group_ids: Tensor, *, temperature: float = 1.0) -> Rows:
+    """Turn completions into rows that score the new tokens, without advantages yet.
 
     Args:
         completions: R rows of T tokens.
-        advantages: [R], or [R, T - 1] one for each position.
         group_ids: [R] the prompt that each completion answers, unique over all processes.
         temperature: at which they were sampled.
     """
-    advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
     labels = completions.input_ids.masked_fill(~completions.is_new, IGNORED)[:, 1:]
     return Rows(
         input_ids=completions.input_ids,
         attention_mask=completions.attention_mask,
         shifted_labels=labels,
-        advantages=advantages.to(labels.device).expand(labels.shape),
         rollout_logprobs=completions.logprobs[:, 1:],
-        group_ids=None if group_ids is None else group_ids.to(labels.device).unsqueeze(-1).expand(labels.shape),
+        group_ids=group_ids.to(labels.device).unsqueeze(-1).expand(labels.shape),
         temperature=temperature,
     )
 

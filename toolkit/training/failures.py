@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from toolkit.distributed import all_gather_objects, rank, world_size
 from toolkit.errors import LaunchError, ToolkitError, first_line
+from toolkit.training.startup import INTERRUPTED
 
 DEFAULT_TIMEOUT = 600
 """Seconds that a collective waits for the slowest process."""
@@ -37,7 +38,6 @@ GRACE = 4.0
 """Seconds that a process whose connection broke waits for the cause."""
 LINGER = 5.0
 """Most seconds that a failed process waits until the others have read its message: the store may be in it."""
-INTERRUPTED = 130
 FAILED, KNOWN, DONE, ALL_DONE, LEFT = "failed", "known", "done", "all_done", "left"
 _OF_COMMUNICATION = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|socket|process group", re.IGNORECASE
@@ -214,16 +214,15 @@ class _Watch:
             raise error from None
         if isinstance(error, ToolkitError):
             error.is_reported = True
-        if isinstance(error, ToolkitError) and failure.rank != self.rank and _is_same(failure, local_failure):
+        reasons = {each.message.partition(":")[2] for each in (failure, local_failure)}
+        if isinstance(error, ToolkitError) and failure.rank != self.rank and len(reasons) == 1:
             raise SystemExit(failure.code) from None
 
     def _wait_for_cause(self) -> Failure | None:
         """Wait a moment for the cause of a broken connection; return it if another process reports it."""
         deadline = time.monotonic() + GRACE
-        failure = self._look(self._store)
-        while failure is None and time.monotonic() < deadline:
+        while (failure := self._look(self._store)) is None and time.monotonic() < deadline:
             time.sleep(POLL / 10)
-            failure = self._look(self._store)
         return failure
 
     def _broken(self, error: BaseException) -> str:
@@ -301,10 +300,6 @@ def _message_of(error: BaseException, failed_rank: int) -> str:
         return f"rank {failed_rank} left the run with exit code {error.code}"
     kind = "" if isinstance(error, ToolkitError) else f"{type(error).__name__}: "
     return f"rank {failed_rank} failed: {kind}{first_line(error)}"
-
-
-def _is_same(one: Failure, other: Failure) -> bool:
-    return one.message.partition(":")[2] == other.message.partition(":")[2]
 
 
 def _say(text: str) -> None:

@@ -22,30 +22,8 @@ from toolkit.distributed import rank
 from toolkit.errors import ConfigError
 from toolkit.training.sharding import is_sharded, local_parameters, unwrapped
 
-
-def full_state_dict(policy: Any) -> dict[str, Any]:
-    """Return the full weights on the CPU, under the names that an unsharded policy has; all ranks must call it.
-
-    Under FSDP 2 they are on rank 0 alone; the others get an empty dict.
-    """
-    if not is_sharded(policy):
-        return unwrapped(policy).state_dict()
-    policy.reshard()
-    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def load_full_state_dict(policy: Any, state: dict[str, Any]) -> None:
-    """Load full weights, as `full_state_dict` returns them; under FSDP 2 only rank 0's `state` is read.
-
-    Raises:
-        RuntimeError: names or shapes are not those of the policy.
-    """
-    if not is_sharded(policy):
-        unwrapped(policy).load_state_dict(state)
-        return
-    policy.reshard()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(policy, state if rank() == 0 else {}, options=options)
+_GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_DISTRIBUTED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 def full_optimizer_state(policy: Any, optimizer: Any) -> dict[str, Any]:
@@ -60,8 +38,7 @@ def full_optimizer_state(policy: Any, optimizer: Any) -> dict[str, Any]:
     if not is_sharded(policy):
         return inner.state_dict()
     names = _names(policy, inner)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_optimizer_state_dict(policy, inner, options=options)
+    state = get_optimizer_state_dict(policy, inner, options=_GATHERED)
     return _keyed(state, {name: index for index, name in enumerate(names)}) if rank() == 0 else {}
 
 
@@ -72,9 +49,8 @@ def load_full_optimizer_state(policy: Any, optimizer: Any, state: dict[str, Any]
         inner.load_state_dict(state)
         return
     names = _names(policy, inner)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     named = _keyed(state, dict(enumerate(names))) if rank() == 0 else {}
-    set_optimizer_state_dict(policy, inner, optim_state_dict=named, options=options)
+    set_optimizer_state_dict(policy, inner, optim_state_dict=named, options=_DISTRIBUTED)
 
 
 def _names(policy: Any, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -94,7 +70,11 @@ def save_weights(policy: Any, path: str) -> None:
 
     The file is that of an unsharded policy (``safetensors.torch.save_model``): either can load what the other wrote.
     """
-    state = full_state_dict(policy)
+    if is_sharded(policy):
+        policy.reshard()
+        state: dict[str, Any] = get_model_state_dict(policy, options=_GATHERED)
+    else:
+        state = unwrapped(policy).state_dict()
     if rank() != 0:
         return
     first_of: dict[int, str] = {}
@@ -121,7 +101,8 @@ def load_weights(policy: Any, path: str) -> None:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             aliases = {name: kept for name, kept in (file.metadata() or {}).items() if kept in state}
         state |= {name: state[kept] for name, kept in aliases.items()}
-    load_full_state_dict(policy, state)
+    policy.reshard()
+    set_model_state_dict(policy, state, options=_DISTRIBUTED)
 
 
 def check_optimizer(policy: Any, optimizer: Any) -> None:

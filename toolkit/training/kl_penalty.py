@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ class KLPenalty:
 
     def loss_config(self, loss_cfg: BaseLossConfig) -> BaseLossConfig:
         """Return the config of the loss with its current coefficient."""
-        is_steered = self.controller is not None and self.control.reward_type is None
-        if self.controller is None or not is_steered or not isinstance(loss_cfg, BaseRLLossConfig):
+        is_in_reward = self.control.reward_type is not None
+        if self.controller is None or is_in_reward or not isinstance(loss_cfg, BaseRLLossConfig):
             return loss_cfg
         return loss_cfg.model_copy(update={"kl_loss_coef": self.controller.coef})
 
@@ -58,11 +59,9 @@ class KLPenalty:
         return penalised, {"kl_completion": Mean.of(kl), "reward_with_kl": Mean.of(penalised)}
 
     def observe(self, metrics: Mapping[str, float], num_completions: int) -> dict[str, float]:
-        """Adapt the coefficient to what a step measured, over all processes; return what to report.
+        """Adapt the coefficient to the `metrics` of a step, over all processes; return what to report.
 
-        Args:
-            metrics: of the step; ``kl_completion`` with the KL in the reward, else ``kl_ref`` in nats a token.
-            num_completions: of the step.
+        They have ``kl_completion`` with the KL in the reward, else ``kl_ref`` in nats a token.
         """
         if self.controller is None:
             return {}
@@ -77,7 +76,7 @@ class KLPenalty:
 
     def state(self) -> dict[str, float] | None:
         """Return what a checkpoint keeps."""
-        return None if self.controller is None else self.controller.state_dict()
+        return None if self.controller is None else asdict(self.controller)
 
     def restore(self, state: Mapping[str, float] | None) -> None:
         """Take the coefficient of a checkpoint; target and horizon are those of this run."""

@@ -19,11 +19,6 @@ def share_of(number: int, rank: int, num_processes: int) -> slice:
     return slice(rank * number // num_processes, (rank + 1) * number // num_processes)
 
 
-def largest_share(number: int, num_processes: int) -> int:
-    """Return the size of the largest share."""
-    return -(-number // num_processes)
-
-
 @dataclass(frozen=True)
 class Minibatch:
     """The rows of one optimizer step."""

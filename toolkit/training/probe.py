@@ -21,14 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from toolkit.distributed import all_gather_objects, rank, reduce_metrics, sp_split, world_size
 from toolkit.errors import ConfigError, LaunchError
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.items import CELossContextInputItem
-from toolkit.metrics import Max
+from toolkit.metrics import Max, unsharded
 
 FIRST = (3, 1)
 """Tokens of the micro-batches before the last; three in all, so M is not the usual number of processes."""
@@ -76,7 +75,7 @@ def check_gradient_scale(
     sp_mesh: DeviceMesh | None = None,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Send a known gradient through the functions of your loop, and raise if it comes out changed.
+    """Send a known gradient through the functions of your loop; return its factor, and raise if that is not 1.
 
     Every rank must call it, before the first step; it takes some milliseconds. Pass what your loop uses::
 
@@ -94,11 +93,8 @@ def check_gradient_scale(
         sp_mesh: ranks that share a sequence.
         device: where the policy is.
 
-    Returns:
-        The measured factor, 1.0 up to rounding.
-
     Raises:
-        LaunchError: the factor is not 1; names it and its likely cause.
+        LaunchError: the factor is not 1 up to rounding; names it and its likely cause.
         ConfigError: `loss_cfg` is not a loss config.
     """
     loss_cfg = _probe_cfg(loss_cfg)
@@ -116,7 +112,8 @@ def check_gradient_scale(
     parameter = next(iter(wrapped.parameters()), module.weight)  # FSDP replaces the parameter
     if scaler is not None:
         _unscale(scaler, parameter)
-    grad = _full_grad(parameter) if gradient is None else gradient(parameter)
+    grad = parameter.grad if gradient is None else gradient(parameter)
+    grad = torch.zeros(1, device=parameter.device) if grad is None else unsharded(grad)
     return _judged(grad, batch.counts, loss_cfg, sp_mesh, scaler)
 
 
@@ -181,13 +178,6 @@ def _unscale(scaler: Any, parameter: nn.Parameter) -> None:
         scaler.update(scaler.get_scale())  # forgets the optimizer
 
 
-def _full_grad(parameter: nn.Parameter) -> Tensor:
-    grad = parameter.grad
-    if grad is None:
-        return torch.zeros(1, device=parameter.device)
-    return grad.full_tensor() if isinstance(grad, DTensor) else grad
-
-
 def _judged(
     grad: Tensor, counts: list[int], loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None, scaler: Any | None
 ) -> float:
@@ -196,7 +186,8 @@ def _judged(
     values = grad.detach().double().cpu().flatten()
     values = values.view(2, num_origins) if values.numel() == 2 * num_origins else torch.zeros(2, num_origins).double()
     # Logits are 0, so both tokens have probability 1/2: d(-log pi(0))/d(logits) = (-1/2, 1/2).
-    expected = torch.tensor(counts, dtype=torch.float64) / sum(counts) * MARK / 2
+    num_tokens = torch.tensor(counts, dtype=torch.float64)
+    expected = num_tokens / sum(counts) * MARK / 2
     has_tokens = expected > 0
     factors = (torch.stack([-values[0], values[1]])[:, has_tokens] / expected[has_tokens]).mean(0)
     factor = float((factors * expected[has_tokens]).sum() / expected.sum())
@@ -211,32 +202,28 @@ def _judged(
         )
         consequence.is_from_elsewhere = True
         raise consequence
-    origins = [index for index in range(num_origins) if has_tokens[index]]
-    raise LaunchError(_verdict(factors, origins, counts, loss_cfg, sp_mesh, scaler))
-
-
-def _verdict(
-    factors: Tensor,
-    origins: list[int],
-    counts: list[int],
-    loss_cfg: CELossConfig,
-    sp_mesh: DeviceMesh | None,
-    scaler: Any | None,
-) -> str:
-    """Return the message: the wrong factor and its likely cause."""
     if not bool(factors.isfinite().all()):
         scale = f" under a loss scale of {scaler.get_scale():g}" if scaler is not None else ""
-        return (
+        raise LaunchError(
             f"the gradient of the start-up probe is not finite{scale}; start the GradScaler from a smaller init_scale, "
             "or train in bf16"
         )
+    origins = has_tokens.nonzero().flatten()
+    raise LaunchError(_verdict(factors, origins, num_tokens[origins], loss_cfg, sp_mesh))
+
+
+def _verdict(
+    factors: Tensor, origins: Tensor, num_tokens: Tensor, loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None
+) -> str:
+    """Return the message: the wrong factor and its likely cause."""
     low, high = float(factors.min()), float(factors.max())
     if high - low <= 1e-4 * abs(high):
         cause = _cause_of_factor(float(factors.mean()), loss_cfg, sp_mesh)
         return f"gradients are {factors.mean():.6g} times what they should be: {cause}"
+    cause = _cause_of_spread(factors, origins, num_tokens)
     return (
         f"gradients are not the gradient of one loss: between {low:.4g} and {high:.4g} times what they should be, "
-        f"depending on the micro-batch and the process that a token is in: {_cause_of_spread(factors, origins, counts)}"
+        f"depending on the micro-batch and the process that a token is in: {cause}"
     )
 
 
@@ -272,10 +259,9 @@ def _cause_of_factor(factor: float, loss_cfg: CELossConfig, sp_mesh: DeviceMesh 
     return "; or ".join(causes) or "something between the loss and the optimizer scales; look at backward and wrap"
 
 
-def _cause_of_spread(factors: Tensor, origins: list[int], counts: list[int]) -> str:
+def _cause_of_spread(factors: Tensor, origins: Tensor, num_tokens: Tensor) -> str:
     """Name what treats origins differently; origin 2 m + s: micro-batch m, even (s = 0) or odd rank."""
-    num_tokens = torch.tensor([counts[origin] for origin in origins], dtype=torch.float64)
-    micro, side = torch.tensor(origins) // 2, torch.tensor(origins) % 2
+    micro, side = origins // 2, origins % 2
     is_missing = factors.abs() < TOLERANCE
     for value in (0, 1):
         if bool(is_missing.any()) and bool(((side == value) == ~is_missing).all()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group
@@ -42,9 +41,7 @@ class PhaseProgress:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -59,6 +56,4 @@ class PhaseProgress:
             self._bar.update(self._task, completed=step + 1, total=step + 1 if is_last else self._num_steps)
             self._shown.plain = f"  {shown}"
         elif step % self._log_every == 0 or is_last:
-            self._console.print(
-                f"{self._title} {step + 1:>4}/{self._num_steps}  {shown}", highlight=False, soft_wrap=True
-            )
+            self._console.print(f"{self._title} {step + 1:>4}/{self._num_steps}  {shown}", soft_wrap=True)

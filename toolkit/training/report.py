@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -72,11 +73,8 @@ def write_report(
     (output_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     draw_curves(summary, rows, output_dir / "curves.png")
     if summary.interrupted:
-        console.print(
-            f"\ninterrupted; the checkpoint is saved. Continue with: training.resume={output_dir}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        message = f"\ninterrupted; the checkpoint is saved. Continue with: training.resume={output_dir}"
+        console.print(message, soft_wrap=True)
         return
     table = Table("prompt", "before", "after", "answer", title="held-out examples (greedy)")
     for example, old, new in zip(examples, before, after, strict=True):
@@ -85,11 +83,10 @@ def write_report(
     console.print(
         f"held-out accuracy {summary.accuracy_before:.3f} -> {summary.accuracy_after:.3f} "
         f"in {summary.wall_seconds:.1f} s (imports included), seed {summary.seed}",
-        highlight=False,
         style="bold",
     )
     files = "metrics.jsonl, summary.json, curves.png, config.yaml, checkpoint/"
-    console.print(f"{files} in {output_dir}", highlight=False, soft_wrap=True)
+    console.print(f"{files} in {output_dir}", soft_wrap=True)
 
 
 def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -133,9 +130,7 @@ def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) ->
 def _draw_line(axes: Any, steps: list[int], values: list[float], *, is_main: bool) -> None:
     """Draw the values faintly and their running mean over them."""
     window = max(1, len(values) // 25)
-    smooth = [
-        sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(values))
-    ]
+    smooth = [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
     axes.plot(steps, values, color="#9ecae1", linewidth=0.8)
     axes.plot(steps, smooth, color="#08519c", linewidth=2.2 if is_main else 1.4)
 

@@ -14,13 +14,13 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from toolkit.distributed import check_world_size, rank, reduce_metrics
+from toolkit.distributed import all_gather_objects, check_world_size, rank, reduce_metrics
 from toolkit.errors import ConfigError, LaunchError, ToolkitError, described, first_line
-from toolkit.functional.declared_fields import error_location, fields_declared, has_gradient, undeclared
+from toolkit.functional.scope_check import error_location, fields_declared, has_gradient, undeclared
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.config.policy import BaseRLLossConfig
@@ -36,9 +36,9 @@ from toolkit.training.progress import PhaseProgress
 from toolkit.training.report import Summary, write_report
 from toolkit.training.run_config import RunConfig
 from toolkit.training.sharding import Sharding, no_sync, prepare_probe
-from toolkit.training.startup import check_environment, read_state
+from toolkit.training.startup import check_environment
 from toolkit.training.tracking import Tracker
-from toolkit.training.trainer import Trainer
+from toolkit.training.trainer import Evaluation, Trainer
 
 
 class StopFlag:
@@ -72,14 +72,6 @@ class StopFlag:
         return reduce_metrics({"stop": Max.of(torch.tensor([float(self.is_set)]))})["stop"].value() > 0
 
 
-@dataclass
-class Before:
-    """The policy before the main phase, for comparison."""
-
-    accuracy: float
-    completions: list[str]
-
-
 def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) -> Summary:
     """Train as configured and return the summary; all processes call it together.
 
@@ -94,13 +86,12 @@ def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) 
             changed, or another process failed.
         ConfigError: a checkpoint to resume from, a model or a tracker is missing.
     """
-    check_environment(config)
-    resumed = read_state(config.training.resume, config) if config.training.resume else None
+    resumed = check_environment(config)
     accelerator = make_accelerator(config.training, config.tracker.log_with, output_dir)
     with stop_together(config.training.timeout_s):
         check_world_size(accelerator.num_processes, config.training.num_processes)
         probe_accelerator(accelerator, config.loss, config.training.sharding)
-        folder = _of_main_process(output_dir, accelerator)
+        folder = Path(all_gather_objects(output_dir)[0])
         with StopFlag() as flag:
             summary = _job(config, cfg, accelerator, flag, resumed, started, folder)
         accelerator.wait_for_everyone()
@@ -119,7 +110,7 @@ def _job(
     output_dir: Path,
 ) -> Summary:
     """Set up, train, evaluate and report."""
-    console = Console(quiet=not accelerator.is_main_process)
+    console = Console(quiet=not accelerator.is_main_process, highlight=False)
     if config.model.cpu_threads is not None:
         torch.set_num_threads(config.model.cpu_threads)
     set_seed(config.seed)
@@ -133,38 +124,35 @@ def _job(
     console.print(
         f"{accelerator.num_processes} process(es) on {accelerator.device}, "
         f"{sum(p.numel() for p in policy.parameters()):,} parameters; output: {output_dir}",
-        highlight=False,
         soft_wrap=True,
     )
-    before, is_done = _train(trainer, tracker, console, flag, output_dir, resumed)
-    after = trainer.evaluate() if is_done else None
+    loop = _Loop(trainer, tracker, console, flag, output_dir)
+    before, is_done = _train(loop, resumed)
+    after = trainer.evaluate() if is_done else Evaluation()
     tracker.close()
-    summary = Summary.of(
-        trainer,
-        before.accuracy if before else None,
-        after[0] if after else None,
-        wall_seconds=time.time() - started,
-        output_dir=output_dir,
-    )
+    seconds = time.time() - started
+    summary = Summary.of(trainer, before.accuracy, after.accuracy, wall_seconds=seconds, output_dir=output_dir)
     if accelerator.is_main_process:
-        examples = task.heldout[: len(before.completions)] if before else []
-        write_report(
-            summary, tracker.rows, examples, before.completions if before else [], after[1] if after else [], console
-        )
+        examples = task.heldout[: len(before.completions)]
+        write_report(summary, tracker.rows, examples, before.completions, after.completions, console)
     return summary
 
 
-def _train(
-    trainer: Trainer,
-    tracker: Tracker,
-    console: Console,
-    flag: StopFlag,
-    output_dir: Path,
-    resumed: tuple[Path, dict[str, Any]] | None,
-) -> tuple[Before | None, bool]:
+@dataclass(frozen=True)
+class _Loop:
+    """What both phases use."""
+
+    trainer: Trainer
+    tracker: Tracker
+    console: Console
+    flag: StopFlag
+    output_dir: Path
+
+
+def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Evaluation, bool]:
     """Run both phases, from the start or from a checkpoint; return the state before RL and whether both are done."""
+    trainer, tracker, console = loop.trainer, loop.tracker, loop.console
     folder, state = resumed or (None, {"phase": "warmup"})
-    before: Before | None = None
     if folder is not None:
         checkpoint.load_weights(folder, trainer)
         trainer.num_skipped = state["num_skipped"]
@@ -176,41 +164,32 @@ def _train(
         phase = trainer.warmup_phase()
         if folder is not None:
             checkpoint.load_phase(folder, state, phase, trainer)
-        if not _run_phase(trainer, phase, "warm-up", tracker, console, flag, output_dir, {}):
-            return None, False
-        before = Before(*trainer.evaluate())
-        console.print(f"held-out accuracy before: {before.accuracy:.3f}", highlight=False)
+        if not _run_phase(loop, phase, "warm-up", {}):
+            return Evaluation(), False
+        before = trainer.evaluate()
+        console.print(f"held-out accuracy before: {before.accuracy:.3f}")
     else:
-        before = Before(state["accuracy_before"], state["completions_before"])
+        before = Evaluation(state["accuracy_before"], state["completions_before"])
     phase = trainer.main_phase()
     if folder is not None and state["phase"] == "main":
         checkpoint.load_reference(folder, trainer)
         checkpoint.load_phase(folder, state, phase, trainer)
     title = type(trainer.config.loss).__name__.removesuffix("LossConfig").lower()
     record = {"accuracy_before": before.accuracy, "completions_before": before.completions}
-    return before, _run_phase(trainer, phase, title, tracker, console, flag, output_dir, record)
+    return before, _run_phase(loop, phase, title, record)
 
 
-def _run_phase(
-    trainer: Trainer,
-    phase: Phase,
-    title: str,
-    tracker: Tracker,
-    console: Console,
-    flag: StopFlag,
-    output_dir: Path,
-    record: dict[str, Any],
-) -> bool:
+def _run_phase(loop: _Loop, phase: Phase, title: str, record: dict[str, Any]) -> bool:
     """Run the remaining steps of a phase; return False if Ctrl-C stopped it early."""
-    cfg = trainer.config.training
-    with PhaseProgress(console, title, phase.num_steps, phase.next_step, cfg.log_every) as progress:
+    trainer, output_dir, cfg = loop.trainer, loop.output_dir, loop.trainer.config.training
+    with PhaseProgress(loop.console, title, phase.num_steps, phase.next_step, cfg.log_every) as progress:
         while phase.next_step < phase.num_steps:
-            if flag.agreed():
+            if loop.flag.agreed():
                 checkpoint.save_checkpoint(output_dir, trainer, phase, record)
                 return False
             step = phase.next_step
             metrics = trainer.run_step(phase)
-            tracker.log(phase.name, step, metrics)
+            loop.tracker.log(phase.name, step, metrics)
             is_warm = trainer.is_warm(phase)
             progress.step(step, metrics, is_last=is_warm or phase.next_step == phase.num_steps)
             if is_warm:
@@ -224,30 +203,21 @@ def _run_phase(
 
 def rehearse(loss_cfg: BaseLossConfig) -> None:
     """Call a loss once on two made-up tokens, so bugs in your loss surface before the warm-up."""
-    if not isinstance(loss_cfg, (BaseRLLossConfig, CELossConfig)):
-        try:
-            _rehearse(loss_cfg)
-        except ToolkitError:
+    if isinstance(loss_cfg, CELossConfig):
+        return
+    policy = (loss_cfg.policy, loss_cfg.policy_options) if isinstance(loss_cfg, BaseRLLossConfig) else None
+    name = f"policy loss {policy[0].name!r}" if policy else f"loss {type(loss_cfg).__name__}"
+    try:
+        if policy and undeclared(*policy) is None and not has_gradient(*policy):
+            raise ConfigError(f"{name} has no gradient: it runs under torch.no_grad(), or detaches t.logprobs")
+        _rehearse(loss_cfg)
+    except Exception as error:  # the user's function or context may raise anything
+        reason = undeclared(*policy) if policy else None
+        if reason is None and isinstance(error, ToolkitError):
             raise
-        except Exception as error:  # the user's context may raise anything
-            raise ConfigError(f"loss {type(loss_cfg).__name__}: it raised {described(error)}") from error
-    if isinstance(loss_cfg, BaseRLLossConfig):
-        chosen, options = loss_cfg.policy, loss_cfg.policy_options
-        try:
-            if undeclared(chosen, options) is None and not has_gradient(chosen, options):
-                raise ConfigError(
-                    f"policy loss {chosen.name!r} has no gradient: it runs under torch.no_grad(), or detaches "
-                    "t.logprobs"
-                )
-            _rehearse(loss_cfg)
-        except Exception as error:  # the user's function may raise anything
-            reason = undeclared(chosen, options)
-            if reason is None and isinstance(error, ToolkitError):
-                raise
-            if reason is None:
-                location = error_location(error, chosen)
-                reason = f"it raised {described(error)}{location}"
-            raise ConfigError(f"policy loss {chosen.name!r}: {reason}") from None
+        location = error_location(error, policy[0]) if policy else ""
+        reason = reason or f"it raised {described(error)}{location}"
+        raise ConfigError(f"{name}: {reason}") from (None if policy else error)
 
 
 def _rehearse(loss_cfg: BaseLossConfig) -> None:
@@ -298,12 +268,7 @@ def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: 
 
 
 def _mixed_precision(config: TrainingConfig, *, on_cpu: bool) -> str | None:
-    """Return the setting for accelerate.
-
-    Raises:
-        LaunchError: the launcher has another setting.
-        ConfigError: fp16 without a GPU; accelerate would silently train in fp32.
-    """
+    """Return the setting for accelerate, which with fp16 and without a GPU would silently train in fp32."""
     wanted, launched = config.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")
     if wanted is not None and launched not in (None, wanted):
         raise LaunchError(
@@ -326,11 +291,3 @@ def probe_accelerator(accelerator: Accelerator, loss_cfg: BaseLossConfig, shardi
         device=accelerator.device,
     )
     accelerator.free_memory()  # it would keep the probe's module among its models
-
-
-def _of_main_process(output_dir: str, accelerator: Accelerator) -> Path:
-    """Return the main process's output directory on every process."""
-    holder = [output_dir]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(holder)
-    return Path(holder[0])

@@ -18,8 +18,9 @@ import contextlib
 import copy
 import functools
 import types
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toolkit.distributed import world_size
 from toolkit.errors import ConfigError, LaunchError, listed
 from toolkit.head.adapters import refuse_wrappers
+from toolkit.metrics import unsharded
 from toolkit.models.policy import Policy
 
 Sharding = Literal["none", "fsdp2"]
@@ -53,8 +55,8 @@ def prepare_policy(policy: Policy, accelerator: Any, sharding: Sharding = "none"
             that hides the head from a loss.
         LaunchError: "fsdp2" without a process group, or DeepSpeed or accelerate's FSDP would shard as well.
     """
-    if sharding not in ("none", "fsdp2"):
-        raise ConfigError(f"training.sharding={sharding!r} is not known; choose {listed(['none', 'fsdp2'])}")
+    if sharding not in get_args(Sharding):
+        raise ConfigError(f"training.sharding={sharding!r} is not known; choose {listed(get_args(Sharding))}")
     refuse_wrappers(policy)
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "MEGATRON_LM", "TP") or (kind == "DEEPSPEED" and sharding == "fsdp2"):
@@ -64,69 +66,49 @@ def prepare_policy(policy: Policy, accelerator: Any, sharding: Sharding = "none"
         )
     if sharding == "none":
         return accelerator.prepare_model(policy)
-    _check_joined()
+    mesh = _mesh(accelerator.device)
     precision = getattr(accelerator, "mixed_precision", "no")
     if precision == "fp16":
         raise ConfigError(
             "training.sharding=fsdp2 with mixed_precision=fp16: the loss scale would have to be agreed between shards "
             "of the gradient; choose bf16"
         )
-    policy = shard_policy(policy.to(accelerator.device))
+    for tensor in [*policy.to(accelerator.device).parameters(), *policy.buffers()]:
+        if tensor.is_floating_point():
+            dist.broadcast(tensor.data, 0)
+    skeleton = _skeleton(policy)
+    _shard(policy, mesh)
+    policy._skeleton = [skeleton]  # type: ignore[assignment]  # in a list, so it is not a submodule
     if precision == "bf16":  # as accelerate does for what it wraps itself
         policy.forward = _under_autocast(policy.forward, accelerator)  # type: ignore[method-assign]
     return policy
 
 
 def prepare_probe(module: nn.Module, accelerator: Any, sharding: Sharding) -> Any:
-    """Return a small module prepared as the policy will be, so its gradients are treated like the policy's.
-
-    Raises:
-        LaunchError: "fsdp2" without a process group.
-    """
+    """Return a small module prepared as the policy will be, so its gradients are treated like the policy's."""
     if sharding == "none":
         return accelerator.prepare_model(module)
-    _check_joined()
     return fully_shard(module, mesh=_mesh(accelerator.device))
 
 
-def _check_joined() -> None:
+def _mesh(device: torch.device) -> DeviceMesh:
     if not dist.is_initialized():
         raise LaunchError(
             "training.sharding=fsdp2 needs a process group; start the processes with torchrun --nproc_per_node N -m "
             "toolkit.train (N = 1 works, too)"
         )
-
-
-def _mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (world_size(),))
 
 
-def shard_policy(policy: Policy) -> Policy:
-    """Shard a policy over all ranks with `fully_shard`, in place: each transformer block, and the rest as the root.
-
-    Args:
-        policy: on its device; all ranks receive rank 0's weights.
-    """
-    device = next(policy.parameters()).device
-    for tensor in [*policy.parameters(), *policy.buffers()]:
-        if tensor.is_floating_point():
-            dist.broadcast(tensor.data, 0)
-    skeleton = _skeleton(policy)
-    _shard(policy, device)
-    policy._skeleton = [skeleton]  # type: ignore[assignment]  # in a list, so it is not a submodule
-    return policy
-
-
-def _shard(policy: Policy, device: torch.device) -> None:
-    mesh = _mesh(device)
+def _shard(policy: Policy, mesh: DeviceMesh) -> None:
+    """Shard a policy over all ranks, in place: each transformer block, and the rest as the root."""
     tied = _shared_parameters(policy)
     for block in blocks_of(policy):
         if not tied & {id(parameter) for parameter in block.parameters()}:  # a shared one stays with the root
             fully_shard(block, mesh=mesh)
     fully_shard(policy, mesh=mesh)
-    for name in ("inside", "hidden_states", "logits"):
-        register_fsdp_forward_method(policy, name)
-        setattr(policy, name, _freeing(policy, getattr(policy, name), always=name == "inside"))
+    register_fsdp_forward_method(policy, "inside")
+    policy.inside = _freeing(policy, policy.inside)  # type: ignore[method-assign]
     policy.register_forward_hook(_free_root)
 
 
@@ -136,14 +118,13 @@ def _free_root(policy: Any, *_: Any) -> None:
         policy.reshard()
 
 
-def _freeing(policy: Any, method: Any, *, always: bool) -> Any:
+def _freeing(policy: Any, method: Any) -> Any:
+    """Free the weights after each call of a method, which may disable gradients inside, as generation does."""
+
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        if always:  # generation disables gradients inside the method
-            policy.reshard()
-        else:
-            _free_root(policy)
+        policy.reshard()
         return result
 
     return wrapped
@@ -212,16 +193,12 @@ def local_parameters(policy: Any) -> list[nn.Parameter]:
 def clip_grad_norm(policy: Any, max_norm: float, accelerator: Any = None) -> Tensor:
     """Scale all gradients to a norm of at most `max_norm`; return the norm before, 0-dim, the same on all ranks.
 
-    Under FSDP 2 the norm is that of the full gradient, not of this rank's shards.
-
-    Args:
-        policy: from `prepare_policy`, or any module.
-        max_norm: norm that gradients are scaled down to.
-        accelerator: removes its loss scale from the gradients first, if it has one.
+    Under FSDP 2 the norm is that of the full gradient, not of this rank's shards. `accelerator` removes its loss scale
+    from the gradients first, if it has one.
     """
     clip = torch.nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_
     norm = clip(policy.parameters(), max_norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return unsharded(norm)
 
 
 def frozen_copy(policy: Any) -> Policy:
@@ -231,13 +208,13 @@ def frozen_copy(policy: Any) -> Policy:
     device = next(policy.parameters()).device
     fresh = copy.deepcopy(policy._skeleton[0]).requires_grad_(False)
     buffers = {name: buffer.clone() for name, buffer in fresh.named_buffers()}
-    _shard(fresh, device)
+    _shard(fresh, _mesh(device))
     fresh.to_empty(device=device)  # each rank allocates its shards only
     for name, buffer in fresh.named_buffers():
         buffer.copy_(buffers[name])
     copy_weights(policy, fresh)
     if "forward" in vars(policy):  # under autocast
-        fresh.forward = _rebound(policy.forward, fresh)
+        fresh.forward = _under_autocast(types.MethodType(type(fresh).forward, fresh), policy.forward.accelerator)
     return fresh.eval()
 
 
@@ -271,15 +248,7 @@ def _under_autocast(forward: Any, accelerator: Any) -> Any:
     return wrapped
 
 
-def _rebound(forward: Any, policy: Policy) -> Any:
-    return _under_autocast(types.MethodType(type(policy).forward, policy), forward.accelerator)
-
-
 def _shared_parameters(module: nn.Module) -> set[int]:
     """Return the ids of parameters that several modules hold (a head tied to the embedding)."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared
+    counts = Counter(id(parameter) for part in module.modules() for parameter in part.parameters(recurse=False))
+    return {key for key, count in counts.items() if count > 1}

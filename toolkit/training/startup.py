@@ -13,6 +13,8 @@ from toolkit.training.run_config import RunConfig
 
 CHECKPOINT = "checkpoint"
 """Folder of the checkpoint in an output directory."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect."""
 ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": (
         "DeepSpeed",
@@ -27,8 +29,8 @@ SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")
 """What a resumed run must share with the run that it continues: data, weights and objective."""
 
 
-def check_environment(config: RunConfig) -> None:
-    """Stop a run that cannot work on this machine or from this checkpoint.
+def check_environment(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
+    """Stop a run that cannot work on this machine; return the checkpoint to resume from, as `read_state` does.
 
     Raises:
         ConfigError: the tracker's package is missing, or there is no checkpoint of such a run.
@@ -44,8 +46,7 @@ def check_environment(config: RunConfig) -> None:
     log_with = config.tracker.log_with
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ConfigError(f"tracker={log_with} needs the package {log_with!r}: pip install {log_with}")
-    if config.training.resume is not None:
-        read_state(config.training.resume, config)
+    return None if config.training.resume is None else read_state(config.training.resume, config)
 
 
 def make_output_dir(path: str) -> None:
@@ -92,11 +93,10 @@ def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
 def identity(config: RunConfig) -> dict[str, Any]:
     """Return what a resumed run must share with the first one, as JSON values."""
     parts = {name: getattr(config, name) for name in SAME_WHEN_RESUMED}
-    plain = {
+    return {
         name: part if isinstance(part, int) else {"class": type(part).__name__, **part.model_dump(mode="json")}
         for name, part in parts.items()
     }
-    return json.loads(json.dumps(plain))
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -35,7 +35,7 @@ from toolkit.training.experience import (
     rows_from_completions,
 )
 from toolkit.training.kl_penalty import KLPenalty
-from toolkit.training.layout import largest_share, minibatches, share_of
+from toolkit.training.layout import minibatches, share_of
 from toolkit.training.phase import Phase, learning_rate_schedule
 from toolkit.training.run_config import RunConfig
 from toolkit.training.sharding import (
@@ -59,6 +59,15 @@ NUM_LEARNING = "num_learning"
 """Name of the number of tokens to learn from, reduced with the metrics of a step."""
 
 
+class Evaluation(NamedTuple):
+    """What a policy makes of the held-out examples, greedily."""
+
+    accuracy: float | None = None
+    """None: the run stopped before."""
+    completions: Sequence[str] = ()
+    """Of the first examples, to show."""
+
+
 class Trainer:
     """Holds the policy and turns batches into optimizer steps, on any number of processes."""
 
@@ -74,11 +83,6 @@ class Trainer:
         self.num_skipped = 0
         self.num_overflows = 0
 
-    @property
-    def unwrapped(self) -> Policy:
-        """The policy without DDP around it: for generation and scoring, never for a loss."""
-        return unwrapped(self.policy)
-
     # ---------------------------------------------------------------- phases
 
     def warmup_phase(self) -> Phase:
@@ -92,14 +96,13 @@ class Trainer:
     def main_phase(self) -> Phase:
         """Return the main phase: RL, or supervised learning with ``loss=ce``."""
         cfg, loss_cfg, lr = self.config.training, self.config.loss, self.config.optimizer.lr
+        step_fn, num_updates = self._rl_step, cfg.steps * cfg.minibatches
         if isinstance(loss_cfg, CELossConfig):
-            schedule = learning_rate_schedule(self.config.scheduler, lr, cfg.steps)
-            optimizer = self._optimizer(lr)
-            return Phase("main", cfg.steps, lambda phase: self._supervised_step(phase, loss_cfg), optimizer, schedule)
-        if self.kl_penalty.needs_reference and self.reference is None:
+            step_fn, num_updates = (lambda phase: self._supervised_step(phase, loss_cfg)), cfg.steps
+        elif self.kl_penalty.needs_reference and self.reference is None:
             self.reference = frozen_copy(self.policy)
-        schedule = learning_rate_schedule(self.config.scheduler, lr, cfg.steps * cfg.minibatches)
-        return Phase("main", cfg.steps, self._rl_step, self._optimizer(lr), schedule)
+        schedule = learning_rate_schedule(self.config.scheduler, lr, num_updates)
+        return Phase("main", cfg.steps, step_fn, self._optimizer(lr), schedule)
 
     def _optimizer(self, lr: float) -> Any:
         cfg = self.config.optimizer
@@ -146,13 +149,14 @@ class Trainer:
         rows, rows_of, measured = self._experience(prompts, step)
         needs_old = cfg.training.minibatches > 1 or bool(getattr(cfg.loss, "correction", ()))
         if needs_old and rows.old_logprobs is None:
-            rows = replace(rows, old_logprobs=self._score(self.unwrapped, rows, max(rows_of)))
+            rows = replace(rows, old_logprobs=self._score(unwrapped(self.policy), rows, max(rows_of)))
         if self.reference is not None and rows.ref_logprobs is None:
             rows = replace(rows, ref_logprobs=self._score(self.reference, rows, max(rows_of)))
         loss_cfg = self.kl_penalty.loss_config(without_empty(cfg.loss))
         unit = cfg.rollout.group_size if self._needs_groups else 1
         shuffle = self._rng("main", step, "shuffle")
-        for cut in minibatches(rows_of, self._rank, cfg.training.minibatches, shuffle, unit=unit):
+        rank = self.accelerator.process_index
+        for cut in minibatches(rows_of, rank, cfg.training.minibatches, shuffle, unit=unit):
             batch = rows.select(cut.local_rows.to(rows.input_ids.device))
             measured = merge_metrics([measured, self._optimizer_step(phase, batch, loss_cfg, cut.largest)])
         metrics = to_floats(measured)
@@ -164,11 +168,7 @@ class Trainer:
         return isinstance(loss_cfg, BaseRLLossConfig) and loss_cfg.scope == "group"
 
     def _experience(self, prompts: list[Example], step: int) -> tuple[Rows, list[int], dict[str, Metric]]:
-        """Sample completions of this process's prompts, reward them and compare them within their groups.
-
-        Returns:
-            The rows of this process, how many each process has, and metrics of all.
-        """
+        """Return rewarded completions of this process's prompts, how many rows each process has, and metrics of all."""
         cfg, size = self.config.rollout, self.config.rollout.group_size
         share = self._share(len(prompts))
         completions = self._sample(prompts, share, step)
@@ -179,12 +179,12 @@ class Trainer:
             ]
         ).view(-1, size)
         groups = torch.arange(share.start, share.stop).repeat_interleave(size)
-        rows = rows_from_completions(completions, torch.zeros(len(groups)), groups, temperature=cfg.temperature)
+        rows = rows_from_completions(completions, groups, temperature=cfg.temperature)
         measured: dict[str, Metric] = {"reward": Mean.of(rewards)}
         if self.config.kl_control.reward_type is not None:
             assert self.reference is not None
             most = self._largest(len(prompts)) * size
-            old, ref = self._score(self.unwrapped, rows, most), self._score(self.reference, rows, most)
+            old, ref = self._score(unwrapped(self.policy), rows, most), self._score(self.reference, rows, most)
             rows = replace(rows, old_logprobs=old, ref_logprobs=ref)
             rewards, kl_metrics = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)
             measured |= kl_metrics
@@ -220,7 +220,7 @@ class Trainer:
 
     def _complete(self, prompts: list[str], **options: Any) -> Completions:
         options |= {"max_new_tokens": self.max_new_tokens, "synced_gpus": is_sharded(self.policy)}
-        return self.unwrapped.inside(complete, self.tokenizer, prompts, **options)
+        return unwrapped(self.policy).inside(complete, self.tokenizer, prompts, **options)
 
     def _reward(self, example: Example, text: str, ended: bool, step: int, number: int) -> float:
         if self.config.task.reward == "verifier":
@@ -242,15 +242,8 @@ class Trainer:
         return torch.cat([policy(p.input_ids, p.attention_mask, temperature=temperature) for p in pieces])[: len(rows)]
 
     def _optimizer_step(self, phase: Phase, rows: Rows, loss_cfg: BaseLossConfig, most: int) -> dict[str, Metric]:
-        """Take one calibrated step in as many forwards as needed; return its reduced metrics, on the host.
-
-        Args:
-            phase: whose optimizer steps.
-            rows: of this process, perhaps none.
-            loss_cfg: the loss.
-            most: rows of the process that has most of them.
-        """
-        accelerator, loss_cfg = self.accelerator, self.unwrapped.fitted(loss_cfg)
+        """Take one calibrated step on this process's rows, perhaps none; return its reduced metrics, on the host."""
+        accelerator, loss_cfg = self.accelerator, unwrapped(self.policy).fitted(loss_cfg)
         for group in phase.optimizer.param_groups:
             group["lr"] = phase.learning_rate(phase.num_updates)
         phase.num_updates += 1
@@ -259,12 +252,12 @@ class Trainer:
             size -= size % self.config.rollout.group_size
         number = max(1, -(-most // size))
         if loss_cfg.needs_current(number * self._world):
-            rows = replace(rows, current_logprobs=self._score(self.unwrapped, rows, most))
+            rows = replace(rows, current_logprobs=self._score(unwrapped(self.policy), rows, most))
         micro_batches = rows.split(size, number)
         context, items = loss_cfg.loss_ctx_cls, [r.item(loss_cfg.ignore_idx) for r in micro_batches]
         batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg)
         contexts = [context(loss_cfg, kwargs) for kwargs in batches_kwargs]
-        routers = router_weights(self.unwrapped, micro_batches, loss_cfg.gradient_reduction)
+        routers = router_weights(unwrapped(self.policy), micro_batches, loss_cfg.gradient_reduction)
         parts: list[dict[str, Metric]] = []
         self.policy.train()
         for index, (batch, loss_ctx, router) in enumerate(zip(micro_batches, contexts, routers, strict=True)):
@@ -320,22 +313,17 @@ class Trainer:
             ]
         return reduce_metrics({"accuracy": Mean.of(torch.tensor(is_right))})["accuracy"].value()
 
-    def evaluate(self) -> tuple[float, list[str]]:
-        """Return the accuracy on the held-out examples, and the greedy completions of the first three."""
-        prompts = [example.prompt for example in self.task.heldout[:3]]
-        shown = self._complete(prompts)
-        return self.accuracy(self.task.heldout), shown.texts
-
-    @property
-    def _rank(self) -> int:
-        return self.accelerator.process_index
+    def evaluate(self) -> Evaluation:
+        """Return the accuracy on the held-out examples, and the completions of the first three."""
+        shown = self._complete([example.prompt for example in self.task.heldout[:3]])
+        return Evaluation(self.accuracy(self.task.heldout), shown.texts)
 
     @property
     def _world(self) -> int:
         return self.accelerator.num_processes
 
     def _share(self, number: int, rank: int | None = None) -> slice:
-        return share_of(number, self._rank if rank is None else rank, self._world)
+        return share_of(number, self.accelerator.process_index if rank is None else rank, self._world)
 
     def _largest(self, number: int) -> int:
-        return largest_share(number, self._world)
+        return -(-number // self._world)

@@ -165,7 +165,12 @@ def test_it_is_described(name: str) -> None:
     assert keys <= set(options), keys - set(options)
     doc = inspect.getdoc(loss.function) or ""
     assert "Source: " in doc
-    assert all(f"{option}: " in doc for option in options)
+    assert "\nLoss: " in doc
+    assert "\nRatio: " in doc
+    assert "\nGradient: " in doc
+    for option, field in loss.options_model.model_fields.items():
+        assert field.description, option
+        assert f"    {option}: {field.description[:9]}" in doc
     assert loss.aggregation in (None, *get_args(Aggregation))
     title, source, *_ = Path(conf_dir(), "policy_loss", f"{name}.yaml").read_text().splitlines()
     assert title.startswith("# ")

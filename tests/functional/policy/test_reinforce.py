@@ -3,9 +3,8 @@
 import pytest
 
 from tests.functional.policy.made import check, ratios, reports, tokens
-from toolkit.functional.policy.kimi import kimi
 from toolkit.functional.policy.registry import policy_loss
-from toolkit.functional.policy.reinforce import reinforce
+from toolkit.functional.policy.reinforce import kimi, reinforce
 
 
 @pytest.mark.parametrize("name", ["reinforce", "gpg"])

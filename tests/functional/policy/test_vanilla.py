@@ -8,7 +8,7 @@ import torch
 
 from tests.functional.policy.made import check, ratios, reports, tokens
 from toolkit.errors import DataError
-from toolkit.functional.policy.vanilla import vanilla
+from toolkit.functional.policy.clipped import vanilla
 from toolkit.functional.terms import PolicyTerms
 
 

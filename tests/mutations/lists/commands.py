@@ -42,20 +42,20 @@ MUTATIONS = (
     Mutation(
         name="unread-kl-settings-pass",
         file="toolkit/losses/config/policy.py",
-        line="if getattr(self, field) != type(self).model_fields[field].default and not is_read:",
-        becomes="if getattr(self, field) is None and not is_read:",
+        line='check_effect(self, field, is_read, f"without {reader}")',
+        becomes="pass",
         tests=("tests/losses/test_exact_kl.py::test_settings_that_nothing_reads",),
     ),
     Mutation(
         name="unknown-top-level-settings-pass",
-        file="toolkit/compose/unread.py",
+        file="toolkit/compose/tree.py",
         line="if stray:",
         becomes="if stray and len(stray) > 1:",
         tests=("tests/test_config.py::test_wrong_overrides[+foo=1-]",),
     ),
     Mutation(
         name="unread-groups-pass",
-        file="toolkit/compose/unread.py",
+        file="toolkit/compose/tree.py",
         line='if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):',
         becomes='if group in READ_BY and READ_BY[group] not in fields and override.value() == "none":',
         tests=("tests/test_config.py::test_wrong_overrides[loss=ce kl=k3-]",),
@@ -178,8 +178,8 @@ MUTATIONS = (
     Mutation(
         name="suite-skips-micro-batches",
         file="toolkit/check/loss_checks.py",
-        line='_agree(actual, reference, f"{name} instead of one", remedy)',
-        becomes='_agree(reference, reference, f"{name} instead of one", remedy)',
+        line='_agree(actual, reference, f"{number} micro-batches instead of one", remedy)',
+        becomes='_agree(reference, reference, f"{number} micro-batches instead of one", remedy)',
         tests=("tests/test_check.py::test_what_the_made_up_tokens_alone_do_not_show",),
     ),
     Mutation(
@@ -193,8 +193,8 @@ MUTATIONS = (
     Mutation(
         name="ring-goes-round-once",
         file="toolkit/scale/collectives.py",
-        line="return 2 * (ranks - 1) / ranks * payload",
-        becomes="return (ranks - 1) / ranks * payload",
+        line='"all_reduce": 2 * (self.ranks - 1) / self.ranks,',
+        becomes='"all_reduce": (self.ranks - 1) / self.ranks,',
         tests=("tests/test_scale.py::TestCollectives",),
     ),
     Mutation(
@@ -213,14 +213,14 @@ MUTATIONS = (
     ),
     Mutation(
         name="freed-memory-still-counts",
-        file="toolkit/scale/allocations.py",
+        file="toolkit/scale/counters.py",
         line="self.live -= size",
         becomes="self.live -= 0 * size",
         tests=("tests/test_scale.py::TestAllocationCounter",),
     ),
     Mutation(
         name="counter-misses-the-collectives-of-ddp",
-        file="toolkit/scale/counter.py",
+        file="toolkit/scale/counters.py",
         line='if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):',
         becomes='if func.namespace in ("_c10d_functional", "_c10d_functional_autograd"):',
         tests=("tests/test_scale.py::test_formulas_are_what_two_and_four_processes_count",),

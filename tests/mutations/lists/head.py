@@ -16,7 +16,7 @@ MUTATIONS = (
     Mutation(
         name="head-sequences-not-brought-together",
         file=f"{HEAD}/engine.py",
-        line="return inputs.reordered(order), ids.index_select(0, order)",
+        line="return replace(inputs, positions=positions, targets=targets), ids.index_select(0, order)",
         becomes="return inputs, ids.index_select(0, order)",
         tests=(f"{SHAPES}::test_positions_that_a_fused_loss_is_given",),
     ),
@@ -30,8 +30,8 @@ MUTATIONS = (
     Mutation(
         name="head-label-after-the-last-accepted",
         file=f"{HEAD}/inputs.py",
-        line="return lowest >= 0 and highest < vocabulary",
-        becomes="return lowest >= 0 and highest <= vocabulary",
+        line="if lowest < 0 or highest >= vocabulary:",
+        becomes="if lowest < 0 or highest > vocabulary:",
         tests=(f"{REFUSALS}::test_labels_outside_the_vocabulary",),
     ),
     Mutation(
@@ -51,8 +51,8 @@ MUTATIONS = (
     Mutation(
         name="head-mask-not-copied",
         file=f"{HEAD}/inputs.py",
-        line="mask = None if transform.vocab_mask is None else transform.vocab_mask.clone()",
-        becomes="mask = transform.vocab_mask",
+        line="mask = None if mask is None else mask.clone()",
+        becomes="pass",
         tests=(f"{TESTS}/test_edges.py::test_what_the_caller_changes_afterwards_does_not_change_the_gradient",),
     ),
     Mutation(
@@ -66,7 +66,7 @@ MUTATIONS = (
     Mutation(
         name="head-entropy-metric-has-a-gradient",
         file=f"{HEAD}/passes.py",
-        line="ctx.mark_non_differentiable(entropy)",
+        line="ctx.mark_non_differentiable(scores.entropy)",
         becomes="pass",
         tests=(f"{SHAPES}::test_only_entropy_true_has_a_gradient",),
     ),
@@ -87,9 +87,8 @@ MUTATIONS = (
     Mutation(
         name="head-scores-in-low-precision",
         file=f"{HEAD}/passes.py",
-        after="def _empty_scores(job: Job, length: int | None = None) -> tuple[Tensor, Tensor | None]:",
-        line="wide = torch.promote_types(job.inputs.compute_dtype, torch.float32)",
-        becomes="wide = job.inputs.compute_dtype",
+        line="logprobs = new(last - first, dtype=job.inputs.wide)",
+        becomes="logprobs = new(last - first, dtype=job.inputs.compute_dtype)",
         tests=(f"{SHAPES}::test_results_are_fp32_or_wider",),
     ),
     Mutation(
@@ -180,8 +179,8 @@ MUTATIONS = (
     Mutation(
         name="head-free-entropy-below-zero",
         file=f"{HEAD}/passes.py",
-        line="entropy[span] = (-chunk.stats.logprobs - product).clamp(min=0)",
-        becomes="entropy[span] = -chunk.stats.logprobs - product",
+        line="entropy[local] = (-chunk.stats.logprobs - product).clamp(min=0)",
+        becomes="entropy[local] = -chunk.stats.logprobs - product",
         tests=(f"{EXTREMES}::test_never_above_0",),
     ),
     Mutation(
@@ -201,29 +200,29 @@ MUTATIONS = (
     ),
     Mutation(
         name="head-free-entropy-from-rounded-products",
-        file=f"{HEAD}/plan.py",
-        line='return entropy == "metric" and name == "frozen" and is_linear and inputs.compute_dtype.itemsize > 2',
-        becomes='return entropy == "metric" and name == "frozen" and is_linear',
+        file=f"{HEAD}/cost.py",
+        line='return self.entropy == "metric" and self.name == "frozen" and is_linear and is_precise',
+        becomes='return self.entropy == "metric" and self.name == "frozen" and is_linear',
         tests=(f"{TESTS}/test_passes.py::test_bf16_entropy_of_a_frozen_head_is_not_taken_from_rounded_gradients",),
     ),
     Mutation(
         name="head-free-entropy-without-the-bias",
-        file=f"{HEAD}/plan.py",
-        line="is_linear = inputs.transform.softcap is None and inputs.bias is None",
-        becomes="is_linear = inputs.transform.softcap is None",
+        file=f"{HEAD}/cost.py",
+        line="is_linear = self.inputs.transform.softcap is None and self.inputs.bias is None",
+        becomes="is_linear = self.inputs.transform.softcap is None",
         tests=(f"{BY_HAND}::test_the_bias_counts_in_the_entropy",),
     ),
     Mutation(
         name="head-budget-overdrawn-by-one-chunk",
         file=f"{HEAD}/plan.py",
-        line='retained = options.retain_bytes // chunk_cost if name == "two-pass" else 0',
-        becomes='retained = -(-options.retain_bytes // chunk_cost) if name == "two-pass" else 0',
+        line="return replace(job, retained=options.retain_bytes // chunk_cost)",
+        becomes="return replace(job, retained=-(-options.retain_bytes // chunk_cost))",
         tests=(f"{TESTS}/test_passes.py::test_retained_chunks_are_what_the_budget_holds",),
     ),
     Mutation(
         name="head-slab-not-predicted",
         file=f"{HEAD}/cost.py",
-        line="product = slab_bytes(rows, inputs.weight, inputs.compute_dtype)",
+        line="product = slab_bytes(largest, inputs.weight, inputs.compute_dtype)  # what oneDNN returns",
         becomes="product = 0",
         tests=(f"{TESTS}/test_memory.py::TestPeak::test_is_predicted_whoever_computes",),
     ),
@@ -244,16 +243,16 @@ MUTATIONS = (
     ),
     Mutation(
         name="head-weight-gradient-summed-in-bf16",
-        file=f"{HEAD}/work.py",
-        line="return dtype if is_direct else self._wide",
+        file=f"{HEAD}/inputs.py",
+        line="return dtype if is_direct else self.wide",
         becomes="return dtype",
         tests=(f"{TESTS}/test_passes.py::test_weight_gradient_of_many_bf16_chunks_is_summed_in_fp32",),
     ),
     Mutation(
         name="head-fp16-gradients-wait-in-fp16",
-        file=f"{HEAD}/work.py",
-        line="self.hidden_grad_dtype = torch.float32 if self._hidden.dtype == torch.float16 else self._hidden.dtype",
-        becomes="self.hidden_grad_dtype = self._hidden.dtype",
+        file=f"{HEAD}/inputs.py",
+        line="return torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype",
+        becomes="return self.hidden.dtype",
         tests=(f"{TESTS}/test_passes.py::test_fp16_with_a_loss_scale_keeps_small_gradients",),
     ),
     Mutation(
@@ -308,14 +307,14 @@ MUTATIONS = (
     ),
     Mutation(
         name="head-chunked-upstream-ignored",
-        file=f"{HEAD}/chunked.py",
-        line="scaled = [None if dtype is None else (next(saved) * grad_loss).to(dtype) for dtype in ctx.dtypes]",
+        file=f"{HEAD}/autograd.py",
+        line="scaled = [None if dtype is None else rescaled(next(saved), grad_loss).to(dtype) for dtype in ctx.dtypes]",
         becomes="scaled = [None if dtype is None else next(saved).to(dtype) for dtype in ctx.dtypes]",
         tests=(f"{TESTS}/test_chunked.py::test_equals_one_piece",),
     ),
     Mutation(
         name="head-chunked-sums-in-bf16",
-        file=f"{HEAD}/gradients.py",
+        file=f"{HEAD}/chunked.py",
         line="return torch.zeros_like(source, dtype=torch.promote_types(source.dtype, torch.float32))",
         becomes="return torch.zeros_like(source)",
         tests=(f"{TESTS}/test_chunked.py::test_weight_gradient_is_summed_in_fp32",),
@@ -353,15 +352,16 @@ MUTATIONS = (
     Mutation(
         name="head-split-gradient-without-the-share",
         file=f"{HEAD}/kernel.py",
-        line="self._scale_to_share_(probs, stats)",
+        after="if stats.share is not None:  # the softmax over local columns becomes their part of the full one",
+        line="block.mul_(stats.share[span].unsqueeze(1))",
         becomes="pass",
         tests=(SPLIT,),
     ),
     Mutation(
         name="head-split-plain-bias-gradient-not-summed",
         file=f"{HEAD}/vocabulary.py",
-        line="return ctx.group.sum_(total), None",
-        becomes="return total, None",
+        line="bias = UsedByRanks.apply(bias, group).narrow(0, group.start, group.rows)",
+        becomes="bias = bias.narrow(0, group.start, group.rows)",
         tests=(SPLIT,),
     ),
     Mutation(

@@ -48,14 +48,14 @@ MUTATIONS = (
     ),
     Mutation(
         name="prompts-of-the-last-micro-batch-only",
-        file="toolkit/losses/step/prompts.py",
+        file="toolkit/losses/step/groups.py",
         line="tokens[group] = tokens.get(group, 0.0) + size",
         becomes="tokens[group] = size",
         tests=("tests/losses/test_terms_and_weights.py::test_micro_batches_do_not_matter_to_any_aggregation",),
     ),
     Mutation(
         name="empty-prompts-count",
-        file="toolkit/losses/step/prompts.py",
+        file="toolkit/losses/step/groups.py",
         line="return prompt_tokens, sum(size > 0 or (count_empty and group >= 0) for group, size in tokens.items())",
         becomes="return prompt_tokens, len(tokens)",
         tests=("tests/losses/test_terms_and_weights.py::test_empty_prompts_count_only_on_request",),
@@ -234,8 +234,8 @@ MUTATIONS = (
     Mutation(
         name="kl-metric-from-the-wrong-side",
         file="toolkit/losses/grpo.py",
-        line='"kl_old": k3(terms.old_logprobs, terms.logprobs),',
-        becomes='"kl_old": k3(terms.logprobs, terms.old_logprobs),',
+        line='"kl_old": kl_estimate(terms.old_logprobs, terms.logprobs, "k3"),',
+        becomes='"kl_old": kl_estimate(terms.logprobs, terms.old_logprobs, "k3"),',
         tests=("tests/losses/test_grpo.py::test_by_hand",),
     ),
     Mutation(
@@ -311,8 +311,8 @@ MUTATIONS = (
     Mutation(
         name="unread-aggregation-settings-pass",
         file="toolkit/losses/config/aggregation.py",
-        line="if getattr(self, field) != type(self).model_fields[field].default and self.name not in readers:",
-        becomes='if field == "length" and self.length is not None and self.name not in readers:',
+        line="if not is_read and value != type(config).model_fields[field].default:",
+        becomes='if not is_read and field == "length" and value is not None:',
         tests=("tests/losses/test_terms_and_weights.py::test_settings_without_effect_are_refused",),
     ),
     # ---------------------------------------------------------------- labels, rows, shards
@@ -420,8 +420,8 @@ MUTATIONS = (
     Mutation(
         name="metrics-merged-by-position",
         file="toolkit/distributed.py",
-        line="if bool((everyone[:, 0] != checksum).any()):",
-        becomes="if bool((everyone[:, 0] != checksum).all()):",
+        line="if any(row[0] != checksum for row in everyone):",
+        becomes="if all(row[0] != checksum for row in everyone):",
         tests=("tests/test_metrics.py::test_over_ranks_by_name_with_one_collective",),
     ),
     Mutation(

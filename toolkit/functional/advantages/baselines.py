@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.functional.advantages.registry import register_advantage
+from toolkit.functional.advantages.registry import SequenceAdvantages, register_advantage
 from toolkit.functional.options import Fraction
 
 if TYPE_CHECKING:
@@ -13,60 +13,34 @@ if TYPE_CHECKING:
     from toolkit.functional.rewards import RewardTerms
 
 
-@register_advantage(
-    "remax",
-    needs=("greedy_rewards",),
-    within_group=False,
-    source="Li et al. 2023, arXiv 2310.10505",
-)
-def remax(r: RewardTerms) -> Tensor:
+@register_advantage("remax", needs=("greedy_rewards",), within_group=False, source="Li et al. 2023, arXiv 2310.10505")
+def remax(r: RewardTerms) -> SequenceAdvantages:
     """Reward minus the reward of the greedy completion of the same prompt (ReMax).
 
-    ``A = R - R_greedy``. One sample per prompt is enough, at the cost of one more generation each.
-
-    Args:
-        r: the rewards, [S], and those of the greedy completions, [S].
-
-    Returns:
-        [S] advantages; 0 where the greedy reward is not known.
+    ``A = R - R_greedy``, 0 where the greedy reward is not known. One sample per prompt is enough, at the cost of one
+    more generation each.
     """
     greedy = r.require("greedy_rewards")
     known = r.known & greedy.isfinite()
     return r.result((r.filled - greedy.to(r.wide)).where(known, 0.0), known)
 
 
-@register_advantage(
-    "rae",
-    needs=("baselines",),
-    within_group=False,
-    source="Liu et al. 2025, arXiv 2506.24119",
-)
-def rae(r: RewardTerms, *, decay: Fraction = 0.95) -> Tensor:
+@register_advantage("rae", needs=("baselines",), within_group=False, source="Liu et al. 2025, arXiv 2506.24119")
+def rae(r: RewardTerms, *, decay: Fraction = 0.95) -> SequenceAdvantages:
     """Reward minus a moving average of the rewards before it (role-conditioned advantage estimation).
 
     ``A_i = R_i - b`` and then ``b = decay b + (1 - decay) R_i``, in the order of the sequences. Here a group is a
     set of sequences with one average, such as a role in a game; `rae_baselines` gives the averages for the next batch.
 
     Args:
-        r: the rewards, [S], and the averages so far, [S].
         decay: decay factor of the average.
-
-    Returns:
-        [S] advantages.
     """
     before, _ = _averages(r, decay)
     return r.result(r.filled - before)
 
 
 def rae_baselines(r: RewardTerms, *, decay: float = 0.95) -> Tensor:
-    """Return the moving average of each sequence's group after this batch, [S], equal within a group.
-
-    Args:
-        r: the rewards, [S], and the averages before, [S].
-        decay: decay factor of the average.
-
-    Source: as `rae`.
-    """
+    """Return the moving average of each sequence's group after this batch, [S], equal within a group; see `rae`."""
     return _averages(r, decay)[1].to(r.require("baselines").dtype)
 
 

@@ -2,25 +2,27 @@
 
 An estimator is a function ``f(r, *, option=default, ...)`` from `RewardTerms` to one advantage per sequence [S] or per
 token [S, T]. What it declares in its signature becomes its validated options, its Hydra schema and its documentation.
-
-This module and the built-in estimators import no torch, so the command line knows every option without loading it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
-from toolkit.errors import ConfigError, DataError, listed
-from toolkit.functional.options import options_model
-from toolkit.functional.registry import Registered, Registry, check_needs, document_source
+from toolkit.errors import DataError
+from toolkit.functional.names import check_choice
+from toolkit.functional.registry import Registered, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from toolkit.functional.rewards import RewardTerms
 
+SequenceAdvantages: TypeAlias = "Tensor"
+"""[S] the advantage of each sequence."""
+TokenAdvantages: TypeAlias = "Tensor"
+"""[S, T] the advantage of each token, 0 where masked."""
 AdvantageLevel = Literal["sequence", "token"]
 AdvantageNeed = Literal[
     "lengths", "mask", "token_rewards", "values", "logprobs", "sum_pi_squared", "rewards_multi", "greedy_rewards",
@@ -31,18 +33,14 @@ AdvantageNeed = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage(Registered):
-    """A registered advantage estimator."""
+    """A registered advantage estimator; `register_advantage` describes its fields."""
 
     config_path: ClassVar[str] = "advantage"
 
     level: AdvantageLevel
-    """One advantage per sequence, [S], or per token, [S, T]."""
     needs: tuple[AdvantageNeed, ...] = ()
-    """Fields of `RewardTerms` that must be set."""
     source: str = ""
-    """Paper with its equation, or the project that it comes from, and where the code differs."""
     within_group: bool = True
-    """Whether it compares the sequences of a group: one that is alone in its group then learns nothing."""
 
     def compute(self, terms: RewardTerms, **options: Any) -> Tensor:
         """Return the advantages, [S] or [S, T] as `level` says; omitted options have their defaults.
@@ -57,12 +55,16 @@ class Advantage(Registered):
         return self.function(terms, **self.options(options))
 
 
-ADVANTAGES: Registry[Advantage] = Registry(
-    "advantage estimator",
+ADVANTAGES = Registry(
+    kind="advantage estimator",
+    entry=Advantage,
     package="toolkit.functional.advantages",
     key="advantage",
-    how="register your own with @register_advantage of toolkit.functional.advantages",
+    how="register_advantage of toolkit.functional.advantages",
+    reserved=("estimator", "options"),
 )
+advantage = ADVANTAGES.get
+advantage_names = ADVANTAGES.names
 
 
 def register_advantage(
@@ -82,47 +84,32 @@ def register_advantage(
         needs: fields of `RewardTerms` that it reads besides rewards and groups; a run without them raises before it
             starts.
         within_group: whether it compares the sequences of a group; groups of one sequence then raise.
-        source: paper with its equation, and where the code differs; for ``explain``, the tables and ``help``.
+        source: paper with its equation, or the project that it comes from, and where the code differs; for
+            ``explain``, the tables and ``help``.
         overwrite: replace an estimator of the same name instead of raising (when you re-run a notebook cell).
 
     Returns:
-        A decorator that returns the function unchanged.
+        A decorator that returns the function, with options and source added to its docstring.
 
     Raises:
         ConfigError: the name is taken by another function, the level or a need is unknown, or a parameter of the
             function has no default or may be passed by position.
     """
-    if level not in get_args(AdvantageLevel):
-        choices = listed(get_args(AdvantageLevel))
-        raise ConfigError(f"level={level!r} of advantage {name!r} is unknown; choose {choices}")
-    check_needs(f"advantage {name!r}", needs, get_args(AdvantageNeed), "RewardTerms does not have")
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        document_source(function, source)
-        estimator = Advantage(
-            name=name,
-            function=function,
-            options_model=options_model("advantage estimator", name, function, reserved=("estimator", "options")),
-            level=level,
-            needs=needs,
-            within_group=within_group,
-            source=source,
-        )
-        ADVANTAGES.add(estimator, overwrite=overwrite)
-        return function
-
-    return decorate
-
-
-def advantage(name: str) -> Advantage:
-    """Return the registered advantage estimator called `name`.
-
-    Raises:
-        ConfigError: the name is unknown; the message lists the known ones.
-    """
-    return ADVANTAGES.get(name)
-
-
-def advantage_names() -> list[str]:
-    """Return the names of all registered advantage estimators, built-in ones included, sorted."""
-    return ADVANTAGES.names()
+    check_choice(level, get_args(AdvantageLevel), f"level={level!r} of advantage {name!r} is unknown")
+    for need in needs:
+        problem = f"advantage {name!r} needs {need!r}, which RewardTerms does not have"
+        check_choice(need, get_args(AdvantageNeed), problem)
+    return ADVANTAGES.decorator(
+        name,
+        documented={
+            "takes": f"the rewards, [S]{''.join(f'; needs {need}' for need in needs)}.",
+            "returns": "[S] advantages" if level == "sequence" else "[S, T] advantages, 0 where masked",
+            "facts": "",
+            "source": source,
+        },
+        overwrite=overwrite,
+        level=level,
+        needs=needs,
+        within_group=within_group,
+        source=source,
+    )

@@ -24,6 +24,7 @@ def rlsd_reweight(
 
     ``A_t = A ((1 - lam) + lam clip(exp(sign(A) (log pi_teacher - log pi)), 1 - clip_range, 1 + clip_range))``: of
     a good sequence the tokens that the teacher likes more are reinforced more, of a bad one those that it likes less.
+    The result, [S, T], is 0 where masked and has no gradient.
 
     Args:
         advantages: [S] one per sequence, of any estimator.
@@ -33,9 +34,6 @@ def rlsd_reweight(
         lam: 0 leaves the advantages as they are, 1 weights in full.
         clip_range: how far a weight may be from 1.
         negative_only: weight only sequences with a negative advantage.
-
-    Returns:
-        [S, T] advantages, 0 where masked; no gradient.
 
     Source: self-distilled RLVR as in ms-swift. Differs in bounding the log ratio by 20 nats before exp.
     """

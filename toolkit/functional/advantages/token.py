@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import DocInfo
 
 from toolkit.functional.advantages.group import Singleton
-from toolkit.functional.advantages.registry import register_advantage
+from toolkit.functional.advantages.registry import TokenAdvantages, register_advantage
 from toolkit.functional.options import Fraction, Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from toolkit.functional.rewards import RewardTerms
+
+ZeroTail = Annotated[
+    bool,
+    DocInfo("no baseline where the longest sequence has more tokens than any other, and would be compared with itself"),
+]
+Alone = Annotated[Singleton, DocInfo("what a group of one gets: 0, or its return (verl)")]
+WeightEps = Annotated[Positive, DocInfo("added to the sum of weights; 1e-8 as in verl")]
 
 
 @register_advantage(
@@ -29,23 +38,19 @@ def gae(
     holes: Literal["skip", "walk"] = "skip",
     whiten: bool = True,
     eps: Positive = 1e-8,
-) -> Tensor:
+) -> TokenAdvantages:
     """Generalised advantage estimation with a critic (GAE).
 
     ``delta_t = r_t + gamma V_{t+1} - V_t`` and ``A_t = delta_t + gamma lam A_{t+1}``. ``A + V``, not whitened, is the
     target of a critic.
 
     Args:
-        r: the rewards, [S], or the token rewards, [S, T]; the mask and the values, [S, T].
         gamma: discount per step.
         lam: 1 trusts the rewards, 0 the critic.
         holes: "skip": the next token is the next scored one (verl, NeMo-RL); "walk": tokens between the turns are steps
             like any other, with values that must be valid (SkyRL, ROLL, slime).
         whiten: to mean 0 and variance 1 over all scored tokens of the batch.
         eps: added to that variance; 1e-8 as in verl.
-
-    Returns:
-        [S, T] advantages, 0 where masked.
     """
     mask = r.require("mask")
     steps = mask if holes == "skip" else r.inside
@@ -71,22 +76,12 @@ def gae(
     source="Li et al. 2026, arXiv 2602.07078; positions are those of the row, holes included",
 )
 def optimal_token_baseline(
-    r: RewardTerms, *, zero_tail: bool = True, eps: Positive = 1e-8, singleton: Singleton = "zero"
-) -> Tensor:
+    r: RewardTerms, *, zero_tail: ZeroTail = True, eps: WeightEps = 1e-8, singleton: Alone = "zero"
+) -> TokenAdvantages:
     """Return minus the baseline of least variance at each position of the group (optimal token baseline).
 
     ``B_t = sum_i G_i,t W_i,t / sum_i W_i,t`` over the sequences scored at position t, with
     ``W_t = sum up to t of (1 - 2 pi + sum pi^2)``: how much a sequence's gradient has grown so far.
-
-    Args:
-        r: the rewards, [S], or the token rewards, [S, T]; mask, log-probabilities and sums of squares, [S, T].
-        zero_tail: no baseline where the longest sequence has more tokens than any other: there it would be compared
-            with itself.
-        eps: added to the sum of weights; 1e-8 as in verl.
-        singleton: what a group of one gets: 0, or its return (verl).
-
-    Returns:
-        [S, T] advantages, 0 where masked.
     """
     return _optimal(r, r.require("mask"), None, zero_tail, eps, singleton)
 
@@ -98,20 +93,11 @@ def optimal_token_baseline(
     source="Li et al. 2026, arXiv 2602.07078, tool-integrated reasoning",
 )
 def tir_optimal_token_baseline(
-    r: RewardTerms, *, zero_tail: bool = True, eps: Positive = 1e-8, singleton: Singleton = "zero"
-) -> Tensor:
+    r: RewardTerms, *, zero_tail: ZeroTail = True, eps: WeightEps = 1e-8, singleton: Alone = "zero"
+) -> TokenAdvantages:
     """The optimal token baseline for several turns: position t is the t-th scored token.
 
     As optimal_token_baseline, but tool output between the turns does not shift the tokens that are compared.
-
-    Args:
-        r: as for optimal_token_baseline.
-        zero_tail: as there.
-        eps: as there.
-        singleton: as there.
-
-    Returns:
-        [S, T] advantages, 0 where masked.
     """
     mask = r.require("mask")
     order = (~mask).to(r.wide).argsort(dim=-1, stable=True)  # scored tokens first, in their order

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow, Fraction, NotNegative
-from toolkit.functional.policy.clip import clipped_surrogate
+from toolkit.functional.options import Anchor, ClipHigh, ClipLow, DualClip, Fraction, NotNegative
+from toolkit.functional.policy.clipped import clipped_surrogate
 from toolkit.functional.policy.facts import BINDS, CLIPPED, LossFacts
-from toolkit.functional.policy.registry import register_policy_loss
+from toolkit.functional.policy.registry import TokenLosses, register_policy_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,42 +33,28 @@ def clip_cov(
     *,
     cliprange_low: ClipLow = 0.2,
     cliprange_high: ClipHigh = 0.2,
-    clip_ratio_c: AboveOne | None = None,
+    clip_ratio_c: DualClip | None = None,
     clip_cov_ratio: Fraction = 2e-4,
     cov_low: float = 1.0,
     cov_high: float = 5.0,
     seed: int = 0,
     anchor: Anchor = "old",
-) -> Tensor:
+) -> TokenLosses:
     """Remove the gradient of a few random tokens whose log-probability and advantage move together.
 
-    PPO's loss, 0 for ``max(1, int(clip_cov_ratio N))`` tokens drawn among those with
-    ``cov_low < (A - mean A)(log pi - mean log pi) < cov_high`` that are not clipped. These tokens make the
-    entropy fall; holding back very few of them keeps it.
+    PPO's loss, 0 for ``max(1, int(clip_cov_ratio N))`` tokens drawn among those that are not clipped, where N and the
+    means are of all tokens of the step. These tokens make the entropy fall; holding back very few of them keeps it.
+    Reports the fraction of tokens at each bound and of those drawn.
 
     Args:
-        t: the tensors of the selected tokens, [N]; the means are over these: all of the step.
-        cliprange_low: the ratio's floor is 1 - cliprange_low.
-        cliprange_high: the ratio's ceiling is 1 + cliprange_high.
-        clip_ratio_c: bound of a dual clip where A < 0; None: no dual clip, as in the paper.
+        clip_ratio_c: none in the paper.
         clip_cov_ratio: share of all tokens that lose their gradient; 2e-4 as in the paper.
         cov_low: smallest covariance of a token that may be drawn; 1 as in the paper.
         cov_high: largest; 5 as in the paper.
         seed: seed of the draw. The same seed draws the same tokens on every device and rank.
-        anchor: what the ratio divides by.
-
-    Returns:
-        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens at each bound and of those drawn.
     """
     ratio = t.ratio(anchor)
-    losses = clipped_surrogate(
-        t,
-        ratio,
-        t.advantages,
-        cliprange_low=cliprange_low,
-        cliprange_high=cliprange_high,
-        clip_ratio_c=clip_ratio_c,
-    )
+    losses = clipped_surrogate(t, ratio, t.advantages, cliprange_low, cliprange_high, clip_ratio_c)
     is_clipped = ((ratio < 1 - cliprange_low) & (t.advantages < 0)) | (
         (ratio > 1 + cliprange_high) & (t.advantages > 0)
     )
@@ -96,20 +82,15 @@ def kl_cov(
     kl_cov_ratio: Fraction = 2e-4,
     kl_coef: NotNegative = 1.0,
     anchor: Anchor = "old",
-) -> Tensor:
+) -> TokenLosses:
     """Hold the few tokens of the largest covariance near the old policy, and clip nothing.
 
-    ``loss = -A r``, plus ``kl_coef |log r|`` for the ``max(1, int(kl_cov_ratio N))`` tokens with the largest
-    ``(A - mean A)(log pi - mean log pi)``. The penalty is part of the token's loss and weighted like it.
+    These are ``max(1, int(kl_cov_ratio N))`` tokens, where N and the means are of all tokens of the step. The penalty
+    is part of the token's loss and weighted like it. Reports the mean |log r| of the penalised tokens.
 
     Args:
-        t: the tensors of the selected tokens, [N]; the means are over these: all of the step.
         kl_cov_ratio: share of all tokens that are penalised; 2e-4 as in the paper for 32B models, 2e-3 for 7B; 0: none.
         kl_coef: factor of the penalty; 1 as in the paper.
-        anchor: what the ratio divides by.
-
-    Returns:
-        [N] surrogate to minimise, not yet weighted. Reports the mean |log r| of the penalised tokens.
     """
     log_ratio = t.log_ratio(anchor)
     losses = -t.advantages * log_ratio.exp()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.functional.options import Anchor, Fraction, NotNegative, Positive
+from toolkit.functional.options import Anchor, Fraction, Positive, SquareCoef
 from toolkit.functional.policy.facts import NO_RATIO, LossFacts
-from toolkit.functional.policy.registry import register_policy_loss
+from toolkit.functional.policy.registry import TokenLosses, register_policy_loss
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from toolkit.functional.terms import PolicyTerms
 
 
@@ -31,23 +29,18 @@ def opd(
     t: PolicyTerms,
     *,
     threshold_low: Fraction | None = None,
-    log_ratio_sq_coef: NotNegative = 0.0,
+    log_ratio_sq_coef: SquareCoef = 0.0,
     anchor: Anchor = "old",
-) -> Tensor:
+) -> TokenLosses:
     """Distil a teacher on the policy's samples: the advantage is log pi_teacher - log pi.
 
-    ``loss = -sg(log pi_teacher - log pi_theta) r`` with r = pi_theta / pi_old; in expectation the gradient of
-    KL(policy || teacher). The items' advantages are not used; to add both, add them in the advantages.
+    To use the items' advantages too, add both in the advantages. Reports the mean of log pi - log pi_teacher, the
+    sampled reverse KL, and the fraction of tokens skipped.
 
     Args:
-        t: the tensors of the selected tokens, [N]; needs teacher_logprobs.
         threshold_low: tokens whose probability fell by more are skipped; None: skip none; 0.2 in prime-rl.
-        log_ratio_sq_coef: factor of (log r)^2, without a half; 1e-3 in prime-rl.
-        anchor: what the ratio divides by; "rollout" in prime-rl and Tinker, "self" for the plain form.
-
-    Returns:
-        [N] surrogate to minimise, not yet weighted. Reports the mean of log pi - log pi_teacher, the sampled reverse
-        KL, and the fraction of tokens skipped.
+        log_ratio_sq_coef: 1e-3 in prime-rl.
+        anchor: "rollout" in prime-rl and Tinker, "self" for the plain form.
     """
     gain = t.require("teacher_logprobs") - t.logprobs.detach()
     t.report("teacher_kl", -gain)
@@ -70,18 +63,13 @@ def opd(
         source='SDAR ("self-distilled agentic RL"), as in ms-swift\'s ``compute_sdar_loss``',
     ),
 )
-def sdar(t: PolicyTerms, *, gate_beta: Positive = 5.0) -> Tensor:
+def sdar(t: PolicyTerms, *, gate_beta: Positive = 5.0) -> TokenLosses:
     """Follow a teacher only where it is surer of the token than the policy is.
 
-    ``loss = sg(sigmoid(gate_beta d)) d`` with d = log pi_teacher - log pi_theta: every token is raised, by a gate that
-    closes where the teacher likes it less. The items' advantages are not used.
+    Reports the mean gate.
 
     Args:
-        t: the tensors of the selected tokens, [N]; needs teacher_logprobs.
         gate_beta: steepness of the gate, per nat; 5 as in ms-swift.
-
-    Returns:
-        [N] loss to minimise, not yet weighted. Reports the mean gate.
     """
     difference = t.require("teacher_logprobs") - t.logprobs
     gate = (gate_beta * difference).sigmoid().detach()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from toolkit.functional.options import AboveOne, Anchor, NotNegative
+from annotated_types import DocInfo
+
+from toolkit.functional.options import AboveOne, Anchor, NotNegative, SquareCoef
 from toolkit.functional.policy.facts import WEIGHT_BOUND, LossFacts
-from toolkit.functional.policy.registry import register_policy_loss
+from toolkit.functional.policy.registry import TokenLosses, register_policy_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from toolkit.functional.terms import PolicyTerms
 
-
-Form = Literal["ratio", "score"]
-"""-r A with the gradient through the ratio, or -sg(r) A log pi: the same gradient as long as r is not capped."""
+Form = Annotated[Literal["ratio", "score"], DocInfo('"ratio": -r A; "score": -sg(r) A log pi, as in verl')]
+"""Both have the same gradient as long as r is not capped."""
+Cap = Annotated[AboveOne, DocInfo('cap of the ratio, without gradient in "score" form; None: no cap; 20 in verl')]
 SMALLEST_REST = 1e-8
 """Floor of 1 - p in a logarithm, as in verl: a token of probability 1 has no other tokens to compare."""
 MASKED = "a mask looks at how far the probability itself moved"
@@ -44,30 +46,23 @@ def dppo_tv(
     threshold_low: NotNegative = 0.2,
     threshold_high: NotNegative = 0.2,
     form: Form = "ratio",
-    clip_ratio_c: AboveOne | None = None,
-    log_ratio_sq_coef: NotNegative = 0.0,
+    clip_ratio_c: Cap | None = None,
+    log_ratio_sq_coef: SquareCoef = 0.0,
     anchor: Anchor = "old",
-) -> Tensor:
+) -> TokenLosses:
     """Skip tokens whose probability already moved far in the direction of their advantage.
 
-    ``loss = -r A``, 0 where A > 0 and p - p_old > threshold_high or A <= 0 and p_old - p > threshold_low, with
-    p = pi_theta(token). A rare token may grow by a large ratio, a common one may not: PPO's range of the ratio does
-    the opposite. |p - p_old| is the total variation of "this token or another".
+    A rare token may grow by a large ratio, a common one may not: PPO's range of the ratio does the opposite.
+    |p - p_old| is the total variation of "this token or another". Reports the fraction of tokens skipped on each side.
 
     Args:
-        t: the tensors of the selected tokens, [N].
         threshold_low: largest fall of a probability where A <= 0; 0.2 as in verl and prime-rl.
         threshold_high: largest rise of a probability where A > 0; 0.2 as in verl and prime-rl.
-        form: "ratio": -r A; "score": -sg(r) A log pi, as in verl.
-        clip_ratio_c: cap of the ratio, without gradient in "score" form; None: no cap; 20 as verl means it.
-        log_ratio_sq_coef: factor of (log r)^2, without a half: 1e-3 in prime-rl.
-        anchor: what the ratio divides by; "rollout" in prime-rl and SkyRL.
-
-    Returns:
-        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens skipped on each side.
+        log_ratio_sq_coef: 1e-3 in prime-rl.
+        anchor: "rollout" in prime-rl and SkyRL.
     """
     rise = t.logprobs.detach().exp() - t.anchor_logprobs(anchor).exp()
-    is_high, is_low = rise > threshold_high, -rise > threshold_low
+    is_high, is_low = (rise > threshold_high) & (t.advantages > 0), (-rise > threshold_low) & (t.advantages <= 0)
     return _masked(t, is_low, is_high, form, clip_ratio_c, log_ratio_sq_coef, anchor)
 
 
@@ -85,32 +80,26 @@ def dppo_kl(
     threshold_low: NotNegative = 0.05,
     threshold_high: NotNegative = 0.05,
     form: Form = "ratio",
-    clip_ratio_c: AboveOne | None = None,
-    log_ratio_sq_coef: NotNegative = 0.0,
+    clip_ratio_c: Cap | None = None,
+    log_ratio_sq_coef: SquareCoef = 0.0,
     anchor: Anchor = "old",
-) -> Tensor:
+) -> TokenLosses:
     """Skip tokens whose probability moved far, measured by the divergence of "this token or another".
 
-    ``loss = -r A``, 0 where the probability moved in the direction of A and
-    ``D = p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))`` is above the threshold.
+    ``D = p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))``. Reports the fraction of tokens skipped on
+    each side.
 
     Args:
-        t: the tensors of the selected tokens, [N].
         threshold_low: largest D of a fall where A <= 0, in nats.
         threshold_high: largest D of a rise where A > 0, in nats.
-        form: "ratio": -r A; "score": -sg(r) A log pi, as in verl.
-        clip_ratio_c: cap of the ratio, without gradient in "score" form; None: no cap; 20 as verl means it.
-        log_ratio_sq_coef: factor of (log r)^2, without a half.
-        anchor: what the ratio divides by; "rollout" in SkyRL.
-
-    Returns:
-        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens skipped on each side.
+        anchor: "rollout" in SkyRL.
     """
     new, old = t.logprobs.detach(), t.anchor_logprobs(anchor)
     p, p_old = new.exp(), old.exp()
     rest, rest_old = (1 - p).clamp(min=SMALLEST_REST), (1 - p_old).clamp(min=SMALLEST_REST)
     divergence = p_old * (old - new) + (1 - p_old) * (rest_old.log() - rest.log())
-    is_high, is_low = (divergence > threshold_high) & (p > p_old), (divergence > threshold_low) & (p < p_old)
+    is_high = (divergence > threshold_high) & (p > p_old) & (t.advantages > 0)
+    is_low = (divergence > threshold_low) & (p < p_old) & (t.advantages <= 0)
     return _masked(t, is_low, is_high, form, clip_ratio_c, log_ratio_sq_coef, anchor)
 
 
@@ -129,29 +118,19 @@ def ipo(
     t: PolicyTerms,
     *,
     threshold: NotNegative = 0.1,
-    log_ratio_sq_coef: NotNegative = 1e-3,
+    log_ratio_sq_coef: SquareCoef = 1e-3,
     anchor: Anchor = "rollout",
-) -> Tensor:
+) -> TokenLosses:
     """Skip tokens whose probability differs from the sampler's, whatever their advantage.
 
-    ``loss = -r A`` where |p - p_rollout| <= threshold, else 0, ``+ log_ratio_sq_coef (log r)^2`` for all. Not the IPO
-    of preference learning.
+    Not the IPO of preference learning. Reports the fraction of tokens skipped on each side.
 
     Args:
-        t: the tensors of the selected tokens, [N].
         threshold: largest change of a probability; 0.1 as in prime-rl.
-        log_ratio_sq_coef: factor of (log r)^2, without a half; 1e-3 as in prime-rl.
-        anchor: what the ratio divides by.
-
-    Returns:
-        [N] surrogate to minimise, not yet weighted. Reports the fraction of tokens skipped on each side.
+        log_ratio_sq_coef: 1e-3 as in prime-rl.
     """
     rise = t.logprobs.detach().exp() - t.anchor_logprobs(anchor).exp()
-    is_masked = rise.abs() > threshold
-    t.report("mask_fraction_low", is_masked & (rise < 0))
-    t.report("mask_fraction_high", is_masked & (rise > 0))
-    losses = (-t.ratio(anchor) * t.advantages).where(~is_masked, 0.0)
-    return losses if log_ratio_sq_coef == 0 else losses + log_ratio_sq_coef * t.log_ratio(anchor).square()
+    return _masked(t, rise < -threshold, rise > threshold, "ratio", None, log_ratio_sq_coef, anchor)
 
 
 def _masked(
@@ -163,8 +142,7 @@ def _masked(
     log_ratio_sq_coef: float,
     anchor: Anchor,
 ) -> Tensor:
-    """Return -r A, 0 where the probability moved too far in the direction of the advantage, plus the regulariser."""
-    is_low, is_high = is_low & (t.advantages <= 0), is_high & (t.advantages > 0)
+    """Return -r A, 0 where the probability moved too far, plus the regulariser."""
     t.report("mask_fraction_low", is_low)
     t.report("mask_fraction_high", is_high)
     ratio = t.ratio(anchor) if clip_ratio_c is None else t.ratio(anchor).clamp(max=clip_ratio_c)

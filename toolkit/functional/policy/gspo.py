@@ -1,17 +1,15 @@
-"""One clipped ratio per sequence (GSPO, LUSPO) or per turn."""
+"""One clipped ratio per sequence (GSPO, LUSPO, RLOO) or per turn, and the mean of clipped ratios (GMPO)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.functional.options import AboveOne, Anchor, ClipHigh, ClipLow
-from toolkit.functional.policy.clip import clipped_surrogate
+from toolkit.functional.options import Anchor, AverageAdvantages, ClipHigh, ClipLow, DualClip, NotNegative
+from toolkit.functional.policy.clipped import clipped_surrogate
 from toolkit.functional.policy.facts import SEQUENCE, LossFacts
-from toolkit.functional.policy.registry import register_policy_loss
+from toolkit.functional.policy.registry import TokenLosses, register_policy_loss
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from toolkit.functional.terms import PolicyTerms
 
 
@@ -36,35 +34,22 @@ def gspo(
     *,
     cliprange_low: ClipLow = 3e-4,
     cliprange_high: ClipHigh = 4e-4,
-    clip_ratio_c: AboveOne | None = None,
+    clip_ratio_c: DualClip | None = None,
     anchor: Anchor = "old",
-    average_advantages: bool = False,
-) -> Tensor:
+    average_advantages: AverageAdvantages = False,
+) -> TokenLosses:
     """Clip the geometric mean of the probability ratios of a sequence.
 
-    ``loss = max(-A s, -A clip(s, 1 - cliprange_low, 1 + cliprange_high))`` for every token of a sequence, with
-    ``s = exp(mean over the sequence of log pi_theta - log pi_old)``. The gradient flows through the mean.
+    The loss is the same for all tokens of a sequence with one advantage. Reports the fraction of tokens at each bound
+    where it binds.
 
     Args:
-        t: the tensors of the selected tokens, [N].
-        cliprange_low: the ratio's floor is 1 - cliprange_low; 3e-4 as in the paper, because s moves far less than r.
-        cliprange_high: the ratio's ceiling is 1 + cliprange_high; 4e-4 as in the paper.
-        clip_ratio_c: bound of a dual clip of s where A < 0; None: no dual clip, as in the paper.
-        anchor: what the ratio divides by.
-        average_advantages: whether A is the mean of the sequence's (AReaL); without effect where they are equal.
-
-    Returns:
-        [N] surrogate to minimise, the same for all tokens of a sequence with one advantage. Reports the fraction of
-        tokens at each bound where it binds.
+        cliprange_low: 3e-4 as in the paper, because s moves far less than r.
+        cliprange_high: 4e-4 as in the paper.
+        clip_ratio_c: none in the paper.
     """
-    return clipped_surrogate(
-        t,
-        t.sequence_ratio(anchor),
-        t.segment_mean(t.advantages) if average_advantages else t.advantages,
-        cliprange_low=cliprange_low,
-        cliprange_high=cliprange_high,
-        clip_ratio_c=clip_ratio_c,
-    )
+    advantages = t.segment_mean(t.advantages) if average_advantages else t.advantages
+    return clipped_surrogate(t, t.sequence_ratio(anchor), advantages, cliprange_low, cliprange_high, clip_ratio_c)
 
 
 @register_policy_loss(
@@ -85,34 +70,22 @@ def gspo_token(
     *,
     cliprange_low: ClipLow = 3e-4,
     cliprange_high: ClipHigh = 4e-4,
-    clip_ratio_c: AboveOne | None = None,
+    clip_ratio_c: DualClip | None = None,
     anchor: Anchor = "old",
-) -> Tensor:
+) -> TokenLosses:
     """Clip the sequence's ratio as GSPO does, but let each token's gradient carry its own advantage.
 
-    ``loss = max(-A s_t, -A clip(s_t, 1 - cliprange_low, 1 + cliprange_high))`` with ``s_t = sg(s) pi / sg(pi)``: the
-    value of s, the gradient of the token alone (sg: no gradient). The loss of GSPO, and with one advantage per sequence
-    and a mean per sequence also its gradient; for advantages that differ from token to token.
+    It has the value of `gspo`; for advantages that differ from token to token. Reports the fraction of tokens at each
+    bound where it binds.
 
     Args:
-        t: the tensors of the selected tokens, [N].
-        cliprange_low: the ratio's floor is 1 - cliprange_low; 3e-4 as in the paper.
-        cliprange_high: the ratio's ceiling is 1 + cliprange_high; 4e-4 as in the paper.
-        clip_ratio_c: bound of a dual clip of s where A < 0; None: no dual clip, as in the paper.
-        anchor: what the ratio divides by.
-
-    Returns:
-        [N] surrogate to minimise. Reports the fraction of tokens at each bound where it binds.
+        cliprange_low: 3e-4 as in the paper.
+        cliprange_high: 4e-4 as in the paper.
+        clip_ratio_c: none in the paper.
     """
     log_ratio = t.segment_mean(t.logprobs - t.anchor_logprobs(anchor)).detach()
-    return clipped_surrogate(
-        t,
-        t.bounded(log_ratio + t.logprobs - t.logprobs.detach()).exp(),
-        t.advantages,
-        cliprange_low=cliprange_low,
-        cliprange_high=cliprange_high,
-        clip_ratio_c=clip_ratio_c,
-    )
+    ratio = t.bounded(log_ratio + t.logprobs - t.logprobs.detach()).exp()
+    return clipped_surrogate(t, ratio, t.advantages, cliprange_low, cliprange_high, clip_ratio_c)
 
 
 @register_policy_loss(
@@ -131,33 +104,19 @@ def segment_ratio(
     *,
     cliprange_low: ClipLow = 0.2,
     cliprange_high: ClipHigh = 0.2,
-    clip_ratio_c: AboveOne | None = None,
+    clip_ratio_c: DualClip | None = None,
     anchor: Anchor = "old",
-) -> Tensor:
+) -> TokenLosses:
     """Clip the geometric mean of the probability ratios of a turn: GSPO for episodes of many turns.
 
-    ``loss = max(-A u, -A clip(u, 1 - cliprange_low, 1 + cliprange_high))`` with
-    ``u = exp(mean over the turn of log pi_theta - log pi_old)``; a turn is a run of scored tokens. The gradient flows
-    through the mean.
+    A turn is a run of scored tokens. Reports the fraction of tokens at each bound where it binds.
 
     Args:
-        t: the tensors of the selected tokens, [N]; needs turns.
-        cliprange_low: the ratio's floor is 1 - cliprange_low; 0.2 as in ROLL.
-        cliprange_high: the ratio's ceiling is 1 + cliprange_high; 0.2 as in ROLL.
-        clip_ratio_c: bound of a dual clip of u where A < 0; None: no dual clip; 1.4 where ROLL turns it on.
-        anchor: what the ratio divides by.
-
-    Returns:
-        [N] surrogate to minimise. Reports the fraction of tokens at each bound where it binds.
+        cliprange_low: 0.2 as in ROLL.
+        cliprange_high: 0.2 as in ROLL.
+        clip_ratio_c: 1.4 where ROLL turns it on.
     """
-    return clipped_surrogate(
-        t,
-        t.turn_ratio(anchor),
-        t.advantages,
-        cliprange_low=cliprange_low,
-        cliprange_high=cliprange_high,
-        clip_ratio_c=clip_ratio_c,
-    )
+    return clipped_surrogate(t, t.turn_ratio(anchor), t.advantages, cliprange_low, cliprange_high, clip_ratio_c)
 
 
 @register_policy_loss(
@@ -178,27 +137,85 @@ def luspo(
     cliprange_low: ClipLow = 2e-3,
     cliprange_high: ClipHigh = 2.5e-3,
     anchor: Anchor = "old",
-) -> Tensor:
+) -> TokenLosses:
     """Multiply GSPO's loss by the length of the sequence: no token of a long sequence counts less.
 
-    ``loss = n max(-A s, -A clip(s, 1 - cliprange_low, 1 + cliprange_high))`` with n the number of the sequence's tokens
-    and ``s = exp(mean over the sequence of log pi_theta - log pi_old)``.
+    Reports the fraction of tokens at each bound where it binds.
 
     Args:
-        t: the tensors of the selected tokens, [N].
-        cliprange_low: the ratio's floor is 1 - cliprange_low; 2e-3 as in TRL's documentation.
-        cliprange_high: the ratio's ceiling is 1 + cliprange_high; 2.5e-3 as in TRL's documentation.
-        anchor: what the ratio divides by.
-
-    Returns:
-        [N] surrogate to minimise, the same for all tokens of a sequence with one advantage: a mean per sequence then
-        gives the paper's. Reports the fraction of tokens at each bound where it binds.
+        cliprange_low: 2e-3 as in TRL's documentation.
+        cliprange_high: 2.5e-3 as in TRL's documentation.
     """
-    losses = clipped_surrogate(
-        t,
-        t.sequence_ratio(anchor),
-        t.advantages,
-        cliprange_low=cliprange_low,
-        cliprange_high=cliprange_high,
-    )
+    losses = clipped_surrogate(t, t.sequence_ratio(anchor), t.advantages, cliprange_low, cliprange_high)
     return t.segment_sum(t.advantages.new_ones(len(losses))) * losses
+
+
+@register_policy_loss(
+    "rloo_sequence",
+    scope="sequence",
+    aggregation="seq_mean_token_mean",
+    formula="max(-A R, -A clip(R, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most -{clip_ratio_c} A]"
+    "; R = product over the sequence of pi / pi_{anchor}",
+    facts=LossFacts(
+        ratio=f"R, a product, {SEQUENCE}",
+        gradient="-A R for each token; where the clip binds, the sequence has 0, which happens soon to long ones",
+        source="Ahmadian et al. 2024, arXiv 2402.14740, with the clip of TRL's RLOOTrainer; the paper takes one "
+        "step on-policy, where both are the same",
+    ),
+)
+def rloo_sequence(
+    t: PolicyTerms,
+    *,
+    cliprange_low: ClipLow = 0.2,
+    cliprange_high: ClipHigh = 0.2,
+    clip_ratio_c: DualClip | None = None,
+    anchor: Anchor = "old",
+) -> TokenLosses:
+    """Clip the probability ratio of a completion: the completion is the action, as in RLOO.
+
+    Unbiased, but R leaves the range after few steps where sequences are long; `gspo` takes the mean instead. Reports
+    the fraction of tokens at each bound where it binds.
+
+    Args:
+        cliprange_low: 0.2 as in TRL.
+        cliprange_high: 0.2 as in TRL.
+    """
+    return clipped_surrogate(t, t.product_ratio(anchor), t.advantages, cliprange_low, cliprange_high, clip_ratio_c)
+
+
+@register_policy_loss(
+    "gmpo",
+    scope="sequence",
+    aggregation="seq_mean_token_mean",
+    formula="-mean(A) exp(mean over the sequence of x); x = log(pi / pi_{anchor}), at most {cliprange_high} where "
+    "A > 0, at least -{cliprange_low} where A < 0",
+    facts=LossFacts(
+        ratio="log ratios are clipped on the side of A's sign; their mean carries the gradient",
+        gradient="a clipped token has 0, the others of its sequence go on: -A (geometric mean) / n each",
+        source="Zhao et al. 2025, arXiv 2507.20673",
+        differs="Where advantages differ inside a sequence, as in verl: the sign is that of each token, the factor "
+        "their mean, and a token with A = 0 counts as ratio 1",
+    ),
+)
+def gmpo(
+    t: PolicyTerms,
+    *,
+    cliprange_low: NotNegative = 0.4,
+    cliprange_high: NotNegative = 0.4,
+    anchor: Anchor = "old",
+) -> TokenLosses:
+    """Maximise the geometric mean of a sequence's clipped ratios: one token of large ratio moves it less.
+
+    Reports the fraction of tokens at each bound where it binds.
+
+    Args:
+        cliprange_low: floor of the log ratio where A < 0, negated; 0.4 as in the paper, in nats.
+        cliprange_high: ceiling of the log ratio where A > 0; 0.4 as in the paper, in nats.
+    """
+    log_ratio = t.log_ratio(anchor)
+    is_positive, is_negative = t.advantages > 0, t.advantages < 0
+    t.report("clip_fraction_low", (log_ratio < -cliprange_low) & is_negative)
+    t.report("clip_fraction_high", (log_ratio > cliprange_high) & is_positive)
+    clipped = log_ratio.clamp(max=cliprange_high).where(is_positive, log_ratio.clamp(min=-cliprange_low))
+    clipped = clipped.where(is_positive | is_negative, 0.0)
+    return -t.segment_mean(t.advantages) * t.bounded(t.segment_mean(clipped)).exp()

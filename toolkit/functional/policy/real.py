@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.functional.options import Anchor, Positive
 from toolkit.functional.policy.facts import LossFacts
-from toolkit.functional.policy.registry import register_policy_loss
+from toolkit.functional.policy.registry import TokenLosses, register_policy_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,22 +29,15 @@ if TYPE_CHECKING:
         differs="The advantage only gives the label",
     ),
 )
-def real(t: PolicyTerms, *, tau: Positive = 0.5, only_mixed: bool = False, anchor: Anchor = "old") -> Tensor:
+def real(t: PolicyTerms, *, tau: Positive = 0.5, only_mixed: bool = False, anchor: Anchor = "old") -> TokenLosses:
     """Rank the good completions of a prompt above the bad ones: the reward is a label, not a factor.
 
-    ``loss = log(1 + sum over bad of exp(s / tau)) + log(1 + sum over good of exp(-s / tau))`` for every token of a
-    group, with s the mean log ratio of a sequence and good meaning a mean advantage above 0. Its gradient is bounded:
-    a completion that is already ranked right has almost none.
+    Good means a mean advantage above 0. All sequences of a group must be there, and its tokens have the same loss.
+    Reports the mean of s where good and of -s where bad.
 
     Args:
-        t: the tensors of the selected tokens, [N], with all sequences of a group.
         tau: temperature of the scores, in nats; 0.5 as in ms-swift.
         only_mixed: whether a group with only good or only bad sequences has a loss of 0 (ms-swift).
-        anchor: what the ratio divides by.
-
-    Returns:
-        [N] loss to minimise, the same for all tokens of a group: a mean per prompt then gives the paper's. Reports the
-        mean of s where good and of -s where bad.
     """
     score = t.sequence_log_ratio(anchor)
     is_good = t.segment_mean(t.advantages) > 0

@@ -1,16 +1,14 @@
-"""REINFORCE, with and without a ratio, and the likelihood of good examples."""
+"""REINFORCE: plain, with a ratio, with a quadratic pull back (Kimi k1.5, DRO); and the likelihood of good examples."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.functional.options import Anchor
+from toolkit.functional.options import Anchor, NotNegative
 from toolkit.functional.policy.facts import NO_RATIO, LossFacts
-from toolkit.functional.policy.registry import register_policy_loss
+from toolkit.functional.policy.registry import TokenLosses, register_policy_loss
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from toolkit.functional.terms import PolicyTerms
 
 
@@ -26,17 +24,11 @@ if TYPE_CHECKING:
         "arXiv 2504.02546",
     ),
 )
-def reinforce(t: PolicyTerms) -> Tensor:
+def reinforce(t: PolicyTerms) -> TokenLosses:
     """Raise the log-probability of each token by its advantage: the plain policy gradient.
 
-    ``loss = -A log pi_theta``. For one step per batch: nothing keeps the policy near the old one. GPG is this loss
-    with advantages times (sequences / sequences with a non-zero advantage), which belongs to the advantages.
-
-    Args:
-        t: the tensors of the selected tokens, [N].
-
-    Returns:
-        [N] surrogate to minimise, not yet weighted.
+    For one step per batch. GPG is this loss with advantages times (sequences / sequences with a non-zero advantage),
+    which belongs to the advantages.
     """
     return -t.advantages * t.logprobs
 
@@ -51,17 +43,13 @@ def reinforce(t: PolicyTerms) -> Tensor:
         "``importance_sampling``",
     ),
 )
-def is_reinforce(t: PolicyTerms, *, anchor: Anchor = "old") -> Tensor:
+def is_reinforce(t: PolicyTerms, *, anchor: Anchor = "old") -> TokenLosses:
     """Weight each advantage by the probability ratio, without any clip: the importance-sampled policy gradient.
 
-    ``loss = -r A`` with r = pi_theta / pi_old. Unbiased per token; a token whose ratio exploded dominates the batch.
+    Unbiased per token.
 
     Args:
-        t: the tensors of the selected tokens, [N].
-        anchor: what the ratio divides by; "rollout" in Tinker.
-
-    Returns:
-        [N] surrogate to minimise, not yet weighted.
+        anchor: "rollout" in Tinker.
     """
     return -t.ratio(anchor) * t.advantages
 
@@ -79,21 +67,44 @@ def is_reinforce(t: PolicyTerms, *, anchor: Anchor = "old") -> Tensor:
         "that; ``token_mean`` divides by all",
     ),
 )
-def nll(t: PolicyTerms, *, only_positive: bool = True) -> Tensor:
+def nll(t: PolicyTerms, *, only_positive: bool = True) -> TokenLosses:
     """Raise the log-probability of the tokens that did well, all by the same amount (imitation).
 
-    ``loss = -log pi_theta`` where A > 0, else 0. What OREAL and VAPO add to their policy loss; alone it is rejection
-    sampling fine-tuning.
+    What OREAL and VAPO add to their policy loss; alone it is rejection sampling fine-tuning. Reports the fraction of
+    tokens that count.
 
     Args:
-        t: the tensors of the selected tokens, [N].
         only_positive: whether only tokens with A > 0 count; False: all do (cross-entropy).
-
-    Returns:
-        [N] loss to minimise, not yet weighted. Reports the fraction of tokens that count.
     """
     if not only_positive:
         return -t.logprobs
     is_positive = t.advantages > 0
     t.report("positive_fraction", is_positive)
     return (-t.logprobs).where(is_positive, 0.0)
+
+
+@register_policy_loss(
+    "kimi",
+    aliases=("dro",),
+    formula="-A log pi[<?tau> + ({tau} / 2) log(pi / pi_{anchor})^2]",
+    facts=LossFacts(
+        ratio="the log ratio has a quadratic penalty with a gradient",
+        gradient="(-A + tau log r) grad log pi[<?tau>: 0 where log r = A / tau, and back beyond]",
+        bound="the penalty is computed from log ratios held in {range}; outside it has no gradient, and -A grad "
+        "log pi stays",
+        source="Kimi Team 2025, arXiv 2501.12599, section 2.3.2; Richemond et al. 2024, arXiv 2405.19107 (DRO)",
+        differs="As in verl and ROLL the square is that of each token, not of the sequence",
+    ),
+)
+def kimi(t: PolicyTerms, *, tau: NotNegative = 0.1, anchor: Anchor = "old") -> TokenLosses:
+    """Follow the policy gradient with a quadratic penalty on the log ratio instead of a clip.
+
+    The square of the residual of the optimality condition log pi / pi_old = A / tau, up to a constant. Works on old
+    data; no ratio is taken, so nothing overflows. Reports the mean penalty.
+
+    Args:
+        tau: strength of the pull, in units of the advantage; 0.1 as in ROLL; ``dro_beta`` in verl and Tinker.
+    """
+    penalty = tau / 2 * t.log_ratio(anchor).square()
+    t.report("penalty", penalty)
+    return -t.advantages * t.logprobs + penalty

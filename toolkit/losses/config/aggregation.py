@@ -36,19 +36,23 @@ class AggregationConfig(Config):
                 "aggregation 'constant' divides by a fixed length and needs it: give length, in tokens "
                 "(on the command line: aggregation=constant loss.aggregation.length=1024)"
             )
-        unread: dict[str, tuple[str, ...]] = {
+        readers: dict[str, tuple[str, ...]] = {
             "length": ("constant",),
             "count_empty": (*PER_SEQUENCE, "prompt_mean"),
-            "positive_weight": ("per_component",),
-            "negative_weight": ("per_component",),
+            "positive_weight": (PER_COMPONENT,),
+            "negative_weight": (PER_COMPONENT,),
         }
-        for field, readers in unread.items():
-            if getattr(self, field) != type(self).model_fields[field].default and self.name not in readers:
-                raise ConfigError(
-                    f"{field}={getattr(self, field)} has no effect on aggregation {self.name!r}; it is read by "
-                    f"{', '.join(readers)}"
-                )
+        for field, names in readers.items():
+            without = f"on aggregation {self.name!r}; it is read by {', '.join(names)}"
+            check_effect(self, field, self.name in names, without)
         return self
+
+
+def check_effect(config: Config, field: str, is_read: bool, without: str) -> None:
+    """Raise `ConfigError` if a field that is not read has another value than its default; `without` says why."""
+    value = getattr(config, field)
+    if not is_read and value != type(config).model_fields[field].default:
+        raise ConfigError(f"{field}={value!r} has no effect {without}")
 
 
 def aggregation_from(value: Any) -> Any:

@@ -94,7 +94,7 @@ class CorrectionConfig(Config):
         if self.denominator is not None:
             yield f"denominator={self.denominator!r} has no effect with action={self.action!r}: nothing is rejected"
         if self.advantages != "any":
-            yield (f"advantages={self.advantages!r} restricts what is rejected; action={self.action!r} rejects nothing")
+            yield f"advantages={self.advantages!r} restricts what is rejected; action={self.action!r} rejects nothing"
         if self.action == "clamp_upper" and self.lower is not None:
             yield f"lower={self.lower} has no effect with action='clamp_upper'; use action='clamp' for both bounds"
 
@@ -128,15 +128,12 @@ class CorrectionConfig(Config):
 
 
 def corrections_from(value: Any, where: str = "loss.correction") -> tuple[CorrectionConfig, ...]:
-    """Read corrections in every form that a config may hold them in.
+    """Return the corrections, in order, from every form that a config may hold them in.
 
     Args:
         value: None; a sequence of `CorrectionConfig` or of mappings of its fields; or, as Hydra composes presets, a
             mapping from a preset's name to one mapping, a list of them, or None (switched off).
-        where: the name in error messages, such as ``loss.correction``.
-
-    Returns:
-        All corrections, in order.
+        where: the name in error messages.
 
     Raises:
         ConfigError: an entry is not a correction, or a correction is invalid; the message says which.

@@ -29,15 +29,12 @@ class LogprobSpec(Config):
 
     def mismatch(self, temperature: float) -> str | None:
         """Return why these log-probabilities cannot be compared with a trainer's at `temperature`; None if they can."""
-        if self.mode == "raw" and self.temperature != 1:
+        who = "the tokens were sampled" if self.temperature != 1 else "the loss scores"
+        other = self.temperature if self.temperature != 1 else temperature
+        if self.mode == "raw" and other != 1:
             return (
-                f"they are raw (a softmax of the bare logits), but the tokens were sampled at temperature "
-                f"{self.temperature:g}; ask the sampler for processed log-probabilities"
-            )
-        if self.mode == "raw" and temperature != 1:
-            return (
-                f"they are raw (a softmax of the bare logits), but the loss scores at temperature {temperature:g}; "
-                "ask the sampler for processed log-probabilities"
+                f"they are raw (a softmax of the bare logits), but {who} at temperature {other:g}; ask the sampler for "
+                "processed log-probabilities"
             )
         if self.mode == "processed" and self.temperature != temperature:
             return (

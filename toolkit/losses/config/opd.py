@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from toolkit.errors import ConfigError
 from toolkit.functional.names import EXACT_KL, KLDirection, KLTail
 from toolkit.functional.options import Anchor, Fraction, NotNegative
-from toolkit.losses.config.aggregation import AggregationConfig
+from toolkit.losses.config.aggregation import AggregationConfig, check_effect
 from toolkit.losses.config.policy import Aggregated, BaseRLLossConfig
 from toolkit.schema import FrozenDict
 
@@ -19,6 +19,9 @@ class OPDLossConfig(BaseRLLossConfig):
     """On-policy distillation: a teacher scores the policy's samples; this replaces rewards."""
 
     context = "toolkit.losses.opd:OPDLossContext"
+    reads_advantages = False
+    """A teacher replaces rewards; corrections see 0 if items have none."""
+    positive_nll_coef: ClassVar[float] = 0.0
 
     variant: Literal["sampled", "top_k"] = "sampled"
     """sampled: policy loss ``opd`` on ``teacher_logprobs``; top_k: a divergence over the candidates of
@@ -46,11 +49,8 @@ class OPDLossConfig(BaseRLLossConfig):
         }
         for variant, options in readers.items():
             for field in options:
-                if variant != self.variant and getattr(self, field) != type(self).model_fields[field].default:
-                    raise ConfigError(
-                        f"{field}={getattr(self, field)!r} has no effect on variant {self.variant!r}; it is read by "
-                        f"variant={variant!r}"
-                    )
+                without = f"on variant {self.variant!r}; it is read by variant={variant!r}"
+                check_effect(self, field, variant == self.variant, without)
         if self.variant == "top_k" and self.use_kl_loss and self.kl_loss_type in EXACT_KL:
             raise ConfigError(
                 f"kl_loss_type={self.kl_loss_type!r} beside variant='top_k': only one of teacher and reference can "
@@ -63,16 +63,6 @@ class OPDLossConfig(BaseRLLossConfig):
         """The registered policy loss ``opd`` with these options."""
         options = {name: getattr(self, name) for name in ("anchor", "threshold_low", "log_ratio_sq_coef")}
         return FrozenDict({"loss_type": "opd", **options})
-
-    @property
-    def reads_advantages(self) -> bool:
-        """False: a teacher replaces rewards; corrections see 0 if items have none."""
-        return False
-
-    @property
-    def positive_nll_coef(self) -> float:
-        """0: this loss does not imitate tokens."""
-        return 0.0
 
     @property
     def candidates(self) -> Literal["ref", "teacher"] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
@@ -12,19 +12,14 @@ from toolkit.functional.kl_facts import kl_warning
 from toolkit.functional.names import EXACT_KL, MAX_LOG_RATIO, KLDirection, KLGradient, KLTail, KLTerm
 from toolkit.functional.options import NotNegative
 from toolkit.functional.policy.registry import PolicyLoss, Scope, policy_loss
-from toolkit.losses.config.aggregation import PER_COMPONENT, AggregationConfig, aggregation_from
+from toolkit.losses.config.aggregation import PER_COMPONENT, AggregationConfig, aggregation_from, check_effect
 from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.correction import corrections_from
 from toolkit.losses.config.required_fields import Requirement, required_fields
 from toolkit.losses.config.term import LossTerm
 from toolkit.schema import FrozenDict, answer
 
 KLClamp = Annotated[float, Field(gt=0)] | Literal["auto"] | None
-
-
-def _corrections(value: Any) -> Any:
-    from toolkit.losses.config.correction import corrections_from
-
-    return corrections_from(value)
 
 
 def _checked_policy_loss(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -67,9 +62,12 @@ class BaseRLLossConfig(BaseLossConfig):
         def positive_nll_coef(self) -> float:
             """Factor of the mean of -log pi over the tokens with A > 0."""
 
+    reads_advantages: ClassVar[bool] = True
+    """Whether items must have advantages."""
+
     log_ratio_range: tuple[float | None, float | None] = (-MAX_LOG_RATIO, MAX_LOG_RATIO)
     """Bounds in nats of every log ratio before exp, 20 as in XTuner and verl; no gradient outside; null: no bound."""
-    correction: Annotated[Any, BeforeValidator(_corrections)] = Field(default_factory=dict)
+    correction: Annotated[Any, BeforeValidator(corrections_from)] = Field(default_factory=dict)
     """Corrections of the mismatch between sampler and trainer, each a `CorrectionConfig`; applied one after another."""
     correction_on_kl: bool = False
     """Whether their weights multiply the KL term, too, as only ms-swift does."""
@@ -113,7 +111,7 @@ class BaseRLLossConfig(BaseLossConfig):
         return bounds
 
     @model_validator(mode="after")
-    def _kl_needs_an_estimator(self) -> BaseRLLossConfig:
+    def _kl_makes_sense(self) -> BaseRLLossConfig:
         if self.kl_loss_type is not None and not self.use_kl_loss:
             warn_once(f"kl_loss_type={self.kl_loss_type!r} has no effect with use_kl_loss=False")
         if not self.use_kl_loss and self.kl_loss_coef != type(self).model_fields["kl_loss_coef"].default:
@@ -125,10 +123,6 @@ class BaseRLLossConfig(BaseLossConfig):
             raise ConfigError(
                 "use_kl_loss=True needs kl_loss_type, one of 'k1', 'k2', 'k3' or 'abs' (on the command line: kl=k3)"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _kl_pulls_to_the_reference(self) -> BaseRLLossConfig:
         if self.use_kl_loss and self.kl_loss_type not in (None, *EXACT_KL) and self.kl_loss_coef > 0:
             warn_once(kl_warning(self.kl_loss_type, self.kl_gradient))
         return self
@@ -149,16 +143,13 @@ class BaseRLLossConfig(BaseLossConfig):
             "correction_on_kl": ("use_kl_loss=True and a correction", self.use_kl_loss and bool(self.correction)),
         }
         for field, (reader, is_read) in readers.items():
-            if getattr(self, field) != type(self).model_fields[field].default and not is_read:
-                raise ConfigError(f"{field}={getattr(self, field)!r} has no effect without {reader}")
+            check_effect(self, field, is_read, f"without {reader}")
         return self
 
     @model_validator(mode="after")
     def _exact_kl_is_not_cut(self) -> BaseRLLossConfig:
-        is_wide = any(each.needs_current and each.needs_sequences for each in self.correction)
-        scope = self.policy.scope
-        if self.mode == "chunk" and self.candidates is not None and (scope != "token" or is_wide):
-            who = f"policy loss {self.policy.name!r}" if scope != "token" else "a correction"
+        if self.mode == "chunk" and self.candidates is not None and self.scope != "token":
+            who = f"policy loss {self.policy.name!r}" if self.policy.scope != "token" else "a correction"
             raise ConfigError(
                 f"{who} looks at more than one token, so its chunks cannot be differentiated one by one, as "
                 f"log-probabilities of {'a teacher' if self.candidates == 'teacher' else 'a reference'}'s candidates "
@@ -182,15 +173,10 @@ class BaseRLLossConfig(BaseLossConfig):
         aggregation = self.aggregation
         if aggregation.name == PER_COMPONENT:
             beside = AggregationConfig()
-            components = (("positive", is_positive), ("negative", is_not_positive))
+            positive, negative = aggregation.positive_weight, aggregation.negative_weight
             terms = [
-                LossTerm(
-                    name=f"policy_{sign}",
-                    coef=getattr(aggregation, f"{sign}_weight"),
-                    token_filter=token_filter,
-                    use_correction=True,
-                )
-                for sign, token_filter in components
+                LossTerm(name="policy_positive", coef=positive, token_filter=is_positive, use_correction=True),
+                LossTerm(name="policy_negative", coef=negative, token_filter=is_not_positive, use_correction=True),
             ]
         else:
             beside = aggregation
@@ -244,11 +230,6 @@ class BaseRLLossConfig(BaseLossConfig):
     @answer
     def _answers_of_policy(self) -> dict[Any, Any]:
         return {}
-
-    @property
-    def reads_advantages(self) -> bool:
-        """Whether items must have advantages."""
-        return True
 
     @answer
     def step_settings(self) -> dict[str, Any]:

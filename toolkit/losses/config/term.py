@@ -66,11 +66,7 @@ class LossTerm:
 
 
 def checked_terms(listed: Any, owner: str) -> tuple[LossTerm, ...]:
-    """Return the terms of a loss.
-
-    Args:
-        listed: the `terms` of the config.
-        owner: the config's class, for messages.
+    """Return the `terms` of a config, as `listed` in the class `owner`.
 
     Raises:
         ConfigError: they are empty, an entry is not a `LossTerm`, or two have the same name.

@@ -21,9 +21,8 @@ def candidates_of(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the checked candidate ids and log-probabilities that the loss reads, [B, T, K] each.
 
-    Returns:
-        Ids (None: the whole vocabulary in order) and log-probabilities, -inf where an id is negative. Both are None
-        for a loss that compares sampled tokens only.
+    Ids are None for the whole vocabulary in order; log-probabilities are -inf where an id is negative. Both are None
+    for a loss that compares sampled tokens only.
 
     Raises:
         DataError: they are missing, they are not log-probabilities, or a token appears twice.
@@ -45,7 +44,7 @@ def candidates_of(
             f"{where}_ids is missing, but kl_loss_type='top_k' must know which tokens the candidates are; give int64 "
             "[.., T, K], or take kl_loss_type='full' (on the command line: kl=full) for the whole vocabulary"
         )
-    if ids is not None and cfg.kl_loss_type == "full" and who == "ref":
+    if ids is not None and who == "ref" and cfg.kl_loss_type == "full":
         raise DataError(
             f"{where}_ids has no effect on kl_loss_type='full', which compares the whole vocabulary in order; leave it "
             "out, or take kl_loss_type='top_k' (on the command line: kl=top_k)"
@@ -63,17 +62,13 @@ def candidates_of(
 def _check_distribution(logprobs: Tensor, ids: Tensor | None, is_scored: Tensor, where: str) -> None:
     """Raise if the values at a scored position are not part of a distribution."""
     present = is_scored.unsqueeze(-1) if ids is None else is_scored.unsqueeze(-1) & (ids >= 0)
-    broken = present & ~logprobs.isfinite()
-    if bool(broken.any()):
-        index = broken.nonzero()[0].tolist()
+    if index := _first(present & ~logprobs.isfinite()):
         raise DataError(
             f"{where}_logprobs{index} = {float(logprobs[tuple(index)])} at a scored position; give a finite "
             "log-probability, or the id -1 if there is no candidate"
         )
     mass = logprobs.detach().masked_fill(~present, -torch.inf).logsumexp(-1).exp()
-    heavy = is_scored & (mass > MAX_MASS)
-    if bool(heavy.any()):
-        index = heavy.nonzero()[0].tolist()
+    if index := _first(is_scored & (mass > MAX_MASS)):
         raise DataError(
             f"{where}_logprobs{index} add up to a probability of {float(mass[tuple(index)]):.3g}; give "
             "log-probabilities in nats (a log-softmax over the whole vocabulary), not logits"
@@ -81,23 +76,20 @@ def _check_distribution(logprobs: Tensor, ids: Tensor | None, is_scored: Tensor,
     if ids is None:
         return
     in_order = ids.sort(-1).values
-    twice = is_scored & ((in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0)).any(-1)
-    if bool(twice.any()):
-        index = twice.nonzero()[0].tolist()
+    is_twice = ((in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0)).any(-1)
+    if index := _first(is_scored & is_twice):
         raise DataError(f"{where}_ids{index} names a token twice; its probability would count twice. Keep one of them")
+
+
+def _first(mask: Tensor) -> list[int]:
+    """Return the index of the first True, empty if there is none."""
+    return mask.nonzero()[0].tolist() if bool(mask.any()) else []
 
 
 def check_vocabulary(
     ids: Tensor | None, logprobs: Tensor | None, labels: Tensor, vocabulary: int, ignore_idx: int
 ) -> None:
-    """Check candidates against the vocabulary of the head.
-
-    Args:
-        ids: [B, T, K] or None.
-        logprobs: [B, T, K] or None.
-        labels: [B, T].
-        vocabulary: V.
-        ignore_idx: label of positions that are not scored.
+    """Check candidates, `ids` and `logprobs` [B, T, K] at `labels` [B, T], against the vocabulary of the head.
 
     Raises:
         DataError: an id is outside the vocabulary, or ids are None and K is not V.
@@ -109,9 +101,7 @@ def check_vocabulary(
                 f"has {vocabulary}; give one for each token of the vocabulary, or the ids of the candidates"
             )
         return
-    outside = (labels != ignore_idx).unsqueeze(-1) & (ids >= vocabulary)
-    if bool(outside.any()):
-        index = outside.nonzero()[0].tolist()
+    if index := _first((labels != ignore_idx).unsqueeze(-1) & (ids >= vocabulary)):
         raise DataError(
             f"candidate_ids{index} = {int(ids[tuple(index)])} lies outside the vocabulary of {vocabulary} "
             f"(0 .. {vocabulary - 1}); a negative id means no candidate"

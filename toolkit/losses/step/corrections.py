@@ -24,7 +24,6 @@ from toolkit.functional.mismatch import (
     normalizer_parts,
 )
 from toolkit.functional.terms import PolicyTerms
-from toolkit.losses.config.correction import CorrectionConfig
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.step.step import Step
@@ -42,41 +41,23 @@ class CorrectedBatch:
     metrics: dict[str, Metric]
 
 
-def early(cfg: BaseRLLossConfig, *, has_current: bool) -> tuple[CorrectionConfig, ...]:
-    """Return the corrections that are known before the forward: with `current_logprobs` in the items, all of them."""
-    return tuple(correction for correction in cfg.correction if has_current or not correction.needs_current)
-
-
-def late(cfg: BaseRLLossConfig, *, has_current: bool) -> tuple[CorrectionConfig, ...]:
-    """Return the corrections that compare the current policy, which is known only in the forward."""
-    return tuple(correction for correction in cfg.correction if correction.needs_current and not has_current)
-
-
 class EarlyCorrections:
     """The corrections of a step that are known before its first forward, over the micro-batches of this rank."""
 
-    def __init__(
-        self,
-        step: Step,
-        turns: Sequence[Tensor] | None,
-        cfg: BaseRLLossConfig,
-        *,
-        has_current: bool,
-    ) -> None:
-        items: list[RLLossContextInputItem] = step.items
-        self._cfg, self._items = cfg, items
-        self._chosen = early(cfg, has_current=has_current)
-        turns_of_batches = [None] * len(items) if turns is None else turns
-        scored_terms = [_mismatch_terms(step, index, turn_ids, cfg) for index, turn_ids in enumerate(turns_of_batches)]
-        self._scored, self._terms = [pair[0] for pair in scored_terms], [pair[1] for pair in scored_terms]
+    def __init__(self, step: Step, turns: Sequence[Tensor] | None, cfg: BaseRLLossConfig, *, has_current: bool) -> None:
+        self._cfg: BaseRLLossConfig = cfg
+        self._items: list[RLLossContextInputItem] = step.items
+        self._chosen = tuple(correction for correction in cfg.correction if has_current or not correction.needs_current)
+        turns_of_batches = [None] * len(step.items) if turns is None else turns
+        self._scored = [_mismatch_terms(step, index, turn_ids, cfg) for index, turn_ids in enumerate(turns_of_batches)]
 
     def normalizer_parts(self) -> Tensor:
         """Return what this rank adds to the mean weights of the step, [C, 2]; C includes the late corrections."""
         device = self._items[0].shifted_labels.device if self._items else None
         parts = torch.zeros(len(self._cfg.correction), 2, dtype=torch.float64, device=device)
-        for terms in self._terms:
-            if terms is not None and self._chosen:
-                parts[: len(self._chosen)] += normalizer_parts(self._chosen, terms)
+        for scored in self._scored:
+            if scored is not None and self._chosen:
+                parts[: len(self._chosen)] += normalizer_parts(self._chosen, scored[1])
         return parts
 
     def labels(self) -> list[Tensor]:
@@ -87,15 +68,41 @@ class EarlyCorrections:
         return [self.batch(index, sums).labels for index in range(len(self._items))]
 
     def batch(self, index: int, normalizer_sums: Tensor | None) -> CorrectedBatch:
-        """Return a micro-batch after the corrections.
+        """Return the micro-batch of an index after the corrections.
 
-        Args:
-            index: of the micro-batch.
-            normalizer_sums: [C, 2] the `normalizer_parts` of all ranks; ones: no weight is divided by a mean;
-                None: the loss has no correction.
+        `normalizer_sums` [C, 2] are the `normalizer_parts` of all ranks; ones: no weight is divided by a mean; None:
+        the loss has no correction.
         """
-        item, positions, terms = self._items[index], self._scored[index], self._terms[index]
-        return _corrected_batch(item, positions, terms, self._chosen, normalizer_sums, self._cfg)
+        item, scored, corrections = self._items[index], self._scored[index], self._chosen
+        labels = item.shifted_labels
+        if scored is None:
+            return CorrectedBatch(labels, None, {})
+        positions, terms = scored
+        if corrections and normalizer_sums is not None:
+            result = corrected(corrections, terms, normalizer_sums)
+        else:
+            ones = torch.ones_like(terms.rollout_logprobs)
+            result = Corrected(weights=ones, is_kept=ones.bool(), in_denominator=ones.bool(), is_hit=())
+        assert terms.old_logprobs is not None
+        metrics: dict[str, Metric] = {}
+        if comparable_rollout(item, self._cfg) is not None:
+            metrics = mismatch_metrics(
+                terms.old_logprobs,
+                terms.rollout_logprobs,
+                result.weights,
+                result.is_kept,
+                terms.sequence_ids,
+                terms.num_sequences,
+            )
+        if not corrections:
+            return CorrectedBatch(labels, None, metrics)
+        metrics |= correction_metrics(corrections, result)
+        flat = torch.ones(labels.numel(), dtype=torch.float64, device=labels.device)
+        weight = flat.index_copy(0, positions, result.weights).reshape(labels.shape)
+        has_left = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
+        has_left[positions] = ~result.in_denominator
+        kept_labels = labels.masked_fill(has_left.reshape(labels.shape), self._cfg.ignore_idx)
+        return CorrectedBatch(kept_labels, weight, metrics)
 
 
 def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> Tensor | None:
@@ -107,15 +114,15 @@ def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> T
 
 def _mismatch_terms(
     step: Step, index: int, turns: Tensor | None, cfg: BaseRLLossConfig
-) -> tuple[Tensor | None, MismatchTerms | None]:
+) -> tuple[Tensor, MismatchTerms] | None:
     """Return the positions of scored tokens and what corrections look at; None if nothing can be compared."""
     item: RLLossContextInputItem = step.items[index]
     old = item.current_logprobs if item.old_logprobs is None else item.old_logprobs
     rollout = comparable_rollout(item, cfg)
     if old is None or (rollout is None and any("rollout" in correction.between for correction in cfg.correction)):
-        return None, None
+        return None
     if rollout is None and item.current_logprobs is None:
-        return None, None
+        return None
     assert item.advantages is not None
     ids = step.sequence_ids[index]
     positions = (item.shifted_labels != cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
@@ -136,58 +143,16 @@ def _mismatch_terms(
     )
 
 
-def _corrected_batch(
-    item: RLLossContextInputItem,
-    positions: Tensor | None,
-    terms: MismatchTerms | None,
-    corrections: tuple[CorrectionConfig, ...],
-    sums: Tensor | None,
-    cfg: BaseRLLossConfig,
-) -> CorrectedBatch:
-    labels = item.shifted_labels
-    if terms is None or positions is None:
-        return CorrectedBatch(labels, None, {})
-    result = _untouched(terms) if not corrections or sums is None else corrected(corrections, terms, sums)
-    assert terms.old_logprobs is not None
-    metrics: dict[str, Metric] = {}
-    if comparable_rollout(item, cfg) is not None:
-        metrics = mismatch_metrics(
-            terms.old_logprobs,
-            terms.rollout_logprobs,
-            result.weights,
-            result.is_kept,
-            terms.sequence_ids,
-            terms.num_sequences,
-        )
-    if not corrections:
-        return CorrectedBatch(labels, None, metrics)
-    metrics |= correction_metrics(corrections, result)
-    flat = torch.ones(labels.numel(), dtype=torch.float64, device=labels.device)
-    weight = flat.index_copy(0, positions, result.weights).reshape(labels.shape)
-    has_left = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
-    has_left[positions] = ~result.in_denominator
-    return CorrectedBatch(labels.masked_fill(has_left.reshape(labels.shape), cfg.ignore_idx), weight, metrics)
-
-
-def _untouched(terms: MismatchTerms) -> Corrected:
-    ones = torch.ones_like(terms.rollout_logprobs)
-    return Corrected(weights=ones, is_kept=ones.bool(), in_denominator=ones.bool(), is_hit=())
-
-
 def late_correction(
     terms: PolicyTerms, cfg: BaseRLLossConfig, local_index: Tensor | None = None
 ) -> tuple[Tensor | None, dict[str, Metric]]:
-    """Apply the corrections that compare the current policy.
-
-    Args:
-        terms: the tokens that they look at, [N].
-        cfg: of the loss.
-        local_index: [n] indices of the tokens that the metrics measure; None: all.
+    """Apply the corrections that compare the current policy, which is known only in the forward.
 
     Returns:
-        Their weights [N], without gradient (None: 1 everywhere), and metrics.
+        The weights [N] of `terms`, without gradient (None: 1 everywhere), and metrics of the tokens `local_index` [n]
+        (None: all).
     """
-    corrections = late(cfg, has_current=False)
+    corrections = tuple(correction for correction in cfg.correction if correction.needs_current)
     if not corrections:
         return None, {}
     seen = MismatchTerms(

@@ -56,20 +56,15 @@ class GlobalView:
     def scores(self, logprobs: Tensor, entropy: Tensor | None, view_index: Tensor) -> TokenScores:
         """Return the scores of all tokens [N], those of others without gradient; all of the mesh must call it together.
 
-        Args:
-            logprobs: [n] of the local tokens.
-            entropy: [n] of the local tokens, if the loss looks at entropies.
-            view_index: [n] int64, the index of each local token among the N.
+        `logprobs` [n] and, if the loss looks at them, `entropy` [n] are those of the local tokens, and `view_index` [n]
+        their indices among the N.
 
         Raises:
             DataError: the loss needs entropies of other micro-batches: items do not carry them.
         """
         if self.sp_mesh is not None:
-            others = self._summed(logprobs, view_index)
-            return TokenScores(
-                others.index_copy(0, view_index, logprobs),
-                None if entropy is None else self._summed(entropy, view_index),
-            )
+            full_entropy = None if entropy is None else self._summed(entropy, view_index)
+            return TokenScores(self._summed(logprobs, view_index).index_copy(0, view_index, logprobs), full_entropy)
         if entropy is not None:
             raise DataError(
                 "this loss looks at entropies of the whole step, which items do not carry; use one micro-batch on one "
@@ -97,12 +92,7 @@ class _ValueAndGradient(torch.autograd.Function):
 
 
 def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
-    """Return the number `value` with the gradient of `source` (``value + source - sg(source)``, also for inf).
-
-    Args:
-        value: 0-dim.
-        source: 0-dim.
-    """
+    """Return `value` with the gradient of `source`, both [] (``value + source - sg(source)``, also for inf)."""
     return _ValueAndGradient.apply(value, source)
 
 
@@ -120,11 +110,7 @@ def with_global_views(
 ) -> list[GRPOLossKwargs]:
     """Return the kwargs of whole rows with a `GlobalView` each, if the tokens that their loss looks at are spread.
 
-    Args:
-        batches: kwargs of whole rows.
-        cfg: of the loss.
-        sp_mesh: ranks that share a sequence.
-        is_step_wide: whether the loss looks at all micro-batches and ranks; then all must call it together.
+    With `is_step_wide` the loss looks at all micro-batches and ranks; then all must call it together.
     """
     if cfg.scope == "token" or (sp_mesh is None and not is_step_wide):
         return [
@@ -173,10 +159,7 @@ def _step(
     """Return all tokens of the step in an order that does not depend on the layout, and where to find each micro-batch.
 
     The order is by content: a loss that draws tokens at random must draw the same ones however the step is split.
-
-    Returns:
-        Kwargs of all tokens (None without micro-batches), the indices of each micro-batch's tokens among them, and the
-        number of micro-batches of other ranks before those of this rank.
+    Without micro-batches there are no kwargs. Last comes the number of micro-batches of lower ranks.
     """
     local_batches = [{name: value.cpu() for name, value in part.tensors()} for part in parts]
     gathered = all_gather_objects(local_batches if counts_here(sp_mesh) else [])
@@ -217,8 +200,7 @@ def _numbered_on(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]
 def _filled(fields: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """Return a micro-batch with defaults for fields that only others have: on-policy, unreported, unweighted.
 
-    Raises:
-        DataError: a field has no default; raised on every rank, because all have all micro-batches here.
+    A field without a default raises on every rank, because all have all micro-batches here.
     """
     current = fields["current_logprobs"]
     defaults = {

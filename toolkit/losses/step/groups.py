@@ -1,4 +1,4 @@
-"""Groups over micro-batches and ranks: checks that a step keeps the tokens together that a loss needs.
+"""Prompts over micro-batches and ranks: their tokens, and checks that a step keeps those together that a loss needs.
 
 Legend: B rows, T positions of a row. Completions of the same prompt have the same group id on all ranks; a negative id
 without a scored token marks padding.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
@@ -17,10 +18,7 @@ from toolkit.losses.step.totals import Table
 
 
 def pieces_of_groups(labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int) -> Table:
-    """Return in how many micro-batches of this rank each group has a scored token.
-
-    `labels` and `group_ids` are [B, T] for each micro-batch.
-    """
+    """Return in how many micro-batches of this rank, `labels` and `group_ids` [B, T], each group has a scored token."""
     pieces: Table = {}
     for batch_labels, batch_groups in zip(labels, group_ids, strict=True):
         for group in batch_groups[batch_labels != ignore_idx].unique().tolist():
@@ -42,7 +40,7 @@ def check_step(
     Args:
         items: of this rank.
         cfg: of the loss.
-        pieces: in how many micro-batches of all ranks each group has a scored token.
+        pieces: the sum of `pieces_of_groups` over all ranks.
         num_items: micro-batches of all ranks.
         num_with_current: those that have `current_logprobs`.
         num_scored: those that have a scored token.
@@ -80,3 +78,28 @@ def check_step(
             f"{where}group {split} is in several micro-batches, but policy loss {name!r} needs all sequences of a "
             f"group in one; split the batch between groups, or {remedy}"
         )
+
+
+def tokens_of_prompts(labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int) -> Table:
+    """Return the scored tokens of every prompt in the micro-batches of this rank, `labels` and `group_ids` [B, T]."""
+    tokens: Table = {}
+    for batch_labels, batch_groups in zip(labels, group_ids, strict=True):
+        groups, index = batch_groups.reshape(-1).unique(return_inverse=True)
+        sizes = torch.bincount(index, (batch_labels.reshape(-1) != ignore_idx).double(), minlength=len(groups))
+        for group, size in zip(groups.tolist(), sizes.tolist(), strict=True):
+            tokens[group] = tokens.get(group, 0.0) + size
+    return tokens
+
+
+def prompts_of(group_ids: Sequence[Tensor], tokens: Table, count_empty: bool) -> tuple[list[Tensor], int]:
+    """Return the tokens of each position's prompt over the step ([B, T] per micro-batch), and how many prompts count.
+
+    `group_ids` are [B, T] for each micro-batch of this rank, `tokens` the sum of `tokens_of_prompts` over all ranks.
+    """
+    prompt_tokens = []
+    for ids in group_ids:
+        groups, index = ids.reshape(-1).unique(return_inverse=True)
+        sizes = torch.tensor([tokens[group] for group in groups.tolist()], dtype=torch.float64, device=index.device)
+        prompt_tokens.append(sizes[index].reshape(ids.shape))
+    # A negative id without a scored token is the padding of a row; with one it is a prompt like any other.
+    return prompt_tokens, sum(size > 0 or (count_empty and group >= 0) for group, size in tokens.items())

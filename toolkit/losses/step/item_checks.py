@@ -34,11 +34,9 @@ def _check_policy_loss(cfg: BaseRLLossConfig) -> None:
 
 
 def scored_labels(kwargs: Any, cfg: BaseRLLossConfig) -> Tensor:
-    """Return the labels, ignored where `drop_zero_advantage` skips a token: never if a KL or bonus needs all tokens.
+    """Return the labels [B, T], ignored where `drop_zero_advantage` skips a token: never if other terms need them all.
 
-    Args:
-        kwargs: `GRPOLossKwargs` of whole rows, [B, T].
-        cfg: of the loss.
+    `kwargs` are `GRPOLossKwargs` of whole rows.
     """
     labels = kwargs.shifted_labels
     has_other_terms = (cfg.use_kl_loss and cfg.kl_loss_coef != 0) or cfg.entropy_coef != 0
@@ -63,12 +61,7 @@ CHECKED_LATER = ("current_logprobs", "ref_topk_logprobs", "teacher_topk_logprobs
 
 
 def check_item(item: RLLossContextInputItem, cfg: BaseRLLossConfig, where: str) -> None:
-    """Check one item of a step.
-
-    Args:
-        item: [B, T] whole rows.
-        cfg: of the loss.
-        where: its name in messages.
+    """Check one item of a step, over whole rows; `where` is its name in messages.
 
     Raises:
         DataError: a field that the loss reads is missing, or is not comparable with what the loss computes.

@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from toolkit.distributed import collective_device
 from toolkit.errors import DataError
 from toolkit.losses.items import LossContextInputItem
-from toolkit.losses.record import PerToken
 from toolkit.losses.step.totals import rejected_elsewhere
 
 ItemT = TypeVar("ItemT", bound=LossContextInputItem)
@@ -30,16 +29,11 @@ ItemT = TypeVar("ItemT", bound=LossContextInputItem)
 def local_and_full_items(
     checked: Callable[[], list[ItemT]], sp_mesh: DeviceMesh | None
 ) -> tuple[list[ItemT], list[ItemT]]:
-    """Return this rank's items, and the same with every per-token field joined over the mesh.
+    """Return this rank's items, and the same over whole rows [B, T]; all ranks of the mesh must call it together.
 
-    Args:
-        checked: returns this rank's pieces, [B, T / P] each, one for each micro-batch of the step; its error is raised
-            after the other ranks of the mesh, which wait for the pieces, know of it.
-        sp_mesh: ranks that share a sequence; all must call this together. None: every row is whole.
-
-    Returns:
-        The pieces, and the items over whole rows [B, T], padding included, equal on every rank of the mesh. The latter
-        have no candidates ([.., K]): only the rank that scores a token needs them.
+    `checked` returns this rank's pieces, [B, T / P] each, one for each micro-batch of the step; its error is raised
+    after the other ranks of the mesh, which wait for the pieces, know of it. Items over whole rows include padding and
+    are equal on every rank. They have no candidates ([.., K]): only the rank that scores a token needs them.
 
     Raises:
         DataError: the ranks differ in the number of micro-batches, their shapes, or their fields; or the items of
@@ -56,12 +50,8 @@ def local_and_full_items(
 
 
 def _full_items(items: Sequence[ItemT], error: Exception | None, sp_mesh: DeviceMesh) -> list[ItemT]:
-    fields = [
-        (index, name, value)
-        for index, item in enumerate(items)
-        for name, value in item.tensors()
-        if isinstance(mark := item.layout(name), PerToken) and not mark.trailing
-    ]
+    per_token = [(index, *field) for index, item in enumerate(items) for field in item.per_token()]
+    fields = [(index, name, value) for index, name, value, mark in per_token if not mark.trailing]
     _check_alike(items, error, [(name, tuple(value.shape)) for _, name, value in fields], sp_mesh)
     if not fields:
         return list(items)
@@ -73,14 +63,11 @@ def _full_items(items: Sequence[ItemT], error: Exception | None, sp_mesh: Device
     changes: list[dict[str, Tensor]] = [{} for _ in items]
     for (index, name, value), end in zip(fields, ends, strict=True):
         span = slice(end - value.numel(), end)
-        full_value = torch.cat([_from_bits(piece[span].to(value.device), value) for piece in pieces], -1)
-        changes[index][name] = full_value
-    return [item.replace(**{**_without_candidates(item), **full}) for item, full in zip(items, changes, strict=True)]
-
-
-def _without_candidates(item: ItemT) -> dict[str, None]:
-    marks = {name: item.layout(name) for name, _ in item.tensors()}
-    return {name: None for name, mark in marks.items() if isinstance(mark, PerToken) and mark.trailing}
+        changes[index][name] = torch.cat([_from_bits(piece[span].to(value.device), value) for piece in pieces], -1)
+    return [
+        item.replace(**dict.fromkeys(name for name, _, mark in item.per_token() if mark.trailing), **full)
+        for item, full in zip(items, changes, strict=True)
+    ]
 
 
 def _as_bits(value: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from toolkit.functional.aggregation import BY_TOKEN, Share
 from toolkit.losses.config.aggregation import AggregationConfig
 from toolkit.losses.config.term import LossTerm, weight_columns
 from toolkit.losses.items import LossContextInputItem
-from toolkit.losses.step.prompts import prompts_of, tokens_of_prompts
+from toolkit.losses.step.groups import prompts_of, tokens_of_prompts
 from toolkit.losses.step.sequence_parallel import local_and_full_items
 from toolkit.losses.step.totals import Counts, Table, exchange_counts
 from toolkit.losses.step.weights import (

@@ -40,11 +40,7 @@ class Counts:
 def exchange_counts(count: Callable[[], Counts], *, num_numbers: int, has_tables: bool, device: torch.device) -> Counts:
     """Return the counts of all ranks added up; every rank must call it, once for each optimizer step.
 
-    Args:
-        count: returns the counts of this rank.
-        num_numbers: K, equal on every rank.
-        has_tables: whether the counts have tables, equal on every rank.
-        device: of the numbers.
+    `count` returns those of this rank; K and whether there are tables must be equal on every rank.
 
     Raises:
         DataError, ConfigError: `count` raised it on this rank. DataError: `count` raised on another rank.
@@ -110,9 +106,8 @@ def _from_bits(bits: Tensor) -> Tensor:
 
 def _added(parts: Iterable[dict[str, Table]]) -> dict[str, Table]:
     total: dict[str, Table] = {}
-    for part in parts:
-        for name, table in part.items():
-            total_table = total.setdefault(name, {})
-            for key, number in table.items():
-                total_table[key] = total_table.get(key, 0.0) + number
+    for name, table in (named for part in parts for named in part.items()):
+        total_table = total.setdefault(name, {})
+        for key, number in table.items():
+            total_table[key] = total_table.get(key, 0.0) + number
     return total

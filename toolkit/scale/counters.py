@@ -1,14 +1,57 @@
-"""Count the bytes of every tensor that an operator allocates, and the most that are alive at once."""
+"""Counters below every interface of PyTorch: the collectives that a call makes, and the memory that it needs."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_TENSORS_SECOND = (
+    "allgather_",
+    "_allgather_base_",
+    "allgather_coalesced_",
+    "allgather_into_tensor_coalesced_",
+    "reduce_scatter_",
+    "_reduce_scatter_base_",
+    "reduce_scatter_tensor_coalesced_",
+    "scatter_",
+    "alltoall_base_",
+)
+"""Operators whose second argument has the tensors of this rank; for all others it is the first."""
+_NO_TRAFFIC = ("wait_tensor", "_wrap_tensor_autograd")
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Count every collective, whoever makes it: `torch.distributed`, DDP, FSDP2 or DTensor, also in backward.
+
+    Example:
+        >>> with CollectiveCounter() as seen:
+        ...     loss.backward()
+        >>> seen.num_calls, seen.payload
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+        """Collectives that were made."""
+        self.payload = 0
+        """Bytes that this rank contributed to all of them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+            self._count(func._opname, args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Sequence[Any]) -> None:
+        if name not in _NO_TRAFFIC:
+            leaves = tree_leaves(args[1 if name in _TENSORS_SECOND else 0])
+            self.num_calls += 1
+            self.payload += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
 
 class AllocationCounter(TorchDispatchMode):

@@ -276,8 +276,8 @@ MUTATIONS = (
     Mutation(
         name="infinite-fields-pass",
         file="toolkit/losses/step/value_checks.py",
-        line="if self.must_be_finite and not math.isfinite(next(numbers)):",
-        becomes="if self.must_be_finite and math.isnan(next(numbers)):",
+        line="if not math.isfinite(total) or (is_logprob and high > MAX_LOGPROB):",
+        becomes="if math.isnan(total) or (is_logprob and high > MAX_LOGPROB):",
         tests=("tests/losses/test_grpo.py::test_non_finite_at_a_scored_position_is_named",),
     ),
     Mutation(

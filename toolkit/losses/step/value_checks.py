@@ -6,61 +6,17 @@ Legend: B rows, T positions of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
 from toolkit.losses.items import LossContextInputItem
-from toolkit.metrics import fetch, wide_dtype
+from toolkit.metrics import wide_dtype
 
 MAX_LOGPROB = math.log(1.01)
 """Largest log-probability in nats; above 0 because of rounding to bf16."""
-
-
-@dataclass(frozen=True)
-class _Field:
-    """A field of one item."""
-
-    where: str
-    """Its name in messages."""
-    values: Tensor
-    """[B, T]."""
-    is_free: Tensor
-    """[B, T] bool, True for positions that may hold anything."""
-    must_be_finite: bool
-    is_logprob: bool
-
-    def numbers(self) -> list[Tensor]:
-        """Return the 0-dim numbers that `check` reads: a sum, if all must be finite; the largest log-probability."""
-        masked = self.values.detach().masked_fill(self.is_free, 0.0)
-        if not self.must_be_finite:
-            masked = masked.masked_fill(masked.isnan(), 0.0)  # a sampler may not report every token
-        sums = [masked.sum(dtype=wide_dtype(masked))] if self.must_be_finite else []
-        return [*sums, masked.amax()] if self.is_logprob else sums
-
-    def check(self, numbers: Iterator[float]) -> None:
-        """Raise `DataError` if the values are wrong; takes its own from `numbers`."""
-        # A finite sum has finite parts; any other may have overflowed.
-        if self.must_be_finite and not math.isfinite(next(numbers)):
-            self._refuse(
-                ~self.values.isfinite(),
-                "at a scored position; only positions whose label is ignore_idx may hold NaN or inf; mask the position "
-                "or fix the value",
-            )
-        if self.is_logprob and next(numbers) > MAX_LOGPROB:
-            self._refuse(
-                self.values > MAX_LOGPROB,
-                "at a scored position, but a log-probability is at most 0; did you pass probabilities or negative "
-                "log-likelihoods?",
-            )
-
-    def _refuse(self, is_wrong: Tensor, why: str) -> None:
-        wrong = (is_wrong & ~self.is_free).nonzero()
-        if len(wrong):
-            index = wrong[0].tolist()
-            raise DataError(f"{self.where}{index} = {float(self.values[tuple(index)]):.6g} {why}")
 
 
 def check_values(items: Sequence[LossContextInputItem], finite: Collection[str], ignore_idx: int) -> list[int | None]:
@@ -74,22 +30,58 @@ def check_values(items: Sequence[LossContextInputItem], finite: Collection[str],
     Raises:
         DataError: names the first position with NaN or inf, or with a log-probability above 0.
     """
-    fields: list[_Field] = []
-    bounds: list[Tensor] = []
-    for index, item in enumerate(items):
-        if item.shifted_labels.numel():
-            is_free = item.shifted_labels == ignore_idx
-            bounds += item.shifted_labels.masked_fill(is_free, 0).aminmax()
-            fields += _fields_of(item, f"data_batches[{index}]", is_free, finite)
-    numbers = iter(fetch([*bounds, *(number for field in fields for number in field.numbers())]) if bounds else [])
-    ranges = [(next(numbers), next(numbers)) if item.shifted_labels.numel() else (0, -1) for item in items]
-    for field in fields:
-        field.check(numbers)
-    return [int(highest) if lowest >= 0 else None for lowest, highest in ranges]
+    checked = [_checked_fields(item, finite) for item in items]
+    vectors = [_numbers(item, fields, ignore_idx) for item, fields in zip(items, checked, strict=True)]
+    numbers = iter(torch.cat(vectors).tolist() if vectors else [])  # waits for the device once
+    largest: list[int | None] = []
+    for index, (item, fields) in enumerate(zip(items, checked, strict=True)):
+        sums, highest = ([next(numbers) for _ in fields] for _ in range(2))
+        for name, total, high in zip(fields, sums, highest, strict=True):
+            must_be_finite, is_logprob = name in finite, _is_logprob(name)
+            # A finite sum has finite parts; any other may have overflowed, or hold NaN that a sampler may report.
+            if not math.isfinite(total) or (is_logprob and high > MAX_LOGPROB):
+                where = f"data_batches[{index}].{name}"
+                _check_field(where, fields[name], item.shifted_labels != ignore_idx, must_be_finite, is_logprob)
+        lowest_label, highest_label = next(numbers), next(numbers)
+        largest.append(int(highest_label) if lowest_label >= 0 else None)
+    return largest
 
 
-def _fields_of(item: LossContextInputItem, where: str, is_free: Tensor, finite: Collection[str]) -> Iterator[_Field]:
-    for name, values in item.tensors():
-        is_logprob = name.endswith("_logprobs")
-        if values.shape == is_free.shape and (is_logprob or name in finite):
-            yield _Field(f"{where}.{name}", values, is_free, name in finite, is_logprob)
+def _checked_fields(item: LossContextInputItem, finite: Collection[str]) -> dict[str, Tensor]:
+    shape = item.shifted_labels.shape
+    return {
+        name: values.detach()
+        for name, values in item.tensors()
+        if (name in finite or _is_logprob(name)) and values.shape == shape
+    }
+
+
+def _numbers(item: LossContextInputItem, fields: Mapping[str, Tensor], ignore_idx: int) -> Tensor:
+    """Return the sum and the largest value of every field over scored positions, and the range of the labels."""
+    labels = item.shifted_labels
+    if not labels.numel():
+        return torch.tensor([0.0] * 2 * len(fields) + [0.0, -1.0], device=labels.device)
+    is_free = labels == ignore_idx
+    bounds = torch.stack(labels.masked_fill(is_free, 0).aminmax())
+    if not fields:
+        return bounds
+    rows = torch.stack([*fields.values()]).masked_fill(is_free, 0.0).flatten(1)
+    return torch.cat([rows.sum(1, dtype=wide_dtype(rows)), rows.amax(1), bounds])
+
+
+def _check_field(where: str, values: Tensor, is_scored: Tensor, must_be_finite: bool, is_logprob: bool) -> None:
+    causes = {
+        "at a scored position; only positions whose label is ignore_idx may hold NaN or inf; mask the position or fix "
+        "the value": ~values.isfinite() & must_be_finite,
+        "at a scored position, but a log-probability is at most 0; did you pass probabilities or negative "
+        "log-likelihoods?": (values > MAX_LOGPROB) & is_logprob,
+    }
+    for cause, is_wrong in causes.items():
+        wrong = (is_wrong & is_scored).nonzero()
+        if len(wrong):
+            index = wrong[0].tolist()
+            raise DataError(f"{where}{index} = {float(values[tuple(index)]):.6g} {cause}")
+
+
+def _is_logprob(name: str) -> bool:
+    return name.endswith("_logprobs")

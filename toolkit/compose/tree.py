@@ -216,7 +216,9 @@ def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> t
     jobs: Iterable[Sequence[str]] = [overrides]
     sweeps = [override.input_line for override in parse(overrides) if override.is_sweep_override()]
     if sweeps and not multirun:
-        raise ConfigError(f"{sweeps[0]} names several values; add -m to run one job for each")
+        key, _, values = str(sweeps[0]).partition("=")
+        both = f"write {key}=[{values}] to apply all, or " if key == "correction" else ""
+        raise ConfigError(f"{sweeps[0]} names several values; {both}add -m to run one job for each")
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "-m runs one job after another in one process, but WORLD_SIZE is above 1; start each job separately"

@@ -35,6 +35,12 @@ def check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[st
     """
     stray = [str(key) for key in cfg if key not in known and key != "policy_loss"]
     if stray:
+        from toolkit.peers import counterpart  # only a mistake needs it
+
+        value = next((str(o.input_line).partition("=")[2] for o in parsed if o.key_or_group == stray[0]), None)
+        elsewhere = counterpart(stray[0], value)
+        if elsewhere is not None:
+            raise ConfigError(f"{stray[0]} is not a setting; {elsewhere}")
         raise ConfigError(f"{stray[0]} is not a setting; the top level has: {', '.join(known)}")
     target = target_class("loss", cfg.loss)
     fields = getattr(target, "model_fields", {})

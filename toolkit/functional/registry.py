@@ -84,7 +84,12 @@ class Registry(Generic[EntryT]):
             return self.entries[name]
         names = self.names()
         if name not in names:
+            from toolkit.peers import counterpart_value  # only a mistake needs it
+
+            elsewhere = counterpart_value("advantage" if self._key == "advantage" else "policy_loss", name)
             article = "an" if self._kind[0] in "aeiou" else "a"
+            if elsewhere is not None:
+                raise ConfigError(f"{self._key}={name!r} is not {article} {self._kind}; {elsewhere}; {self._how}")
             hint = did_you_mean(str(name), names)
             raise ConfigError(
                 f"{self._key}={name!r} is not {article} {self._kind}; choose {listed(names)}{hint}; {self._how}"

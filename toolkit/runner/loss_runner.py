@@ -257,10 +257,15 @@ class LossRunner:
         return item_class(self.loss_cfg.loss_ctx_cls)
 
     def _check_names(self, fields: Mapping[str, Any]) -> None:
+        from toolkit.peers import counterpart_keyword
+
         known = dict.fromkeys((*FIELDS, *self._item_cls.model_fields))
         unknown = next((key for key in fields if key not in known), None)
         if unknown is not None:
             close = nearest(unknown, known)
+            elsewhere = counterpart_keyword(unknown, fields[unknown], type(self.loss_cfg).model_fields)
+            if elsewhere is not None:
+                raise DataError(f"{unknown!r} is not a field of a batch but a setting of the loss config; {elsewhere}")
             hint = f" (did you mean {close!r}?)" if close is not None else ""
             raise DataError(f"{unknown!r} is not a field of a batch{hint}; it has: {', '.join(known)}")
 

@@ -11,6 +11,7 @@ import toolkit
 ROOT = Path(toolkit.__file__).parent
 LAYERS = [
     {"errors"},
+    {"peers"},
     {"schema", "metrics"},
     {
         "functional.names",

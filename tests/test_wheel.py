@@ -28,6 +28,7 @@ def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest) ->
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         names = {name for name in packed.namelist() if name.startswith("toolkit/_conf/")}
+        assert "toolkit/peers/words.toml" in packed.namelist()
     own = {f"toolkit/_conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert names == {name for name in own if "/local/" not in name}
     home = tmp_path / "elsewhere"

@@ -131,6 +131,9 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
     if item["type"] == "extra_forbidden":
         fields = list(model.model_fields)
         kind = "setting" if issubclass(model, Config) else "field"
+        elsewhere = _word_of_a_peer(key, value, fields, where) if kind == "setting" else None
+        if elsewhere is not None:
+            return f"{path} is not a {kind} of {owner}; {elsewhere}"
         return f"{path} is not a {kind} of {owner}{did_you_mean(key, fields)}; it has: {', '.join(fields)}"
     if item["type"] == "missing":
         how = f"; set it: {path}=..." if where else ""
@@ -140,6 +143,7 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
         best = _nearest_choice(str(value), list(map(str, options)))
         hint = f" (did you mean {best!r}?)" if best else ""
         hint += f"; try: {path}={best}" if best and where else ""
+        hint = _name_of_a_peer(path, value) or hint
         return f"{path}={_shown(value)} is not one of the choices; choose {listed(options)}{hint}"
     message = item["msg"].removeprefix("Value error, ")
     return f"{path}={_shown(value)} is not allowed: {message[:1].lower()}{message[1:]}"
@@ -152,6 +156,25 @@ def _explain_inner(cause: ToolkitError, where: str | None, path: str) -> str:
         return str(cause)  # it has no path to add, or its message already has one
     with located(path):
         return explain(model, error)
+
+
+def _word_of_a_peer(key: str, value: Any, fields: list[str], where: str | None) -> str | None:
+    """Say what a setting of another project is called here; None if no project has it."""
+    from toolkit import peers  # only a mistake needs it
+
+    if where is not None and where.partition(".")[0] == "loss":  # of the command line
+        return peers.counterpart(key, str(value))
+    is_option = (where or "").rpartition(".")[2] in ("policy_loss", "policy_loss_cfg")
+    return peers.counterpart_keyword(key, value, fields, is_option=is_option)
+
+
+def _name_of_a_peer(path: str, value: Any) -> str | None:
+    """Say, as a hint after the choices, what the name of a KL or an aggregation in another project is here."""
+    from toolkit import peers
+
+    field = path.removesuffix(".name").rpartition(".")[2]
+    hint = peers.counterpart_value("kl" if field == "kl_loss_type" else field, value)
+    return hint and f"; {hint}"
 
 
 def _nearest_choice(word: str, options: list[str]) -> str | None:

@@ -56,6 +56,11 @@ def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str 
         wanted = [str(choice) for choice in value] if isinstance(value, list) else [str(value)]
         unknown = [choice for choice in wanted if choice not in groups[key]]
         if unknown:
+            from toolkit.peers import counterpart_choice  # only a mistake needs it
+
+            elsewhere = counterpart_choice(key, unknown[0], groups)
+            if elsewhere is not None:
+                return f"{override.input_line} is not a choice of {key}; {elsewhere}"
             best = nearest(unknown[0], groups[key])
             hint = f"; try: {key}={best}" if best else ""
             likely = choices_shown(groups[key], unknown[0])
@@ -92,6 +97,8 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
 
     `groups` and `base` are what `groups_in` and `choices_composed` return.
     """
+    from toolkit.peers import counterpart  # only a mistake needs it
+
     listed_keys = _dotted(OmegaConf.to_container(base, resolve=False))
     known = [*listed_keys, *(s.key for s in settings_in(base) if s.key not in listed_keys)]
     for override in parsed:
@@ -99,6 +106,9 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
         is_added = override.is_add() or override.is_force_add() or override.is_delete()
         if key in groups or key in known or key.startswith("hydra") or is_added:
             continue
+        elsewhere = counterpart(key, str(override.input_line).partition("=")[2], known)
+        if elsewhere is not None:
+            return f"{key} is not a setting; {elsewhere}"
         return unknown_key(key, override.get_value_element_as_str(), known, groups)
     return " ".join(str(error).splitlines()[:2]) or why_unreadable(error)
 

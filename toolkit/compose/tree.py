@@ -198,6 +198,12 @@ def _check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[s
     """
     stray = [str(key) for key in cfg if key not in known and key != "policy_loss"]
     if stray:
+        from toolkit.peers import counterpart  # only a mistake needs it
+
+        value = next((str(o.input_line).partition("=")[2] for o in parsed if o.key_or_group == stray[0]), None)
+        elsewhere = counterpart(stray[0], value)
+        if elsewhere is not None:
+            raise ConfigError(f"{stray[0]} is not a setting; {elsewhere}")
         raise ConfigError(f"{stray[0]} is not a setting; the top level has: {', '.join(known)}")
     target = target_class("loss", cfg.loss)
     fields = getattr(target, "model_fields", {})
@@ -250,7 +256,9 @@ def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> t
     jobs: Iterable[Sequence[str]] = [overrides]
     sweeps = [override.input_line for override in parse(overrides) if override.is_sweep_override()]
     if sweeps and not multirun:
-        raise ConfigError(f"{sweeps[0]} names several values; add -m to run one job for each")
+        key, _, values = str(sweeps[0]).partition("=")
+        both = f"write {key}=[{values}] to apply all, or " if key == "correction" else ""
+        raise ConfigError(f"{sweeps[0]} names several values; {both}add -m to run one job for each")
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "-m runs one job after another in one process, but WORLD_SIZE is above 1; start each job separately"

@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="README",
         help="print the tables of the README, or write them into this file between their markers",
     )
+    parser.add_argument(
+        "--from",
+        dest="project",
+        metavar="PROJECT",
+        help="what the words of another project (trl, verl ...; all) are here; with --markdown [FILE] as a page",
+    )
     return parser
 
 
@@ -59,6 +65,8 @@ def _answer(arguments: argparse.Namespace) -> str:
         from toolkit.explain.catalogue import listing
 
         return listing()
+    if arguments.project is not None:
+        return _words(arguments.project, arguments.markdown)
     if arguments.markdown is not None:
         return _markdown(arguments.markdown)
     with warnings.catch_warnings(record=True) as caught:
@@ -84,6 +92,19 @@ def _markdown(path: str) -> str:
         raise ConfigError(f"--markdown {path}: {error}") from None
     Path(path).write_text(text)
     return f"wrote the tables of {path}"
+
+
+def _words(project: str, file: str | None) -> str:
+    from toolkit.explain.words import markdown, table
+
+    if file in (None, "-"):
+        return table(project) if file is None else markdown(project)
+    page = markdown(project)
+    try:
+        Path(file).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--markdown {file}: {error}") from None
+    return f"wrote {file}"
 
 
 def _context(cfg: DictConfig) -> dict[str, object]:

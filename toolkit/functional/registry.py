@@ -135,7 +135,14 @@ class Registry(Generic[EntryT]):
             return self.entries[name]
         names = self.names()
         if name not in names:
+            from toolkit.peers import counterpart_value  # only a mistake needs it
+
             article = "an" if self.kind[0] in "aeiou" else "a"
+            elsewhere = counterpart_value("advantage" if self.key == "advantage" else "policy_loss", name)
+            if elsewhere is not None:
+                raise ConfigError(
+                    f"{self.key}={name!r} is not {article} {self.kind}; {elsewhere}; register your own with @{self.how}"
+                )
             hint = did_you_mean(str(name), names)
             raise ConfigError(
                 f"{self.key}={name!r} is not {article} {self.kind}; choose {listed(names)}{hint}; "

@@ -251,6 +251,11 @@ class BaseLossContext(KwargsBuilder[ItemT]):
             is_inside=is_inside,
         )
         check_counted_once(vocab_group(head_weight).group)
+        if largest is None:
+            self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        labels = self.loss_kwargs.shifted_labels
         for name, value in self.loss_kwargs.tensors():
             mark = self.loss_kwargs.layout(name) if self.loss_kwargs.is_per_token(name) else None
             if isinstance(mark, PerToken) and mark.positions(value) != labels.shape:

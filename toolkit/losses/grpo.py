@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -105,7 +106,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
 
     # ------------------------------------------------------------------ the loss
 
-    @property
+    @cached_property
     def scope(self) -> Scope:
         """What the policy loss and its corrections look at; "batch" for groups, which are complete in a micro-batch."""
         if self.loss_kwargs.global_view is not None:
@@ -113,7 +114,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         scope = self.loss_cfg.policy.scope if self.loss_kwargs.has_current else self.loss_cfg.scope
         return "batch" if scope == "group" else scope
 
-    @property
+    @cached_property
     def entropy(self) -> Entropy:
         """With gradient for a bonus, without for the metric."""
         if self.loss_cfg.entropy_coef != 0:
@@ -210,7 +211,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             loss_kwargs.candidate_ids, loss_kwargs.candidate_logprobs, labels, head_weight.shape[0], ignore_idx
         )
 
-    @property
+    @cached_property
     def _policy_terms(self) -> list[LossTerm]:
         """The terms that are the policy loss: one, or two under ``per_component``."""
         return [term for term in self.terms if term.name.startswith("policy")]

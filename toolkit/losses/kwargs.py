@@ -75,7 +75,8 @@ class BaseLossKwargs(TensorRecord):
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed, checked like a new record."""
-        return super().replace(**({"built": None, **changes} if "shifted_labels" in changes else changes))
+        known = None if self.built is None else Built(self.built.settings, None, {})
+        return super().replace(**{"built": known, **changes})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -240,8 +240,15 @@ class LossRunner:
         """Raise if a name is unknown; others, for the caller's forward, only if they look like a misspelled field."""
         known = dict.fromkeys((*FIELDS, *self._item_cls.model_fields))
         for name in fields:
-            hint = "" if name in known else did_you_mean(str(name), known)
-            if name not in known and (hint or not may_have_others):
+            if name in known:
+                continue
+            from toolkit.peers import counterpart_keyword  # only a mistake needs it
+
+            elsewhere = counterpart_keyword(str(name), fields[name], type(self.loss_cfg).model_fields)
+            if elsewhere is not None and not may_have_others:
+                raise DataError(f"{name!r} is not a field of a batch but a setting of the loss config; {elsewhere}")
+            hint = did_you_mean(str(name), known)
+            if hint or not may_have_others:
                 raise DataError(f"{name!r} is not a field of a batch{hint}; it has: {', '.join(known)}")
 
     def _labels(self, fields: Mapping[str, Any], num_positions: int | None) -> Tensor:

@@ -90,7 +90,8 @@ def check_totals(step: Step) -> None:
 
 def fields_of(row: StepRow) -> dict[str, Any]:
     """Return the kwargs of a micro-batch that its item lacks, or whose value replaces that of the item."""
-    cfg, scope = row.step.loss_cfg, row.step.loss_cfg.scope
+    cfg = row.step.loss_cfg
+    scope = cfg.scope
     prepared: Prepared = row.step.prepared
     sums = _totals(row.step).numbers["normalizers"].reshape(-1, 2) if cfg.correction else None
     batch = prepared.corrections.batch(row.index, sums)

@@ -1,0 +1,80 @@
+"""The words of other projects as a table: for ``--from``, and for ``tutorials/reference/words.md``; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from toolkit.peers import COMPUTED, VALUE, Answer, Project, Word, projects, words_of
+
+ALL = "all"
+"""Stands for all projects after ``--from``."""
+COMMAND = "python -m toolkit.explain --from all --markdown tutorials/reference/words.md"
+INTRODUCTION = f"""# Words people bring along
+
+What other projects call the options of a loss and of its training run, and what to write here instead.
+`toolkit-explain --from <project>` prints one of these tables, and a message about an unknown setting looks it up.
+`...` stands for your value. Every override below is composed by a test.
+
+Made by `{COMMAND}` from `toolkit/peers/words.toml`.
+"""
+
+
+def table(name: str) -> str:
+    """Return the words of one project, or of all, as plain text.
+
+    Raises:
+        ConfigError: there is no such project.
+    """
+    return "\n\n".join(_plain(project) for project in _chosen(name))
+
+
+def markdown(name: str = ALL) -> str:
+    """Return the same as Markdown: a page with a table for each project.
+
+    Raises:
+        ConfigError: there is no such project.
+    """
+    return "\n".join([INTRODUCTION, *(_section(project) for project in _chosen(name))])
+
+
+def _chosen(name: str) -> list[Project]:
+    return list(projects().values()) if name == ALL else [words_of(name)]
+
+
+def _plain(project: Project) -> str:
+    rows = [row for word in project.words for row in _rows(word)]
+    width = max(len(called) for called, _, _ in rows) + 2
+    lines = [f"{_title(project)}: {project.read}"]
+    for called, ways, remark in rows:
+        cells = [*ways[:1], *(f"or {way}" for way in ways[1:]), *([f"({remark})"] if remark else [])]
+        for index, cell in enumerate(cells):
+            lines.append(f"  {called if index == 0 else '':<{width}}{cell}")
+    return "\n".join(lines)
+
+
+def _section(project: Project) -> str:
+    lines = [f"## {_title(project)}", "", f"Read from {project.read}.", ""]
+    lines += ["| there | here | remark |", "|---|---|---|"]
+    for called, ways, remark in (row for word in project.words for row in _rows(word)):
+        here = " or ".join(f"`{way}`" for way in ways) or "no counterpart"
+        lines.append(f"| `{called}` | {here} | {remark.removeprefix('no counterpart: ') or '-'} |")
+    return "\n".join([*lines, ""])
+
+
+def _title(project: Project) -> str:
+    return f"{project.name} {project.version}" if project.version else project.name.capitalize()
+
+
+def _rows(word: Word) -> Iterator[tuple[str, list[str], str]]:
+    """Yield word (with its value), overrides and remark."""
+    if word.answer.ways or word.answer.no:
+        yield word.name, *_cells(word.answer)
+    for index, answer in enumerate(word.values.values()):
+        ways, remark = _cells(answer)
+        repeated = index > 0 and answer.remark == word.answer.remark
+        yield answer.called, ways, answer.no and remark if repeated else remark
+
+
+def _cells(answer: Answer) -> tuple[list[str], str]:
+    no = f"no counterpart: {answer.no}" if answer.no else ""
+    return [way.replace(VALUE, COMPUTED) for way in answer.ways], no or answer.remark

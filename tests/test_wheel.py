@@ -1,5 +1,6 @@
 """The wheel, built and installed somewhere else, brings its configuration along."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +29,9 @@ def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest) ->
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         names = {name for name in packed.namelist() if name.startswith("toolkit/_conf/")}
+        (metadata,) = (packed.read(name).decode() for name in packed.namelist() if name.endswith("/METADATA"))
+    assert "\n# RL loss toolkit\n" in metadata
+    assert not re.search(r"\]\((?!https?://)", metadata)
     own = {f"toolkit/_conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert names == {name for name in own if "/local/" not in name}
     home = tmp_path / "elsewhere"
@@ -51,3 +55,8 @@ def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest) ->
     )
     assert done.returncode == 1
     assert "try: loss=grpo" in done.stderr
+    subprocess.run(
+        [home / "bin/toolkit-train", "debug=smoke", "hydra.run.dir=out"],
+        capture_output=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert (tmp_path / "out/summary.json").is_file()

@@ -1,6 +1,7 @@
 """Everything that can be chosen, as a table: made from the registries and from the title lines of ``conf/``; no torch.
 
-Nothing is repeated here, so ``python -m toolkit.explain --list`` and README's tables cannot drift from the code.
+Nothing is repeated here, so ``python -m toolkit.explain --list`` and the tables of ``tutorials/reference/losses.md``
+cannot drift from the code.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from toolkit.functional.kl_facts import GRADIENT_FACTS, KL_NAMES
 from toolkit.functional.policy.registry import policy_loss, policy_loss_names
 
 BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
-"""Markers before and after README's generated part."""
+"""Markers before and after the generated part of a page."""
 CHOICES = (("loss", "Losses"), ("correction", "Corrections of sampler and trainer"))
 """Groups of ``conf/`` whose tables need nothing but their files."""
 
@@ -134,8 +135,10 @@ def _table(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
 
 
 def markdown() -> str:
-    """Return README's tables: paper -> override -> equation, and the other choices in short."""
+    """Return the tables of the page: paper -> override -> equation, and the other choices in short."""
     lines = [
+        "## Policy losses",
+        "",
         "One token's policy loss, with default numbers; A: the advantage, sg(x): x without gradient.",
         "For details run `python -m toolkit.explain policy_loss=<name> ...`.",
         "",
@@ -146,9 +149,9 @@ def markdown() -> str:
         wanted = policy_loss(entry.override.partition("=")[2]).aggregation or "any"
         lines.append(_row(f"`{entry.override}`", entry.title, _code(entry.facts), entry.source, wanted))
     for title, entries in list(_sections())[1:]:
-        lines += ["", f"| {title} | what it does | facts | source |", "|---|---|---|---|"]
+        lines += ["", f"## {title}", "", "| override | what it does | facts | source |", "|---|---|---|---|"]
         lines += [_row(f"`{e.override}`", e.title, e.facts, e.source) for e in entries]
-    lines += ["", f"| Other projects (`loss={PRESET}<project>/<name>`) | names |", "|---|---|"]
+    lines += ["", "## Other projects", "", f"| project (`loss={PRESET}<project>/<name>`) | names |", "|---|---|"]
     lines += [
         _row(project, ", ".join(f"`{entry.override.rpartition('/')[2]}`" for entry in entries))
         for project, entries in presets().items()
@@ -156,16 +159,16 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def with_markdown(readme: str) -> str:
-    """Return the text of a README with its generated part updated.
+def with_markdown(page: str) -> str:
+    """Return the text of a page with its generated part updated.
 
     Raises:
         ValueError: it has no such part.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README has no {BEGIN} ... {END}")
+        raise ValueError(f"it has no {BEGIN} ... {END} for the tables; add these two lines")
     return f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}"
 
 

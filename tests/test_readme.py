@@ -72,6 +72,12 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
 
 
+def loss_file() -> str:
+    """Return the loss that pages put into a file, the same on each."""
+    (loss,) = {block.text for block in PYTHON if block.text.startswith("# my_loss.py")}
+    return loss
+
+
 # -------------------------------------------------------------------- code and commands
 
 
@@ -89,8 +95,7 @@ def test_python_runs_as_printed(block: Block) -> None:
 @pytest.mark.parametrize("command", COMPOSED, ids=str)
 def test_commands_are_understood(command: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loss = next(block.text for block in PYTHON if block.text.startswith("# my_loss.py"))
-    Path("my_loss.py").write_text(loss)
+    Path("my_loss.py").write_text(loss_file())
     monkeypatch.delitem(sys.modules, "my_loss", raising=False)
     words = shlex.split(command.text)
     words = words[3:] if words[0] == "python" else words[1:]
@@ -108,14 +113,9 @@ def test_modules_and_files_of_commands_exist(command: Block) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_loss_file_passes_the_check_that_the_page_shows(page: Path, tmp_path: Path) -> None:
-    if not (files := [block.text for block in blocks_of(page) if block.text.startswith("# my_loss.py")]):
-        pytest.skip("no loss file on this page")
-    (tmp_path / "my_loss.py").write_text(files[0])
-    (command,) = {block.text for block in COMMANDS if block.page == page and "check my_loss.py" in block.text} - {
-        "python -m toolkit.check --distributed 2 my_loss.py:my_ppo"
-    }
+def test_the_loss_file_passes_its_check(tmp_path: Path) -> None:
+    (tmp_path / "my_loss.py").write_text(loss_file())
+    (command,) = {block.text for block in COMMANDS if "check my_loss.py" in block.text}
     words = [sys.executable, *shlex.split(command)[1:]]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

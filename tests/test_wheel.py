@@ -17,7 +17,8 @@ ROOT = Path(toolkit.__file__).parents[1]
 
 @pytest.mark.wheel
 @pytest.mark.slow
-def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # a checkout on it would hide the wheel
     private = ROOT / "conf/local/wheel_test.yaml"
     private.parent.mkdir(exist_ok=True)
     private.write_text("seed: 7\n")  # one's own settings, not in git, must not travel

@@ -29,10 +29,10 @@ def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest, mo
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
-        names = {name for name in packed.namelist() if name.startswith("toolkit/_conf/")}
         (metadata,) = (packed.read(name).decode() for name in packed.namelist() if name.endswith("/METADATA"))
-    assert "\n# RL loss toolkit\n" in metadata
-    assert not re.search(r"\]\((?!https?://)", metadata)
+        assert "\n# RL loss toolkit\n" in metadata
+        assert not re.search(r"\]\((?!https?://)", metadata)
+        names = {name for name in packed.namelist() if name.startswith("toolkit/_conf/")}
     own = {f"toolkit/_conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert names == {name for name in own if "/local/" not in name}
     home = tmp_path / "elsewhere"

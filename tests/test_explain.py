@@ -35,7 +35,7 @@ from toolkit.losses.config.oreal import OrealLossConfig
 from toolkit.losses.config.policy import GRPOLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 
-README = Path(toolkit.__file__).parents[1] / "README.md"
+PAGE = Path(toolkit.__file__).parents[1] / "tutorials/reference/losses.md"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -113,7 +113,7 @@ def test_another_name_is_marked_wherever_names_are_shown() -> None:
         assert replace(policy_loss(name), name=original, alias_of=None) == policy_loss(original)
         assert f"Another name for {original}" in listing()
         assert f"{name} (another name for {original})" in explained(f"policy_loss={name}")
-        assert f"| `policy_loss={name}` | Another name for {original} |" in README.read_text()
+        assert f"| `policy_loss={name}` | Another name for {original} |" in PAGE.read_text()
 
 
 def test_a_user_registers_facts_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,26 +391,26 @@ def test_the_list_has_everything() -> None:
         assert re.search(rf"^  {path.parent.name} .*\b{path.stem}\b", text, flags=re.MULTILINE)
 
 
-def test_readme_has_the_tables_that_the_code_makes() -> None:
+def test_the_page_has_the_tables_that_the_code_makes() -> None:
     made = run("--markdown").stdout.strip()
     assert made.count("`policy_loss=") == len(policy_loss_names())
-    shown = README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
-    assert shown == made, "run: python -m toolkit.explain --markdown README.md"
+    shown = PAGE.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    assert shown == made, "run: python -m toolkit.explain --markdown tutorials/reference/losses.md"
 
 
 def test_writing_the_tables(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert run("--markdown", str(readme)).returncode == 0
-    text = readme.read_text()
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert run("--markdown", str(page)).returncode == 0
+    text = page.read_text()
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "old\n" not in text.splitlines()
     assert with_markdown(text) == text
-    readme.write_text("nothing")
-    done = run("--markdown", str(readme))
+    page.write_text("nothing")
+    done = run("--markdown", str(page))
     assert done.returncode == 1
-    assert "README has no <!-- losses:begin -->" in done.stderr
+    assert f"--markdown {page}: it has no <!-- losses:begin -->" in done.stderr
 
 
 MY_PPO = """import torch

@@ -1,5 +1,6 @@
 """The wheel, built and installed somewhere else, brings its configuration along."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +17,8 @@ ROOT = Path(toolkit.__file__).parents[1]
 
 @pytest.mark.wheel
 @pytest.mark.slow
-def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # a checkout on it would hide the wheel
     private = ROOT / "conf/local/wheel_test.yaml"
     private.parent.mkdir(exist_ok=True)
     private.write_text("seed: 7\n")  # one's own settings, not in git, must not travel
@@ -27,6 +29,9 @@ def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest) ->
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
+        (metadata,) = (packed.read(name).decode() for name in packed.namelist() if name.endswith("/METADATA"))
+        assert "\n# RL loss toolkit\n" in metadata
+        assert not re.search(r"\]\((?!https?://)", metadata)
         names = {name for name in packed.namelist() if name.startswith("toolkit/_conf/")}
         assert "toolkit/peers/words.toml" in packed.namelist()
     own = {f"toolkit/_conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
@@ -52,3 +57,8 @@ def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest) ->
     )
     assert done.returncode == 1
     assert "try: loss=grpo" in done.stderr
+    subprocess.run(
+        [home / "bin/toolkit-train", "debug=smoke", "hydra.run.dir=out"],
+        capture_output=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert (tmp_path / "out/summary.json").is_file()

@@ -31,7 +31,7 @@ from toolkit.functional.policy import registry
 from toolkit.testing import assert_layout_invariant, random_batch
 from toolkit.training.run import rehearse
 
-# ------------------------------------------------------------------------------------------------ README's example
+# ------------------------------------------------------------------------ the example of tutorials/reference/losses.md
 
 
 class FocalContext(BaseLossContext):

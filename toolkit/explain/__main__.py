@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "--markdown",
         nargs="?",
         const="-",
-        metavar="README",
-        help="print the tables of the README, or write them into this file between their markers",
+        metavar="FILE",
+        help="print the tables of all choices, or write them into this file between their markers",
     )
     parser.add_argument(
         "--from",

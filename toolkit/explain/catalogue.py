@@ -1,6 +1,7 @@
 """Everything that can be chosen, as a table: made from the registries and from the title lines of ``conf/``; no torch.
 
-Nothing is repeated here, so ``python -m toolkit.explain --list`` and README's tables cannot drift from the code.
+Nothing is repeated here, so ``python -m toolkit.explain --list`` and the tables of ``tutorials/reference/losses.md``
+cannot drift from the code.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from toolkit.functional.kl_facts import GRADIENT_FACTS, KL_NAMES
 from toolkit.functional.policy.registry import policy_loss, policy_loss_names
 
 BEGIN, END = "<!-- losses:begin -->", "<!-- losses:end -->"
-"""Markers before and after README's generated part."""
+"""Markers before and after the generated part of a page."""
 CHOICES = (("loss", "Losses"), ("correction", "Corrections of sampler and trainer"))
 """Groups of ``conf/`` whose tables need nothing but their files."""
 
@@ -132,36 +133,37 @@ def _summary(entry: Entry) -> str:
 
 
 def markdown() -> str:
-    """Return README's tables: paper -> override -> equation, and the other choices in short."""
+    """Return the tables of the page: paper -> override -> equation, and the other choices in short."""
     losses, *others = _sections().items()
-    tables: list[Rows] = [
-        [
-            ("override", "what it does", "equation", "source", "aggregation of its paper"),
-            *((f"`{e.override}`", e.title, e.facts, e.source, e.aggregation) for e in losses[1]),
-        ]
+    lines = [
+        "## Policy losses",
+        "",
+        "One token's policy loss, with default numbers; A: the advantage, sg(x): x without gradient.",
+        "For details run `python -m toolkit.explain policy_loss=<name> ...`.",
     ]
+    head = ("override", "what it does", "equation", "source", "aggregation of its paper")
+    lines.append(_table([head, *((f"`{e.override}`", e.title, e.facts, e.source, e.aggregation) for e in losses[1])]))
     for title, entries in others:
+        head_of_others = ("override", "what it does", "facts", "source")
         rows = [(f"`{e.override}`", e.title, e.facts, e.source) for e in entries]
-        tables.append([(title, "what it does", "facts", "source"), *rows])
+        lines += [f"\n## {title}", _table([head_of_others, *rows])]
     presets = [(project, ", ".join(f"`{name}`" for name in names)) for project, names in _presets().items()]
-    tables.append([(f"Other projects (`loss={PRESET}<project>/<name>`)", "names"), *presets])
-    return "\n".join(
-        [
-            "One token's policy loss, with default numbers; A: the advantage, sg(x): x without gradient.",
-            "For details run `python -m toolkit.explain policy_loss=<name> ...`.",
-            *(f"\n{markdown_table(rows, left=len(rows[0]))}" for rows in tables),
-        ]
-    )
+    lines += ["\n## Other projects", _table([(f"project (`loss={PRESET}<project>/<name>`)", "names"), *presets])]
+    return "\n".join(lines)
 
 
-def with_markdown(readme: str) -> str:
-    """Return the text of a README with its generated part updated.
+def _table(rows: Rows) -> str:
+    return f"\n{markdown_table(rows, left=len(rows[0]))}"
+
+
+def with_markdown(page: str) -> str:
+    """Return the text of a page with its generated part updated.
 
     Raises:
         ValueError: it has no such part.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README has no {BEGIN} ... {END}")
+        raise ValueError(f"it has no {BEGIN} ... {END} for the tables; add these two lines")
     return f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}"

@@ -69,7 +69,7 @@ def exchange_counts(
         return local_counts
     failed_here = [1.0, float(rank())] if error is not None else [0.0, 0.0]
     digest = _digest(settings())
-    # Filled up, so that ranks whose losses differ in their terms exchange as many numbers, and then see that they do.
+    # Filled up: ranks whose losses differ in their terms then exchange as many numbers, and see the difference.
     spare = [0.0] * (numbers_exchanged(num_numbers) - len(FLAGS) - num_numbers)
     flags, rest = (local_counts.numbers.new_tensor(each) for each in ([*failed_here, digest, digest**2], spare))
     packed = torch.cat([flags, local_counts.numbers, rest])

@@ -38,7 +38,7 @@ Clamp = float | Literal["auto"] | None
 
 
 def k3(d: Tensor) -> Tensor:
-    """Return exp(-d) - 1 + d for each d in nats, [N]; value and gradient keep nearly all digits of the dtype.
+    """Return exp(-d) - 1 + d for each `d` [N] in nats; value and gradient keep nearly all digits of the dtype.
 
     expm1(-d) and d cancel for small d (fp32 would give 0 at 1e-8), so there it is the series d^2/2! - d^3/3! + ... up
     to d^7/7!, whose gradient lacks d^7/7! and more. With the dtype's resolution eps it is used below 2 eps^(1/7), which

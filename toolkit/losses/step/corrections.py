@@ -109,7 +109,7 @@ class EarlyCorrections:
         return self._without_missing(item, CorrectedBatch(kept_labels, weight, metrics))
 
     def _without_missing(self, item: RLLossContextInputItem, batch: CorrectedBatch) -> CorrectedBatch:
-        """Return a micro-batch in which tokens that the sampler did not report are rejected, if the config says so."""
+        """Return a micro-batch in which tokens that the sampler did not report are rejected, if so configured."""
         is_missing = missing_rollout(item.rollout_logprobs, self._cfg)
         if is_missing is None:
             return batch

@@ -84,6 +84,17 @@ def test_early_and_late_corrections_agree(value: float) -> None:
     torch.testing.assert_close(late[:2], early[:2], rtol=1e-12, atol=0)
 
 
+def test_such_a_token_is_not_in_the_mean_of_its_sequence() -> None:
+    # Three log ratios of 0.8 are above log 2 = 0.69; with the old policy's, about 0, their mean would be 0.6.
+    given, logprobs = item(math.nan)
+    rollout = (logprobs - 0.8).masked_fill(MISSING, math.nan)
+    for fields in ({}, {"current_logprobs": logprobs}):
+        cfg = GRPOLossConfig(missing_rollout="reject", correction=[CURRENT])
+        loss, grad, _ = evaluate(cfg, given.replace(rollout_logprobs=rollout, **fields), logprobs)
+        assert loss == 0
+        assert not grad.any()
+
+
 def test_a_sequence_without_a_report_is_rejected() -> None:
     given, logprobs = item(math.nan)
     rollout = given.rollout_logprobs.clone()

@@ -49,6 +49,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "kl_k1": {**KL, "kl_loss_type": "k1", "kl_gradient": "score_corrected"},
     "kl_k2": {**KL, "kl_loss_type": "k2"},
     "kl_k3": {**KL, "kl_loss_type": "k3", "kl_gradient": "is_corrected"},
+    "kl_sequence": {**KL, "kl_loss_type": "k3", "kl_gradient": "is_corrected", "kl_ratio_level": "sequence"},
     "kl_abs": {**KL, "kl_loss_type": "abs", "kl_gradient": "straight_through"},
     "kl_top_k": {**KL, "kl_loss_type": "top_k", "kl_tail": "drop"},
     "kl_full": {**KL, "kl_loss_type": "full", "kl_direction": "jensen_shannon"},

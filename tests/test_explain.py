@@ -187,6 +187,11 @@ def test_the_documented_example() -> None:
         ),
         (["loss.log_ratio_range=[null,10]"], "[-inf, 10] nats"),
         (["kl=k1_is_corrected"], "reweighted by the ratio to pi_old"),
+        (
+            ["policy_loss=gspo", "kl=k3_is_corrected", "loss.kl_ratio_level=sequence"],
+            "through the geometric mean of the sequence's ratios to pi_old, which multiplies the value",
+        ),
+        (["policy_loss=gspo", "policy_loss.delta=4"], "log(pi / pi_old)), at most 4 where it is not clipped"),
         (["kl=full"], "KL(policy || reference) over the whole vocabulary"),
         (
             ["correction=opsm"],
@@ -461,3 +466,10 @@ def test_training_says_what_is_known_to_be_wrong(monkeypatch: pytest.MonkeyPatch
     _say_notes([Run, Run])  # type: ignore[list-item]
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["note", "note"]
+
+
+@pytest.mark.parametrize(("kl", "is_theirs"), [("kl=k3", False), ("kl=k3_is_corrected", True)])
+def test_a_preset_of_trl_says_which_kl_is_trls(kl: str, is_theirs: bool) -> None:
+    text = " ".join(run("loss=preset/trl/dapo", kl).stdout.split())
+    assert "kl of TRL with beta > 0 and without clamps: kl_loss_type=k3, kl_gradient=is_corrected" in text
+    assert ("the KL term is not TRL's" in text) != is_theirs

@@ -40,7 +40,7 @@ def reason_to_exclude(case: Case) -> Exclusion | None:
         return missing_here("the policy term of low-entropy tokens left out: a quantile that no setting here has")
     if case.entry == "real" and case.params.get("beta"):
         return missing_here("ms-swift averages REAL over groups, its KL over tokens; here all terms have one mean")
-    return trl.missing_at_sequence_level(case)
+    return None
 
 
 def translate(case: Case) -> Run:

@@ -15,6 +15,7 @@ NO_KL: Fields = {
     "kl_loss_type": None,
     "kl_gradient": "as_is",
     "kl_anchor": "old",
+    "kl_ratio_level": "token",
     "kl_input_clamp": "auto",
     "kl_output_clamp": "auto",
 }

@@ -62,27 +62,13 @@ def reason_to_exclude(case: Case) -> Exclusion | None:
         return peers_error(
             "TRL takes the log of a rejected weight of 0 as log 1e-8 inside VESPO's weight; here it is 0"
         )
-    if missing := missing_at_sequence_level(case):
-        return missing
+    if case.entry == "gspo_token" and case.params.get("beta") and case.params.get("use_bias_correction_kl"):
+        return missing_here("a KL term times the sequence's ratio in value alone, with the gradient of each token")
     has_empty_row = bool((case.inputs["response_mask"] == 0).all(-1).any())
     if case.entry == "gmpo" and has_empty_row:
         return peers_error(
             "TRL's GMPO adds minus the advantage of a row without a scored token, as if its ratio were 1"
         )
-    return None
-
-
-def missing_at_sequence_level(case: Case) -> Exclusion | None:
-    """Return what a loss on the ratio of a sequence has there and not here."""
-    params = case.params
-    if params.get("importance_sampling_level", "token") == "token":
-        return None
-    if params.get("delta") is not None:
-        return missing_here(
-            "a cap of the sequence's ratio in the unclipped branch: delta is an option of vanilla alone"
-        )
-    if params.get("beta") and params.get("use_bias_correction_kl"):
-        return missing_here("a KL term times the ratio of the sequence; here kl_gradient takes that of the token")
     return None
 
 
@@ -137,11 +123,13 @@ def kl_of(given: Params) -> dict[str, Any]:
     if not given.get("beta"):
         return {}
     clamps = {"kl_input_clamp": None, "kl_output_clamp": None}
+    is_wide = gradient == "is_corrected" and given.get("importance_sampling_level", "token") != "token"
     return {
         "use_kl_loss": True,
         "kl_loss_type": "k3",
         "kl_loss_coef": given["beta"],
         "kl_gradient": gradient,
+        "kl_ratio_level": "sequence" if is_wide else "token",
         **clamps,
     }
 

@@ -341,3 +341,19 @@ def test_documentation_has_a_title_and_a_source(name: str) -> None:
     assert "Source: " in text
     for option, field in advantage(name).options_model.model_fields.items():
         assert f"    {option}: {field.description[:9]}" in text, option
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"group_ids": None}, r"RewardTerms.group_ids is a NoneType; it must be a tensor \[S\]: one integer for each"),
+        ({"rewards": [1.0, 2.0]}, r"RewardTerms.rewards is a list; it must be a tensor \[S\]"),
+        ({"group_ids": torch.zeros(3)}, r"group_ids has shape \[3\] beside rewards of shape \[2\]; it must be \[S\]"),
+        ({"rewards": torch.zeros(2, 4)}, r"rewards has shape \[2, 4\] .*; it must be \[S\]"),
+        ({"mask": torch.ones(4, 2)}, r"mask has shape \[4, 2\] .*; it must be \[S, T\]"),
+        ({"rewards_multi": torch.ones(2)}, r"rewards_multi has shape \[2\] .*; it must be \[S, K\]"),
+    ],
+)
+def test_rewards_of_other_shapes_are_named(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        RewardTerms(**{"rewards": torch.zeros(2), "group_ids": torch.zeros(2, dtype=torch.int64), **fields})

@@ -77,8 +77,9 @@ def test_output_clamp_bounds_the_product_with_the_ratio() -> None:
 @pytest.mark.parametrize("gradient", KL_GRADIENTS)
 @pytest.mark.parametrize("kl_type", ["k1", "abs", "k2", "k3"])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_no_gradient_where_the_input_clamp_binds(sign: int, kl_type: str, gradient: str) -> None:
-    options = {"gradient": gradient, "input_clamp": 1.0, "output_clamp": None}
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_no_gradient_where_the_input_clamp_binds(level: str, sign: int, kl_type: str, gradient: str) -> None:
+    options = {"gradient": gradient, "input_clamp": 1.0, "output_clamp": None, "ratio_level": level}
     if gradient == "is_corrected":
         options["ratio"] = 2.0
     beyond, at_bound = (value_and_gradient(sign * distance, 0.0, kl_type, **options) for distance in (1.5, 1.0))
@@ -137,6 +138,84 @@ def test_k3_keeps_small_differences_in_fp32() -> None:
     assert found.item() == pytest.approx(2**-25, rel=1e-3)  # exp(-d) - 1 + d would round to 0
 
 
+@pytest.mark.parametrize("gradient", KL_GRADIENTS)
+@pytest.mark.parametrize("kl_type", ["k1", "abs", "k2", "k3"])
+def test_values_and_gradients_have_six_digits_in_fp32(kl_type: str, gradient: str) -> None:
+    # Near d = -1 (k1, abs) and -2 (k2) the corrected gradient crosses 0, where the product rule would cancel.
+    sizes = 10 ** torch.linspace(-8, math.log10(25), 2001)
+    d = torch.cat([sizes, -sizes, -1 + sizes[:1000], -2 + sizes[:1000]]).requires_grad_()
+    found = kl_estimate(
+        d,
+        torch.zeros_like(d),
+        kl_type,
+        gradient=gradient,
+        input_clamp=None,
+        output_clamp=None,
+        log_ratio=torch.full_like(d, LOG2) if gradient == "is_corrected" else None,
+    )
+    found.sum().backward()
+    x = d.detach().double()
+    # exp(-d) - 1 + d in float64 is off by 2^-53 / d, and by its series by less than d^5 / 360.
+    k3 = (x.square() / 2 * (1 - x / 3 + x.square() / 12 - x**3 / 60)).where(x.abs() < 1e-3, (-x).expm1() + x)
+    value, slope = {
+        "k1": (x, torch.ones_like(x)),
+        "abs": (x.abs(), x.sign()),
+        "k2": (x.square() / 2, x),
+        "k3": (k3, -(-x).expm1()),
+    }[kl_type]
+    corrected = {"k1": 1 + x, "abs": x.sign() + x.abs(), "k2": x * (2 + x) / 2, "k3": x}[kl_type]
+    factor = float(torch.tensor(LOG2).exp()) if gradient == "is_corrected" else 1.0
+    expected = {"as_is": slope, "straight_through": x}.get(gradient, factor * corrected)
+    assert d.grad is not None
+    torch.testing.assert_close(found.detach().double(), factor * value, rtol=1e-6, atol=0)
+    torch.testing.assert_close(d.grad.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["score_corrected", "is_corrected"])
+@pytest.mark.parametrize("d", [-25.0, -20.0])
+def test_far_below_the_reference_the_corrected_gradient_of_k3_is_d(d: float, gradient: str) -> None:
+    logprobs = torch.tensor([d], requires_grad=True)
+    found = kl_estimate(
+        logprobs,
+        torch.zeros(1),
+        "k3",
+        gradient=gradient,
+        input_clamp=None,
+        output_clamp=None,
+        log_ratio=logprobs - logprobs.detach(),
+    )
+    found.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == d
+
+
+def test_a_bounded_ratio_has_no_gradient_but_the_estimator_has() -> None:
+    # d = log 2, a ratio of 3 held at 2: the value 2 k3 and the gradient 2 (1 - 1/2).
+    found = value_and_gradient(
+        math.log(0.5), math.log(0.25), "k3", gradient="is_corrected", ratio=3.0, log_ratio_range=(None, LOG2)
+    )
+    assert found == pytest.approx((2 * (LOG2 - 0.5), 1.0), rel=1e-12)
+
+
+def test_the_ratio_of_a_sequence_follows_the_product_rule() -> None:
+    # Two tokens with d = log 2 and -log 2, ratios 4 and 1: s = 2 has d s / d l = s / 2 from each of them.
+    logprobs = torch.tensor([LOG2, -LOG2], dtype=torch.float64, requires_grad=True)
+    log_ratio = logprobs - logprobs.detach() + torch.tensor([2 * LOG2, 0.0], dtype=torch.float64)
+    found = kl_estimate(
+        logprobs,
+        torch.zeros(2, dtype=torch.float64),
+        "k3",
+        gradient="is_corrected",
+        log_ratio=log_ratio.mean().expand(2),
+        ratio_level="sequence",
+    )
+    found.sum().backward()
+    values = (LOG2 - 0.5, 1 - LOG2)
+    assert found.tolist() == pytest.approx([2 * value for value in values], rel=1e-12)
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([2 * 0.5 + sum(values), 2 * (1 - 2) + sum(values)], rel=1e-12)
+
+
 def test_k3_is_never_negative() -> None:
     logprobs, ref = torch.randn(1000), torch.randn(1000)
     assert (kl_estimate(logprobs, ref, "k3") >= 0).all()
@@ -165,6 +244,8 @@ def test_mistakes_are_named() -> None:
         kl_estimate(one, one, "k3", gradient="asis")
     with pytest.raises(DataError, match=r"'is_corrected' .* needs log_ratio"):
         kl_estimate(one, one, "k3", gradient="is_corrected")
+    with pytest.raises(ConfigError, match=r"ratio_level='turn' .*'token' or 'sequence'"):
+        kl_estimate(one, one, "k3", ratio_level="turn")
     for clamp in (0.0, -1.0, float("nan"), "automatic"):
         with pytest.raises(ConfigError, match=r"input_clamp=.* must be a positive number of nats, None or 'auto'"):
             kl_estimate(one, one, "k3", input_clamp=clamp)

@@ -359,6 +359,32 @@ def test_the_order_of_corrections_makes_no_difference() -> None:
     assert torch.equal(first.is_kept, second.is_kept)
 
 
+@pytest.mark.parametrize(
+    ("statistic", "bound", "d"),
+    [
+        ("ratio", 2.0, math.log(2)),
+        ("ratio", 0.5, math.log(0.5)),
+        ("k1", 0.7, -0.7),
+        ("k2", 0.02, 0.2),
+        ("k3", math.e - 2, 1.0),
+        ("ratio_tv", 1.0, math.log(2)),
+    ],
+)
+@pytest.mark.parametrize("logprob", [-0.3, -1.7, -9.1])
+def test_rounding_breaks_no_inclusive_bound(statistic: str, bound: float, d: float, logprob: float) -> None:
+    p = torch.tensor([logprob] * 64) - torch.arange(64) / 64
+    fields = {"upper": bound} if bound >= 0.5 or statistic == "k2" else {"lower": bound}
+    fields = {"lower": bound} if (statistic, bound) == ("ratio", 0.5) else fields
+    mask = CorrectionConfig(statistic=statistic, action="mask", denominator="original", **fields)
+    for shift, is_kept in ((0.0, True), (1e-4 * (1 if d > 0 else -1), False)):
+        terms = MismatchTerms(rollout_logprobs=p - d - shift, old_logprobs=p)
+        assert corrected([mask], terms).is_kept.tolist() == [is_kept] * 64, shift
+        if is_kept:  # with all digits there is no room for more than them
+            off = 1e-12 * (1 if d > 0 else -1)
+            exact = MismatchTerms(rollout_logprobs=p.double() - d - off, old_logprobs=p.double())
+            assert not corrected([mask], exact).is_kept.any()
+
+
 def test_arguments_do_not_change_and_an_empty_batch_works() -> None:
     terms = tensors(random_tokens(5))
     copies = {name: value.clone() for name, value in vars(terms).items() if isinstance(value, Tensor)}

@@ -72,3 +72,8 @@ def test_unknown_name_lists_the_known_ones() -> None:
 def test_missing_loss_type() -> None:
     with pytest.raises(ConfigError, match="no loss_type"):
         GRPOLossConfig(policy_loss_cfg={"cliprange_low": 0.1})
+
+
+def test_an_unknown_name_says_how_to_load_a_file_of_your_own() -> None:
+    with pytest.raises(ConfigError, match=r"register your own with @\S+ in a file that plugins=\[file.py\] loads"):
+        registry.policy_loss("mine")

@@ -230,7 +230,8 @@ def test_wrong_terms_are_refused_at_once(wrong: dict[str, Any], words: str) -> N
 
 def test_a_kind_that_does_not_exist() -> None:
     with pytest.raises(
-        ConfigError, match=r"PerToken\(kind='int', trailing=0\): kind must be 'any', 'float', 'integer' or 'bool'"
+        ConfigError,
+        match=r"PerToken\(kind='int', .*: kind must be 'any', 'float', 'number', 'integer' or 'bool'",
     ):
         PerToken(pad=0, kind="int")  # type: ignore[arg-type]
 

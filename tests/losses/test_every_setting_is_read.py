@@ -31,6 +31,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "kl_loss_type": ({"use_kl_loss": True, "kl_loss_coef": 0.3}, ("k2", "k3")),
     "kl_gradient": (KL, "straight_through"),
     "kl_anchor": ({**KL, "kl_gradient": "is_corrected"}, "rollout"),
+    "kl_ratio_level": ({**KL, "kl_gradient": "is_corrected"}, "sequence"),
     "kl_input_clamp": (KL, 0.1),
     "kl_output_clamp": (KL, 0.01),
     "kl_direction": (FULL, "forward"),
@@ -45,6 +46,7 @@ ELSEWHERE = {
     "chunk_size": "the same loss by definition",
     "retain_bytes": "the same loss by definition; tests/head",
     "gradient_reduction": "differs over several processes; tests/test_distributed.py",
+    "missing_rollout": "differs in what is refused; tests/losses/test_missing_rollout.py",
     "accept_mismatch": "differs in what is refused; tests/losses/test_terms_and_weights.py",
 }
 

@@ -67,6 +67,8 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (config(correction=[TIS], correction_on_kl=True, **KL), {}, "use correction_on_kl=False"),
     (config(use_kl_loss=True, kl_loss_type="k2", kl_loss_coef=0.0), {}, "kl_loss_coef=0: .*does not affect training"),
     (config(use_kl_loss=True, kl_loss_type="k2", kl_gradient="score_corrected"), {}, "gradient of neither KL"),
+    (config(**KL), {"preset": "preset/trl/dapo"}, r"TRL's, which multiplies k3 by the ratio .*kl=k3_is_corrected$"),
+    (config("gspo", **KL), {"preset": "preset/trl/gspo"}, "use kl=k3_is_corrected loss.kl_ratio_level=sequence"),
     (config(entropy_coef=-0.01), {}, "lowers the entropy"),
 ]
 

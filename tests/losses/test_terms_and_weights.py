@@ -364,6 +364,8 @@ def test_rejected_tokens_are_not_learnt_from() -> None:
         ({"kl_gradient": "straight_through"}, "kl_gradient='straight_through' has no effect"),
         ({"correction_on_kl": True}, "correction_on_kl=True has no effect"),
         ({"kl_anchor": "rollout", "use_kl_loss": True, "kl_loss_type": "k2"}, "kl_anchor='rollout' has no effect"),
+        ({"kl_ratio_level": "sequence", "use_kl_loss": True, "kl_loss_type": "k3"}, "kl_ratio_level='sequence' has no"),
+        ({"missing_rollout": "reject"}, "missing_rollout='reject' has no effect"),
         ({"log_ratio_range": (1.0, 2.0)}, "must lie inside"),
         ({"correction": [{**MASK}]}, "denominator"),
     ],

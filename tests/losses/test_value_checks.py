@@ -134,3 +134,16 @@ def test_fields_that_a_loss_requires_must_be_finite() -> None:
     wrong = Item(shifted_labels=torch.tensor([[3, 4, -100]]), margins=torch.tensor([[1.0, math.inf, math.nan]]))
     with pytest.raises(DataError, match=r"data_batches\[0\].margins\[0, 1\] = inf at a scored position"):
         Context.build_batches_loss_kwargs([wrong], Config())
+
+
+@pytest.mark.parametrize("advantages", [torch.tensor([[1], [-1]]), torch.tensor([[1], [-1]], dtype=torch.int32)])
+def test_integer_advantages_are_numbers(advantages: torch.Tensor) -> None:
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    given = RLLossContextInputItem(shifted_labels=labels, advantages=advantages)
+    assert given.advantages is not None
+    assert given.advantages.dtype == torch.float32
+    assert given.advantages.tolist() == [[1.0] * 3, [-1.0] * 3]
+    with pytest.raises(DataError, match=r"advantages has dtype torch.bool; it must be a numeric tensor"):
+        RLLossContextInputItem(shifted_labels=labels, advantages=advantages > 0)
+    with pytest.raises(DataError, match=r"old_logprobs has dtype .* it must be a floating-point tensor"):
+        RLLossContextInputItem(shifted_labels=labels, old_logprobs=-advantages)

@@ -64,7 +64,8 @@ def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str 
             best = nearest(unknown[0], groups[key])
             hint = f"; try: {key}={best}" if best else ""
             likely = choices_shown(groups[key], unknown[0])
-            return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}"
+            plugins = "; a file with your loss is read with plugins=[file.py]" if key == "policy_loss" else ""
+            return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}{plugins}"
     return None
 
 

@@ -15,11 +15,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from toolkit.compose.build import build_loss
-from toolkit.compose.overrides import options_first
+from toolkit.compose.overrides import options_first, parse
 from toolkit.compose.tree import compose_loss
 from toolkit.errors import ConfigError, print_text, stopping_on_error
 from toolkit.explain.facts import KL_EQUATIONS, shown_all, title_of
 from toolkit.explain.formula import explain_loss
+from toolkit.explain.lint import kl_of_trl
 from toolkit.functional.advantages import advantage
 from toolkit.functional.kl_facts import KL_NAMES
 from toolkit.losses.config.base import BaseLossConfig
@@ -73,8 +74,9 @@ def _answer(arguments: argparse.Namespace) -> str:
         warnings.simplefilter("always")
         cfg = compose_loss(arguments.overrides, config_dir=arguments.config_dir)
         loss = build_loss(cfg)
-        about = list(_around(cfg, loss))
-    text = explain_loss(loss, about, **_context(cfg))
+        preset = next((str(o.value()) for o in parse(arguments.overrides) if o.key_or_group == "loss"), None)
+        about = list(_around(cfg, loss, preset))
+    text = explain_loss(loss, about, preset=preset, **_context(cfg))
     messages = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     unwrapped = " ".join(text.split())
     notes = [f"note: {message}" for message in messages if " ".join(message.split()) not in unwrapped]
@@ -124,14 +126,17 @@ def _part(cfg: DictConfig, name: str) -> dict[str, Any]:
     return {str(name): value for name, value in values.items() if name != "_target_"}
 
 
-def _around(cfg: DictConfig, loss: BaseLossConfig) -> Iterator[tuple[str, list[str]]]:
-    """Describe what happens to rewards before the loss reads them, and what controls the KL coefficient.
+def _around(cfg: DictConfig, loss: BaseLossConfig, preset: str | None) -> Iterator[tuple[str, list[str]]]:
+    """Describe what happens to rewards before the loss reads them, what controls the KL coefficient, and TRL's KL.
 
     Raises:
         ConfigError: the run lacks what the advantage estimator needs, as in training.
     """
     if not isinstance(loss, BaseRLLossConfig):
         return
+    theirs = kl_of_trl(loss, preset)
+    if theirs is not None:
+        yield "kl of TRL", [f"with beta > 0 and without clamps: {shown_all(theirs)}"]
     control = KLControlConfig(**_part(cfg, "kl_control"))
     if control.reward_type is not None:
         estimator = KL_NAMES[control.reward_type]

@@ -38,6 +38,8 @@ KL_GRADIENT_WORDS: dict[str, str] = {
     "straight_through": "that of k2, which is d",
     "score_corrected": "that of the value, plus value x grad log pi (the score-function term)",
     "is_corrected": "that of the value plus the score-function term, reweighted by the ratio to pi_{anchor}",
+    "is_corrected by sequence": "by the product rule, also through the geometric mean of the sequence's ratios to "
+    "pi_{anchor}, which multiplies the value",
 }
 
 

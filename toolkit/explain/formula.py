@@ -174,10 +174,14 @@ def _kl_term(cfg: BaseRLLossConfig) -> list[str]:
         "neither": f"of neither KL: {fact.note}",
     }[fact.expected_gradient]
     value = "unbiased" if fact.value_unbiased else "biased"
+    words = KL_GRADIENT_WORDS[cfg.kl_gradient + (" by sequence" if cfg.is_kl_wide else "")]
+    expected = f"value {value}, gradient {gradient}" + ("; off-policy tokens, too" if fact.off_policy else "")
+    if cfg.is_kl_wide:
+        expected = "value and gradient are biased: the ratio of a sequence is not that of the token"
     return [
         f"+ {coefficient} x {fact.estimator}: {KL_EQUATIONS[fact.estimator]}, d = log pi - log pi_ref",
-        f"gradient ({cfg.kl_gradient}): {KL_GRADIENT_WORDS[cfg.kl_gradient].format(anchor=cfg.kl_anchor)}",
-        f"in expectation: value {value}, gradient {gradient}" + ("; off-policy tokens, too" if fact.off_policy else ""),
+        f"gradient ({cfg.kl_gradient}): {words.format(anchor=cfg.kl_anchor)}",
+        f"in expectation: {expected}",
         "; ".join(bounds),
     ]
 

@@ -43,6 +43,8 @@ class Setting:
     advantage_options: Mapping[str, Any] = field(default_factory=dict)
     longest: int | None = None
     """Largest number of tokens in a completion."""
+    preset: str | None = None
+    """The chosen preset, such as ``preset/trl/dapo``."""
 
     @property
     def name(self) -> str:
@@ -66,6 +68,7 @@ def warnings_for(
     advantage: str | None = None,
     advantage_options: Mapping[str, Any] | None = None,
     longest: int | None = None,
+    preset: str | None = None,
 ) -> list[str]:
     """Return one sentence for each known problem of a config, with its remedy; only policy losses are checked.
 
@@ -74,7 +77,7 @@ def warnings_for(
     if not isinstance(cfg, BaseRLLossConfig):
         return []
     loss, options = cfg.policy, cfg.policy_options
-    setting = Setting(cfg, loss, options, advantage, advantage_options or {}, longest)
+    setting = Setting(cfg, loss, options, advantage, advantage_options or {}, longest, preset)
     return [message for check in CHECKS for message in check(setting)]
 
 
@@ -259,6 +262,25 @@ def _kl(s: Setting) -> Iterator[str]:
             yield message
 
 
+def kl_of_trl(cfg: BaseRLLossConfig, preset: str | None) -> dict[str, Any] | None:
+    """Return the KL settings that are TRL's with ``beta`` > 0, if `preset` is one of TRL's and a KL term is on."""
+    if not (cfg.use_kl_loss and preset and preset.startswith("preset/trl/")):
+        return None
+    level = {"kl_ratio_level": "sequence"} if cfg.policy.name == "gspo" else {}
+    return {"kl_loss_type": "k3", "kl_gradient": "is_corrected", **level}
+
+
+def _kl_of_preset(s: Setting) -> Iterator[str]:
+    """TRL's KL is multiplied by the ratio, unless use_bias_correction_kl is switched off."""
+    theirs = kl_of_trl(s.cfg, s.preset)
+    if theirs is not None and any(getattr(s.cfg, name) != value for name, value in theirs.items()):
+        level = "".join(f" loss.{name}={value}" for name, value in theirs.items() if name == "kl_ratio_level")
+        yield (
+            "the KL term is not TRL's, which multiplies k3 by the ratio (use_bias_correction_kl=True is its default); "
+            f"use kl=k3_is_corrected{level}"
+        )
+
+
 def _negative_entropy(s: Setting) -> Iterator[str]:
     if s.cfg.entropy_coef < 0:
         yield (
@@ -281,6 +303,7 @@ CHECKS: tuple[Callable[[Setting], Iterator[str]], ...] = (
     _corrected_twice,
     _correction_on_kl,
     _kl,
+    _kl_of_preset,
     _negative_entropy,
 )
 """In the order in which their sentences are printed."""

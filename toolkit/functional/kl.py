@@ -28,20 +28,45 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
 from toolkit.functional.kl_facts import MAX_K3, MAX_LOG_DIFF, expected_gradient_facts
-from toolkit.functional.names import KLDirection, KLTail, check_choice
+from toolkit.functional.names import MAX_LOG_RATIO, KLDirection, KLRatioLevel, KLTail, check_choice
+from toolkit.functional.ratios import bounded
 
 MAX_EXPONENT = 60.0
 """Bound on |d| in k3 where the caller sets none: e^60 times the largest ratio, e^20, is finite in fp32 (< e^88)."""
 Clamp = float | Literal["auto"] | None
 """A bound in nats, None for no bound, or "auto" for the usual bound of the estimator."""
+
+
+def k3(d: Tensor) -> Tensor:
+    """Return exp(-d) - 1 + d for each `d` [N] in nats; value and gradient keep nearly all digits of the dtype.
+
+    expm1(-d) and d cancel for small d (fp32 would give 0 at 1e-8), so there it is the series d^2/2! - d^3/3! + ... up
+    to d^7/7!, whose gradient lacks d^7/7! and more. With the dtype's resolution eps it is used below 2 eps^(1/7), which
+    is 0.2 in fp32 and 0.01 in float64: the missing part is then below eps, and the other form is off by about eps / d.
+    """
+    is_small = d.abs() < 2 * torch.finfo(d.dtype).eps ** (1 / 7)
+    x = d.where(is_small, 0.0)
+    series = 1 - x / 7
+    for n in (6, 5, 4, 3):
+        series = 1 - x / n * series
+    large = d.masked_fill(is_small, 1.0)
+    return (0.5 * x.square() * series).where(is_small, (-large).expm1() + large)
+
+
 KL_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda d: d,
     "abs": Tensor.abs,
     "k2": lambda d: 0.5 * d.square(),
-    # expm1 keeps d^2 / 2 for small d, where exp(-d) - 1 would cancel to 0 in fp32.
-    "k3": lambda d: (-d).expm1() + d,
+    "k3": k3,
 }
 """Each estimator of d [N], per token [N]."""
+_SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "k1": (torch.ones_like, lambda d: 1 + d),
+    "abs": (Tensor.sign, lambda d: d.sign() + d.abs()),
+    "k2": (lambda d: d, lambda d: d * (1 + d / 2)),
+    "k3": (lambda d: -(-d).expm1(), lambda d: d),
+}
+"""The derivative v'(d) of each estimator, and v'(d) + v(d), written without the parts that cancel."""
 
 
 def kl_estimate(
@@ -53,6 +78,8 @@ def kl_estimate(
     input_clamp: Clamp = "auto",
     output_clamp: Clamp = "auto",
     log_ratio: Tensor | None = None,
+    log_ratio_range: tuple[float | None, float | None] = (-MAX_LOG_RATIO, MAX_LOG_RATIO),
+    ratio_level: KLRatioLevel = "token",
 ) -> Tensor:
     """Return the named estimator per token, [N] in nats, with the named gradient.
 
@@ -71,7 +98,7 @@ def kl_estimate(
     The order is: clamp d, compute the estimator, multiply by the weight, clamp the *product*. So `output_clamp` bounds
     what enters the loss, whatever the ratio is. Where the input clamp binds, the gradient is exactly 0, including that
     of the weight; where the output clamp binds, it is also 0, except under ``straight_through``, whose gradient does
-    not come from the value.
+    not come from the value. Where a bound of the ratio binds, the weight has no gradient, but the estimator has.
 
     Args:
         logprobs: [N] log pi in nats, with gradient, fp32 or wider.
@@ -82,9 +109,12 @@ def kl_estimate(
             Without a bound k3 still stops at 60 nats, short of overflow.
         output_clamp: bound on the magnitude of the result in nats, None for none, "auto" for 10 with k3 and none
             otherwise.
-        log_ratio: [N] log pi_theta - log pi_anchor in nats, with gradient and already bounded, where pi_anchor is the
-            policy whose tokens these are; a sequence's ratio repeated per token also works. Only ``is_corrected``
-            reads it.
+        log_ratio: [N] log pi_theta - log pi_anchor in nats, where pi_anchor is the policy whose tokens these are; or
+            its mean over a sequence, with gradient. Only ``is_corrected`` reads it.
+        log_ratio_range: its bounds in nats before exp, as in `ratios.bounded`.
+        ratio_level: "token" if `log_ratio` is that of each token, which follows log pi one to one: the gradient is then
+            ratio (v'(d) + v(d)) per token, which is ratio x d for k3, where the product rule would subtract numbers of
+            the size of exp(-d). "sequence" if it depends on other tokens, too: the product rule and autograd.
 
     Raises:
         ConfigError: an unknown name, or a clamp that is not positive.
@@ -98,26 +128,37 @@ def kl_estimate(
     limit = _resolved("output_clamp", output_clamp, MAX_K3 if estimator == "k3" else None)
     if bound is None and estimator == "k3":
         bound = MAX_EXPONENT
+    check_choice(ratio_level, get_args(KLRatioLevel), f"ratio_level={ratio_level!r} of the KL term is not known")
     raw = logprobs - ref_logprobs
     difference = raw if bound is None else raw.clamp(-bound, bound)
     value = KL_VALUES[estimator](difference)
-    if gradient == "straight_through":
-        # d - sg(d) is 0 with gradient 1, or without a gradient where the input clamp binds.
-        value = _limited(value, limit).detach()
-        return value + difference.detach() * (difference - difference.detach())
     if gradient == "as_is":
         return _limited(value, limit)
+    if gradient == "straight_through":
+        return _with_slope(_limited(value, limit), difference, difference)
     if gradient == "score_corrected":
-        log_ratio = logprobs - logprobs.detach()
+        log_ratio, ratio_level = torch.zeros_like(raw), "token"
     elif log_ratio is None:
         raise DataError(
-            "gradient='is_corrected' of the KL term needs log_ratio, the bounded log pi_theta - log pi_anchor of each "
-            "token; pass it, or choose gradient='score_corrected', which uses the policy itself as the anchor"
+            "gradient='is_corrected' of the KL term needs log_ratio, the log pi_theta - log pi_anchor of each token; "
+            "pass it, or choose gradient='score_corrected', which uses the policy itself as the anchor"
         )
-    weight = log_ratio.exp()
-    if bound is not None:
+    held = bounded(log_ratio, *log_ratio_range)
+    weight = held.exp()
+    if ratio_level == "sequence":
         weight = torch.where(raw == difference, weight, weight.detach())
-    return _limited(weight * value, limit)
+        return _limited(weight * value, limit)
+    product = weight * value
+    limited = _limited(product, limit)
+    of_value, of_product = (slope(difference) for slope in _SLOPES[estimator])
+    slope = (weight * of_product.where(held == log_ratio, of_value)).where(limited == product, 0.0)
+    return _with_slope(limited, slope, difference)
+
+
+def _with_slope(value: Tensor, slope: Tensor, difference: Tensor) -> Tensor:
+    """Return `value` [N] with the gradient `slope` [N] with respect to `difference` [N], 0 where that is clamped."""
+    # d - sg(d) is 0 with gradient 1, or without a gradient where the input clamp binds.
+    return value.detach() + slope.detach() * (difference - difference.detach())
 
 
 def _resolved(name: str, clamp: Clamp, usual: float | None) -> float | None:

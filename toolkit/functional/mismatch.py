@@ -10,6 +10,7 @@ gradient. With finite log-probabilities every result is finite, also where a pro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +31,9 @@ LARGEST_WEIGHT = 1e30
 SMALLEST_MEAN = 1e-8
 """Weights with a smaller mean are not divided by it (as in verl)."""
 CLAMPS = ("clamp", "clamp_upper")
+ROUNDING = 16.0
+"""How many resolutions of a log-probability, in nats, a log ratio may lie outside an inclusive bound: fp32 rounds two
+log-probabilities of up to 16 nats by as much."""
 
 
 class Correction(Protocol):
@@ -125,6 +129,18 @@ TOKEN_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 """Of (log p - log q, log p, log q), [N] each; "ratio" is not listed because it is reduced before exp."""
 
 
+SENSITIVITY: dict[str, Callable[[float], float]] = {
+    "ratio": lambda bound: bound,
+    "k1": lambda bound: 1.0,
+    "k2": lambda bound: math.sqrt(2 * bound),
+    "k3": lambda bound: math.sqrt(2 * bound) + bound,
+    "tv": lambda bound: 1.0,
+    "prob_diff": lambda bound: 1.0,
+    "ratio_tv": lambda bound: 1 + bound,
+}
+"""By how much each statistic changes at most, where it has the size of a bound, if d changes by one nat."""
+
+
 @torch.no_grad()
 def unit_statistic(
     trainer_logprobs: Tensor,
@@ -213,13 +229,14 @@ def corrected(
     in_denominator, hits = is_kept, []
     for index, correction in enumerate(corrections):
         value = _statistic(correction, terms)
-        factor = _clamped(value, correction)
-        is_hit = factor != value
         if correction.action in CLAMPS:
+            factor = _clamped(value, correction)
+            is_hit = factor != value
             if correction.normalize:
                 factor = factor / _normalizer(normalizer_sums, index)
             weights = (weights * factor).clamp(max=LARGEST_WEIGHT)
         else:
+            is_hit = _is_outside(value, correction, terms)
             if correction.action == "veto":
                 is_hit = _reduced(is_hit.double(), *terms.units("sequence"), "max") > 0
             is_hit = is_hit & terms.has_sign(correction.advantages, correction.between)
@@ -248,6 +265,17 @@ def normalizer_parts(corrections: Sequence[Correction], terms: MismatchTerms) ->
                 share = share / segment_sum(share, ids, num)[ids]
             parts[index, 0], parts[index, 1] = (ratio * share).sum(), share.sum()
     return parts
+
+
+def _is_outside(value: Tensor, correction: Correction, terms: MismatchTerms) -> Tensor:
+    """Return which values [N] break a bound by more than what rounding the log-probabilities makes of them."""
+    dtypes = {each.dtype for each in terms.policies(correction.between)}
+    nats = ROUNDING * torch.finfo(torch.float64 if dtypes == {torch.float64} else torch.float32).eps
+    is_inside = torch.ones_like(value, dtype=torch.bool)
+    for sign, bound in ((-1, correction.lower), (1, correction.upper)):
+        if bound is not None:
+            is_inside = is_inside & (sign * (value - bound) <= nats * SENSITIVITY[correction.statistic](abs(bound)))
+    return ~is_inside
 
 
 def _clamped(ratio: Tensor, correction: Correction) -> Tensor:
@@ -300,7 +328,7 @@ def mismatch_metrics(
         "rollout_mismatch": Mean.of(log_ratio.abs()),
         "rollout_mismatch_max": Max.of(log_ratio.abs()),
         "rollout_k1": Mean.of(-log_ratio),
-        "rollout_k3": Mean.of(bounded.expm1() - bounded),
+        "rollout_k3": Mean.of(KL_VALUES["k3"](-bounded)),
         "rollout_chi2": Mean.of((2 * bounded).expm1()),
         "rollout_prob_diff": Mean.of((p.exp() - q.exp()).abs()),
         "rollout_weight": Mean.of(weights),

@@ -31,6 +31,8 @@ KLTail = Literal["drop", "one_bucket"]
 """How the probability outside of the candidates is treated."""
 KLGradient = Literal["as_is", "straight_through", "score_corrected", "is_corrected"]
 """What flows back through the KL term."""
+KLRatioLevel = Literal["token", "sequence"]
+"""Whose ratio multiplies a KL term: the token's, or the geometric mean of its sequence's."""
 MAX_LOG_RATIO = 20.0
 """Bound on |log ratio| in nats before exp (XTuner, verl and OpenRLHF use the same): e^20 = 4.9e8 is finite in fp32."""
 

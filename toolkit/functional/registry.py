@@ -138,15 +138,13 @@ class Registry(Generic[EntryT]):
             from toolkit.peers import counterpart_value  # only a mistake needs it
 
             article = "an" if self.kind[0] in "aeiou" else "a"
+            custom = f"register your own with @{self.how} in a file that plugins=[file.py] loads"
             elsewhere = counterpart_value("advantage" if self.key == "advantage" else "policy_loss", name)
             if elsewhere is not None:
-                raise ConfigError(
-                    f"{self.key}={name!r} is not {article} {self.kind}; {elsewhere}; register your own with @{self.how}"
-                )
+                raise ConfigError(f"{self.key}={name!r} is not {article} {self.kind}; {elsewhere}; {custom}")
             hint = did_you_mean(str(name), names)
             raise ConfigError(
-                f"{self.key}={name!r} is not {article} {self.kind}; choose {listed(names)}{hint}; "
-                f"register your own with @{self.how}"
+                f"{self.key}={name!r} is not {article} {self.kind}; choose {listed(names)}{hint}; {custom}"
             )
         return self.entries[name]
 

@@ -6,7 +6,7 @@ it may have any size, and its members any position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
@@ -17,6 +17,8 @@ from toolkit.errors import DataError
 from toolkit.metrics import wide_dtype
 
 Level = Literal["group", "batch"]
+PER_TOKEN = ("mask", "token_rewards", "values", "logprobs", "sum_pi_squared")
+"""Fields with a value for each token."""
 Spread = Literal["sample", "population", "leave_one_out"]
 ROUNDING = 1e-10
 """Part of a sum of squares below which the rest after leaving one out is rounding, in float64."""
@@ -55,6 +57,25 @@ class RewardTerms:
     """[S] tokens that were read, not written: the prompt and tool output."""
     num_turns: Tensor | None = None
     """[S] turns of each sequence."""
+
+    def __post_init__(self) -> None:
+        for name, what in (
+            ("rewards", "one reward of each sequence"),
+            ("group_ids", "one integer for each sequence, the same for all completions of one prompt"),
+        ):
+            if not isinstance(getattr(self, name), Tensor):
+                kind = type(getattr(self, name)).__name__
+                raise DataError(f"RewardTerms.{name} is a {kind}; it must be a tensor [S]: {what}")
+        for field in fields(self):
+            values = getattr(self, field.name)
+            if values is None or field.name == "reward_weights":
+                continue
+            shape = "[S, T]" if field.name in PER_TOKEN else "[S, K]" if field.name == "rewards_multi" else "[S]"
+            if values.dim() != len(shape.split(",")) or len(values) != len(self.rewards):
+                raise DataError(
+                    f"RewardTerms.{field.name} has shape {list(values.shape)} beside rewards of shape "
+                    f"{list(self.rewards.shape)}; it must be {shape}, and rewards [S], for the same S sequences"
+                )
 
     def require(self, name: str) -> Tensor:
         """Return the field called `name`: [S], [S, T], [S, K] or [K].

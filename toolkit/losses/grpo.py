@@ -26,16 +26,18 @@ from toolkit.losses.config.policy import BaseRLLossConfig, GRPOLossConfig
 from toolkit.losses.config.term import LossTerm
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.kwargs import GRPOLossKwargs
+from toolkit.losses.policy_metrics import policy_metrics
 from toolkit.losses.scored import ScoredLossContext
 from toolkit.losses.step import policy_step
 from toolkit.losses.step.candidates import check_vocabulary
-from toolkit.losses.step.corrections import late_correction
+from toolkit.losses.step.corrections import late_correction, missing_rollout
 from toolkit.losses.step.global_view import GlobalView, emptied, with_gradient_of
 from toolkit.losses.step.item_checks import check_policy_loss, finite_fields, scored_labels
 from toolkit.losses.step.step import Extra, Step, StepRow
 from toolkit.losses.step.weights import loss_metric
 from toolkit.losses.summation import as_loss_dtype, term_sums, total, weighted
-from toolkit.metrics import Mean, Metric, Sum, extremes, without_graph
+from toolkit.metrics import Mean, Metric, without_graph
+from toolkit.schema import FrozenDict
 
 __all__ = ["GRPOLossContext", "GRPOLossKwargs"]
 
@@ -111,7 +113,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         """What the policy loss and its corrections look at; "batch" for groups, which are complete in a micro-batch."""
         if self.loss_kwargs.global_view is not None:
             return "batch"
-        scope = self.loss_cfg.policy.scope if self.loss_kwargs.has_current else self.loss_cfg.scope
+        scope = self.loss_cfg.scope_of_terms if self.loss_kwargs.has_current else self.loss_cfg.scope
         return "batch" if scope == "group" else scope
 
     @cached_property
@@ -164,15 +166,15 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         """Return the sum of the terms, 0-dim, and the metrics of all."""
         terms = self._terms(scores, loss_kwargs)
         if loss_kwargs.global_view is None:
-            wide = _Wide(*self._importance(terms, loss_kwargs), {}, None)
+            wide = _Wide(*self._importance(terms, loss_kwargs), {}, {})
         else:
             wide = self._wide(scores, loss_kwargs)
-        values = self._values(terms, scores, loss_kwargs, wide.policy_values)
+        values = self._values(terms, scores, loss_kwargs, wide.values)
         sums = term_sums(self.terms, values, loss_kwargs, wide.importance, owner=type(self).__name__)
-        sums |= {name: with_gradient_of(sums[name], source) for name, source in wide.policy_sums.items()}
+        sums |= {name: with_gradient_of(sums[name], source) for name, source in wide.sums.items()}
         reduction = self.loss_cfg.gradient_reduction
         loss, reported = total(self.terms, sums, reduction)
-        metrics = {**terms.reported, **wide.metrics, **_metrics(terms), **reported}
+        metrics = {**terms.reported, **wide.metrics, **policy_metrics(terms, loss_kwargs.rollout_logprobs), **reported}
         policy = weighted(self._policy_terms, sums)
         metrics["policy_loss"] = reported["loss"] if policy is loss else loss_metric(policy, reduction)
         if "kl" in values:
@@ -204,12 +206,16 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         if num_scored != expected:
             raise DataError(
                 f"these kwargs hold {num_scored} of the {expected} scored tokens of their micro-batch, but the loss "
-                f"{self.loss_cfg.policy.name!r} (or a correction) looks at whole sequences; pass forward the kwargs as "
-                "they were built (mode='chunk' keeps memory small)"
+                f"{self.loss_cfg.policy.name!r} (or a correction, or the KL term) looks at whole sequences; pass "
+                "forward the kwargs as they were built (mode='chunk' keeps memory small)"
             )
         check_vocabulary(
             loss_kwargs.candidate_ids, loss_kwargs.candidate_logprobs, labels, head_weight.shape[0], ignore_idx
         )
+
+    @cached_property
+    def _policy_names(self) -> list[str]:
+        return [term.name for term in self._policy_terms]
 
     @cached_property
     def _policy_terms(self) -> list[LossTerm]:
@@ -217,13 +223,17 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         return [term for term in self.terms if term.name.startswith("policy")]
 
     def _values(
-        self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs, policy: Tensor | None = None
+        self,
+        terms: PolicyTerms,
+        scores: TokenScores,
+        loss_kwargs: GRPOLossKwargs,
+        known: Mapping[str, Tensor] = FrozenDict(),
     ) -> dict[str, Tensor]:
-        """Return the values of every term [N]; `policy`: those of the policy loss, where they are known."""
-        if policy is None:
-            policy = self._token_losses(terms, scores, loss_kwargs)
-        values = {term.name: policy for term in self._policy_terms}
-        if self.loss_cfg.use_kl_loss:
+        """Return the values of every term [N]; `known`: those that are known, by the name of the term."""
+        values = dict(known)
+        if self._policy_names[0] not in values:
+            values |= dict.fromkeys(self._policy_names, self._token_losses(terms, scores, loss_kwargs))
+        if self.loss_cfg.use_kl_loss and "kl" not in values:
             values["kl"] = self._kl(terms, scores, loss_kwargs)
         if self.loss_cfg.positive_nll_coef:
             values["positive_nll"] = -scores.logprobs
@@ -242,13 +252,15 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         all_terms = self._terms(all_scores, view.kwargs)
         importance, measured = self._importance(all_terms, view.kwargs, view_index)
         local_importance = None if importance is None else importance[view_index]
-        if loss.scope == "token":  # only a correction looks at the others
-            return _Wide(local_importance, measured, {}, None)
-        policy = self._token_losses(all_terms, all_scores, view.kwargs)
-        values = {term.name: policy for term in self._policy_terms}
+        values: dict[str, Tensor] = {}
+        if loss.scope != "token":
+            values |= dict.fromkeys(self._policy_names, self._token_losses(all_terms, all_scores, view.kwargs))
+        if self.loss_cfg.is_kl_wide:
+            values["kl"] = self._kl(all_terms, all_scores, view.kwargs)
         sums = term_sums(self.terms, values, view.kwargs, importance, owner=type(self).__name__, partly=True)
         reported = all_terms.reports() if view.reports else emptied(all_terms.reports())
-        return _Wide(local_importance, {**reported, **measured}, sums, policy.detach()[view_index])
+        local_values = {name: value.detach()[view_index] for name, value in values.items()}
+        return _Wide(local_importance, {**reported, **measured}, sums, local_values)
 
     def _token_losses(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
         token_losses = self.policy_losses(terms, scores, loss_kwargs)
@@ -262,7 +274,8 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         late: Tensor | None = None
         metrics: dict[str, Metric] = {}
         if not loss_kwargs.has_current:
-            late, metrics = late_correction(terms, self.loss_cfg, view_index)
+            is_missing = missing_rollout(loss_kwargs.rollout_logprobs, self.loss_cfg)
+            late, metrics = late_correction(terms, self.loss_cfg, view_index, is_missing)
         factors = [as_loss_dtype(each, terms.logprobs) for each in (loss_kwargs.importance, late) if each is not None]
         return (None if not factors else torch.stack(factors).prod(0).clamp(max=LARGEST_WEIGHT)), metrics
 
@@ -275,6 +288,9 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             if (values := getattr(loss_kwargs, name)) is not None
         }
         fields.setdefault("old_logprobs", logprobs.detach())
+        is_missing = missing_rollout(loss_kwargs.rollout_logprobs, self.loss_cfg)
+        if is_missing is not None:  # rejected; pi_old stands in, so every ratio is finite
+            fields["rollout_logprobs"] = fields["old_logprobs"].where(is_missing, fields["rollout_logprobs"])
         if self.scope != "token":
             for unit in ("sequence", "turn", "group"):
                 ids = getattr(loss_kwargs, f"{unit}_ids")
@@ -294,14 +310,18 @@ class _Wide:
     importance: Tensor | None
     """[n] of local tokens."""
     metrics: dict[str, Metric]
-    policy_sums: dict[str, Tensor]
-    """Of the policy terms over all tokens, with the gradient of local ones; empty where only a correction looks."""
-    policy_values: Tensor | None
-    """[n] of local tokens, without gradient."""
+    sums: dict[str, Tensor]
+    """Of the terms that look at other tokens, over all tokens, with the gradient of local ones."""
+    values: dict[str, Tensor]
+    """[n] of local tokens in these terms, without gradient."""
 
 
 def _sampled_kl(terms: PolicyTerms, cfg: BaseRLLossConfig) -> Tensor:
     assert cfg.kl_loss_type is not None
+    log_ratio = None
+    if cfg.kl_gradient == "is_corrected":
+        log_ratio = terms.logprobs - terms.anchor_logprobs(cfg.kl_anchor)
+        log_ratio = log_ratio if cfg.kl_ratio_level == "token" else terms.segment_mean(log_ratio)
     return kl_estimate(
         terms.logprobs,
         terms.require("ref_logprobs"),
@@ -309,41 +329,12 @@ def _sampled_kl(terms: PolicyTerms, cfg: BaseRLLossConfig) -> Tensor:
         gradient=cfg.kl_gradient,
         input_clamp=cfg.kl_input_clamp,
         output_clamp=cfg.kl_output_clamp,
-        log_ratio=terms.log_ratio(cfg.kl_anchor) if cfg.kl_gradient == "is_corrected" else None,
+        log_ratio=log_ratio,
+        log_ratio_range=terms.log_ratio_range,
+        ratio_level=cfg.kl_ratio_level,
     )
 
 
 def _constant(values: Tensor, like: Tensor) -> Tensor:
     """Detach `values` from any graph: a live old_logprobs would cancel the gradient of the policy."""
     return without_graph(values).to(like.dtype)
-
-
-@torch.no_grad()
-def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
-    """Ratio statistics between the policy now and before the step, and against the sampler if it reported."""
-    difference = terms.logprobs - terms.old_logprobs
-    log_ratio = terms.bounded(difference)
-    ratio = log_ratio.exp()
-    means = Mean.of_each(
-        {
-            **terms.reported_means,
-            "ratio": ratio,
-            "log_ratio_clamped": difference != log_ratio,
-            "kl_old": kl_estimate(terms.old_logprobs, terms.logprobs, "k3"),
-            "kl_old_k1": -difference,
-            "non_finite_tokens": (terms.logprobs - terms.logprobs) != 0,  # inf - inf is NaN, too
-        }
-    )
-    lowest, highest = extremes(ratio)
-    metrics: dict[str, Metric] = {
-        **means,
-        "ratio_min": lowest,
-        "ratio_max": highest,
-        "active_tokens": Sum(means["ratio"].den),
-        "non_finite_tokens": Sum(means["non_finite_tokens"].num),
-    }
-    if terms.rollout_logprobs is not None:
-        known = terms.rollout_logprobs.isfinite()  # a sampler may not report every token
-        metrics["rollout_missing"] = Mean.of(~known)
-        metrics["rollout_mismatch"] = Mean.of((terms.old_logprobs - terms.rollout_logprobs)[known].abs())
-    return metrics

@@ -123,6 +123,7 @@ class LossContextInputItem(TensorRecord):
             return value
         _check_kind(name, value, mark.kind)
         value = value.long() if mark.kind == "integer" else value
+        value = value.float() if mark.kind == "number" and not value.is_floating_point() else value
         shape = self.shifted_labels.shape
         if mark.trailing:
             if value.dim() < 2 or value.shape[:-1] not in (shape, shape[-1:]) or value.shape[-1] == 0:
@@ -141,8 +142,8 @@ class LossContextInputItem(TensorRecord):
 
 def _check_kind(name: str, value: Tensor, kind: str) -> None:
     actual = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "integer"
-    if kind not in ("any", actual):
-        wanted = {"float": "a floating-point", "integer": "an integer", "bool": "a bool"}[kind]
+    if kind not in ("any", actual) and not (kind == "number" and actual != "bool"):
+        wanted = {"float": "a floating-point", "integer": "an integer", "bool": "a bool"}.get(kind, "a numeric")
         raise DataError(f"{name} has dtype {value.dtype}; it must be {wanted} tensor")
 
 
@@ -153,8 +154,8 @@ class CELossContextInputItem(LossContextInputItem):
 class RLLossContextInputItem(LossContextInputItem):
     """All inputs of a policy loss. Masked positions may hold anything, NaN included."""
 
-    advantages: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
-    """[1, T] or [B, T]; [T] and [B, 1] broadcast."""
+    advantages: Annotated[Tensor | None, PerToken(pad=0.0, kind="number")] = None
+    """[1, T] or [B, T], integers become fp32; [T] and [B, 1] broadcast."""
     old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities before this optimizer step, in nats; None: on-policy, the current ones detached."""
     current_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None

@@ -20,7 +20,7 @@ from toolkit.distributed import sp_split
 from toolkit.errors import ConfigError, DataError, ToolkitError, listed
 from toolkit.schema import Model
 
-Kind = Literal["any", "float", "integer", "bool"]
+Kind = Literal["any", "float", "number", "integer", "bool"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PerToken:
     trailing: int = 0
     """1 where a position has K values, [B, T, K]."""
     kind: Kind = "any"
-    """What its values must be; integers become int64."""
+    """What its values must be; integers become int64, as a "number" fp32."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind) or self.trailing not in (0, 1):

@@ -39,7 +39,7 @@ def _level(x: Sample, live: LogProbs, labels: Sequence[int], how: str, **o: Any)
     advantages = over(x.sequences, x.advantages, "mean") if o.get("average_advantages") else x.advantages
     found = level_ratios(x, live, o["anchor"], labels, how)
     return [
-        ppo(r, a, o["cliprange_low"], o["cliprange_high"], o.get("clip_ratio_c"))
+        ppo(r, a, o["cliprange_low"], o["cliprange_high"], o.get("clip_ratio_c"), o.get("delta"))
         for r, a in zip(found, advantages, strict=True)
     ]
 
@@ -65,7 +65,7 @@ def gspo_token(x: Sample, live: LogProbs, **o: Any) -> Losses:
     found = []
     for t, mean in enumerate(over(x.sequences, raw, "mean")):
         s = math.exp(x.bound(mean + live[t] - x.logprobs[t]))
-        found.append(ppo(s, x.advantages[t], o["cliprange_low"], o["cliprange_high"], o["clip_ratio_c"]))
+        found.append(ppo(s, x.advantages[t], o["cliprange_low"], o["cliprange_high"], o["clip_ratio_c"], o["delta"]))
     return found
 
 

@@ -19,6 +19,21 @@ def test_gspo_clips_the_geometric_mean() -> None:
     check("gspo", tokens(ratios(4, 1), [-1, -1]), [1.5, 1.5], [0, 0], clip_ratio_c=1.5)
 
 
+@pytest.mark.parametrize("name", ["gspo", "gspo_token", "segment_ratio"])
+def test_delta_caps_the_ratio_of_a_sequence(name: str) -> None:
+    # s = 2: max(min(s, 1.5), clip s) = 1.5 without gradient where A < 0; below the cap, as without one.
+    options = {"cliprange_low": 0.2, "cliprange_high": 0.2}
+    terms = {-1: tokens(ratios(4, 1), [-1, -1], turn_ids=[0, 0]), 1: tokens(ratios(4, 1), [1, 1], turn_ids=[0, 0])}
+    check(name, terms[-1], [1.5, 1.5], [0, 0], delta=1.5, **options)
+    check(name, terms[-1], [2, 2], [2, 2], delta=3.0, **options)
+    check(name, terms[1], [-1.2, -1.2], [0, 0], delta=1.5, **options)
+
+
+def test_delta_caps_the_product_of_a_sequence() -> None:
+    # R = 4.
+    check("rloo_sequence", tokens(ratios(4, 1), [-1, -1]), [3, 3], [0, 0], delta=3.0)
+
+
 def test_gspo_of_a_known_case() -> None:
     # R14c: log ratios 3, -3, 0.6; s = e^0.2 > 1.2. Each token's own clip gives -(1.2 + e^-3 + 1.2) / 3.
     terms = tokens([3, -3, 0.6], [1, 1, 1])

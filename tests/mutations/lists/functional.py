@@ -240,8 +240,8 @@ MUTATIONS = (
     Mutation(
         name="kl-k3-sign",
         file=f"{FUNCTIONAL}/kl.py",
-        line='"k3": lambda d: (-d).expm1() + d,',
-        becomes='"k3": lambda d: d.expm1() - d,',
+        line="return (0.5 * x.square() * series).where(is_small, (-large).expm1() + large)",
+        becomes="return (0.5 * x.square() * series).where(is_small, large.expm1() - large)",
         tests=(f"{TESTS}/test_kl.py::test_hand_worked_at_probability_ratio_two",),
     ),
     Mutation(
@@ -254,15 +254,15 @@ MUTATIONS = (
     Mutation(
         name="kl-clamped-before-the-ratio",
         file=f"{FUNCTIONAL}/kl.py",
-        line="return _limited(weight * value, limit)",
-        becomes="return weight * _limited(value, limit)",
+        line="limited = _limited(product, limit)",
+        becomes="limited = weight * _limited(value, limit)",
         tests=(f"{TESTS}/test_kl.py::test_output_clamp_bounds_the_product_with_the_ratio",),
     ),
     Mutation(
         name="kl-straight-through-has-the-gradient-of-k1",
         file=f"{FUNCTIONAL}/kl.py",
-        line="return value + difference.detach() * (difference - difference.detach())",
-        becomes="return value + (difference - difference.detach())",
+        line="return _with_slope(_limited(value, limit), difference, difference)",
+        becomes="return _with_slope(_limited(value, limit), torch.ones_like(difference), difference)",
         tests=(f"{TESTS}/test_kl.py::test_hand_worked_gradients_beside_the_plain_one",),
     ),
     Mutation(
@@ -321,6 +321,27 @@ MUTATIONS = (
         line="return Share(active / lengths, counted)",
         becomes="return Share(active / lengths, active.sum())",
         tests=(f"{TESTS}/test_aggregation.py::test_by_hand",),
+    ),
+    Mutation(
+        name="kl-k3-without-its-series",
+        file=f"{FUNCTIONAL}/kl.py",
+        line="is_small = d.abs() < 2 * torch.finfo(d.dtype).eps ** (1 / 7)",
+        becomes="is_small = d.abs() < 0",
+        tests=(f"{TESTS}/test_kl.py::test_values_and_gradients_have_six_digits_in_fp32",),
+    ),
+    Mutation(
+        name="kl-bounded-ratio-has-a-gradient",
+        file=f"{FUNCTIONAL}/kl.py",
+        line="slope = (weight * of_product.where(held == log_ratio, of_value)).where(limited == product, 0.0)",
+        becomes="slope = (weight * of_product).where(limited == product, 0.0)",
+        tests=(f"{TESTS}/test_kl.py::test_a_bounded_ratio_has_no_gradient_but_the_estimator_has",),
+    ),
+    Mutation(
+        name="correction-bounds-without-rounding",
+        file=f"{FUNCTIONAL}/mismatch.py",
+        line="nats = ROUNDING * torch.finfo(torch.float64 if dtypes == {torch.float64} else torch.float32).eps",
+        becomes="nats = 0.0",
+        tests=(f"{TESTS}/test_mismatch.py::test_rounding_breaks_no_inclusive_bound",),
     ),
     Mutation(
         name="aggregation-component-weights-in-the-denominator",

@@ -233,7 +233,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="kl-metric-from-the-wrong-side",
-        file="toolkit/losses/grpo.py",
+        file="toolkit/losses/policy_metrics.py",
         line='"kl_old": kl_estimate(terms.old_logprobs, terms.logprobs, "k3"),',
         becomes='"kl_old": kl_estimate(terms.logprobs, terms.old_logprobs, "k3"),',
         tests=("tests/losses/test_grpo.py::test_by_hand",),
@@ -251,6 +251,27 @@ MUTATIONS = (
         line="has_left[positions] = ~result.in_denominator",
         becomes="has_left[positions] = ~result.is_kept",
         tests=("tests/losses/test_terms_and_weights.py::test_rejected_tokens_and_the_denominator",),
+    ),
+    Mutation(
+        name="missing-tokens-keep-their-weight",
+        file="toolkit/losses/step/corrections.py",
+        line="return CorrectedBatch(labels, weight.masked_fill(is_missing, 0.0), {**batch.metrics, **counted})",
+        becomes="return CorrectedBatch(labels, weight, {**batch.metrics, **counted})",
+        tests=("tests/losses/test_missing_rollout.py::test_such_a_token_has_no_weight_and_changes_no_other",),
+    ),
+    Mutation(
+        name="missing-tokens-in-the-ratio-of-their-sequence",
+        file="toolkit/losses/grpo.py",
+        line="late, metrics = late_correction(terms, self.loss_cfg, view_index, is_missing)",
+        becomes="late, metrics = late_correction(terms, self.loss_cfg, view_index)",
+        tests=("tests/losses/test_missing_rollout.py::test_such_a_token_is_not_in_the_mean_of_its_sequence",),
+    ),
+    Mutation(
+        name="kl-of-a-sequence-cut-in-chunks",
+        file="toolkit/losses/config/policy.py",
+        line='return "sequence" if scope == "token" and self.is_kl_wide else scope',
+        becomes="return scope",
+        tests=("tests/losses/test_kl_ratio_level.py::test_a_chunk_holds_the_whole_sequence",),
     ),
     Mutation(
         name="another-distribution-is-compared",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.functional.options import Anchor, AverageAdvantages, ClipHigh, ClipLow, DualClip, NotNegative
+from toolkit.functional.options import AboveOne, Anchor, AverageAdvantages, ClipHigh, ClipLow, DualClip, NotNegative
 from toolkit.functional.policy.clipped import clipped_surrogate
 from toolkit.functional.policy.facts import SEQUENCE, LossFacts
 from toolkit.functional.policy.registry import TokenLosses, register_policy_loss
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     aggregation="seq_mean_token_mean",
     formula="max(-A s, -A clip(s, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most "
     "-{clip_ratio_c} A]; s = exp(mean over the sequence of log(pi / pi_{anchor}))"
-    "[<?average_advantages>; A is the mean of the sequence's]",
+    "[, at most {delta} where it is not clipped][<?average_advantages>; A is the mean of the sequence's]",
     facts=LossFacts(
         ratio=f"s, {SEQUENCE}",
         gradient="flows through the mean: -A s / n for each of a sequence's n tokens; 0 for all of them where the "
@@ -35,6 +35,7 @@ def gspo(
     cliprange_low: ClipLow = 3e-4,
     cliprange_high: ClipHigh = 4e-4,
     clip_ratio_c: DualClip | None = None,
+    delta: AboveOne | None = None,
     anchor: Anchor = "old",
     average_advantages: AverageAdvantages = False,
 ) -> TokenLosses:
@@ -47,9 +48,12 @@ def gspo(
         cliprange_low: 3e-4 as in the paper, because s moves far less than r.
         cliprange_high: 4e-4 as in the paper.
         clip_ratio_c: none in the paper.
+        delta: cap of s in the branch that is not clipped (`vanilla`); None: no cap.
     """
     advantages = t.segment_mean(t.advantages) if average_advantages else t.advantages
-    return clipped_surrogate(t, t.sequence_ratio(anchor), advantages, cliprange_low, cliprange_high, clip_ratio_c)
+    return clipped_surrogate(
+        t, t.sequence_ratio(anchor), advantages, cliprange_low, cliprange_high, clip_ratio_c, delta
+    )
 
 
 @register_policy_loss(
@@ -57,7 +61,8 @@ def gspo(
     scope="sequence",
     aggregation="seq_mean_token_mean",
     formula="max(-A s_t, -A clip(s_t, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most "
-    "-{clip_ratio_c} A]; s_t = sg(s) pi / sg(pi), s = exp(mean over the sequence of log(pi / pi_{anchor}))",
+    "-{clip_ratio_c} A]; s_t = sg(s) pi / sg(pi)[, at most {delta} where it is not clipped]; "
+    "s = exp(mean over the sequence of log(pi / pi_{anchor}))",
     facts=LossFacts(
         ratio=f"s, {SEQUENCE} of each token alone",
         gradient="-A s for each token with its own A; with one A per sequence and a mean per sequence the same as "
@@ -71,6 +76,7 @@ def gspo_token(
     cliprange_low: ClipLow = 3e-4,
     cliprange_high: ClipHigh = 4e-4,
     clip_ratio_c: DualClip | None = None,
+    delta: AboveOne | None = None,
     anchor: Anchor = "old",
 ) -> TokenLosses:
     """Clip the sequence's ratio as GSPO does, but let each token's gradient carry its own advantage.
@@ -82,17 +88,19 @@ def gspo_token(
         cliprange_low: 3e-4 as in the paper.
         cliprange_high: 4e-4 as in the paper.
         clip_ratio_c: none in the paper.
+        delta: cap of s_t in the branch that is not clipped (`vanilla`); None: no cap.
     """
     log_ratio = t.segment_mean(t.logprobs - t.anchor_logprobs(anchor)).detach()
     ratio = t.bounded(log_ratio + t.logprobs - t.logprobs.detach()).exp()
-    return clipped_surrogate(t, ratio, t.advantages, cliprange_low, cliprange_high, clip_ratio_c)
+    return clipped_surrogate(t, ratio, t.advantages, cliprange_low, cliprange_high, clip_ratio_c, delta)
 
 
 @register_policy_loss(
     "segment_ratio",
     scope="sequence",
     formula="max(-A u, -A clip(u, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most "
-    "-{clip_ratio_c} A]; u = exp(mean over the turn of log(pi / pi_{anchor}))",
+    "-{clip_ratio_c} A]; u = exp(mean over the turn of log(pi / pi_{anchor}))"
+    "[, at most {delta} where it is not clipped]",
     facts=LossFacts(
         ratio="u, one for a turn, is clipped and carries the gradient",
         gradient="flows through the mean of the turn; where the clip binds, the turn has 0",
@@ -105,6 +113,7 @@ def segment_ratio(
     cliprange_low: ClipLow = 0.2,
     cliprange_high: ClipHigh = 0.2,
     clip_ratio_c: DualClip | None = None,
+    delta: AboveOne | None = None,
     anchor: Anchor = "old",
 ) -> TokenLosses:
     """Clip the geometric mean of the probability ratios of a turn: GSPO for episodes of many turns.
@@ -115,8 +124,9 @@ def segment_ratio(
         cliprange_low: 0.2 as in ROLL.
         cliprange_high: 0.2 as in ROLL.
         clip_ratio_c: 1.4 where ROLL turns it on.
+        delta: cap of u in the branch that is not clipped (`vanilla`); None: no cap.
     """
-    return clipped_surrogate(t, t.turn_ratio(anchor), t.advantages, cliprange_low, cliprange_high, clip_ratio_c)
+    return clipped_surrogate(t, t.turn_ratio(anchor), t.advantages, cliprange_low, cliprange_high, clip_ratio_c, delta)
 
 
 @register_policy_loss(
@@ -155,7 +165,8 @@ def luspo(
     scope="sequence",
     aggregation="seq_mean_token_mean",
     formula="max(-A R, -A clip(R, 1 - {cliprange_low}, 1 + {cliprange_high}))[, where A < 0 at most -{clip_ratio_c} A]"
-    "; R = product over the sequence of pi / pi_{anchor}",
+    "; R = product over the sequence of pi / pi_{anchor}"
+    "[, at most {delta} where it is not clipped]",
     facts=LossFacts(
         ratio=f"R, a product, {SEQUENCE}",
         gradient="-A R for each token; where the clip binds, the sequence has 0, which happens soon to long ones",
@@ -169,6 +180,7 @@ def rloo_sequence(
     cliprange_low: ClipLow = 0.2,
     cliprange_high: ClipHigh = 0.2,
     clip_ratio_c: DualClip | None = None,
+    delta: AboveOne | None = None,
     anchor: Anchor = "old",
 ) -> TokenLosses:
     """Clip the probability ratio of a completion: the completion is the action, as in RLOO.
@@ -179,8 +191,11 @@ def rloo_sequence(
     Args:
         cliprange_low: 0.2 as in TRL.
         cliprange_high: 0.2 as in TRL.
+        delta: cap of R in the branch that is not clipped (`vanilla`); None: no cap.
     """
-    return clipped_surrogate(t, t.product_ratio(anchor), t.advantages, cliprange_low, cliprange_high, clip_ratio_c)
+    return clipped_surrogate(
+        t, t.product_ratio(anchor), t.advantages, cliprange_low, cliprange_high, clip_ratio_c, delta
+    )
 
 
 @register_policy_loss(

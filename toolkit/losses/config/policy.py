@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from toolkit.errors import ConfigError, warn_once
 from toolkit.functional.kl_facts import kl_warning
-from toolkit.functional.names import EXACT_KL, MAX_LOG_RATIO, KLDirection, KLGradient, KLTail, KLTerm
+from toolkit.functional.names import EXACT_KL, MAX_LOG_RATIO, KLDirection, KLGradient, KLRatioLevel, KLTail, KLTerm
 from toolkit.functional.options import NotNegative
 from toolkit.functional.policy.registry import PolicyLoss, Scope, policy_loss
 from toolkit.losses.config.aggregation import PER_COMPONENT, AggregationConfig, aggregation_from, check_effect
@@ -69,6 +69,9 @@ class BaseRLLossConfig(BaseLossConfig):
     """Bounds in nats of every log ratio before exp, 20 as in XTuner and verl; no gradient outside; null: no bound."""
     correction: Annotated[Any, BeforeValidator(corrections_from)] = Field(default_factory=dict)
     """Corrections of the mismatch between sampler and trainer, each a `CorrectionConfig`; applied one after another."""
+    missing_rollout: Literal["refuse", "reject"] = "refuse"
+    """A scored token whose ``rollout_logprobs`` the sampler gave as NaN or -inf: an error, or rejected as by a
+    correction (in the denominator unless one has ``denominator="survivors"``). ``rollout_missing`` counts them."""
     correction_on_kl: bool = False
     """Whether their weights multiply the KL term, too, as only ms-swift does."""
     use_kl_loss: bool = False
@@ -85,6 +88,8 @@ class BaseRLLossConfig(BaseLossConfig):
     """The gradient: of the value, of k2 (straight_through), or with the score function's added (*_corrected)."""
     kl_anchor: Literal["old", "rollout"] = "old"
     """What the ratio of ``kl_gradient="is_corrected"`` divides by."""
+    kl_ratio_level: KLRatioLevel = "token"
+    """Whose ratio that is: the token's, or the geometric mean of its sequence's (TRL and Liger beside GSPO)."""
     kl_input_clamp: KLClamp = "auto"
     """Bound on |log pi - log pi_ref| in nats, no gradient outside; auto: 20 for k3 (XTuner, verl), none for others."""
     kl_output_clamp: KLClamp = "auto"
@@ -132,15 +137,18 @@ class BaseRLLossConfig(BaseLossConfig):
         is_exact = self.use_kl_loss and self.kl_loss_type in EXACT_KL
         reader = "a KL estimated from the sampled token (such as kl=k3)" if is_exact else "use_kl_loss=True"
         sampled = (reader, self.use_kl_loss and not is_exact)
+        corrected = ("kl_gradient='is_corrected'", sampled[1] and self.kl_gradient == "is_corrected")
         readers = {
             "kl_gradient": sampled,
             "kl_input_clamp": sampled,
             "kl_output_clamp": sampled,
-            "kl_anchor": ("kl_gradient='is_corrected'", sampled[1] and self.kl_gradient == "is_corrected"),
+            "kl_anchor": corrected,
+            "kl_ratio_level": corrected,
             "kl_direction": ("an exact KL (kl=top_k or kl=full)", is_exact),
             "kl_aggregation": ("use_kl_loss=True", self.use_kl_loss),
             "kl_tail": ("kl=top_k", is_exact and self.kl_loss_type == "top_k"),
             "correction_on_kl": ("use_kl_loss=True and a correction", self.use_kl_loss and bool(self.correction)),
+            "missing_rollout": ("a reader of rollout_logprobs: a correction, or anchor='rollout'", self._reads_rollout),
         }
         for field, (reader, is_read) in readers.items():
             check_effect(self, field, is_read, f"without {reader}")
@@ -149,7 +157,8 @@ class BaseRLLossConfig(BaseLossConfig):
     @model_validator(mode="after")
     def _exact_kl_is_not_cut(self) -> BaseRLLossConfig:
         if self.mode == "chunk" and self.candidates is not None and self.scope != "token":
-            who = f"policy loss {self.policy.name!r}" if self.policy.scope != "token" else "a correction"
+            of_terms = "a correction" if self.scope_of_terms == "token" else "kl_ratio_level='sequence'"
+            who = of_terms if self.policy.scope == "token" else f"policy loss {self.policy.name!r}"
             raise ConfigError(
                 f"{who} looks at more than one token, so its chunks cannot be differentiated one by one, as "
                 f"log-probabilities of {'a teacher' if self.candidates == 'teacher' else 'a reference'}'s candidates "
@@ -204,9 +213,20 @@ class BaseRLLossConfig(BaseLossConfig):
 
     @property
     def scope(self) -> Scope:
-        """What one token's loss depends on: the wider of the policy loss and of corrections in the forward."""
-        scope = self.policy.scope
+        """What one token's loss depends on: `scope_of_terms`, or more with corrections in the forward."""
+        scope = self.scope_of_terms
         return "sequence" if scope == "token" and self._has_wide_correction else scope
+
+    @property
+    def scope_of_terms(self) -> Scope:
+        """What the values of one token depend on: the wider of the policy loss and of the KL term."""
+        scope = self.policy.scope
+        return "sequence" if scope == "token" and self.is_kl_wide else scope
+
+    @property
+    def is_kl_wide(self) -> bool:
+        """Whether the KL term of a token depends on its whole sequence."""
+        return self.use_kl_loss and self.kl_ratio_level == "sequence"
 
     @answer
     def _has_wide_correction(self) -> bool:
@@ -233,13 +253,17 @@ class BaseRLLossConfig(BaseLossConfig):
 
     @answer
     def step_settings(self) -> dict[str, Any]:
-        """Also the policy loss and the corrections."""
-        corrections = tuple(self.correction)
-        return {**super().step_settings, "loss_type": self.policy.name, "correction": corrections}
+        """Also the policy loss, the corrections, and what decides which other tokens the kwargs know."""
+        chosen = {"correction": tuple(self.correction), "kl_ratio_level": self.kl_ratio_level}
+        return {**super().step_settings, "loss_type": self.policy.name, **chosen}
 
     def needs_current(self, num_parts: int) -> bool:
         """True if the policy loss looks at groups or batches that are split, or if `needs_current_first`."""
         return self.needs_current_first or (num_parts > 1 and self.scope in ("group", "batch"))
+
+    @property
+    def _reads_rollout(self) -> bool:
+        return "rollout_logprobs" in self.required_fields
 
     @property
     def needs_current_first(self) -> bool:

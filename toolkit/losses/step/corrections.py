@@ -10,13 +10,15 @@ Legend: B rows, T positions of a row, N scored tokens of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from toolkit.functional.mismatch import (
     Corrected,
+    Correction,
     MismatchTerms,
     corrected,
     correction_metrics,
@@ -27,7 +29,7 @@ from toolkit.functional.terms import PolicyTerms
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.step.step import Step
-from toolkit.metrics import Metric
+from toolkit.metrics import Mean, Metric
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class EarlyCorrections:
         parts = torch.zeros(len(self._cfg.correction), 2, dtype=torch.float64, device=device)
         for scored in self._scored:
             if scored is not None and self._chosen:
-                parts[: len(self._chosen)] += normalizer_parts(self._chosen, scored[1])
+                _, terms, is_missing = scored
+                reported = terms if is_missing is None else _reported(terms, ~is_missing)
+                parts[: len(self._chosen)] += normalizer_parts(self._chosen, reported)
         return parts
 
     def labels(self) -> list[Tensor]:
         """Return the labels of each micro-batch, [B, T], ignored where a token left the denominator; needs no sums."""
-        if not self._chosen:
+        if not self._chosen and self._cfg.missing_rollout == "refuse":
             return [item.shifted_labels for item in self._items]
         sums = torch.ones(len(self._chosen), 2, dtype=torch.float64)
         return [self.batch(index, sums).labels for index in range(len(self._items))]
@@ -76,12 +80,12 @@ class EarlyCorrections:
         item, scored, corrections = self._items[index], self._scored[index], self._chosen
         labels = item.shifted_labels
         if scored is None:
-            return CorrectedBatch(labels, None, {})
-        positions, terms = scored
+            return self._without_missing(item, CorrectedBatch(labels, None, {}))
+        positions, terms, is_missing = scored
         if corrections and normalizer_sums is not None:
-            result = corrected(corrections, terms, normalizer_sums)
+            result = _corrected(corrections, terms, is_missing, normalizer_sums)
         else:
-            ones = torch.ones_like(terms.rollout_logprobs)
+            ones = torch.ones_like(terms.rollout_logprobs, dtype=torch.float64)
             result = Corrected(weights=ones, is_kept=ones.bool(), in_denominator=ones.bool(), is_hit=())
         assert terms.old_logprobs is not None
         metrics: dict[str, Metric] = {}
@@ -95,14 +99,69 @@ class EarlyCorrections:
                 terms.num_sequences,
             )
         if not corrections:
-            return CorrectedBatch(labels, None, metrics)
+            return self._without_missing(item, CorrectedBatch(labels, None, metrics))
         metrics |= correction_metrics(corrections, result)
         flat = torch.ones(labels.numel(), dtype=torch.float64, device=labels.device)
         weight = flat.index_copy(0, positions, result.weights).reshape(labels.shape)
         has_left = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
         has_left[positions] = ~result.in_denominator
         kept_labels = labels.masked_fill(has_left.reshape(labels.shape), self._cfg.ignore_idx)
-        return CorrectedBatch(kept_labels, weight, metrics)
+        return self._without_missing(item, CorrectedBatch(kept_labels, weight, metrics))
+
+    def _without_missing(self, item: RLLossContextInputItem, batch: CorrectedBatch) -> CorrectedBatch:
+        """Return a micro-batch in which tokens that the sampler did not report are rejected, if so configured."""
+        is_missing = missing_rollout(item.rollout_logprobs, self._cfg)
+        if is_missing is None:
+            return batch
+        is_scored = item.shifted_labels != self._cfg.ignore_idx
+        is_missing = is_missing & is_scored
+        weight = torch.ones_like(is_missing, dtype=torch.float64) if batch.importance is None else batch.importance
+        labels = batch.labels
+        if _survivors_alone(self._cfg.correction):
+            labels = labels.masked_fill(is_missing, self._cfg.ignore_idx)
+        counted = {"rollout_missing": Mean.share(is_missing, is_scored)}
+        return CorrectedBatch(labels, weight.masked_fill(is_missing, 0.0), {**batch.metrics, **counted})
+
+
+def missing_rollout(rollout_logprobs: Tensor | None, cfg: BaseRLLossConfig) -> Tensor | None:
+    """Return where `rollout_logprobs` [...] are not reported, bool; None where the config rejects no such tokens."""
+    if rollout_logprobs is None or cfg.missing_rollout == "refuse":
+        return None
+    return ~rollout_logprobs.isfinite()
+
+
+def _survivors_alone(corrections: Sequence[Correction]) -> bool:
+    """Whether rejected tokens leave the denominator."""
+    return any(correction.denominator == "survivors" for correction in corrections)
+
+
+def _reported(terms: MismatchTerms, is_reported: Tensor) -> MismatchTerms:
+    """Return the terms of the tokens that the sampler reported, [N] bool; the others are in no statistic."""
+    values = {field.name: getattr(terms, field.name) for field in fields(terms)}
+    chosen: dict[str, Any] = {name: each[is_reported] for name, each in values.items() if isinstance(each, Tensor)}
+    return replace(terms, **chosen)
+
+
+def _corrected(
+    corrections: Sequence[Correction],
+    terms: MismatchTerms,
+    is_missing: Tensor | None,
+    normalizer_sums: Tensor | None = None,
+) -> Corrected:
+    """Return `functional.mismatch.corrected`, with the tokens `is_missing` [N] rejected."""
+    if is_missing is None:
+        return corrected(corrections, terms, normalizer_sums)
+    result = corrected(corrections, _reported(terms, ~is_missing), normalizer_sums)
+
+    def spread(values: Tensor, at_missing: bool = False) -> Tensor:
+        return torch.full_like(is_missing, at_missing, dtype=values.dtype).masked_scatter(~is_missing, values)
+
+    return Corrected(
+        weights=spread(result.weights),
+        is_kept=spread(result.is_kept),
+        in_denominator=spread(result.in_denominator, not _survivors_alone(corrections)),
+        is_hit=tuple(map(spread, result.is_hit)),
+    )
 
 
 def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> Tensor | None:
@@ -114,8 +173,11 @@ def comparable_rollout(item: RLLossContextInputItem, cfg: BaseRLLossConfig) -> T
 
 def _mismatch_terms(
     step: Step, index: int, turns: Tensor | None, cfg: BaseRLLossConfig
-) -> tuple[Tensor, MismatchTerms] | None:
-    """Return the positions of scored tokens and what corrections look at; None if nothing can be compared."""
+) -> tuple[Tensor, MismatchTerms, Tensor | None] | None:
+    """Return the positions of scored tokens, what corrections look at, and which are not reported (None: no matter).
+
+    None if nothing can be compared.
+    """
     item: RLLossContextInputItem = step.items[index]
     old = item.current_logprobs if item.old_logprobs is None else item.old_logprobs
     rollout = comparable_rollout(item, cfg)
@@ -130,27 +192,36 @@ def _mismatch_terms(
     def scored(values: Tensor) -> Tensor:
         return values.detach().reshape(-1).index_select(0, positions)
 
-    return positions, MismatchTerms(
+    terms = MismatchTerms(
         # Without a sampler only current and old are compared and no statistic reads this field.
-        rollout_logprobs=scored(old if rollout is None else rollout).double(),
-        old_logprobs=scored(old).double(),
-        current_logprobs=None if item.current_logprobs is None else scored(item.current_logprobs).double(),
+        rollout_logprobs=scored(old if rollout is None else rollout),
+        old_logprobs=scored(old),
+        current_logprobs=None if item.current_logprobs is None else scored(item.current_logprobs),
         advantages=scored(item.advantages),
         sequence_ids=scored(ids),
         num_sequences=int(ids.max()) + 1 if ids.numel() else 0,
         turn_ids=None if turns is None else scored(turns),
         num_turns=int(turns.max()) + 1 if turns is not None and turns.numel() else 0,
     )
+    return positions, terms, missing_rollout(terms.rollout_logprobs, cfg)
 
 
 def late_correction(
-    terms: PolicyTerms, cfg: BaseRLLossConfig, local_index: Tensor | None = None
+    terms: PolicyTerms,
+    cfg: BaseRLLossConfig,
+    local_index: Tensor | None = None,
+    is_missing: Tensor | None = None,
 ) -> tuple[Tensor | None, dict[str, Metric]]:
     """Apply the corrections that compare the current policy, which is known only in the forward.
 
+    Args:
+        terms: of N tokens.
+        cfg: of the loss.
+        local_index: [n] the tokens that the metrics are of; None: all.
+        is_missing: [N] bool, the tokens that `missing_rollout` found.
+
     Returns:
-        The weights [N] of `terms`, without gradient (None: 1 everywhere), and metrics of the tokens `local_index` [n]
-        (None: all).
+        The weights [N], without gradient (None: 1 everywhere), and the metrics.
     """
     corrections = tuple(correction for correction in cfg.correction if correction.needs_current)
     if not corrections:
@@ -165,6 +236,6 @@ def late_correction(
         turn_ids=terms.turn_ids,
         num_turns=terms.num_turns,
     )
-    result = corrected(corrections, seen)
+    result = _corrected(corrections, seen, is_missing)
     hits = result.is_hit if local_index is None else tuple(is_hit[local_index] for is_hit in result.is_hit)
     return result.weights, correction_metrics(corrections, replace(result, is_hit=hits))

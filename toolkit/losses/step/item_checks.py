@@ -53,7 +53,8 @@ def scored_labels(kwargs: Any, cfg: BaseRLLossConfig) -> Tensor:
 
 def finite_fields(cfg: BaseRLLossConfig) -> set[str]:
     """Return the fields that must be finite wherever a token is scored: those that the loss reads."""
-    return {"advantages", "old_logprobs", "current_logprobs", *cfg.required_fields}
+    may_lack = {"rollout_logprobs"} if cfg.missing_rollout == "reject" else set()
+    return {"advantages", "old_logprobs", "current_logprobs", *cfg.required_fields} - may_lack
 
 
 CHECKED_LATER = ("current_logprobs", "ref_topk_logprobs", "teacher_topk_logprobs")

@@ -17,6 +17,11 @@ from toolkit.metrics import wide_dtype
 
 MAX_LOGPROB = math.log(1.01)
 """Largest log-probability in nats; above 0 because of rounding to bf16."""
+REMEDIES = {
+    "rollout_logprobs": ", or give such tokens no weight: missing_rollout='reject' (on the command line "
+    "loss.missing_rollout=reject)"
+}
+"""What else to do about a value that is not finite, by the field."""
 
 
 def check_values(items: Sequence[LossContextInputItem], finite: Collection[str], ignore_idx: int) -> list[int | None]:
@@ -40,8 +45,8 @@ def check_values(items: Sequence[LossContextInputItem], finite: Collection[str],
             must_be_finite, is_logprob = name in finite, _is_logprob(name)
             # A finite sum has finite parts; any other may have overflowed, or hold NaN that a sampler may report.
             if not math.isfinite(total) or (is_logprob and high > MAX_LOGPROB):
-                where = f"data_batches[{index}].{name}"
-                _check_field(where, fields[name], item.shifted_labels != ignore_idx, must_be_finite, is_logprob)
+                is_scored = item.shifted_labels != ignore_idx
+                _check_field(f"data_batches[{index}]", name, fields[name], is_scored, must_be_finite)
         lowest_label, highest_label = next(numbers), next(numbers)
         largest.append(int(highest_label) if lowest_label >= 0 else None)
     return largest
@@ -69,18 +74,18 @@ def _numbers(item: LossContextInputItem, fields: Mapping[str, Tensor], ignore_id
     return torch.cat([rows.sum(1, dtype=wide_dtype(rows)), rows.amax(1), bounds])
 
 
-def _check_field(where: str, values: Tensor, is_scored: Tensor, must_be_finite: bool, is_logprob: bool) -> None:
+def _check_field(where: str, name: str, values: Tensor, is_scored: Tensor, must_be_finite: bool) -> None:
     causes = {
         "at a scored position; only positions whose label is ignore_idx may hold NaN or inf; mask the position or fix "
-        "the value": ~values.isfinite() & must_be_finite,
+        f"the value{REMEDIES.get(name, '')}": ~values.isfinite() & must_be_finite,
         "at a scored position, but a log-probability is at most 0; did you pass probabilities or negative "
-        "log-likelihoods?": (values > MAX_LOGPROB) & is_logprob,
+        "log-likelihoods?": (values > MAX_LOGPROB) & _is_logprob(name),
     }
     for cause, is_wrong in causes.items():
         wrong = (is_wrong & is_scored).nonzero()
         if len(wrong):
             index = wrong[0].tolist()
-            raise DataError(f"{where}{index} = {float(values[tuple(index)]):.6g} {cause}")
+            raise DataError(f"{where}.{name}{index} = {float(values[tuple(index)]):.6g} {cause}")
 
 
 def _is_logprob(name: str) -> bool:

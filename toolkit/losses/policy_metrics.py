@@ -1,0 +1,44 @@
+"""Metrics of the scored tokens of a policy loss. N: scored tokens of one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolkit.functional.kl import kl_estimate
+from toolkit.functional.terms import PolicyTerms
+from toolkit.metrics import Mean, Metric, Sum, extremes
+
+
+@torch.no_grad()
+def policy_metrics(terms: PolicyTerms, rollout_logprobs: Tensor | None) -> dict[str, Metric]:
+    """Return ratio statistics between the policy now and before the step, and against the sampler if it reported.
+
+    `rollout_logprobs` [N] are as the sampler gave them, NaN or infinite where it did not report a token.
+    """
+    difference = terms.logprobs - terms.old_logprobs
+    log_ratio = terms.bounded(difference)
+    ratio = log_ratio.exp()
+    means = Mean.of_each(
+        {
+            **terms.reported_means,
+            "ratio": ratio,
+            "log_ratio_clamped": difference != log_ratio,
+            "kl_old": kl_estimate(terms.old_logprobs, terms.logprobs, "k3"),
+            "kl_old_k1": -difference,
+            "non_finite_tokens": (terms.logprobs - terms.logprobs) != 0,  # inf - inf is NaN, too
+        }
+    )
+    lowest, highest = extremes(ratio)
+    metrics: dict[str, Metric] = {
+        **means,
+        "ratio_min": lowest,
+        "ratio_max": highest,
+        "active_tokens": Sum(means["ratio"].den),
+        "non_finite_tokens": Sum(means["non_finite_tokens"].num),
+    }
+    if rollout_logprobs is not None:
+        known = rollout_logprobs.isfinite()
+        metrics["rollout_missing"] = Mean.of(~known)
+        metrics["rollout_mismatch"] = Mean.of((terms.old_logprobs - rollout_logprobs)[known].abs())
+    return metrics

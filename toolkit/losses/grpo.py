@@ -174,6 +174,8 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         loss, reported = total(self.terms, sums, reduction)
         metrics = {**terms.reported, **wide.metrics, **_metrics(terms), **reported}
         policy = weighted(self._policy_terms, sums)
+        if loss_kwargs.current_logprobs is not None:  # they should be the same
+            metrics["current_mismatch"] = Mean.of((scores.logprobs - loss_kwargs.current_logprobs).abs())
         metrics["policy_loss"] = reported["loss"] if policy is loss else loss_metric(policy, reduction)
         if "kl" in values:
             metrics["kl_ref"] = Mean.of(values["kl"])
@@ -331,6 +333,7 @@ def _metrics(terms: PolicyTerms) -> dict[str, Metric]:
             "log_ratio_clamped": difference != log_ratio,
             "kl_old": kl_estimate(terms.old_logprobs, terms.logprobs, "k3"),
             "kl_old_k1": -difference,
+            "log_ratio_abs": difference.abs(),
             "non_finite_tokens": (terms.logprobs - terms.logprobs) != 0,  # inf - inf is NaN, too
         }
     )

@@ -545,3 +545,23 @@ def test_a_loss_that_raises_needs_no_processes(monkeypatch: pytest.MonkeyPatch) 
     (outcome,) = spread.run_spread(2, "mine")
     assert outcome.status == "failed"
     assert re.fullmatch(r"it raised AttributeError: .*'advantage'.* \(.*test_check\.py:\d+\)", outcome.words)
+
+
+def test_the_time_is_that_of_the_checks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loading what is checked, torch included, takes longer than the checks."""
+    now = [0.0]
+    monkeypatch.setattr("toolkit.check.__main__.time.perf_counter", lambda: now[0])
+
+    def loaded(what: str, options: dict) -> Subject:
+        now[0] += 50.0
+        return load_subject(what, options)
+
+    def checked(subject: Subject) -> list[Outcome]:
+        now[0] += 2.0
+        return [Outcome("one", "ok")]
+
+    monkeypatch.setattr("toolkit.check.subject.load_subject", loaded)
+    monkeypatch.setattr("toolkit.check.suite.run_suite", checked)
+    monkeypatch.setattr(sys, "argv", ["toolkit-check", "vanilla"])
+    main()
+    assert capsys.readouterr().out.endswith("1 checks passed; 2.0 s\n")

@@ -10,6 +10,7 @@ import contextlib
 import os
 import zlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -34,8 +35,8 @@ STARTED_TOGETHER = (
 PACKET = 128
 """Numbers per rank in the first collective of `reduce_metrics`, two of them not values; more need a second one."""
 
-_counted: Any = None
-"""The process group of `counting_over`; None: all ranks."""
+_counted: ContextVar[Any] = ContextVar("counted", default=None)
+"""The process group of `counting_over`, of each thread; None: all ranks."""
 
 
 @contextlib.contextmanager
@@ -50,34 +51,35 @@ def counting_over(group: Any) -> Iterator[None]:
         with counting_over(mesh["dp"].get_group()):
             ...  # build_batches_loss_kwargs, forward, LossRunner.step, reduce_metrics
     """
-    global _counted
-    previous, _counted = _counted, group
+    token = _counted.set(group)
     try:
         yield
     finally:
-        _counted = previous
+        _counted.reset(token)
 
 
 def world_size() -> int:
     """Return the number of ranks (of `counting_over`), 1 without a process group."""
-    return dist.get_world_size(_counted) if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(_counted.get()) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Return the rank of this process (in `counting_over`), 0 without a process group."""
-    return dist.get_rank(_counted) if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank(_counted.get()) if dist.is_available() and dist.is_initialized() else 0
 
 
 def counted_with(group: Any) -> int:
     """Return how many ranks of `group` are counted, including this one."""
     members = dist.get_process_group_ranks(group)
-    counted = range(dist.get_world_size()) if _counted is None else dist.get_process_group_ranks(_counted)
+    among = _counted.get()
+    counted = range(dist.get_world_size()) if among is None else dist.get_process_group_ranks(among)
     return len(set(members) & set(counted))
 
 
 def rank_of(global_rank: int) -> int:
     """Return the rank among the counted ranks of the process with rank `global_rank` among all."""
-    return global_rank if _counted is None else dist.get_group_rank(_counted, global_rank)
+    group = _counted.get()
+    return global_rank if group is None else dist.get_group_rank(group, global_rank)
 
 
 def all_gather_objects(value: T) -> list[T]:
@@ -85,7 +87,7 @@ def all_gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value, group=_counted)
+    dist.all_gather_object(gathered, value, group=_counted.get())
     return gathered
 
 
@@ -94,7 +96,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if world_size() == 1:
         return values.detach().clone()
     total = values.detach().to(collective_device(), copy=True)
-    dist.all_reduce(total, group=_counted)
+    dist.all_reduce(total, group=_counted.get())
     return total.to(values.device)
 
 
@@ -148,7 +150,7 @@ def _gathered(vector: Tensor) -> Tensor:
     """Return the vectors [n] of all ranks on the host, [R, n]."""
     gathered = vector.new_empty(world_size() * len(vector))
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
-    gather(gathered, vector.contiguous(), group=_counted)
+    gather(gathered, vector.contiguous(), group=_counted.get())
     return gathered.view(world_size(), -1).cpu()
 
 

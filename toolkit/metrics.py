@@ -54,6 +54,8 @@ class Metric(ABC):
         """Return the number to show; NaN when nothing was measured. Waits for the device once."""
         return self.number(fetch(self.parts))
 
+    __float__ = item = value
+
 
 @dataclass(frozen=True)
 class Sum(Metric):

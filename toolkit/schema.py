@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PydanticUserError, ValidationError
 from pydantic_core import to_jsonable_python
 
 from toolkit.errors import ConfigError, ToolkitError, did_you_mean, listed, nearest
@@ -37,6 +37,15 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
     error_class: ClassVar[type[ToolkitError]] = ConfigError
 
+    def __new__(cls, /, *args: Any, **values: Any) -> Self:
+        """Raise if values have no names; `__init__` is not asked, because its signature is shown to users."""
+        if args:
+            field = next(iter(cls.model_fields), "field")
+            raise cls.error_class(
+                f"{cls.__name__} takes keyword arguments only; write {cls.__name__}({field}=..., ...)"
+            )
+        return super().__new__(cls)
+
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -44,6 +53,8 @@ class Model(BaseModel):
             readable = self.error_class(explain(type(self), error))
             readable.report = (type(self), error, _where.get())
             raise readable from None
+        except PydanticUserError as error:  # a type of the class does not exist
+            raise ConfigError(f"class {type(self).__name__}: {str(error).splitlines()[0]}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.model_config.get("frozen"):
@@ -145,6 +156,8 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
         hint += f"; try: {path}={best}" if best and where else ""
         hint = _name_of_a_peer(path, value) or hint
         return f"{path}={_shown(value)} is not one of the choices; choose {listed(options)}{hint}"
+    if item["type"] == "is_instance_of" and context.get("class") == "Tensor":
+        return f"{path} is a {type(value).__name__}; it must be a tensor: torch.as_tensor(...)"
     message = item["msg"].removeprefix("Value error, ")
     return f"{path}={_shown(value)} is not allowed: {message[:1].lower()}{message[1:]}"
 

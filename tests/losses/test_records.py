@@ -94,8 +94,8 @@ def test_every_per_token_field_declares_its_padding() -> None:
         ({"advantage": torch.ones(4)}, ["advantage is not a field", "did you mean 'advantages'"]),
         ({"ref_logprob": torch.ones(4)}, ["ref_logprob", "did you mean 'ref_logprobs'"]),
         ({"old_logprobs": torch.ones(1, 5)}, ["old_logprobs has shape [1, 5]"]),
-        ({"advantages": torch.ones(4, dtype=torch.int64)}, ["advantages has dtype torch.int64"]),
-        ({"advantages": [1.0, 2.0]}, ["advantages", "Tensor"]),
+        ({"advantages": torch.ones(4, dtype=torch.bool)}, ["advantages has dtype torch.bool"]),
+        ({"advantages": [1.0, 2.0]}, ["advantages is a list", "torch.as_tensor"]),
     ],
 )
 def test_wrong_fields_are_named(fields: dict, words: list[str]) -> None:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from toolkit.check.outcome import report_of
 from toolkit.compose.plugins import load_plugins
@@ -31,7 +32,6 @@ class _Parser(argparse.ArgumentParser):
 def main() -> None:
     """Run the command line."""
     say_warnings_plainly()
-    started = time.perf_counter()
     parser = _Parser(
         prog="toolkit-check",
         description="Check a policy loss: shape, scope, gradients, options, precision, masks, micro-batches, chunks.",
@@ -65,11 +65,13 @@ def main() -> None:
         if number is not None:
             from toolkit.check.process_checks import run_spread
 
+            started = time.perf_counter()  # of the checks, not of the imports
             title, outcomes = f"{title}, {number} processes", run_spread(number, arguments.loss, options)
         else:
             from toolkit.check.suite import run_suite
 
             assert subject is not None
+            started = time.perf_counter()
             outcomes = run_suite(subject)
     print_text(report_of(title, outcomes, time.perf_counter() - started))
     if any(outcome.status == "failed" for outcome in outcomes):
@@ -91,8 +93,8 @@ def _options(assignments: list[str]) -> dict[str, object]:
             raise ConfigError(f"{assignment!r} is not an option of the loss; write option=value, such as eps=0.3")
     try:
         options = OmegaConf.to_container(OmegaConf.from_dotlist(assignments))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{' '.join(assignments)}: {first_line(error)}") from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{' '.join(assignments)}: {first_line(error)}; write option=value, e.g. eps=0.3") from None
     assert isinstance(options, dict)
     return {str(name): value for name, value in options.items()}
 

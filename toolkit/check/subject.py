@@ -14,6 +14,7 @@ from toolkit.errors import ConfigError, did_you_mean, listed
 from toolkit.functional.policy.registry import PolicyLoss, policy_loss, policy_loss_names, register_policy_loss
 from toolkit.functional.scope_check import check_token_losses, declared, tensors_of, undeclared
 from toolkit.functional.terms import PolicyTerms
+from toolkit.losses.config.base import BaseLossConfig
 
 
 class Failed(Exception):
@@ -79,6 +80,16 @@ def load_subject(what: str, options: Mapping[str, Any] | None = None) -> Subject
     return Subject(loss, loss.options(options or {}, where=loss.name))
 
 
+def _about_class(source: str, name: str, kind: type) -> str:
+    """Return the error message for a class where a policy loss, a function, is expected."""
+    if not issubclass(kind, BaseLossConfig):
+        return f"{source}:{name} is a class; a policy loss is a function of PolicyTerms that returns [N] losses"
+    return (
+        f"{source}:{name} is a loss config, and toolkit.check takes a policy loss, a function; for a config write a "
+        f"test that calls toolkit.testing.assert_layout_invariant({name}(...)), which compares every layout of a batch"
+    )
+
+
 def _from_source(source: str, name: str) -> PolicyLoss:
     (module,) = load_plugins([source])
     function = getattr(module, name, None)
@@ -92,5 +103,7 @@ def _from_source(source: str, name: str) -> PolicyLoss:
         names = [key for key, value in functions.items() if getattr(value, "__module__", None) == module.__name__]
         have = f"it has {listed(names, 'and')}" if names else "it has no functions"
         raise ConfigError(f"{source} has no function {name!r}; {have}{did_you_mean(name, names)}")
+    if isinstance(function, type):
+        raise ConfigError(_about_class(source, name, function))
     register_policy_loss(name)(function)  # not decorated: register it under its name for this check
     return policy_loss(name)

@@ -7,6 +7,7 @@ where its default comes from.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
@@ -76,7 +77,8 @@ def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     if one.__qualname__ != other.__qualname__:
         return False
     files = [getattr(getattr(function, "__code__", None), "co_filename", "<unknown>") for function in (one, other)]
-    return one.__module__ == other.__module__ or (files[0] == files[1] and not files[0].startswith("<"))
+    is_same_file = os.path.realpath(files[0]) == os.path.realpath(files[1]) and not files[0].startswith("<")
+    return one.__module__ == other.__module__ or is_same_file
 
 
 def docstring_parts(function: Callable[..., Any]) -> tuple[str, dict[str, str], str]:

@@ -176,6 +176,8 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         loss, reported = total(self.terms, sums, reduction)
         metrics = {**terms.reported, **wide.metrics, **policy_metrics(terms, loss_kwargs.rollout_logprobs), **reported}
         policy = weighted(self._policy_terms, sums)
+        if loss_kwargs.current_logprobs is not None:  # they should be the same
+            metrics["current_mismatch"] = Mean.of((scores.logprobs - loss_kwargs.current_logprobs).abs())
         metrics["policy_loss"] = reported["loss"] if policy is loss else loss_metric(policy, reduction)
         if "kl" in values:
             metrics["kl_ref"] = Mean.of(values["kl"])

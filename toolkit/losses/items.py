@@ -75,6 +75,9 @@ class LossContextInputItem(TensorRecord):
         """
         if "shifted_labels" in fields:
             raise DataError("from_unshifted makes shifted_labels from input_ids; leave it out, or use the constructor")
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+            what = input_ids.dtype if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
+            raise DataError(f"input_ids is {what}; give token ids as an integer tensor [B, T] (torch.as_tensor(...))")
         if cu_seq_lens is not None and not has_last_hidden:
             raise DataError("a packed row has a hidden state for every token: leave has_last_hidden=True")
         labels = shift_labels(input_ids, mask, cu_seq_lens, attention_mask=attention_mask, ignore_idx=ignore_idx)
@@ -121,6 +124,8 @@ class LossContextInputItem(TensorRecord):
         mark = self.layout(name)
         if not isinstance(mark, PerToken):
             return value
+        if name == "advantages" and not value.is_floating_point() and value.dtype != torch.bool:
+            value = value.to(torch.get_default_dtype())  # rewards are often whole numbers
         _check_kind(name, value, mark.kind)
         value = value.long() if mark.kind == "integer" else value
         value = value.float() if mark.kind == "number" and not value.is_floating_point() else value
@@ -135,9 +140,28 @@ class LossContextInputItem(TensorRecord):
         if value.shape != shape and not (len(shape) == 2 and value.shape in (shape[1:], torch.Size([shape[0], 1]))):
             raise DataError(
                 f"{name} has shape {list(value.shape)}, but shifted_labels has {list(shape)}; allowed are "
-                f"{list(shape)}, [{shape[-1]}] and [{shape[0]}, 1]"
+                f"{list(shape)}, [{shape[-1]}] and [{shape[0]}, 1]{_how_to_align(name, value.shape, shape)}"
             )
         return value.expand(shape)
+
+
+def _how_to_align(name: str, shape: torch.Size, labels: torch.Size) -> str:
+    """Say how log-probabilities [B, C] of `shape` are brought to `labels` [B, T]; empty for other shapes and fields."""
+    if not name.endswith("logprobs") or len(shape) != 2 or len(labels) != 2 or shape[0] != labels[0]:
+        return ""
+    missing = labels[1] - shape[1]
+    if missing == -1:
+        return (
+            f". One position has no label: give {name}[:, :-1] if value t is of token t + 1, or {name}[:, 1:] if it is "
+            "of token t"
+        )
+    if missing < 1:
+        return ""
+    return (
+        f". Position t has the value of token t + 1: if these are of the last {shape[1]} tokens (a completion, or "
+        f"those of logits[:, :-1]), write torch.nn.functional.pad({name}, ({missing - 1}, 1)); for values of all "
+        "tokens, and for padding elsewhere, use RLLossContextInputItem.from_unshifted"
+    )
 
 
 def _check_kind(name: str, value: Tensor, kind: str) -> None:

@@ -26,6 +26,7 @@ def policy_metrics(terms: PolicyTerms, rollout_logprobs: Tensor | None) -> dict[
             "log_ratio_clamped": difference != log_ratio,
             "kl_old": kl_estimate(terms.old_logprobs, terms.logprobs, "k3"),
             "kl_old_k1": -difference,
+            "log_ratio_abs": difference.abs(),
             "non_finite_tokens": (terms.logprobs - terms.logprobs) != 0,  # inf - inf is NaN, too
         }
     )

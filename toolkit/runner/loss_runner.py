@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
-from toolkit.errors import ConfigError, DataError, did_you_mean, first_line
+from toolkit.errors import ConfigError, DataError, did_you_mean
 from toolkit.head import HeadPlan
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
@@ -25,12 +25,15 @@ from toolkit.losses.shift import shift_labels
 from toolkit.losses.step.builder import item_class
 from toolkit.losses.step.weights import loss_metric
 from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
+from toolkit.runner.arguments import RETURNS, as_tensor, check_has_graph, head_tensors, returned_by
+from toolkit.runner.mistakes import not_a_config, not_a_list, not_of_loss
+from toolkit.runner.suspicions import MISMATCH, warn_of_mismatch, warn_of_unmasked
 
 RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
-FIELDS = ("input_ids", "shifted_labels", "loss_mask", "cu_seq_lens", *RL_FIELDS)
+FIELDS = ("input_ids", "shifted_labels", "loss_mask", "attention_mask", "cu_seq_lens", *RL_FIELDS)
 """Keys of a batch that the loss reads; all others are for the caller's forward."""
-Forward = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
-"""``forward(batch) -> (hidden_states, head_weight)`` or ``(hidden_states, head_weight, head_bias)``."""
+Forward = Callable[[Mapping[str, Any]], tuple[Any, ...]]
+"""``forward(batch) -> (hidden_states, head_weight)`` or ``(hidden_states, head_weight, head_bias)``; see `__call__`."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,24 @@ class LossResult:
     """Scalar; with a live graph when it comes from a call, detached when it comes from `LossRunner.step`."""
     raw_metrics: Metrics
     """Mergeable metrics by name, still on the device."""
+    is_first: bool = field(default=False, repr=False)
+    """Whether it is the first of its runner: unusual values are then worth a warning."""
 
     @property
     def metrics(self) -> dict[str, float]:
         """The metrics as numbers; NaN where nothing was measured."""
-        return to_floats(self.raw_metrics)
+        numbers = to_floats(self.raw_metrics)
+        if self.is_first:
+            warn_of_mismatch(numbers)
+        return numbers
 
     def backward(self) -> None:
-        """Call ``loss.backward()``."""
+        """Call ``loss.backward()``.
+
+        Raises:
+            DataError: nothing that the loss was computed from requires a gradient, or it comes from `LossRunner.step`.
+        """
+        check_has_graph(self.loss, "backward()")
         self.loss.backward()
 
     def __repr__(self) -> str:
@@ -57,31 +70,30 @@ class LossResult:
 
 
 class LossRunner:
-    """Runs a configured loss and hides items, kwargs and contexts. It keeps no state, so a cell may be run again.
+    """Runs a configured loss and hides items, kwargs and contexts. A cell may be run again: calls do not change it.
 
     Example:
         >>> runner = LossRunner.from_overrides(["loss=grpo", "kl=k3", "mode=chunk"])
-        >>> result = runner(hidden, head.weight, input_ids=ids, advantages=adv, ref_logprobs=ref)  # doctest: +SKIP
+        >>> result = runner(hidden, lm_head, input_ids=ids, advantages=adv, ref_logprobs=ref)  # doctest: +SKIP
         >>> result.loss.backward()  # doctest: +SKIP
     """
 
-    def __init__(self, loss_cfg: BaseLossConfig) -> None:
-        if not isinstance(loss_cfg, BaseLossConfig):
-            raise ConfigError(
-                f"LossRunner needs a loss config such as GRPOLossConfig(), not {type(loss_cfg).__name__}; "
-                "for overrides use LossRunner.from_overrides([...])"
-            )
+    def __init__(self, loss_cfg: BaseLossConfig | None = None, **settings: Any) -> None:
+        if settings or not isinstance(loss_cfg, BaseLossConfig):
+            raise ConfigError(not_a_config(loss_cfg, settings))
         self.loss_cfg = loss_cfg
+        self._is_first = True
 
     @classmethod
     def from_overrides(
-        cls, overrides: Sequence[str] | str = (), *, config_dir: str | os.PathLike[str] | None = None
+        cls, overrides: Sequence[str] | str = (), *, config_dir: str | os.PathLike[str] | None = None, **choices: Any
     ) -> Self:
         """Pick the loss as on the command line: ``["loss=grpo", "policy_loss.cliprange_high=0.28", "kl=k3"]``.
 
         Args:
             overrides: a list, or a single one.
             config_dir: a folder with custom YAML files, as ``--config-dir`` on the command line.
+            **choices: not accepted; the error message shows the list to write instead.
 
         Raises:
             ConfigError: an override is mistyped (the message suggests the nearest one) or does not concern the loss.
@@ -89,22 +101,27 @@ class LossRunner:
         from toolkit.compose.overrides import is_of_loss, parse
         from toolkit.compose.tree import compose_config, load_loss
 
-        chosen = [overrides] if isinstance(overrides, str) else list(overrides)
+        chosen = [overrides] if isinstance(overrides, str) else overrides
+        is_list = isinstance(chosen, Sequence) and all(isinstance(each, str) for each in chosen)
+        if choices or not is_list or (isinstance(overrides, str) and overrides.count("=") > 1 and " " in overrides):
+            raise ConfigError(not_a_list(overrides, choices))
+        chosen = list(chosen)
         for override in parse(chosen):
             if not is_of_loss(override):
                 compose_config(chosen, config_dir=config_dir)  # raises if the override is mistyped
-                raise ConfigError(_not_of_loss(override.input_line or "", str(override.key_or_group)))
+                raise ConfigError(not_of_loss(override.input_line or "", str(override.key_or_group)))
         return cls(load_loss(chosen, config_dir=config_dir))
 
     def __call__(
         self,
-        hidden_states: Tensor,
-        head_weight: Tensor,
+        hidden_states: Any,
+        head_weight: Any,
         head_bias: Tensor | None = None,
         *,
         input_ids: Tensor | None = None,
         shifted_labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         advantages: Tensor | float | None = None,
         old_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
@@ -126,13 +143,17 @@ class LossRunner:
         position that predicts a token. Sampler outputs are indexed by token:
         ``RLLossContextInputItem.from_unshifted(input_ids, mask, ...)`` shifts them together with the labels.
 
+        Fields may be tensors, lists or arrays. In the first step a warning names what was probably not meant: padding
+        or a prompt that is scored, and log-probabilities that are far from those of the policy.
+
         Args:
-            hidden_states: [B, T, D].
-            head_weight: [V, D].
-            head_bias: [V], optional.
+            hidden_states: [B, T, D]; or the output of a model of transformers, of which the last ones are taken.
+            head_weight: [V, D]; or the LM head itself, an ``nn.Linear``, with or without LoRA.
+            head_bias: [V], optional; that of a module is used without it.
             input_ids: [B, T] token ids (or [B, T + 1] when the last one has no hidden state).
             shifted_labels: [B, T], -100 (`ignore_idx`) where nothing is scored.
             loss_mask: like `input_ids`: which *tokens* count, e.g. 1 on completions; only with `input_ids`.
+            attention_mask: like `input_ids`: 0 for padding, which is not scored; only with `input_ids`.
             advantages: a number, [B] one per row, [T] for every row, [B, 1] or [B, T]; [B] raises where B = T.
             old_logprobs: [B, T] in nats; None: on-policy.
             ref_logprobs: [B, T] in nats; needed with a KL term.
@@ -156,12 +177,11 @@ class LossRunner:
         fields = dict(locals())  # every argument by its name
         self._check_names(extra_fields)
         fields = {name: fields[name] for name in FIELDS} | extra_fields
-        loss, extra = self._context(fields, hidden_states).forward(hidden_states, head_weight, head_bias)
-        return LossResult(loss, metrics_in(extra))
+        head = head_tensors(hidden_states, head_weight, head_bias)
+        loss, extra = self._context(fields, head[0]).forward(*head)
+        return LossResult(loss, metrics_in(extra), self._was_first())
 
-    def explain(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None, **fields: Any
-    ) -> HeadPlan:
+    def explain(self, hidden_states: Any, head_weight: Any, head_bias: Tensor | None = None, **fields: Any) -> HeadPlan:
         """Return the pass of the head that a call with these arguments would take, why, and its cost; ``print`` it.
 
         Args:
@@ -171,21 +191,39 @@ class LossRunner:
             fields: ``input_ids``, ``advantages`` ...
         """
         self._check_names(fields)
-        return self._context(fields, hidden_states).explain(hidden_states, head_weight, head_bias)
+        head = head_tensors(hidden_states, head_weight, head_bias)
+        return self._context(fields, head[0]).explain(*head)
 
     def step(self, batches: Iterable[Mapping[str, Any]], forward: Forward) -> LossResult:
         """Accumulate the gradient of several micro-batches as if they were one batch; run the optimizer step yourself.
 
         Args:
             batches: mappings with the fields of `__call__` (and whatever else `forward` reads).
-            forward: returns the hidden states and the head of one batch; called once for each.
+            forward: returns the hidden states and the head (and its bias) of one batch; called once for each, with
+                gradients enabled. What they may be is as in `__call__`.
 
         Returns:
             The loss of all batches together (detached) and its metrics, summed over ranks too.
+
+        Raises:
+            DataError: as `__call__`; or `forward` returns something else, or what has no gradient.
         """
+        check_has_graph(None, "step()")
+        if not callable(forward):
+            raise DataError(
+                f"forward is a {type(forward).__name__}; give a function forward(batch) that returns {RETURNS}"
+            )
         if isinstance(batches, Mapping):
             raise DataError("step() takes a list of batches; for a single one write step([batch], forward)")
+        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+            raise DataError(f"batches is a {type(batches).__name__}; give a list of mappings, one for each micro-batch")
         batches = list(batches)
+        strange = next((batch for batch in batches if not isinstance(batch, Mapping)), None)
+        if strange is not None:
+            raise DataError(
+                f"batches holds a {type(strange).__name__}; give a mapping of fields for each micro-batch, such as "
+                "dict(input_ids=..., advantages=...)"
+            )
         if not batches:
             raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
         items = [self._item(batch, None) for batch in batches]
@@ -194,19 +232,28 @@ class LossRunner:
         context = self.loss_cfg.loss_ctx_cls
         parts: list[dict[str, Metric]] = []
         for batch, kwargs in zip(batches, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
-            hidden_states, *head = forward(batch)
+            hidden_states, *head = returned_by(forward(batch))
             width = kwargs.shifted_labels.shape[-1]
             if hidden_states.shape[-2] == width - 1 and batch.get("input_ids") is not None:
                 kwargs = kwargs.chunk(width - 1)[0]  # without the last position, which has no label
             loss, extra = context(self.loss_cfg, kwargs).forward(hidden_states, *head)
+            check_has_graph(loss, "forward(batch)")
             loss.backward()
             parts.append({**metrics_in(extra), "loss": loss_metric(loss, self.loss_cfg.gradient_reduction)})
         metrics = reduce_metrics(merge_metrics(parts))
-        return LossResult(torch.tensor(metrics["loss"].value(), dtype=torch.float64), metrics)
+        numbers = to_floats({name: metrics[name] for name in ("loss", *MISMATCH) if name in metrics})  # waits once
+        if self._was_first():
+            warn_of_mismatch(numbers)
+        return LossResult(torch.tensor(numbers["loss"], dtype=torch.float64), metrics)
+
+    def _was_first(self) -> bool:
+        """Whether this is the first call or step; later ones are not."""
+        was_first, self._is_first = self._is_first, False
+        return was_first
 
     def _context(self, fields: Mapping[str, Any], hidden_states: Tensor) -> BaseLossContext[Any]:
         """Return the context of one batch."""
-        item = self._item(fields, hidden_states.shape[-2])
+        item = self._item(fields, hidden_states.shape[-2] if hidden_states.dim() > 1 else None)
         bounds = None if fields.get("cu_seq_lens") is None else [fields["cu_seq_lens"]]
         context = self.loss_cfg.loss_ctx_cls
         (kwargs,) = context.build_batches_loss_kwargs([item], self.loss_cfg, bounds)
@@ -215,6 +262,12 @@ class LossRunner:
     def _item(self, fields: Mapping[str, Any], num_positions: int | None) -> LossContextInputItem:
         item_cls = self._item_cls
         self._check_names(fields, may_have_others=True)
+        like = next((value for value in fields.values() if isinstance(value, Tensor)), None)
+        known = {*FIELDS, *item_cls.model_fields} - {"advantages"}  # a number is an advantage, too
+        fields = {
+            name: as_tensor(name, value, None if like is None else like.device) if name in known else value
+            for name, value in fields.items()
+        }
         labels = self._labels(fields, num_positions)
         names = {*RL_FIELDS, *item_cls.model_fields} - {"shifted_labels"}
         values = {name: fields[name] for name in names if fields.get(name) is not None}
@@ -255,16 +308,26 @@ class LossRunner:
         input_ids, labels = fields.get("input_ids"), fields.get("shifted_labels")
         if (input_ids is None) == (labels is None):
             raise DataError("give exactly one of input_ids (shifted here) and shifted_labels")
+        mask = fields.get("loss_mask")
         if labels is not None:
-            if fields.get("loss_mask") is not None:
+            if mask is not None:
                 raise DataError(
                     "loss_mask goes with input_ids; in shifted_labels mark unscored positions by ignore_idx"
                 )
             return labels
-        if not isinstance(input_ids, Tensor):
-            raise DataError(f"input_ids is a {type(input_ids).__name__}; give an integer tensor [B, T]")
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dim() not in (1, 2):
+            kind = f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids)
+            raise DataError(f"input_ids is {kind}; give token ids as integers, [B, T]")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise DataError(f"loss_mask is a {type(mask).__name__}; give [B, T], 1 on the tokens that count")
+        attention_mask, cu_seq_lens = fields.get("attention_mask"), fields.get("cu_seq_lens")
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != input_ids.dim():
+            attention_mask = None  # [B, 1, T, T] or a mapping is for the model alone
+        if self._is_first and mask is None and cu_seq_lens is None:
+            is_policy_loss = not isinstance(self.loss_cfg, CELossConfig)
+            warn_of_unmasked(input_ids, attention_mask, is_policy_loss=is_policy_loss)
         shifted = shift_labels(
-            input_ids, fields.get("loss_mask"), fields.get("cu_seq_lens"), ignore_idx=self.loss_cfg.ignore_idx
+            input_ids, mask, cu_seq_lens, attention_mask=attention_mask, ignore_idx=self.loss_cfg.ignore_idx
         )
         # Hidden states without the last position: its label is ignored anyway.
         return shifted[..., :-1] if num_positions == input_ids.shape[-1] - 1 else shifted
@@ -274,31 +337,15 @@ class LossRunner:
         return "\n".join([f"LossRunner({type(self.loss_cfg).__name__}", *lines, ")"])
 
 
-def _not_of_loss(override: str, key: str) -> str:
-    """Return the error message for an override that does not concern the loss."""
-    from toolkit.compose.overrides import LOSS_GROUPS
-
-    if key == "kl":
-        return f"{override}: LossRunner has no rewards; leave it out, or choose a KL in the loss, such as kl=k3"
-    return (
-        f"{override}: LossRunner has no {key.partition('.')[0]}; leave it out (it reads "
-        f"{', '.join(LOSS_GROUPS[:-2])} and rollout.temperature), or train with python -m toolkit.train"
-    )
-
-
 def _spread(name: str, value: Tensor | float | None, labels: Tensor) -> Tensor | None:
     """Bring a number, or one value per row, to a shape that items broadcast."""
     if value is None or (isinstance(value, Tensor) and value.dim() == 2):
         return value
-    is_number = isinstance(value, (int, float)) and name == "advantages"
-    try:
-        values = torch.as_tensor(value, dtype=torch.get_default_dtype() if is_number else None)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = "integers" if name == "group_ids" else "numbers"
-        raise DataError(
-            f"{name} is a {type(value).__name__} that cannot be converted to a tensor ({first_line(error)}); "
-            f"give a tensor of {kind}"
-        ) from None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "advantages":
+        return torch.as_tensor(value, dtype=torch.get_default_dtype(), device=labels.device).expand(labels.shape)
+    values = as_tensor(name, value, labels.device)
+    if not isinstance(values, Tensor):
+        return values  # the item says what it must be
     if values.dim() == 0:
         return values.to(labels.device).expand(labels.shape)
     if values.dim() == 1 and labels.dim() == 2 and len(values) == labels.shape[0]:

@@ -110,6 +110,34 @@ MUTATIONS = (
         becomes="unread = []",
         tests=("tests/test_runner.py::test_cross_entropy_refuses_what_it_does_not_read",),
     ),
+    Mutation(
+        name="the-bias-of-a-head-is-dropped",
+        file="toolkit/runner/arguments.py",
+        line="return Head(head_weight, head_weight, head_weight, LogitTransform()).inputs(hidden)",
+        becomes="return hidden, head_weight.weight, None",
+        tests=("tests/test_runner_inputs.py::test_a_head_may_be_a_module_and_hidden_states_a_model_s_output",),
+    ),
+    Mutation(
+        name="padding-is-scored-without-a-word",
+        file="toolkit/runner/loss_runner.py",
+        line="input_ids, mask, cu_seq_lens, attention_mask=attention_mask, ignore_idx=self.loss_cfg.ignore_idx",
+        becomes="input_ids, mask, cu_seq_lens, ignore_idx=self.loss_cfg.ignore_idx",
+        tests=("tests/test_runner_inputs.py::test_attention_mask_leaves_out_padding_on_either_side",),
+    ),
+    Mutation(
+        name="a-mismatch-without-a-sign",
+        file="toolkit/losses/grpo.py",
+        line='"log_ratio_abs": difference.abs(),',
+        becomes='"log_ratio_abs": difference,',
+        tests=("tests/test_runner_inputs.py::test_old_logprobs_of_another_token_are_noticed_in_the_first_step_only",),
+    ),
+    Mutation(
+        name="completions-are-padded-one-too-far",
+        file="toolkit/losses/items.py",
+        line="missing = labels[1] - shape[1]",
+        becomes="missing = labels[1] - shape[1] + 1",
+        tests=("tests/test_runner_inputs.py::test_log_probabilities_of_completions_fit_after_what_the_message_says",),
+    ),
     # ---------------------------------------------------------------- words about a loss
     Mutation(
         name="lint-length-the-other-way",

@@ -476,7 +476,7 @@ MUTATIONS = (
     Mutation(
         name="sum-over-all-ranks-instead-of-the-group",
         file="toolkit/distributed.py",
-        line="dist.all_reduce(total, group=_counted)",
+        line="dist.all_reduce(total, group=_counted.get())",
         becomes="dist.all_reduce(total)",
         tests=("tests/losses/test_shared_vocabulary.py",),
     ),
@@ -490,8 +490,8 @@ MUTATIONS = (
     Mutation(
         name="counting-group-stays",
         file="toolkit/distributed.py",
-        line="_counted = previous",
-        becomes="_counted = group",
+        line="_counted.reset(token)",
+        becomes="pass",
         tests=("tests/losses/test_shared_vocabulary.py",),
     ),
     Mutation(

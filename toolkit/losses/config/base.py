@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from toolkit.errors import ConfigError
 from toolkit.head.options import HeadOptions
@@ -17,6 +17,7 @@ from toolkit.schema import Config, answer, checked_chunk_size
 class BaseLossConfig(Config):
     """The settings of every loss. Subclass it, add fields, list the `terms` and name the `context` computing them."""
 
+    model_config = ConfigDict(ignored_types=(LossTerm, tuple, list))  # a class may write terms = (LossTerm(...), ...)
     context: ClassVar[str | type | None] = None
     """The context class that computes this loss, or its path: ``"toolkit.losses.ce:CELossContext"``."""
 
@@ -47,7 +48,18 @@ class BaseLossConfig(Config):
         named = type(self).context if "context" not in type(self).model_fields else None
         if isinstance(named, str) and ":" in named:
             module, _, name = named.partition(":")
-            return getattr(importlib.import_module(module), name)
+            try:
+                named = getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError) as error:
+                raise ConfigError(
+                    f"{type(self).__name__}.context={named!r}: {error}; give the context class itself, or its path "
+                    "'my_module:YourContext'"
+                ) from None
+        if isinstance(named, type) and not hasattr(named, "build_batches_loss_kwargs"):
+            raise ConfigError(
+                f"{type(self).__name__}.context is {named.__name__}, which is not a context; give a class that extends "
+                "BaseLossContext, ScoredLossContext or GRPOLossContext"
+            )
         if not isinstance(named, type):
             raise ConfigError(
                 f"{type(self).__name__} does not name a context; write context = YourContext in its body, a class "

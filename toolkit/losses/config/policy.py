@@ -30,7 +30,13 @@ def _checked_policy_loss(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return FrozenDict({"loss_type": loss.name, **options})
 
 
-PolicyLossOptions = Annotated[Mapping[str, Any], AfterValidator(_checked_policy_loss)]
+def _not_a_name(settings: Any) -> Any:
+    if isinstance(settings, str):
+        raise ConfigError(f"policy_loss_cfg={settings!r} is a name; write policy_loss_cfg=dict(loss_type={settings!r})")
+    return settings
+
+
+PolicyLossOptions = Annotated[Mapping[str, Any], BeforeValidator(_not_a_name), AfterValidator(_checked_policy_loss)]
 Answer = TypeVar("Answer")
 Aggregated = Annotated[AggregationConfig, BeforeValidator(aggregation_from)]
 

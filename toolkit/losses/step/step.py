@@ -318,6 +318,10 @@ def step_weights(
     """
     if gradient_reduction not in ("mean", "sum"):
         raise ConfigError(f"gradient_reduction={gradient_reduction!r} must be 'mean' or 'sum'")
+    if not isinstance(aggregation, (str, Mapping, AggregationConfig)):
+        raise ConfigError(
+            f"aggregation is a {type(aggregation).__name__}; give a name such as 'token_mean', or an AggregationConfig"
+        )
 
     def checked() -> list[LossContextInputItem]:
         items: Any = items_or_labels

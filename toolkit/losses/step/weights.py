@@ -32,7 +32,10 @@ ItemT = TypeVar("ItemT")
 def check_config(loss_cfg: Any, cfg_cls: type) -> None:
     """Raise `ConfigError` if the config is that of another loss."""
     if not isinstance(loss_cfg, cfg_cls):
-        raise ConfigError(f"this loss takes a {cfg_cls.__name__}, not a {type(loss_cfg).__name__}")
+        is_class = isinstance(loss_cfg, type)
+        what = f"the class {loss_cfg.__name__}" if is_class else f"a {type(loss_cfg).__name__}"
+        hint = f"; make one: {loss_cfg.__name__}()" if is_class else ""
+        raise ConfigError(f"this loss takes a {cfg_cls.__name__}, not {what}{hint}")
 
 
 def checked_items(data_batches: Any, item_cls: type[ItemT]) -> list[ItemT]:

@@ -1,0 +1,240 @@
+"""What a person hands to `LossRunner`: heads as modules, outputs of models, lists; and warnings of what looks wrong."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit import (
+    CELossConfig,
+    DataError,
+    GRPOLossConfig,
+    LossRunner,
+    LossTerm,
+    RLLossContextInputItem,
+    distributed,
+    errors,
+)
+from toolkit.compose.plugins import load_plugins
+from toolkit.functional.policy import registry
+from toolkit.metrics import Max, Mean, Sum
+
+IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 1, 2]])
+ADVANTAGES = torch.tensor([1.0, -0.5])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_warned", set())
+
+
+@pytest.fixture
+def head() -> torch.nn.Linear:
+    return torch.nn.Linear(4, 11)
+
+
+@pytest.fixture
+def hidden() -> Tensor:
+    return torch.randn(2, 6, 4, requires_grad=True)
+
+
+def test_a_head_may_be_a_module_and_hidden_states_a_model_s_output(hidden: Tensor, head: torch.nn.Linear) -> None:
+    runner, fields = LossRunner(GRPOLossConfig()), {"input_ids": IDS, "advantages": ADVANTAGES}
+    expected = runner(hidden, head.weight, head.bias, **fields).loss
+    other = torch.zeros_like(hidden)
+    for outputs in (
+        hidden,
+        (other, hidden),
+        (hidden,),
+        SimpleNamespace(hidden_states=(other, hidden), logits=other),
+        SimpleNamespace(last_hidden_state=hidden, hidden_states=None),
+        {"last_hidden_state": hidden},
+    ):
+        assert torch.equal(runner(outputs, head, **fields).loss, expected)
+    assert (
+        runner.explain((hidden,), head, **fields).name == runner.explain(hidden, head.weight, head.bias, **fields).name
+    )
+    runner.step([fields], lambda _: (SimpleNamespace(last_hidden_state=hidden), head))
+    by_step = head.bias.grad
+    assert by_step is not None
+    torch.testing.assert_close(by_step, torch.autograd.grad(expected, head.bias)[0])
+
+
+def test_fields_may_be_lists_and_arrays(hidden: Tensor, head: torch.nn.Linear) -> None:
+    runner, mask = LossRunner(GRPOLossConfig()), torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]])
+    old = -torch.rand(2, 6)
+    fields = {"input_ids": IDS, "loss_mask": mask, "advantages": torch.tensor([2.0, -1.0]), "old_logprobs": old}
+    expected = runner(hidden, head, **fields).loss
+    lists = {name: value.tolist() for name, value in fields.items()}
+    arrays = {name: value.numpy() for name, value in fields.items()}
+    for other in (lists, arrays, {**fields, "advantages": torch.tensor([2, -1])}):
+        torch.testing.assert_close(runner(hidden, head, **other).loss, expected, rtol=1e-6, atol=0)
+
+
+def test_log_probabilities_of_completions_fit_after_what_the_message_says(
+    hidden: Tensor, head: torch.nn.Linear
+) -> None:
+    """[B, C] of the last C tokens, as TRL and verl hold them, and [B, T - 1] of logits[:, :-1]."""
+    runner, by_token = LossRunner(GRPOLossConfig()), -torch.rand(2, 6)
+    for count in (3, 5):
+        mask = (torch.arange(6) >= 6 - count).expand(2, 6)
+        fields = {"input_ids": IDS, "loss_mask": mask, "advantages": ADVANTAGES}
+        short = by_token[:, -count:]
+        with pytest.raises(DataError, match=rf"torch\.nn\.functional\.pad\(old_logprobs, \({5 - count}, 1\)\)"):
+            runner(hidden, head, **fields, old_logprobs=short)
+        padded = runner(hidden, head, **fields, old_logprobs=F.pad(short, (5 - count, 1))).loss
+        item = RLLossContextInputItem.from_unshifted(IDS, mask, old_logprobs=by_token)
+        labels, old = item.shifted_labels, item.old_logprobs
+        same = runner(hidden, head, shifted_labels=labels, advantages=ADVANTAGES, old_logprobs=old).loss
+        assert padded.item() == pytest.approx(same.item(), rel=1e-6)
+
+
+def test_attention_mask_leaves_out_padding_on_either_side(hidden: Tensor, head: torch.nn.Linear) -> None:
+    runner = LossRunner(GRPOLossConfig())
+    text = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    scored = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 0]])  # the first token of a text has no prediction
+    batch = {"input_ids": IDS, "advantages": ADVANTAGES}
+    by_mask = runner(hidden, head, **batch, loss_mask=scored).loss
+    assert runner(hidden, head, **batch, attention_mask=text).loss.item() == pytest.approx(by_mask.item())
+    step = runner.step([{**batch, "attention_mask": text}], lambda _: (hidden, head))
+    assert step.loss.item() == pytest.approx(by_mask.item())
+    whole = runner(hidden, head, **batch).loss.item()
+    four_axes = {**batch, "attention_mask": torch.ones(2, 1, 6, 6)}  # for the model alone
+    assert runner.step([four_axes], lambda _: (hidden, head)).loss.item() == pytest.approx(whole)
+
+
+def test_metrics_of_a_context_are_numbers() -> None:
+    for metric, value in ((Sum(torch.tensor(3.0)), 3.0), (Mean.of(torch.tensor([1.0, 2.0])), 1.5)):
+        assert float(metric) == metric.item() == metric.value() == value
+    assert f"{float(Max.of(torch.tensor([1.0, 4.0]))):.1f}" == "4.0"
+
+
+# -------------------------------------------------------------------- warnings
+
+PADDED = torch.tensor([[1, 2, 3, 4, 0, 0, 0], [5, 6, 7, 8, 9, 10, 1]])
+PROMPTED = torch.tensor([[4, 5, 6, 1, 2, 3, 4], [4, 5, 6, 7, 8, 9, 10]])
+ALL = torch.ones(2, 7, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("ids", "fields", "expected"),
+    [
+        (PADDED, {}, "looks like padding"),
+        (PADDED.flip(1), {}, "looks like padding"),
+        (PADDED, {"attention_mask": (PADDED != 0).long()}, None),
+        (PADDED, {"loss_mask": ALL}, None),
+        (PROMPTED, {}, "looks like a prompt"),
+        (PROMPTED, {"attention_mask": ALL}, "looks like a prompt"),
+        (PROMPTED, {"loss_mask": ALL}, None),
+        (torch.zeros(2, 7, dtype=torch.int64), {}, None),  # nothing to tell apart
+        (PROMPTED[:1], {}, None),
+    ],
+)
+def test_a_forgotten_mask_is_noticed(ids: Tensor, fields: dict, expected: str | None) -> None:
+    runner, hidden, head = LossRunner(GRPOLossConfig()), torch.randn(len(ids), 7, 4), torch.randn(11, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):  # once
+            runner(hidden, head, input_ids=ids, advantages=1.0, **fields)
+    messages = [str(each.message) for each in caught]
+    assert len(messages) == (expected is not None)
+    assert expected is None or (expected in messages[0] and "give loss_mask" in messages[0])
+
+
+def test_cross_entropy_may_learn_prompts() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LossRunner(CELossConfig())(torch.randn(2, 7, 4), torch.randn(11, 4), input_ids=PROMPTED)
+    with pytest.warns(UserWarning, match="looks like padding"):
+        LossRunner(CELossConfig())(torch.randn(2, 7, 4), torch.randn(11, 4), input_ids=PADDED)
+
+
+def test_old_logprobs_of_another_token_are_noticed_in_the_first_step_only() -> None:
+    # Logits 0 over 11 tokens: every log-probability is -log 11 = -2.398; old ones 0.75 and 0.25 above: mean 0.5 off.
+    hidden, head = torch.zeros(1, 3, 4), torch.zeros(11, 4, requires_grad=True)
+    new = -torch.tensor(11.0).log()
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "advantages": 1.0}
+    near = {**batch, "old_logprobs": new + torch.tensor([[0.75, -0.22, -9.0]])}  # the last position is not scored
+    far = {**batch, "old_logprobs": new + torch.tensor([[0.75, -0.27, -9.0]])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runner = LossRunner(GRPOLossConfig())
+        assert runner.step([near], lambda _: (hidden, head)).metrics["log_ratio_abs"] == pytest.approx(0.485)
+        runner.step([far], lambda _: (hidden, head))  # training moved on
+    with pytest.warns(UserWarning, match=r"old_logprobs differ .* 0\.51 nats .*token t \+ 1 at position t"):
+        LossRunner(GRPOLossConfig()).step([far], lambda _: (hidden, head))
+    errors._warned.clear()
+    result = LossRunner(GRPOLossConfig())(hidden, head, **far)
+    with pytest.warns(UserWarning, match="old_logprobs differ"):
+        result.metrics  # noqa: B018  (a call does not wait for the device, so the metrics do)
+
+
+def test_current_logprobs_are_compared_with_the_forward(hidden: Tensor, head: torch.nn.Linear) -> None:
+    batch = {"shifted_labels": IDS, "advantages": ADVANTAGES, "old_logprobs": -torch.rand(2, 6)}
+    exact = F.linear(hidden, head.weight, head.bias).log_softmax(-1).gather(-1, IDS.unsqueeze(-1)).squeeze(-1).detach()
+    overrides = ["policy_loss=kl_cov", "policy_loss.kl_cov_ratio=0.2"]
+    for shift, is_warned in ((0.0, False), (0.25, True)):
+        errors._warned.clear()
+        given = {**batch, "current_logprobs": exact - shift}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = LossRunner.from_overrides(overrides).step([given], lambda _: (hidden, head))
+        assert result.metrics["current_mismatch"] == pytest.approx(shift, abs=1e-6)
+        about = [str(each.message) for each in caught if "current_logprobs differ" in str(each.message)]
+        assert len(about) == is_warned
+
+
+# -------------------------------------------------------------------- around it
+
+
+def test_terms_may_be_a_tuple_in_the_body_of_a_config(hidden: Tensor, head: torch.nn.Linear) -> None:
+    class Tripled(CELossConfig):
+        terms = (LossTerm(coef=3.0),)
+
+    once, thrice = (LossRunner(cfg)(hidden, head, input_ids=IDS).loss for cfg in (CELossConfig(), Tripled()))
+    assert thrice.item() == pytest.approx(3 * once.item())
+    assert "terms" not in Tripled.model_fields
+
+
+def test_two_threads_count_over_their_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda group: 8 if group is None else group)
+    both_inside, counted = threading.Barrier(2), {}
+
+    def count(group: int) -> None:
+        with distributed.counting_over(group):
+            both_inside.wait(10)
+            counted[group] = distributed.world_size()
+            both_inside.wait(10)
+
+    threads = [threading.Thread(target=count, args=(group,)) for group in (2, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counted == {2: 2, 4: 4}
+    assert distributed.world_size() == 8
+
+
+def test_a_file_may_be_imported_and_then_be_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.policy_loss_names()
+    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
+    source = (
+        "from toolkit import register_policy_loss\n@register_policy_loss('seen_twice')\ndef f(t): return t.logprobs\n"
+    )
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/seen_twice.py").write_text(source)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.syspath_prepend(str(tmp_path / "link"))
+    import seen_twice  # type: ignore[import-not-found]
+
+    (plugin,) = load_plugins([str(tmp_path / "real/seen_twice.py")])
+    assert plugin.f is not seen_twice.f
+    assert registry.policy_loss("seen_twice").function is plugin.f

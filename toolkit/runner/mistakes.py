@@ -1,0 +1,49 @@
+"""What to say of wrong arguments of `LossRunner` and `LossRunner.from_overrides`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit.losses.config.base import BaseLossConfig
+
+
+def not_a_config(loss_cfg: Any, settings: Mapping[str, Any]) -> str:
+    """Return the error message for what is not a loss config, or for settings beside it."""
+    for name, value in settings.items():
+        from toolkit.losses.config.policy import GRPOLossConfig
+        from toolkit.peers import counterpart_keyword
+
+        where = f"{name} is a setting of the loss config, not of LossRunner"
+        if name in GRPOLossConfig.model_fields:
+            return f"{where}; write LossRunner(GRPOLossConfig({name}={value!r}))"
+        elsewhere = counterpart_keyword(name, value, GRPOLossConfig.model_fields)
+        if elsewhere is not None:
+            return f"{where}; {elsewhere}"
+        return f"LossRunner takes a loss config and nothing else, not {name}; write LossRunner(GRPOLossConfig(...))"
+    if isinstance(loss_cfg, type) and issubclass(loss_cfg, BaseLossConfig):
+        return f"LossRunner needs a config, not its class; write LossRunner({loss_cfg.__name__}())"
+    return (
+        f"LossRunner needs a loss config such as GRPOLossConfig(), not {type(loss_cfg).__name__}; "
+        "for overrides use LossRunner.from_overrides([...])"
+    )
+
+
+def not_a_list(overrides: Any, choices: Mapping[str, Any]) -> str:
+    """Return the error message for overrides that are not a list of strings, such as keywords or a mapping."""
+    pairs = {**(overrides if isinstance(overrides, Mapping) else {}), **choices}
+    words = overrides.split() if isinstance(overrides, str) else []
+    wanted = [*words, *(f"{name}={value}" for name, value in pairs.items())] or ["loss=grpo", "kl=k3"]
+    return f"from_overrides takes a list of strings, as on the command line; write from_overrides({wanted})"
+
+
+def not_of_loss(override: str, key: str) -> str:
+    """Return the error message for an override that does not concern the loss."""
+    from toolkit.compose.overrides import LOSS_GROUPS
+
+    if key == "kl":
+        return f"{override}: LossRunner has no rewards; leave it out, or choose a KL in the loss, such as kl=k3"
+    return (
+        f"{override}: LossRunner has no {key.partition('.')[0]}; leave it out (it reads "
+        f"{', '.join(LOSS_GROUPS[:-2])} and rollout.temperature), or train with python -m toolkit.train"
+    )

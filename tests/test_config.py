@@ -325,7 +325,7 @@ def test_own_configuration_folder(tmp_path: Path) -> None:
     target = "tests.losses.test_custom_loss.FocalLossConfig"
     (tmp_path / "loss" / "focal.yaml").write_text(f"_target_: {target}\ngamma: 2.0\n")
     own = [f"hydra.searchpath=[file://{tmp_path}]", "loss=focal"]
-    (config,), _ = check_command_line([*own, "loss.gamma=1.5"])
+    (config,), _ = check_command_line([*own, "loss.gamma=1.5"])[:2]
     assert config.loss.model_dump()["gamma"] == 1.5
     for wrong, words in (
         ("loss.gama=1", "try: loss.gamma=1"),

@@ -116,20 +116,19 @@ def with_folder(overrides: Sequence[str], config_dir: str | os.PathLike[str] | N
         raise ConfigError(f"--config-dir={os.fspath(config_dir)} is not a folder (looked for {folder})")
     parsed = parse(overrides)
     rest = [text for text, o in zip(overrides, parsed, strict=True) if o.key_or_group != "hydra.searchpath"]
-    quoted = [f"file://{path}".replace("'", "\\'") for path in [*config_folders_in(parsed), folder]]
-    folders = ", ".join(f"'{path}'" for path in quoted)
+    folders = ", ".join(quoted(f"file://{path}") for path in [*config_folders_in(parsed), folder])
     return [*rest, f"hydra.searchpath=[{folders}]"]
+
+
+def quoted(value: str) -> str:
+    """Return a text as an override spells it, whatever signs it has."""
+    escaped = value.replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def config_folders_in(parsed: Iterable[Override]) -> list[str]:
     """Return the configuration folders that the command line adds (``--config-dir``, ``hydra.searchpath``)."""
     return [folder.removeprefix("file://") for folder in _values_of("hydra.searchpath", parsed)]
-
-
-def output_dir_in(overrides: Sequence[str]) -> str | None:
-    """Return the output directory that the command line sets; None if it sets none, or one with an interpolation."""
-    folders = _values_of("hydra.run.dir", parse(overrides))
-    return folders[0] if folders and "${" not in folders[0] else None
 
 
 def plugins_in(parsed: Iterable[Override]) -> list[str]:

@@ -49,18 +49,6 @@ def check_environment(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
     return None if config.training.resume is None else read_state(config.training.resume, config)
 
 
-def make_output_dir(path: str) -> None:
-    """Create the output directory, as Hydra would a moment later.
-
-    Raises:
-        ConfigError: it cannot be created.
-    """
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"hydra.run.dir={path} cannot be created: {error.strerror}") from None
-
-
 def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint folder of an earlier run and its state.
 

@@ -12,6 +12,13 @@ MUTATIONS = (
         tests=("tests/losses/test_records.py::test_a_field_that_is_set_does_not_change",),
     ),
     Mutation(
+        name="a-boolean-is-a-number-in-a-list",
+        file="toolkit/schema.py",
+        line="return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(map(_holds_boolean, value)))",
+        becomes="return isinstance(value, bool)",
+        tests=("tests/test_schema.py::test_a_boolean_is_not_a_number",),
+    ),
+    Mutation(
         name="options-can-be-changed",
         file="toolkit/schema.py",
         line="__setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse",

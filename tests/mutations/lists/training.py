@@ -221,6 +221,27 @@ MUTATIONS = (
         becomes='SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "kl_control")',
         tests=("tests/training/test_resume.py::test_other_settings_are_another_run",),
     ),
+    Mutation(
+        name="a-run-is-replaced",
+        file="toolkit/training/output_dir.py",
+        line="if earlier and not (config.overwrite or _is_continued(folder, config)):",
+        becomes="if earlier and not (config.overwrite or config.resume is not None):",
+        tests=("tests/training/test_output_dir.py::test_a_folder_that_holds_a_run_is_refused",),
+    ),
+    Mutation(
+        name="a-resumed-run-is-removed",
+        file="toolkit/training/output_dir.py",
+        line="if config.overwrite and not _is_continued(folder, config):",
+        becomes="if config.overwrite:",
+        tests=("tests/training/test_output_dir.py::test_what_is_replaced_and_what_is_kept",),
+    ),
+    Mutation(
+        name="the-lock-is-not-kept",
+        file="toolkit/training/output_dir.py",
+        line="_locks[folder] = lock",
+        becomes="lock.close()",
+        tests=("tests/training/test_output_dir.py::test_a_lock_ends_with_its_process_however_it_ends",),
+    ),
     # ---------------------------------------------------------------- processes
     Mutation(
         name="probe-tolerates-a-thousandth",

@@ -31,7 +31,7 @@ from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, sa
 from toolkit.explain.lint import warnings_for
 from toolkit.training.output_dir import check_free, claim, new_dir, release
 from toolkit.training.run_config import RunConfig
-from toolkit.training.startup import INTERRUPTED, check_environment
+from toolkit.training.startup import INTERRUPTED, check_environment, launched_rank
 
 if TYPE_CHECKING:
     from toolkit.training.report import Summary
@@ -56,7 +56,7 @@ def _job(cfg: DictConfig) -> float | None:
     try:
         config = build_config(cfg)
         hydra_cfg = HydraConfig.get()
-        if _is_main():  # a job of a multirun, or a folder that only Hydra could name
+        if launched_rank() == 0:  # a job of a multirun, or a folder that only Hydra could name
             claim(hydra_cfg.runtime.output_dir, config.training)
         from toolkit.training.run import run  # loads torch
 
@@ -88,7 +88,7 @@ def main() -> None:
         register_schemas()
     except ToolkitError as error:
         _stop(error)
-    if not _is_main():
+    if launched_rank() > 0:
         # One output directory per run: only the main process creates it.
         sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
     try:
@@ -120,7 +120,7 @@ def train(overrides: Sequence[str] = ()) -> Summary:
     if folder.path is None:
         raise ConfigError("hydra.run.dir names what only the command line knows; give train() a plain folder")
     output_dir = folder.path
-    if _is_main():  # the others receive its path
+    if launched_rank() == 0:  # the others receive its path
         output_dir = new_dir(output_dir) if folder.is_dated else output_dir
         claim(output_dir, config.training)
     from accelerate.state import AcceleratorState, GradientState  # loads torch
@@ -133,11 +133,6 @@ def train(overrides: Sequence[str] = ()) -> Summary:
         release(output_dir)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-
-
-def _is_main() -> bool:
-    """Whether this is the main process, which alone creates folders and prints notes."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _print_help(arguments: argparse.Namespace) -> None:
@@ -157,7 +152,7 @@ def _checked(arguments: argparse.Namespace) -> list[str]:
     if not (arguments.cfg or arguments.info):
         for config in checked.configs:
             check_environment(config)
-        if _is_main():
+        if launched_rank() == 0:
             _say_notes(checked.configs)
             taken += _claimed(checked, multirun=arguments.multirun)
     return taken
@@ -200,7 +195,7 @@ def _stop(error: ToolkitError) -> None:
     The main process exits at once, and then the launcher ends the others silently. Those that still run after a while
     have an error of their machine alone; the first process of that machine ends its neighbours.
     """
-    if int(os.environ.get("RANK", "0")) > 0 and not error.is_reported:
+    if launched_rank() > 0 and not error.is_reported:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(PATIENCE + int(os.environ.get("LOCAL_RANK", "0")))
     print(f"error: {error}", file=sys.stderr)

@@ -244,6 +244,20 @@ MUTATIONS = (
     ),
     # ---------------------------------------------------------------- processes
     Mutation(
+        name="settings-of-ranks-differ",
+        file="toolkit/training/agreement.py",
+        line="if len(set(digests)) > 1:",
+        becomes="if len(set(digests)) > 2:",
+        tests=("tests/training/test_agreement.py::test_settings_of_one_rank_alone",),
+    ),
+    Mutation(
+        name="a-relayed-signal-kills",
+        file="toolkit/training/run.py",
+        line="if self.is_set and not is_repeated:",
+        becomes="if self.is_set:",
+        tests=("tests/training/test_startup.py::test_the_same_signal_within_seconds_is_one_request",),
+    ),
+    Mutation(
         name="probe-tolerates-a-thousandth",
         file="toolkit/training/probe.py",
         line="tolerance = max(TOLERANCE, 4 * torch.finfo(grad.dtype).eps)",

@@ -293,6 +293,7 @@ def test_a_plugin_s_loss_is_a_typed_choice(tmp_path: Path) -> None:
         ("def broken(:\n", "SyntaxError"),
         ("import nowhere_to_be_found\n", "No module named 'nowhere_to_be_found'"),
         ("1 / 0\n", "broken_plugin.py:1"),
+        ("import sys\nsys.exit(0)\n", "broken_plugin.py' cannot be loaded: SystemExit: 0 ("),
     ],
 )
 def test_broken_plugins_are_named(tmp_path: Path, source: str, words: str) -> None:

@@ -88,7 +88,8 @@ class Config(Model):
     @classmethod
     def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic reads True as 1 where a number is expected.
-        if _holds_boolean(value) and _takes_only_numbers(cls.model_fields[str(info.field_name)].annotation):
+        annotation: Any = cls.model_fields[str(info.field_name)].annotation
+        if _holds_boolean(value) and _takes_only_numbers(annotation):
             raise ValueError("a boolean is not a number")
         return value
 
@@ -172,6 +173,8 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
         hint = _name_of_a_peer(path, value) or hint
         return f"{path}={_shown(value)} is not one of the choices; choose {listed(options)}{hint}"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "string_type" and where and isinstance(value, (int, float)):
+        message += f"; quote it: \"{path}='{value}'\""
     return f"{path}={_shown(value)} is not allowed: {message[:1].lower()}{message[1:]}"
 
 

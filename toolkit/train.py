@@ -24,7 +24,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from toolkit.compose.build import build_config
-from toolkit.compose.overrides import config_folders_in, options_first, parse, quoted, with_folder
+from toolkit.compose.grammar import quoted
+from toolkit.compose.overrides import config_folders_in, options_first, parse, with_folder
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
 from toolkit.compose.tree import TRAIN, CommandLine, check_command_line, compose_config, compose_run
 from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, say_warnings_plainly
@@ -74,9 +75,9 @@ def _job(cfg: DictConfig) -> float | None:
 def main() -> None:
     """Run the command line."""
     say_warnings_plainly()
-    sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
-    arguments = get_args_parser().parse_args()
     try:
+        sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
+        arguments = get_args_parser().parse_args()
         if arguments.multirun and arguments.cfg:
             raise ConfigError("--cfg prints the configuration of one run; leave out -m")
         if arguments.resolve and not arguments.cfg:

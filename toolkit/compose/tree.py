@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from toolkit.compose.build import build_config, build_loss, target_class
-from toolkit.compose.diagnosis import choices_composed, diagnose, groups_in, unknown_choice
+from toolkit.compose.diagnosis import choices_composed, diagnose, groups_in, unknown_choice, unreadable_file
+from toolkit.compose.grammar import check_values
 from toolkit.compose.overrides import (
     adapted,
     check_policy_loss_keys,
@@ -63,7 +64,7 @@ class Folder(NamedTuple):
     path: str | None
     """None: only Hydra knows, because it depends on the number of a job or the like."""
     is_dated: bool
-    """Whether the time is part of the path, so the command wants a folder of its own."""
+    """Whether the time is part of the path, so every run gets a new folder."""
 
 
 class Composed(NamedTuple):
@@ -163,6 +164,7 @@ def load_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | 
 def _compose(overrides: Sequence[str], root: Root) -> Composed:
     """Compose one job."""
     parsed = parse(overrides)
+    check_values(parsed, (*root.keys, "policy_loss"))
     check_policy_loss_keys(parsed)
     load_plugins(plugins_in(parsed))
     register_schemas(root.schemas)
@@ -175,7 +177,7 @@ def _compose(overrides: Sequence[str], root: Root) -> Composed:
             cfg = compose(root.name, overrides=[*taken, *removed], return_hydra_config=True)
         except MISTAKES as error:
             groups = groups_of(root, *config_folders_in(parsed))
-            wrong = unknown_choice(parsed, groups)
+            wrong = unknown_choice(parsed, groups) or unreadable_file(parsed, config_folders_in(parsed))
             if wrong is not None:
                 raise ConfigError(wrong) from None
             base = choices_composed(parsed, groups, root.name)

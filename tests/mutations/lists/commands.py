@@ -68,6 +68,20 @@ MUTATIONS = (
         tests=("tests/test_config.py::test_wrong_overrides[loss=ce kl=k3-]",),
     ),
     Mutation(
+        name="the-last-choice-wins",
+        file="toolkit/compose/grammar.py",
+        line='if isinstance(value, list) and "." not in key and key not in (*COMPOSABLE, "plugins"):',
+        becomes="if False:",
+        tests=("tests/test_overrides.py::test_what_to_write_instead",),
+    ),
+    Mutation(
+        name="a-quote-inside-is-not-escaped",
+        file="toolkit/compose/grammar.py",
+        line="""escaped = value.replace("'", "\\\\'")""",
+        becomes="escaped = value",
+        tests=("tests/test_overrides.py::test_what_is_quoted_is_read_as_it_is",),
+    ),
+    Mutation(
         name="warnings-are-silent",
         file="toolkit/errors.py",
         line="if message is not None and message not in _warned:",

@@ -204,7 +204,7 @@ def test_r30_survivors_of_a_filter_in_the_loss_are_counted_before_the_loss() -> 
     # NeMo-RL#4242: the ratio of the current policy to the sampler leaves K = 3 of 6 tokens in [0.5, 2].
     rule = {"action": "mask", "lower": 0.5, "upper": 2.0, "between": "current_rollout", "denominator": "survivors"}
     cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": "reinforce"}, correction=[rule])
-    far = torch.tensor([[0.1, -1.5, 0.8, -10.0, 0.3, 0.0]], dtype=torch.float64)
+    far = torch.tensor([[0.1, 1.5, 0.8, 10.0, 0.3, 0.0]], dtype=torch.float64)
     rows = {**batch_of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), "rollout_logprobs": -1 - far}
     item = RLLossContextInputItem(**rows, old_logprobs=-1 - far, current_logprobs=torch.full_like(far, -1.0))
     for cuts in ([slice(0, 6)], [slice(0, 1), slice(1, 6)], [slice(0, 2), slice(2, 4), slice(4, 6)]):

@@ -46,10 +46,10 @@ class TestCollectives:
 
 class TestStep:
     def test_a_count_is_that_of_one_token_or_of_a_billion(self) -> None:
-        # 2 flags, 3 heads, 1 number for the only term, of 8 bytes.
+        # 4 flags, 3 heads, 1 number for the only term, filled up to 16 of 8 bytes.
         (own,) = step.counting(10_000, numbers=step.numbers_counted())
-        assert (own.calls, own.payload) == (1, 48)
-        assert own.sent == pytest.approx(96, rel=1e-3)
+        assert (own.calls, own.payload) == (1, 128)
+        assert own.sent == pytest.approx(256, rel=1e-3)
         assert step.numbers_counted(terms=3, corrections=1) == 3 + 3 + 2
 
     def test_metrics_beyond_a_packet_take_a_second_call(self) -> None:
@@ -151,7 +151,7 @@ class TestAllocationCounter:
 class TestTable:
     def test_says_what_dominates(self) -> None:
         text = table.step_table(table.Setup(ranks=512, sequence_parallel=8, vocab_parallel=4))
-        for words in ("512 ranks", "counts of the step", "96 B", "gradient of hidden states", "because of the loss"):
+        for words in ("512 ranks", "counts of the step", "256 B", "gradient of hidden states", "because of the loss"):
             assert words in text
 
     def test_a_mesh_divides_the_ranks(self) -> None:

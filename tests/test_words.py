@@ -22,7 +22,7 @@ import toolkit
 from toolkit import ConfigError, DataError, GRPOLossConfig, LossRunner, OPDLossConfig, OrealLossConfig
 from toolkit.compose.diagnosis import diagnose, unknown_choice
 from toolkit.compose.overrides import parse
-from toolkit.compose.tree import TRAIN, check_overrides, compose_config, groups_of
+from toolkit.compose.tree import TRAIN, check_command_line, compose_config, groups_of
 from toolkit.explain.__main__ import main
 from toolkit.explain.words import COMMAND, markdown
 from toolkit.functional.advantages import advantage
@@ -48,7 +48,7 @@ DAPO = "policy_loss=vanilla aggregation=token_mean policy_loss.cliprange_high=0.
 
 def said_of(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        check_overrides(overrides)
+        check_command_line(overrides)
     return str(caught.value)
 
 
@@ -277,7 +277,7 @@ def test_every_counterpart_is_accepted_and_is_the_same_in_python() -> None:
         warnings.simplefilter("ignore")
         for way in sorted({way for *_, way in ways()}):
             try:
-                (config,) = check_overrides(shlex.split(way))
+                (config,) = check_command_line(shlex.split(way))
             except ConfigError as error:
                 wrong.append(f"{way}: {error}")
                 continue
@@ -379,8 +379,8 @@ def test_writing_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 
 def test_a_configuration_without_a_mistake_does_not_load_the_table() -> None:
     code = (
-        "import sys\nfrom toolkit.compose.tree import check_overrides\nfrom toolkit import GRPOLossConfig\n"
-        "check_overrides(['policy_loss=gspo', 'kl=k3'])\nGRPOLossConfig(policy_loss_cfg=dict(loss_type='sapo'))\n"
+        "import sys\nfrom toolkit.compose.tree import check_command_line\nfrom toolkit import GRPOLossConfig\n"
+        "check_command_line(['policy_loss=gspo', 'kl=k3'])\nGRPOLossConfig(policy_loss_cfg=dict(loss_type='sapo'))\n"
         "assert 'toolkit.peers' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

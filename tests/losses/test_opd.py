@@ -262,7 +262,8 @@ def test_drop_zero_advantage_is_refused() -> None:
 
 def test_on_the_command_line() -> None:
     cfg = build_loss(compose_config(["loss=opd", "loss.variant=top_k", "loss.direction=forward"]))
-    assert cfg == OPDLossConfig(variant="top_k", direction="forward", use_entropy_metric=True)
+    chosen = {"variant": "top_k", "direction": "forward", "use_entropy_metric": True}
+    assert cfg == OPDLossConfig(**chosen, mode="chunk", chunk_size="auto")
     with pytest.raises(ConfigError, match=r"this command has no teacher.*loss=opd loss\.teacher=reference"):
         check_command_line(["loss=opd"])
     with pytest.raises(ConfigError, match="policy_loss=sdar has no effect: OPDLossConfig has no policy_loss_cfg"):

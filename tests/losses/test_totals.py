@@ -56,7 +56,7 @@ def batches(rank: int, world: int) -> list[RLLossContextInputItem]:
 
 def one_exchange(rank: int, world: int) -> None:
     for cfg, expected in (
-        (GRPOLossConfig(), [("all_reduce", 2 + 3 + 1)]),
+        (GRPOLossConfig(), [("all_reduce", 16)]),
         (
             GRPOLossConfig(
                 policy_loss_cfg={"loss_type": "gspo"},
@@ -65,7 +65,9 @@ def one_exchange(rank: int, world: int) -> None:
                 entropy_coef=0.1,
                 correction=[{"action": "clamp_upper", "upper": 2.0, "normalize": True}],
             ),
-            [("all_reduce", 2 + 3 + 2 + 3)],  # positive tokens are counted once for two terms,
+            [
+                ("all_reduce", 16)
+            ],  # 4 flags, 3 heads, 3 terms (positive tokens are counted once for two), 2 sums, filled up
         ),
         (GRPOLossConfig(aggregation="prompt_mean"), [(GATHER, 1 + ROOM)]),
         (GRPOLossConfig(policy_loss_cfg={"loss_type": "real"}, aggregation="prompt_mean"), [(GATHER, 1 + ROOM)]),
@@ -109,7 +111,7 @@ def more_prompts_than_fit(rank: int, world: int) -> None:
     )
     cfg = GRPOLossConfig(aggregation="prompt_mean")
     (kwargs,), seen = counted_calls(lambda: GRPOLossContext.build_batches_loss_kwargs([item], cfg))
-    assert seen == [(GATHER, 1 + ROOM), (GATHER, 2 + 4 + 1 + 2 * 300 - ROOM)]
+    assert seen == [(GATHER, 1 + ROOM), (GATHER, 16 + 1 + 2 * 300 - ROOM)]
     own = kwargs.loss_weight[labels != -100]
     torch.testing.assert_close(own, torch.full_like(own, world / (300 * 3)), rtol=1e-15, atol=0)
 

@@ -29,7 +29,7 @@ PURPOSE = (
 EXAMPLES = {
     "python -m toolkit.bench bench=qwen3_0_6b bench.dtype=bfloat16": "",
     "python -m toolkit.bench bench.shape=[1024,896,151936] policy_loss=gspo bench.frozen_head=true": "",
-    "python -m toolkit.bench bench=bars": "the table in README",
+    "python -m toolkit.bench bench=bars": "the table of tutorials/reference/head.md",
 }
 
 # Spinning idle threads would count as CPU time.

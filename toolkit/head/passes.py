@@ -123,18 +123,20 @@ def fused_run(
     return total_of(losses, job.inputs.wide), [*work.gradients(), *other_grads]
 
 
-def checked_loss(result: Any) -> tuple[Tensor, Any]:
-    """Check what a `loss_fn` returned.
+def checked_loss(result: Any, who: str = "loss_fn") -> tuple[Tensor, Any]:
+    """Check what a function that computes a loss, `who` in messages, returned.
 
     Raises:
         DataError: it is not ``(scalar tensor, extra)``.
     """
     if not isinstance(result, tuple) or len(result) != 2:
-        raise DataError(f"loss_fn returned {type(result).__name__}; return (loss, extra)")
+        raise DataError(f"{who} returned {type(result).__name__}; return (loss, extra)")
     loss, extra = result
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         actual = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise DataError(f"loss_fn returned a loss of {actual}; return the scalar sum over its tokens")
+        raise DataError(
+            f"{who} returned a loss of {actual}; return the scalar sum of weight times loss over its tokens"
+        )
     return loss, extra
 
 

@@ -18,6 +18,7 @@ from toolkit.errors import ConfigError, DataError
 from toolkit.head.chunked import chunked_loss
 from toolkit.head.inputs import check_head
 from toolkit.head.logits import LogitTransform
+from toolkit.head.passes import checked_loss
 from toolkit.head.plan import HeadPlan, Scope, auto_chunk, autograd_plan, equal_chunks
 from toolkit.head.vocabulary import local_part, replicated, vocab_group
 from toolkit.losses.config.base import BaseLossConfig
@@ -221,17 +222,7 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         return positions if len(positions) else labels.new_zeros(min(1, len(labels)))
 
     def _checked(self, result: Any) -> tuple[Tensor, Any]:
-        """Check what `loss_fn` returned, the same way in both modes."""
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise DataError(f"{type(self).__name__}.loss_fn returned {type(result).__name__}; return (loss, extra)")
-        loss, extra = result
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            returned = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise DataError(
-                f"{type(self).__name__}.loss_fn returned a loss of {returned}; return the scalar sum of weight times "
-                "loss"
-            )
-        return loss, extra
+        return checked_loss(result, f"{type(self).__name__}.loss_fn")
 
     def _check(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
         if not isinstance(self.loss_kwargs, BaseLossKwargs):

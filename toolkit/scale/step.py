@@ -18,13 +18,11 @@ from __future__ import annotations
 from typing import Literal
 
 from toolkit.distributed import PACKET
-from toolkit.losses.step.totals import ROOM
+from toolkit.losses.step.totals import ROOM, numbers_exchanged
 from toolkit.scale.collectives import Collective
 
 FLOAT64, FLOAT32 = 8, 4
 """Bytes."""
-ERROR_FLAGS = 2
-"""Numbers with which a rank reports that its items are invalid."""
 FIXED_COUNTS = 3
 """Micro-batches, those with log-probabilities of the current policy, those with scored tokens."""
 FINGERPRINT = 24
@@ -38,7 +36,7 @@ def counting(ranks: int, *, numbers: int) -> list[Collective]:
 
     The size does not depend on tokens or micro-batches, because each rank counts them first.
     """
-    return [Collective("counts of the step", "all_reduce", (ERROR_FLAGS + numbers) * FLOAT64, ranks)]
+    return [Collective("counts of the step", "all_reduce", numbers_exchanged(numbers) * FLOAT64, ranks)]
 
 
 def counting_prompts(ranks: int, *, numbers: int, prompts: int, tables: int = 1) -> list[Collective]:
@@ -47,7 +45,7 @@ def counting_prompts(ranks: int, *, numbers: int, prompts: int, tables: int = 1)
     `prompts` are those of the rank that has the most; of the `tables` the aggregation ``prompt_mean`` has 1, and a loss
     of groups 1.
     """
-    table_size = ERROR_FLAGS + numbers + tables * (1 + 2 * prompts)
+    table_size = numbers_exchanged(numbers) + tables * (1 + 2 * prompts)
     first = Collective("counts of the step", "all_gather", (1 + ROOM) * FLOAT64, ranks)
     more = max(0, table_size - ROOM)
     return [first, Collective("counts of more prompts", "all_gather", more * FLOAT64, ranks)] if more else [first]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -81,6 +82,12 @@ class BaseLossConfig(Config):
         return checked_terms(self.terms, type(self).__name__)
 
     @answer
+    def shared_settings(self) -> dict[str, str]:
+        """What must be equal on all ranks, as text; how each computes its logits may differ."""
+        settings = self.model_dump(exclude={"mode", "chunk_size", "retain_bytes"})
+        return {"loss": type(self).__name__, **{name: _as_text(value) for name, value in settings.items()}}
+
+    @answer
     def step_settings(self) -> dict[str, Any]:
         """What `build_batches_loss_kwargs` fixes for a step, by name, to compare with the config of a context."""
         settings: dict[str, Any] = {"ignore_idx": self.ignore_idx, "gradient_reduction": self.gradient_reduction}
@@ -110,3 +117,14 @@ class BaseLossConfig(Config):
                 "mode='chunk' needs chunk_size, the number of tokens in a chunk, or 'auto'; 1024 is a good start"
             )
         return self
+
+
+def _as_text(value: Any) -> str:
+    """Return a setting as text that is the same in every process: without addresses, and without rounding errors."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_as_text(each)}' for key, each in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_as_text, value))}]"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return repr(value) if isinstance(value, (str, int, type(None))) else type(value).__name__

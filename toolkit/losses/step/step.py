@@ -156,7 +156,13 @@ class Step:
             return counts if counts_here(self.sp_mesh) else counts.uncounted()
 
         size = sum(numbers.values())
-        total = exchange_counts(count_here, num_numbers=size + len(columns), has_tables=has_tables, device=device)
+        total = exchange_counts(
+            count_here,
+            num_numbers=size + len(columns),
+            has_tables=has_tables,
+            device=device,
+            settings=self._settings,
+        )
         *extras, denominators_of_columns = total.numbers.split([*numbers.values(), len(columns)])
         denominators = list(denominators_of_columns.unbind())
         for index in by_prompt:
@@ -204,6 +210,13 @@ class Step:
             }
             filled.append(batch.replace(**changes) if changes else batch)
         return filled
+
+    def _settings(self) -> dict[str, str]:
+        """Return what must be equal on all ranks, as text."""
+        if self.loss_cfg is not None:
+            return self.loss_cfg.shared_settings
+        aggregations = {f"aggregation of {term.name}": repr(term.average) for term in self.terms}
+        return {**aggregations, "ignore_idx": str(self.ignore_idx), "gradient_reduction": self.gradient_reduction}
 
     def _columns(self) -> list[LossTerm]:
         """Return one term for each column of weights."""

@@ -62,7 +62,7 @@ class Folder(NamedTuple):
     """Where the results of a command go."""
 
     path: str | None
-    """None: only Hydra knows, because it depends on the number of a job or the like."""
+    """None: only Hydra knows, because it depends on the number of a job."""
     is_dated: bool
     """Whether the time is part of the path, so every run gets a new folder."""
 

@@ -127,7 +127,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_fields_that_a_file_does_not_list_are_set_without_a_plus(own: Path) -> None:
     overrides = [f"hydra.searchpath=[file://{own}]", "task=own", "task.num_heldout=12", "task.extra=4"]
-    (config,), taken = check_command_line(overrides)
+    (config,), taken = check_command_line(overrides)[:2]
     assert (config.task.num_heldout, config.task.extra) == (12, 4)  # type: ignore[attr-defined]
     assert taken == [*overrides[:2], "++task.num_heldout=12", "++task.extra=4"]
     found = compose_loss(
@@ -136,7 +136,8 @@ def test_fields_that_a_file_does_not_list_are_set_without_a_plus(own: Path) -> N
     loss = build_loss(found)
     assert loss.policy_loss_cfg["delta"] == 4  # type: ignore[attr-defined]
     assert loss.aggregation.name == "token_sum"  # type: ignore[attr-defined]
-    (config,), _ = check_command_line([overrides[0], "advantage=own", "optimizer=own", "optimizer.weight_decay=0.1"])
+    words = [overrides[0], "advantage=own", "optimizer=own", "optimizer.weight_decay=0.1"]
+    (config,) = check_command_line(words).configs
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (0.5, 0.1)
 
 
@@ -157,7 +158,7 @@ def test_and_mistyped_ones_are_named(own: Path, wrong: str, words: str) -> None:
 
 def test_jobs_of_a_multirun_set_unlisted_fields_too(own: Path) -> None:
     folder = f"hydra.searchpath=[file://{own}]"
-    configs, taken = check_command_line([folder, "task=own", "task.num_heldout=12,13"], multirun=True)
+    configs, taken = check_command_line([folder, "task=own", "task.num_heldout=12,13"], multirun=True)[:2]
     assert [config.task.num_heldout for config in configs] == [12, 13]  # type: ignore[attr-defined]
     assert taken[-1] == "++task.num_heldout=12,13"
 

@@ -293,6 +293,7 @@ def test_a_plugin_s_loss_is_a_typed_choice(tmp_path: Path) -> None:
         ("def broken(:\n", "SyntaxError"),
         ("import nowhere_to_be_found\n", "No module named 'nowhere_to_be_found'"),
         ("1 / 0\n", "broken_plugin.py:1"),
+        ("import sys\nsys.exit(0)\n", "broken_plugin.py' cannot be loaded: SystemExit: 0 ("),
     ],
 )
 def test_broken_plugins_are_named(tmp_path: Path, source: str, words: str) -> None:
@@ -325,7 +326,7 @@ def test_own_configuration_folder(tmp_path: Path) -> None:
     target = "tests.losses.test_custom_loss.FocalLossConfig"
     (tmp_path / "loss" / "focal.yaml").write_text(f"_target_: {target}\ngamma: 2.0\n")
     own = [f"hydra.searchpath=[file://{tmp_path}]", "loss=focal"]
-    (config,), _ = check_command_line([*own, "loss.gamma=1.5"])
+    (config,), _ = check_command_line([*own, "loss.gamma=1.5"])[:2]
     assert config.loss.model_dump()["gamma"] == 1.5
     for wrong, words in (
         ("loss.gama=1", "try: loss.gamma=1"),

@@ -277,7 +277,7 @@ def test_every_counterpart_is_accepted_and_is_the_same_in_python() -> None:
         warnings.simplefilter("ignore")
         for way in sorted({way for *_, way in ways()}):
             try:
-                (config,) = check_command_line(shlex.split(way))
+                (config,) = check_command_line(shlex.split(way)).configs
             except ConfigError as error:
                 wrong.append(f"{way}: {error}")
                 continue

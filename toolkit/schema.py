@@ -11,7 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PydanticUserError,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import to_jsonable_python
 
 from toolkit.errors import ConfigError, ToolkitError, did_you_mean, listed, nearest
@@ -95,6 +102,15 @@ class Config(Model):
 
     model_config = ConfigDict(frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads True as 1 where a number is expected.
+        annotation: Any = cls.model_fields[str(info.field_name)].annotation
+        if _holds_boolean(value) and _takes_only_numbers(annotation):
+            raise ValueError("a boolean is not a number")
+        return value
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy with some fields changed; the new values are not checked."""
         copied = super().model_copy(update=update, deep=deep)
@@ -114,6 +130,24 @@ class Config(Model):
             name: "???" if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
             for name, field in cls.model_fields.items()
         }
+
+
+def _holds_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(map(_holds_boolean, value)))
+
+
+@functools.cache
+def _takes_only_numbers(annotation: Any) -> bool:
+    """Whether a field of this type takes numbers, also inside a union or a list, but no booleans."""
+    types = set(_types_in(annotation))
+    return not types.isdisjoint({int, float}) and types.isdisjoint({bool, Any, object})
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """Yield a type and those that it is made of; the choices of a Literal are values, not types."""
+    yield annotation
+    for part in () if get_origin(annotation) is Literal else get_args(annotation):
+        yield from _types_in(part)
 
 
 def checked_chunk_size(value: Any) -> Any:
@@ -159,6 +193,8 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
     if item["type"] == "is_instance_of" and context.get("class") == "Tensor":
         return f"{path} is a {type(value).__name__}; it must be a tensor: torch.as_tensor(...)"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "string_type" and where and isinstance(value, (int, float)):
+        message += f"; quote it: \"{path}='{value}'\""
     return f"{path}={_shown(value)} is not allowed: {message[:1].lower()}{message[1:]}"
 
 

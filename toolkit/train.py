@@ -15,23 +15,24 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from toolkit.compose.build import build_config
-from toolkit.compose.overrides import config_folders_in, options_first, output_dir_in, parse, with_folder
+from toolkit.compose.grammar import quoted
+from toolkit.compose.overrides import config_folders_in, options_first, parse, with_folder
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
-from toolkit.compose.tree import TRAIN, check_command_line, compose_config
+from toolkit.compose.tree import TRAIN, CommandLine, check_command_line, compose_config, compose_run
 from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, say_warnings_plainly
 from toolkit.explain.lint import warnings_for
+from toolkit.training.output_dir import check_free, claim, new_dir, release
 from toolkit.training.run_config import RunConfig
-from toolkit.training.startup import INTERRUPTED, check_environment, make_output_dir
+from toolkit.training.startup import INTERRUPTED, check_environment, launched_rank
 
 if TYPE_CHECKING:
     from toolkit.training.report import Summary
@@ -55,10 +56,12 @@ PATIENCE = 8.0
 def _job(cfg: DictConfig) -> float | None:
     try:
         config = build_config(cfg)
+        hydra_cfg = HydraConfig.get()
+        if launched_rank() == 0:  # a job of a multirun, or a folder that only Hydra could name
+            claim(hydra_cfg.runtime.output_dir, config.training)
         from toolkit.training.run import run  # loads torch
 
         # In a multirun the imports are part of the first job only.
-        hydra_cfg = HydraConfig.get()
         is_later = hydra_cfg.mode == RunMode.MULTIRUN and hydra_cfg.job.num > 0
         started = time.time() if is_later else STARTED
         summary = run(config, cfg, started=started, output_dir=hydra_cfg.runtime.output_dir)
@@ -72,9 +75,9 @@ def _job(cfg: DictConfig) -> float | None:
 def main() -> None:
     """Run the command line."""
     say_warnings_plainly()
-    sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
-    arguments = get_args_parser().parse_args()
     try:
+        sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
+        arguments = get_args_parser().parse_args()
         if arguments.multirun and arguments.cfg:
             raise ConfigError("--cfg prints the configuration of one run; leave out -m")
         if arguments.resolve and not arguments.cfg:
@@ -86,7 +89,7 @@ def main() -> None:
         register_schemas()
     except ToolkitError as error:
         _stop(error)
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launched_rank() > 0:
         # One output directory per run: only the main process creates it.
         sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
     try:
@@ -112,12 +115,15 @@ def train(overrides: Sequence[str] = ()) -> Summary:
     if isinstance(overrides, str):
         raise ConfigError(f"train() takes a list of overrides, not a string: train([{overrides!r}])")
     started = time.time()
-    cfg = compose_config(overrides)
+    cfg, _, folder, _ = compose_run(overrides)
     config = build_config(cfg)
     check_environment(config)
-    output_dir = _output_dir(overrides, cfg)
-    if int(os.environ.get("RANK", "0")) == 0:  # the others receive its path
-        make_output_dir(output_dir)
+    if folder.path is None:
+        raise ConfigError("hydra.run.dir names what only the command line knows; give train() a plain folder")
+    output_dir = folder.path
+    if launched_rank() == 0:  # the others receive its path
+        output_dir = new_dir(output_dir) if folder.is_dated else output_dir
+        claim(output_dir, config.training)
     from accelerate.state import AcceleratorState, GradientState  # loads torch
 
     from toolkit.training.run import run
@@ -125,18 +131,9 @@ def train(overrides: Sequence[str] = ()) -> Summary:
     try:
         return run(config, cfg, started=started, output_dir=output_dir)
     finally:  # the next run may have other settings, and notebook_launcher requires a clean state
+        release(output_dir)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-
-
-def _output_dir(overrides: Sequence[str], cfg: DictConfig) -> str:
-    """Return the output directory that Hydra would create: from the overrides, else from ``conf/config.yaml``."""
-    run_dirs = [override.value() for override in parse(overrides) if override.key_or_group == "hydra.run.dir"]
-    if not run_dirs:
-        return str(OmegaConf.load(Path(conf_dir(), "config.yaml")).hydra.run.dir)
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    return str(OmegaConf.create({**settings, "output_dir": str(run_dirs[-1])}).output_dir)
 
 
 def _print_help(arguments: argparse.Namespace) -> None:
@@ -150,17 +147,30 @@ def _print_help(arguments: argparse.Namespace) -> None:
 def _checked(arguments: argparse.Namespace) -> list[str]:
     """Check what needs no torch; return the command line with its overrides in the form that Hydra accepts."""
     overrides = with_folder(arguments.overrides, arguments.config_dir)
-    configs, taken = check_command_line(overrides, multirun=arguments.multirun)
+    checked = check_command_line(overrides, multirun=arguments.multirun)
+    instead = dict(zip(overrides, checked.overrides, strict=True))
+    taken = [instead.get(word, word) for word in sys.argv[1:]]
     if not (arguments.cfg or arguments.info):
-        for config in configs:
+        for config in checked.configs:
             check_environment(config)
-        if int(os.environ.get("RANK", "0")) == 0:
-            _say_notes(configs)
-        output_dir = output_dir_in(overrides)
-        if output_dir is not None and not arguments.multirun:
-            make_output_dir(output_dir)
-    instead = dict(zip(overrides, taken, strict=True))
-    return [instead.get(word, word) for word in sys.argv[1:]]
+        if launched_rank() == 0:
+            _say_notes(checked.configs)
+            taken += _claimed(checked, multirun=arguments.multirun)
+    return taken
+
+
+def _claimed(checked: CommandLine, *, multirun: bool) -> list[str]:
+    """Claim the output directory of a run, or create that of a multirun; return the override that names it to Hydra."""
+    path, is_dated = checked.folder
+    if path is None:
+        return []
+    path = new_dir(path) if is_dated else path
+    if multirun:  # each job claims its own folder
+        for number, config in enumerate(checked.configs):
+            check_free(os.path.join(path, str(number)), config.training)
+        return [f"hydra.sweep.dir={quoted(path)}"]
+    claim(path, checked.configs[0].training)
+    return [f"hydra.run.dir={quoted(path)}"]
 
 
 def _say_notes(configs: list[RunConfig]) -> None:
@@ -186,7 +196,7 @@ def _stop(error: ToolkitError) -> None:
     The main process exits at once, and then the launcher ends the others silently. Those that still run after a while
     have an error of their machine alone; the first process of that machine ends its neighbours.
     """
-    if int(os.environ.get("RANK", "0")) > 0 and not error.is_reported:
+    if launched_rank() > 0 and not error.is_reported:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(PATIENCE + int(os.environ.get("LOCAL_RANK", "0")))
     print(f"error: {error}", file=sys.stderr)

@@ -268,7 +268,7 @@ def test_on_the_command_line() -> None:
         check_command_line(["loss=opd"])
     with pytest.raises(ConfigError, match="policy_loss=sdar has no effect: OPDLossConfig has no policy_loss_cfg"):
         compose_config(["loss=opd", "policy_loss=sdar"])
-    (run,), _ = check_command_line(["loss=opd", "loss.teacher=reference"])
+    (run,), _ = check_command_line(["loss=opd", "loss.teacher=reference"])[:2]
     assert run.loss.needs_reference
 
 

@@ -76,7 +76,7 @@ def test_engines_that_would_take_over_are_refused(engine: str, monkeypatch: pyte
 def test_train_is_a_function_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # the second run finds nothing that the first one left
-        done = command.train([*SHORT, "seed=3", "hydra.run.dir=own/${seed}"])
+        done = command.train([*SHORT, "seed=3", "hydra.run.dir=own/${seed}", "training.overwrite=true"])
     assert (done.seed, done.num_processes, done.output_dir) == (3, 1, "own/3")
     assert len(lines(tmp_path / "own/3")) == 3
     assert command.train([*SHORT, "training.steps=0"]).output_dir.startswith("outputs/2")

@@ -117,10 +117,10 @@ def test_interrupted_and_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_resuming_another_run_is_refused_and_a_reused_folder_starts_anew(tmp_path: Path) -> None:
+def test_resuming_another_run_is_refused_and_a_replaced_one_starts_anew(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    for _ in range(2):
-        assert train(run_dir, *SMOKE).returncode == 0
+    for extra in ([], ["training.overwrite=true"]):
+        assert train(run_dir, *SMOKE, *extra).returncode == 0
         assert len(lines(run_dir)) == 11
     for other in ("seed=7", "loss=ce", "kl=k3", "model.num_heads=2", "task.word_length=5"):
         done = train(tmp_path / "other", *SMOKE, other, f"training.resume={run_dir}")

@@ -15,10 +15,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from toolkit.bench.config import BENCH, build_bench
+from toolkit.compose.grammar import quoted
 from toolkit.compose.overrides import options_first
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
-from toolkit.compose.tree import compose_config
+from toolkit.compose.tree import compose_run
 from toolkit.errors import print_text, say_warnings_plainly, stopping_on_error
+from toolkit.training.output_dir import new_dir
 
 PURPOSE = (
     "Measure the head with a loss on top: time, memory and accuracy, against eager PyTorch, installed peers and the "
@@ -49,16 +51,18 @@ def _job(cfg: DictConfig) -> None:
 def main() -> None:
     """Run the command line."""
     say_warnings_plainly()
-    sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
-    arguments = get_args_parser().parse_args()
     with stopping_on_error():
+        sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
+        arguments = get_args_parser().parse_args()
         if not (arguments.shell_completion or arguments.hydra_help):
-            cfg = compose_config(arguments.overrides, root=BENCH, config_dir=arguments.config_dir)
+            cfg, _, folder, _ = compose_run(arguments.overrides, root=BENCH, config_dir=arguments.config_dir)
             if arguments.help:
                 from toolkit.compose.help_text import help_text
 
                 return print_text(help_text(cfg, root=BENCH, purpose=PURPOSE, examples=EXAMPLES))
             build_bench(cfg)
+            if folder.path is not None and folder.is_dated and not (arguments.cfg or arguments.info):
+                sys.argv.append(f"hydra.run.dir={quoted(new_dir(folder.path))}")
         register_schemas(BENCH.schemas)
     _job()
 

@@ -73,7 +73,15 @@ def target_class(name: str, values: Any) -> type:
     """
     target = values.get("_target_") if isinstance(values, (dict, DictConfig)) else None
     if target is None:
-        raise ConfigError(f"{name} is empty or has no _target_; choose {listed(groups_in(conf_dir()).get(name, []))}")
+        keys = [str(key) for key in values] if isinstance(values, (dict, DictConfig)) else []
+        choices = [choice for choice in groups_in(conf_dir()).get(name, []) if "/" not in choice]
+        if not keys:
+            raise ConfigError(f"{name} is empty or has no _target_; choose {listed(choices)}")
+        slip = next((f" but {key!r}" for key in keys if key.strip("_") in ("target", "class")), "")
+        raise ConfigError(
+            f"{name} has no _target_{slip}; its file must name a config class (_target_: "
+            f"package.module.Class) or start from one (defaults: [/{name}/{choices[0]}@_here_])"
+        )
     try:
         return class_at(str(target))
     except (Exception, SystemExit) as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -67,6 +68,30 @@ def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str 
             plugins = "; a file with your loss is read with plugins=[file.py]" if key == "policy_loss" else ""
             return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}{plugins}"
     return None
+
+
+def unreadable_file(parsed: list[Override], folders: Iterable[str]) -> str | None:
+    """Say which chosen YAML file of these folders is not UTF-8 or holds a list; None if there is none."""
+    for override in parsed:
+        values = override.value()
+        for choice in values if isinstance(values, list) else [values]:
+            for folder in folders:
+                path = Path(folder, str(override.key_or_group), f"{choice}.yaml")
+                if path.is_file() and (why := _why_no_settings(path)):
+                    return why
+    return None
+
+
+def _why_no_settings(path: Path) -> str | None:
+    content = path.read_bytes()
+    try:
+        node = OmegaConf.create(content.decode())
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        return f"{path}, line {line}: byte {content[error.start]:#x} is not UTF-8; save the file as UTF-8"
+    except (YAMLError, OmegaConfBaseException):  # reported where it is composed
+        return None
+    return f"{path} holds a list; write settings, one a line: key: value" if isinstance(node, ListConfig) else None
 
 
 def choices_composed(parsed: list[Override], groups: dict[str, list[str]], root: str) -> DictConfig:

@@ -11,8 +11,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from toolkit.compose.grammar import quoted, why_not_parsed
 from toolkit.compose.schemas import conf_dir
-from toolkit.errors import ConfigError, first_line
+from toolkit.errors import ConfigError
 
 PRESET = "preset/"
 """Prefix of losses that follow another project's definition."""
@@ -34,8 +35,14 @@ def options_first(arguments: Sequence[str], parser: argparse.ArgumentParser) -> 
     """Return a command line with its options before its overrides, because argparse needs the overrides in one piece.
 
     The parser has a positional argument ``overrides`` that takes any number.
+
+    Raises:
+        ConfigError: an override is written as an option: ``--policy_loss=gspo``.
     """
     read, rest = parser.parse_known_args(arguments)
+    dashed = [argument for argument in rest if argument.startswith("-") and "=" in argument]
+    if dashed:
+        raise ConfigError(why_not_parsed(dashed[0]))
     if any(argument.startswith("-") for argument in rest):
         return list(arguments)  # an unknown option, which the parser reports
     overrides = [*read.overrides, *rest]
@@ -88,11 +95,14 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     Raises:
         ConfigError: Hydra cannot parse one of them.
     """
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        first = first_line(error)
-        raise ConfigError(f"{first}; an override looks like key.subkey=value or group=choice") from None
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except HydraException:
+            raise ConfigError(why_not_parsed(text)) from None
+    return parsed
 
 
 def is_of_loss(override: Override) -> bool:
@@ -116,20 +126,13 @@ def with_folder(overrides: Sequence[str], config_dir: str | os.PathLike[str] | N
         raise ConfigError(f"--config-dir={os.fspath(config_dir)} is not a folder (looked for {folder})")
     parsed = parse(overrides)
     rest = [text for text, o in zip(overrides, parsed, strict=True) if o.key_or_group != "hydra.searchpath"]
-    quoted = [f"file://{path}".replace("'", "\\'") for path in [*config_folders_in(parsed), folder]]
-    folders = ", ".join(f"'{path}'" for path in quoted)
+    folders = ", ".join(quoted(f"file://{path}") for path in [*config_folders_in(parsed), folder])
     return [*rest, f"hydra.searchpath=[{folders}]"]
 
 
 def config_folders_in(parsed: Iterable[Override]) -> list[str]:
     """Return the configuration folders that the command line adds (``--config-dir``, ``hydra.searchpath``)."""
     return [folder.removeprefix("file://") for folder in _values_of("hydra.searchpath", parsed)]
-
-
-def output_dir_in(overrides: Sequence[str]) -> str | None:
-    """Return the output directory that the command line sets; None if it sets none, or one with an interpolation."""
-    folders = _values_of("hydra.run.dir", parse(overrides))
-    return folders[0] if folders and "${" not in folders[0] else None
 
 
 def plugins_in(parsed: Iterable[Override]) -> list[str]:

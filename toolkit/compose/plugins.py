@@ -13,7 +13,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from toolkit.errors import ConfigError, ToolkitError
+from toolkit.errors import ConfigError, ToolkitError, did_you_mean
 from toolkit.functional.advantages import advantage_names
 from toolkit.functional.policy.registry import policy_loss_names
 
@@ -95,7 +95,10 @@ def class_at(path: str) -> type:
     module = _modules.get(module_name) or (_imported(module_name) if module_name else None)
     target = getattr(module, name, None)
     if not isinstance(target, type):
-        raise ImportError(f"{module_name} has no class {name!r}" if module_name else f"{name!r} does not name a module")
+        if module is None:
+            raise ImportError(f"{name!r} does not name a module; write package.module.{name}")
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise ImportError(f"{module_name} has no class {name!r}{did_you_mean(name, classes)}")
     return target
 
 

@@ -8,17 +8,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from toolkit.compose.build import build_config, build_loss, target_class
-from toolkit.compose.diagnosis import choices_composed, diagnose, groups_in, unknown_choice
+from toolkit.compose.diagnosis import choices_composed, diagnose, groups_in, unknown_choice, unreadable_file
+from toolkit.compose.grammar import check_values
 from toolkit.compose.overrides import (
     adapted,
     check_policy_loss_keys,
@@ -56,6 +58,36 @@ class Root:
     """Config classes that only this command uses."""
 
 
+class Folder(NamedTuple):
+    """Where the results of a command go."""
+
+    path: str | None
+    """None: only Hydra knows, because it depends on the number of a job."""
+    is_dated: bool
+    """Whether the time is part of the path, so every run gets a new folder."""
+
+
+class Composed(NamedTuple):
+    """A composed configuration."""
+
+    cfg: DictConfig
+    overrides: list[str]
+    """In the form that Hydra accepts."""
+    run_dir: Folder
+    sweep_dir: Folder
+
+
+class CommandLine(NamedTuple):
+    """What a checked command line asks for."""
+
+    configs: list[RunConfig]
+    """The configuration of each job, at most `MAX_CHECKED_JOBS`; none for a sweep that only its sweeper can list."""
+    overrides: list[str]
+    """In the form that Hydra accepts."""
+    folder: Folder
+    """Of the run, or of all jobs of a multirun."""
+
+
 TRAIN = Root("config")
 LOSS_ONLY = Root("loss_only")
 OF_ONE_COMMAND = ("bench",)
@@ -85,7 +117,14 @@ def compose_config(
     Raises:
         ConfigError: an override names a choice or a key that does not exist; the message names the nearest valid one.
     """
-    return _compose(with_folder(overrides, config_dir), root)[0]
+    return compose_run(overrides, root=root, config_dir=config_dir).cfg
+
+
+def compose_run(
+    overrides: Sequence[str], *, root: Root = TRAIN, config_dir: str | os.PathLike[str] | None = None
+) -> Composed:
+    """Compose as `compose_config`, and say where the results go."""
+    return _compose(with_folder(overrides, config_dir), root)
 
 
 def compose_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | None = None) -> DictConfig:
@@ -96,7 +135,7 @@ def compose_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str]
     """
     overrides = with_folder(overrides, config_dir)
     is_enough = all(map(is_of_loss, parse(overrides))) and not Path(conf_dir(), "local", "default.yaml").is_file()
-    return _compose(overrides, LOSS_ONLY if is_enough else TRAIN)[0]
+    return _compose(overrides, LOSS_ONLY if is_enough else TRAIN).cfg
 
 
 _losses: dict[tuple[str, ...], tuple[int, BaseLossConfig]] = {}
@@ -122,9 +161,10 @@ def load_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | 
     return loss
 
 
-def _compose(overrides: Sequence[str], root: Root) -> tuple[DictConfig, list[str]]:
-    """Compose one job; also return its overrides in the form that Hydra accepts."""
+def _compose(overrides: Sequence[str], root: Root) -> Composed:
+    """Compose one job."""
     parsed = parse(overrides)
+    check_values(parsed, (*root.keys, "policy_loss"))
     check_policy_loss_keys(parsed)
     load_plugins(plugins_in(parsed))
     register_schemas(root.schemas)
@@ -134,10 +174,10 @@ def _compose(overrides: Sequence[str], root: Root) -> tuple[DictConfig, list[str
         sets_hydra = any(key.startswith("hydra") for key in keys)
         removed = [] if sets_hydra else [f"~hydra/{group}" for group in OF_COMMANDS]
         try:
-            cfg = compose(root.name, overrides=[*taken, *removed])
+            cfg = compose(root.name, overrides=[*taken, *removed], return_hydra_config=True)
         except MISTAKES as error:
             groups = groups_of(root, *config_folders_in(parsed))
-            wrong = unknown_choice(parsed, groups)
+            wrong = unknown_choice(parsed, groups) or unreadable_file(parsed, config_folders_in(parsed))
             if wrong is not None:
                 raise ConfigError(wrong) from None
             base = choices_composed(parsed, groups, root.name)
@@ -148,9 +188,12 @@ def _compose(overrides: Sequence[str], root: Root) -> tuple[DictConfig, list[str
             if again == taken:
                 raise ConfigError(mistake) from None
             try:
-                taken, cfg = again, compose(root.name, overrides=[*again, *removed])
+                taken, cfg = again, compose(root.name, overrides=[*again, *removed], return_hydra_config=True)
             except MISTAKES:
                 raise ConfigError(mistake) from None
+        folders = _folder(cfg, "run"), _folder(cfg, "sweep")
+        with open_dict(cfg):
+            del cfg["hydra"]
     _check_where_options_are(parsed, cfg)  # Hydra 1.4 follows the interpolation and sets them
     if "loss_type" not in cfg.policy_loss:
         raise ConfigError(
@@ -158,7 +201,24 @@ def _compose(overrides: Sequence[str], root: Root) -> tuple[DictConfig, list[str
             "loss_type: vanilla"
         )
     _check_unread(parsed, cfg, root.keys)
-    return cfg, taken
+    return Composed(cfg, taken, *folders)
+
+
+def _folder(cfg: DictConfig, kind: str) -> Folder:
+    """Return the folder ``hydra.<kind>.dir``.
+
+    Raises:
+        ConfigError: it is empty.
+    """
+    written = OmegaConf.to_container(cfg.hydra[kind], resolve=False)
+    assert isinstance(written, dict)
+    try:
+        path = cfg.hydra[kind].dir
+    except (OmegaConfBaseException, ValueError):
+        return Folder(None, is_dated=False)
+    if path in (None, ""):
+        raise ConfigError(f"hydra.{kind}.dir is empty; name a folder, or leave it out for a new one in outputs/")
+    return Folder(str(path), is_dated="${now:" in str(written["dir"]))
 
 
 def _check_targets(parsed: Sequence[Override], base: DictConfig) -> None:
@@ -243,12 +303,8 @@ def _hydra_of_conf() -> Iterator[None]:
         GlobalHydra.instance().hydra = outer  # looked up again: Hydra may have replaced the instance
 
 
-def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> tuple[list[RunConfig], list[str]]:
+def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> CommandLine:
     """Check a command line as far as possible without torch: choices, keys, types and ranges.
-
-    Returns:
-        The configuration of each job (at most `MAX_CHECKED_JOBS` of a multirun, none for a sweep that only its sweeper
-        can list), and the overrides in the form that Hydra accepts.
 
     Raises:
         ConfigError: something is wrong; the message is about the first mistake.
@@ -265,13 +321,14 @@ def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> t
         )
     if multirun:
         jobs = islice(sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
-    configs, added = [], set()
+    configs, added, folder = [], set(), Folder(None, is_dated=False)
     for job in jobs:
-        cfg, taken = _compose(job, TRAIN)
-        configs.append(build_config(cfg))
-        added |= {text.removeprefix("++").partition("=")[0] for text in taken if text.startswith("++")}
+        composed = _compose(job, TRAIN)
+        configs.append(build_config(composed.cfg))
+        added |= {text.removeprefix("++").partition("=")[0] for text in composed.overrides if text.startswith("++")}
+        folder = composed.sweep_dir if multirun else composed.run_dir
     as_added = [f"++{text}" if text.partition("=")[0] in added else text for text in overrides]
-    return configs, as_added
+    return CommandLine(configs, as_added, folder)
 
 
 def groups_of(root: Root, *folders: str) -> dict[str, list[str]]:

@@ -31,8 +31,8 @@ from toolkit.training.config import AdvantageConfig, KLControlConfig
 
 def main() -> None:
     """Run the command line."""
-    arguments = _parser().parse_args(options_first(sys.argv[1:], _parser()))
     with stopping_on_error():
+        arguments = _parser().parse_args(options_first(sys.argv[1:], _parser()))
         print_text(_answer(arguments))
 
 
@@ -89,10 +89,15 @@ def _markdown(path: str) -> str:
     if path == "-":
         return markdown()
     try:
-        text = with_markdown(Path(path).read_text())
+        text = with_markdown(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--markdown {path}: there is no such file in {Path.cwd()}; name a file with the tables' markers, such as "
+            "tutorials/reference/losses.md of a checkout, or leave it out to print the tables"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--markdown {path}: {error}") from None
-    Path(path).write_text(text)
+    Path(path).write_text(text, encoding="utf-8")
     return f"wrote the tables of {path}"
 
 

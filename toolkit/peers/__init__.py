@@ -16,18 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ConfigError, did_you_mean, listed
+from toolkit.peers.python_form import COMPUTED, LOSS_GROUPS, VALUE, as_options, in_python, literal, pairs_of
 
 FILE = Path(__file__).with_name("words.toml")
-VALUE, COMPUTED = "{}", "..."
-"""Stand in an override for the value of the word, and for one that must be computed from it."""
 MAX_SHOWN = 80
 """Characters of a value that is repeated in a message; quotes and spaces are not."""
-LOSS_GROUPS = ("loss", "policy_loss")
-"""Groups whose names other projects keep in one list."""
 OTHER_GROUPS = ("policy_loss", "loss", "advantage", "aggregation", "kl", "correction")
 """Where a name that stands in the wrong group may belong."""
-KL_GRADIENTS = ("straight_through", "score_corrected", "is_corrected")
-"""Ends of the choices of ``kl`` that set ``kl_gradient``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +188,7 @@ def counterpart_keyword(word: str, value: object, fields: Collection[str], *, is
         of_class = (_accepted_fields(answer, fields) for answer in answers)
         return _sentence(of_class)
     accepted = (_accepted(answer, known) for answer in answers)
-    write = _as_options if is_option else in_python
+    write = as_options if is_option else in_python
     return _sentence(replace(answer, ways=tuple(map(write, answer.ways))) for answer in accepted)
 
 
@@ -250,7 +245,7 @@ def _accepted(answer: Answer, known: Collection[str]) -> Answer:
     sections = {key.partition(".")[0] for key in known}
     is_preset = any(key.startswith("loss.policy_loss_cfg.") for key in known)
     for way in answer.ways:
-        chosen = {key for key, _ in _split(way) if "." not in key}
+        chosen = {key for key, _ in pairs_of(way) if "." not in key}
         if is_preset and "policy_loss" in chosen:
             continue  # a preset defines its policy loss
         tokens = []
@@ -272,9 +267,9 @@ def _accepted_fields(answer: Answer, fields: Collection[str]) -> Answer:
     """Return an answer with the ways that set fields of a class, without the section that they have in a run."""
     ways = []
     for way in answer.ways:
-        pairs = [(key.rpartition(".")[2], value) for key, value in _split(way)]
+        pairs = [(key.rpartition(".")[2], value) for key, value in pairs_of(way)]
         if all(key in fields for key, _ in pairs):
-            ways.append(", ".join(f"{key}={_literal(value)}" for key, value in pairs))
+            ways.append(", ".join(f"{key}={literal(value)}" for key, value in pairs))
     return replace(answer, ways=tuple(ways))
 
 
@@ -309,86 +304,6 @@ def _named(names: tuple[str, ...]) -> str:
 
 
 # -------------------------------------------------------------------- the same in Python
-
-
-def in_python(way: str) -> str:
-    """Return overrides as keyword arguments of a loss config; what these cannot express goes through `LossRunner`."""
-    pairs = _split(way)
-    policy: dict[str, str] = {}
-    aggregation: dict[str, str] = {}
-    fields: dict[str, str] = {}
-    for key, value in pairs:
-        part, _, option = key.partition(".")
-        if key == "policy_loss":
-            policy["loss_type"] = value
-        elif part == "policy_loss":
-            policy[option] = value
-        elif key == "kl" and not value.endswith("_in_reward"):
-            fields |= _kl_fields(value)
-        elif key == "aggregation":
-            aggregation["name"] = value
-        elif key.startswith("loss.aggregation."):
-            aggregation[key.removeprefix("loss.aggregation.")] = value
-        elif key == "mode" or (part == "loss" and option and "." not in option):
-            fields[option or key] = value
-        elif part in ("loss", "correction", "++loss") and all(_is_of_loss(each) for each, _ in pairs):
-            overrides = ", ".join(repr(token) for token in shlex.split(way))
-            return f"LossRunner.from_overrides([{overrides}]).loss_cfg"
-        else:
-            return f"on the command line {way}"
-    parts = []
-    if policy:
-        parts.append(f"policy_loss_cfg={_dict({'loss_type': 'vanilla'} | policy)}")
-    if aggregation:
-        name = aggregation.get("name", "token_mean")
-        parts.append(f"aggregation={_literal(name) if len(aggregation) == 1 else _dict(aggregation)}")
-    return ", ".join([*parts, *(f"{name}={_literal(value)}" for name, value in fields.items())])
-
-
-def _as_options(way: str) -> str:
-    """Return overrides of the chosen policy loss as its options; others as `in_python` does."""
-    pairs = [(key.removeprefix("policy_loss."), value) for key, value in _split(way)]
-    if all(key.startswith("policy_loss.") for key, _ in _split(way)):
-        return ", ".join(f"{key}={_literal(value)}" for key, value in pairs)
-    return in_python(way)
-
-
-def _is_of_loss(key: str) -> bool:
-    return key.removeprefix("++").partition(".")[0] in (*LOSS_GROUPS, "kl", "aggregation", "correction", "mode")
-
-
-def _kl_fields(choice: str) -> dict[str, str]:
-    """Return the fields that a choice of ``kl`` sets."""
-    if choice == "none":
-        return {"use_kl_loss": "false"}
-    gradient = next((each for each in KL_GRADIENTS if choice.endswith(f"_{each}")), None)
-    fields = {"use_kl_loss": "true", "kl_loss_type": choice.removesuffix(f"_{gradient}")}
-    return fields if gradient is None else {**fields, "kl_gradient": gradient}
-
-
-def _split(way: str) -> list[tuple[str, str]]:
-    """Return keys and values of overrides."""
-    return [(token.partition("=")[0], token.partition("=")[2]) for token in shlex.split(way)]
-
-
-def _dict(values: Mapping[str, str]) -> str:
-    return f"dict({', '.join(f'{name}={_literal(value)}' for name, value in values.items())})"
-
-
-def _literal(value: str) -> str:
-    """Return the value of an override as Python writes it."""
-    if value in ("true", "false", "null"):
-        return {"true": "True", "false": "False", "null": "None"}[value]
-    is_plain = value == COMPUTED or value in ("True", "False", "None") or value.startswith("[")
-    return value if is_plain or _is_number(value) else repr(value)
-
-
-def _is_number(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
 
 
 def _text(value: object) -> str | None:

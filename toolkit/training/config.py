@@ -152,6 +152,8 @@ class TrainingConfig(Config):
     """Steps between progress lines when the output is not a terminal."""
     resume: str | None = None
     """Output directory of an earlier run to continue."""
+    overwrite: bool = False
+    """Replace the run that the output directory holds; its files are removed first."""
     num_processes: PositiveInt | None = None
     """Processes that must work together; None: as many as the launcher started."""
     device: Literal["auto", "cpu"] = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from toolkit.distributed import all_gather_objects, check_world_size, rank, reduce_metrics
+from toolkit.distributed import check_world_size, rank, reduce_metrics
 from toolkit.errors import ConfigError, LaunchError, ToolkitError, described, first_line
 from toolkit.functional.scope_check import error_location, fields_declared, has_gradient, undeclared
 from toolkit.losses.config.base import BaseLossConfig
@@ -28,6 +29,7 @@ from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.samples import sample_fields
 from toolkit.metrics import Max
 from toolkit.training import checkpoint
+from toolkit.training.agreement import agree
 from toolkit.training.config import TrainingConfig
 from toolkit.training.failures import stop_together
 from toolkit.training.phase import Phase
@@ -40,15 +42,20 @@ from toolkit.training.startup import check_environment
 from toolkit.training.tracking import Tracker
 from toolkit.training.trainer import Evaluation, Trainer
 
+REPEATED_S = 5.0
+"""Seconds in which the same signal again is the same request: launchers pass on what the process got itself."""
+
 
 class StopFlag:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag that the loop reads between steps; the second one kills.
+    """Turns the first Ctrl-C (or SIGTERM) into a flag that the loop reads between steps; a later one kills.
 
-    A context manager that restores the earlier handlers. Only the main thread may set handlers.
+    The same signal within `REPEATED_S` seconds of the first one is the same request. A context manager that restores
+    the earlier handlers. Only the main thread may set handlers.
     """
 
     def __init__(self) -> None:
         self.is_set = False
+        self._last: dict[int, float] = {}
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -62,7 +69,10 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set:
+        now = time.monotonic()
+        is_repeated = now - self._last.get(number, -math.inf) < REPEATED_S
+        self._last.setdefault(number, now)
+        if self.is_set and not is_repeated:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.is_set = True
@@ -82,16 +92,16 @@ def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) 
         output_dir: for the files; that of the main process counts.
 
     Raises:
-        LaunchError: the number of processes is not the one asked for, the gradient of the start-up probe comes out
-            changed, or another process failed.
+        LaunchError: the number of processes is not the one asked for, their settings differ, the gradient of the
+            start-up probe comes out changed, or another process failed.
         ConfigError: a checkpoint to resume from, a model or a tracker is missing.
     """
     resumed = check_environment(config)
     accelerator = make_accelerator(config.training, config.tracker.log_with, output_dir)
     with stop_together(config.training.timeout_s):
+        folder = Path(agree(output_dir, cfg))
         check_world_size(accelerator.num_processes, config.training.num_processes)
         probe_accelerator(accelerator, config.loss, config.training.sharding)
-        folder = Path(all_gather_objects(output_dir)[0])
         with StopFlag() as flag:
             summary = _job(config, cfg, accelerator, flag, resumed, started, folder)
         accelerator.wait_for_everyone()
@@ -174,6 +184,12 @@ def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Ev
     if folder is not None and state["phase"] == "main":
         checkpoint.load_reference(folder, trainer)
         checkpoint.load_phase(folder, state, phase, trainer)
+        if phase.next_step >= phase.num_steps:
+            console.print(
+                f"note: no step is left to run: the checkpoint is at step {phase.next_step} and training.steps="
+                f"{phase.num_steps}; raise training.steps to train further",
+                soft_wrap=True,
+            )
     title = type(trainer.config.loss).__name__.removesuffix("LossConfig").lower()
     record = {"accuracy_before": before.accuracy, "completions_before": before.completions}
     return before, _run_phase(loop, phase, title, record)

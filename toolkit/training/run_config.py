@@ -80,6 +80,11 @@ class RunConfig(Config):
                 "e.g. kl=k1_in_reward (the coefficient of a KL in the loss is loss.kl_loss_coef)"
             )
         if control.target is None:
+            if control.horizon != KLControlConfig.model_fields["horizon"].default:
+                raise ConfigError(
+                    f"kl_control.horizon={control.horizon} has no effect without a target; choose one, e.g. "
+                    "kl_control=adaptive kl_control.target=1.0 kl=k2, or remove it"
+                )
             return
         if in_loss == in_reward:
             which = "both kl_control.reward_type and the loss have a KL" if in_loss else "there is no KL to steer"

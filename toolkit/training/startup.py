@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,31 @@ SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")
 """What a resumed run must share with the run that it continues: data, weights and objective."""
 
 
+EXTRA = ("matplotlib", "reasoning_gym", "rich", "safetensors", "tokenizers", "transformers")
+"""Packages of the extra [train]."""
+
+
+def launched_rank() -> int:
+    """Return the rank that a launcher gave to this process; 0 without one."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdigit() else 0
+
+
 def check_environment(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
     """Stop a run that cannot work on this machine; return the checkpoint to resume from, as `read_state` does.
 
     Raises:
-        ConfigError: the tracker's package is missing, or there is no checkpoint of such a run.
-        LaunchError: the launcher is set to use an engine that this command does not support.
+        ConfigError: a package is missing, or there is no checkpoint of such a run.
+        LaunchError: the launcher is set to use an engine that this command does not support, or variables of a launcher
+            are set although none started this process.
     """
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"the training command needs {', '.join(missing)}, which the losses alone do not: "
+            'pip install "rl-loss-toolkit[train]"'
+        )
+    _check_launch_variables()
     for variable, (engine, why) in ENGINES.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
             raise LaunchError(
@@ -49,16 +68,22 @@ def check_environment(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
     return None if config.training.resume is None else read_state(config.training.resume, config)
 
 
-def make_output_dir(path: str) -> None:
-    """Create the output directory, as Hydra would a moment later.
-
-    Raises:
-        ConfigError: it cannot be created.
-    """
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"hydra.run.dir={path} cannot be created: {error.strerror}") from None
+def _check_launch_variables() -> None:
+    """Raise if variables of a launcher are set, but not those by which processes find each other."""
+    values = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if os.environ.get(name)}
+    wrong = [f"{name}={value}" for name, value in values.items() if not value.isdigit() and value != "-1"]
+    if wrong:
+        raise LaunchError(f"the environment variable {wrong[0]} is not a number; unset {wrong[0].partition('=')[0]}")
+    stand_alone = {"RANK": ("0",), "LOCAL_RANK": ("-1",), "WORLD_SIZE": ("0", "1")}
+    leftover = [f"{name}={value}" for name, value in values.items() if value not in stand_alone[name]]
+    torch = sys.modules.get("torch")  # a program that joined its processes itself has loaded it
+    is_joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    if leftover and not os.environ.get("MASTER_ADDR") and not is_joined:
+        names = " ".join(name for name in values)
+        raise LaunchError(
+            f"{' and '.join(leftover)} in the environment, but no MASTER_ADDR: no launcher started this process; for "
+            f"one process: unset {names}; for several: torchrun --nproc_per_node N -m toolkit.train"
+        )
 
 
 def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:

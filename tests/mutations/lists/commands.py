@@ -12,6 +12,13 @@ MUTATIONS = (
         tests=("tests/losses/test_records.py::test_a_field_that_is_set_does_not_change",),
     ),
     Mutation(
+        name="a-boolean-is-a-number-in-a-list",
+        file="toolkit/schema.py",
+        line="return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(map(_holds_boolean, value)))",
+        becomes="return isinstance(value, bool)",
+        tests=("tests/test_schema.py::test_a_boolean_is_not_a_number",),
+    ),
+    Mutation(
         name="options-can-be-changed",
         file="toolkit/schema.py",
         line="__setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse",
@@ -59,6 +66,20 @@ MUTATIONS = (
         line='if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):',
         becomes='if group in READ_BY and READ_BY[group] not in fields and override.value() == "none":',
         tests=("tests/test_config.py::test_wrong_overrides[loss=ce kl=k3-]",),
+    ),
+    Mutation(
+        name="the-last-choice-wins",
+        file="toolkit/compose/grammar.py",
+        line='if isinstance(value, list) and "." not in key and key not in (*COMPOSABLE, "plugins"):',
+        becomes="if False:",
+        tests=("tests/test_overrides.py::test_what_to_write_instead",),
+    ),
+    Mutation(
+        name="a-quote-inside-is-not-escaped",
+        file="toolkit/compose/grammar.py",
+        line="""escaped = value.replace("'", "\\\\'")""",
+        becomes="escaped = value",
+        tests=("tests/test_overrides.py::test_what_is_quoted_is_read_as_it_is",),
     ),
     Mutation(
         name="warnings-are-silent",

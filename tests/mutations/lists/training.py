@@ -221,7 +221,42 @@ MUTATIONS = (
         becomes='SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "kl_control")',
         tests=("tests/training/test_resume.py::test_other_settings_are_another_run",),
     ),
+    Mutation(
+        name="a-run-is-replaced",
+        file="toolkit/training/output_dir.py",
+        line="if earlier and not (config.overwrite or _is_continued(folder, config)):",
+        becomes="if earlier and not (config.overwrite or config.resume is not None):",
+        tests=("tests/training/test_output_dir.py::test_a_folder_that_holds_a_run_is_refused",),
+    ),
+    Mutation(
+        name="a-resumed-run-is-removed",
+        file="toolkit/training/output_dir.py",
+        line="if config.overwrite and not _is_continued(folder, config):",
+        becomes="if config.overwrite:",
+        tests=("tests/training/test_output_dir.py::test_what_is_replaced_and_what_is_kept",),
+    ),
+    Mutation(
+        name="the-lock-is-not-kept",
+        file="toolkit/training/output_dir.py",
+        line="_locks[folder] = lock",
+        becomes="lock.close()",
+        tests=("tests/training/test_output_dir.py::test_a_lock_ends_with_its_process_however_it_ends",),
+    ),
     # ---------------------------------------------------------------- processes
+    Mutation(
+        name="settings-of-ranks-differ",
+        file="toolkit/training/agreement.py",
+        line="if len(set(digests)) > 1:",
+        becomes="if len(set(digests)) > 2:",
+        tests=("tests/training/test_agreement.py::test_settings_of_one_rank_alone",),
+    ),
+    Mutation(
+        name="a-relayed-signal-kills",
+        file="toolkit/training/run.py",
+        line="if self.is_set and not is_repeated:",
+        becomes="if self.is_set:",
+        tests=("tests/training/test_startup.py::test_the_same_signal_within_seconds_is_one_request",),
+    ),
     Mutation(
         name="probe-tolerates-a-thousandth",
         file="toolkit/training/probe.py",

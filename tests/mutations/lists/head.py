@@ -151,15 +151,15 @@ MUTATIONS = (
     Mutation(
         name="head-one-less-the-stored-probability",
         file=f"{HEAD}/kernel.py",
-        line="self._vocab.labels(targets).put_(probs, stats.logprobs.expm1().to(probs.dtype))",
-        becomes="self._vocab.labels(targets).add_(probs, torch.full_like(stats.logprobs, -1).to(probs.dtype))",
+        line="self._vocab.labels(targets).put_(probs, (stats.logprobs.expm1() / share).to(probs.dtype))",
+        becomes="self._vocab.labels(targets).add_(probs, (-1 / share).to(probs.dtype))",
         tests=(f"{EXTREMES}::test_gradient_of_an_almost_certain_label_in_bf16",),
     ),
     Mutation(
         name="head-entropy-gradient-without-the-entropy",
         file=f"{HEAD}/kernel.py",
-        line="block.mul_(logs.mul_(-weight).sub_(upstream + weight * stats.entropy[span].unsqueeze(1)))",
-        becomes="block.mul_(logs.mul_(-weight).sub_(upstream))",
+        line="block.mul_(logs.mul_(-weight.unsqueeze(1)).sub_((upstream + weight * stats.entropy).unsqueeze(1)))",
+        becomes="block.mul_(logs.mul_(-weight.unsqueeze(1)).sub_(upstream.unsqueeze(1)))",
         tests=(f"{BY_HAND}::test_entropy_gradient",),
     ),
     Mutation(
@@ -170,25 +170,46 @@ MUTATIONS = (
         tests=(f"{TESTS}/test_passes.py::test_one_trained_tensor_alone",),
     ),
     Mutation(
-        name="head-underflowing-label-is-infinite",
-        file=f"{HEAD}/kernel.py",
-        line="if bool(tiny.any()):",
-        becomes="if False:",
-        tests=(f"{EXTREMES}::test_a_probability_that_underflows_has_its_logarithm",),
-    ),
-    Mutation(
-        name="head-free-entropy-below-zero",
-        file=f"{HEAD}/passes.py",
-        line="entropy[local] = (-chunk.stats.logprobs - product).clamp(min=0)",
-        becomes="entropy[local] = -chunk.stats.logprobs - product",
-        tests=(f"{EXTREMES}::test_never_above_0",),
+        name="head-one-less-the-largest-probability",
+        file=f"{HEAD}/softmax.py",
+        line="others = probs.index_put_(at, torch.zeros_like(prob)).sum(1)",
+        becomes="others = 1 - prob",
+        tests=(f"{TESTS}/test_stable_softmax.py::test_by_hand",),
     ),
     Mutation(
         name="head-slope-of-an-underflowing-label",
         file=f"{HEAD}/kernel.py",
-        line="return labels.put_(slope, exact.squeeze(1))  # exact for the label even where its probability underflows",
-        becomes="return slope",
+        line="labels.put_(logs, stats.logprobs.clamp(min=-FAR))",
+        becomes="pass",
         tests=(f"{EXTREMES}::test_gradient_of_an_underflowing_label_under_a_softcap",),
+    ),
+    Mutation(
+        name="head-softmax-sum-of-many-columns",
+        file=f"{HEAD}/softmax.py",
+        line="share=total / (1 + others) / sums.sum,",
+        becomes="share=total / (1 + others),",
+        tests=(f"{TESTS}/test_stable_softmax.py::test_every_pass_is_exact",),
+    ),
+    Mutation(
+        name="head-gradient-of-a-leading-label-cancels",
+        file=f"{HEAD}/kernel.py",
+        line="exact = -upstream * stats.logprobs.expm1()",
+        becomes="exact = upstream - upstream * stats.logprobs.exp()",
+        tests=(f"{TESTS}/test_stable_softmax.py::test_with_a_softcap",),
+    ),
+    Mutation(
+        name="head-eager-gradient-of-a-leading-label-cancels",
+        file=f"{HEAD}/scores.py",
+        line="of_label = of_log_sum * logprobs.exp() - of_logprobs * logprobs.expm1()  # 1 - p would cancel",
+        becomes="of_label = of_log_sum * logprobs.exp() + of_logprobs * (1 - logprobs.exp())",
+        tests=(f"{TESTS}/test_stable_softmax.py::test_every_pass_is_exact",),
+    ),
+    Mutation(
+        name="head-split-largest-logit-on-two-ranks",
+        file=f"{HEAD}/softmax.py",
+        line="others = over_ranks[0] + (over_ranks[1] - 1)",
+        becomes="others = over_ranks[0]",
+        tests=(SPLIT,),
     ),
     # ------------------------------------------------------------------ plan and cost
     Mutation(
@@ -197,20 +218,6 @@ MUTATIONS = (
         line="if not (needs.weight or needs.bias) and (is_at_once or entropy is not True):",
         becomes="if not (needs.weight or needs.bias):",
         tests=(f"{BY_HAND}::test_entropy_gradient_alone_reaches_the_hidden_states",),
-    ),
-    Mutation(
-        name="head-free-entropy-from-rounded-products",
-        file=f"{HEAD}/cost.py",
-        line='return self.entropy == "metric" and self.name == "frozen" and is_linear and is_precise',
-        becomes='return self.entropy == "metric" and self.name == "frozen" and is_linear',
-        tests=(f"{TESTS}/test_passes.py::test_bf16_entropy_of_a_frozen_head_is_not_taken_from_rounded_gradients",),
-    ),
-    Mutation(
-        name="head-free-entropy-without-the-bias",
-        file=f"{HEAD}/cost.py",
-        line="is_linear = self.inputs.transform.softcap is None and self.inputs.bias is None",
-        becomes="is_linear = self.inputs.transform.softcap is None",
-        tests=(f"{BY_HAND}::test_the_bias_counts_in_the_entropy",),
     ),
     Mutation(
         name="head-budget-overdrawn-by-one-chunk",
@@ -278,10 +285,10 @@ MUTATIONS = (
     ),
     # ------------------------------------------------------------------ eager scores and general chunks
     Mutation(
-        name="head-eager-entropy-of-a-masked-entry",
-        file=f"{HEAD}/scores.py",
-        line="entropy = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e4)).sum(-1) if with_entropy else None",
-        becomes="entropy = -(all_logprobs.exp() * all_logprobs).sum(-1) if with_entropy else None",
+        name="head-entropy-of-a-masked-entry",
+        file=f"{HEAD}/softmax.py",
+        line="gaps = torch.sub(largest.unsqueeze(1), logits, out=gaps).clamp_(max=FAR)  # 0 * inf would be NaN",
+        becomes="gaps = torch.sub(largest.unsqueeze(1), logits, out=gaps)",
         tests=(f"{TESTS}/test_passes.py::test_no_gradient_wanted",),
     ),
     Mutation(
@@ -301,8 +308,8 @@ MUTATIONS = (
     Mutation(
         name="head-missing-candidate-is-token-zero",
         file=f"{HEAD}/scores.py",
-        line="return all_logprobs.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)",
-        becomes="return all_logprobs.gather(-1, ids.clamp(min=0))",
+        line="candidates = candidates.masked_fill(candidate_ids < 0, -torch.inf)",
+        becomes="pass",
         tests=("tests/losses/test_exact_kl.py::test_top_k_by_hand",),
     ),
     Mutation(
@@ -352,8 +359,8 @@ MUTATIONS = (
     Mutation(
         name="head-split-gradient-without-the-share",
         file=f"{HEAD}/kernel.py",
-        after="if stats.share is not None:  # the softmax over local columns becomes their part of the full one",
-        line="block.mul_(stats.share[span].unsqueeze(1))",
+        after="if self._vocab.is_split:  # the softmax over local columns becomes their part of the full one",
+        line="block.mul_(share[span].unsqueeze(1))",
         becomes="pass",
         tests=(SPLIT,),
     ),
@@ -366,9 +373,9 @@ MUTATIONS = (
     ),
     Mutation(
         name="head-split-label-of-another-rank",
-        file=f"{HEAD}/kernel.py",
-        line="parts = [total, (logit - top).where(is_local, 0) if is_local is not None else logit - top]",
-        becomes="parts = [total, logit - top]",
+        file=f"{HEAD}/softmax.py",
+        line="label if labels.is_local is None else label.where(labels.is_local, 0),",
+        becomes="label,",
         tests=(SPLIT,),
     ),
     Mutation(

@@ -129,12 +129,12 @@ def _scratch(job: Job) -> tuple[int, int]:
     (vocabulary, width), is_low = inputs.weight.shape, size == 2
     rows = block_rows(job.largest, vocabulary, inputs.hidden.device.type)
     block = rows * vocabulary * inputs.wide.itemsize
-    places = rows * BUCKET * (8 + inputs.wide.itemsize)  # where the largest logits are
+    indices = rows * BUCKET * (8 + inputs.wide.itemsize)  # where the largest logits are
     extra = 2 if inputs.transform.softcap is not None else int(job.entropy is True)
     adds_up_wide = inputs.weight_sum_dtype(len(job.chunks)).itemsize > size
     slab = min(LOW_PRECISION_SLAB, vocabulary) * width * size if job.needs.weight and adds_up_wide else 0
     num_grad_blocks = is_low + max(extra, int(bool(job.entropy) and job.is_fused))
-    return (is_low + bool(job.entropy)) * block + places, num_grad_blocks * block + slab
+    return (is_low + bool(job.entropy)) * block + indices, num_grad_blocks * block + slab
 
 
 def _sums(job: Job) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def eager_scores(
         transform = replace(transform, vocab_mask=vocab.local_mask(transform.vocab_mask, weight.device))
         hidden = UsedByRanks.apply(hidden, vocab)
     is_excluded = vocab.excludes(transform.vocab_mask)
-    logits = transform(_wide(F.linear(hidden, weight, bias)))
+    logits = transform(_logits(hidden, _saveable(weight), bias if bias is None else _saveable(bias)))
     logprobs, entropies, log_sum, largest, *_ = LogitScores.apply(logits, labels, vocab, is_excluded, entropy)
     if candidate_ids is None:
         return TokenScores(logprobs, entropies)
@@ -183,5 +183,14 @@ def _logit_gradient(
     return (grads,)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return logits [N, V] in fp32 or wider of `hidden` [N, D], `weight` [V, D] and `bias` [V] of any dtype."""
+    is_same = bias is None or bias.dtype == hidden.dtype
+    logits = F.linear(hidden, weight, bias if is_same else None)
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return logits if is_same or bias is None else logits + bias.to(logits.dtype)
+
+
+def _saveable(tensor: Tensor) -> Tensor:
+    """Return `tensor` [...], or a copy if it was made in inference mode: autograd cannot save such a tensor."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor

@@ -51,7 +51,7 @@ MUTATIONS = (
     Mutation(
         name="head-mask-not-copied",
         file=f"{HEAD}/inputs.py",
-        line="mask = None if mask is None else mask.clone()",
+        line="mask = None if mask is None else mask.clone()  # backward reads it again",
         becomes="pass",
         tests=(f"{TESTS}/test_edges.py::test_what_the_caller_changes_afterwards_does_not_change_the_gradient",),
     ),
@@ -294,8 +294,8 @@ MUTATIONS = (
     Mutation(
         name="head-eager-scores-in-bf16",
         file=f"{HEAD}/scores.py",
-        line="return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits",
-        becomes="return logits",
+        line="logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits",
+        becomes="pass",
         tests=("tests/losses/test_precision.py::test_fp16_with_a_loss_scale",),
     ),
     Mutation(

@@ -64,12 +64,12 @@ class TestStep:
         ]
 
     def test_vocabulary_parallelism_moves_no_logits(self) -> None:
-        # N 100, D 7: 4 numbers a token in 2 chunks, fp32, and the gradient in bf16; for each of 3 micro-batches.
+        # N 100, D 7: 5 numbers a token in 2 chunks, fp32, and the gradient in bf16; for each of 3 micro-batches.
         calls = step.vocabulary_parallel(8, tokens=100, width=7, chunks=2, micro_batches=3)
         assert total_calls(calls) == 3 * (1 + 2 + 2 + 1)
-        assert total_payload(calls) == 3 * (144 + 100 * 4 * 4 + 100 * 7 * 2)
+        assert total_payload(calls) == 3 * (144 + 100 * 5 * 4 + 100 * 7 * 2)
         frozen = step.vocabulary_parallel(8, tokens=100, width=7, is_trunk_trained=False, with_entropy=False)
-        assert total_payload(frozen) == 144 + 100 * 3 * 4
+        assert total_payload(frozen) == 144 + 100 * 4 * 4
 
     def test_fsdp_moves_what_ddp_does_and_gathers_the_weights(self) -> None:
         ddp = step.data_parallel_gradient(8, parameters=800)

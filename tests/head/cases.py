@@ -212,7 +212,7 @@ def eager(case: Case, data: Draw, upstream: float = UPSTREAM) -> Outcome:
     transform = LogitTransform(case.scale, case.softcap, temperature, data.vocab_mask)
     active = data.active
     scores = eager_scores(
-        data.hidden[active], data.weight, data.labels[active], data.bias, transform, with_entropy=bool(case.entropy)
+        data.hidden[active], data.weight, data.labels[active], data.bias, transform, entropy=case.entropy
     )
     loss, (_, logprobs, entropy) = loss_of(case, data)(scores, active)
     grads = list(torch.autograd.grad(upstream * loss, data.leaves)) if data.leaves else []

@@ -60,10 +60,12 @@ def _size(name: str, result: Tensor, args: Any) -> Tensor:
         (values, *rest) = args
         sums = values.abs().sum(*rest[:2]) if kind == "sum" else values.abs().mean()
         return max(values.numel() / max(result.numel(), 1), 1) ** 0.5 * sums
-    if kind == "_log_softmax":  # the largest logit is taken off first, and the logarithm of a sum of order 1 afterwards
+    if (
+        kind == "_softmax"
+    ):  # the largest logit is taken off first: an exponential is off by what rounds off its argument
         largest = args[0].masked_fill(args[0].isinf(), 0).abs().amax(-1, keepdim=True)
-        return largest + result.abs() + 1
-    return 2 * result.abs() if kind in ("exp", "log", "tanh", "pow") else result.abs()
+        return (largest + 2) * result
+    return 2 * result.abs() if kind in ("exp", "log", "log1p", "expm1", "tanh", "pow") else result.abs()
 
 
 def largest_error(compute: Callable[[], Any], error: Callable[[Any], float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.conftest import random_head, random_item
 from tests.head.cases import Case, Draw, Outcome, draw, evaluate, relative
+from tests.head.peaked import Exact, Peaked, probed, worst
 from tests.processes import run_processes
 from toolkit import CELossConfig, DataError, GRPOLossConfig, OPDLossConfig, RLLossContextInputItem
 from toolkit.distributed import counting_over
@@ -30,7 +32,7 @@ from toolkit.metrics import to_floats
 
 SCOPES = [None, "token", "sequence", "batch"]
 CASES = [Case(scope, leaves, entropy) for scope, leaves, entropy in product(SCOPES, ["all", "hidden"], [False, True])]
-CASES += [Case(scope, "hidden", "metric", has_bias=False) for scope in SCOPES]  # entropies from the products
+CASES += [Case(scope, "hidden", "metric", has_bias=False) for scope in SCOPES]
 CASES += [Case(scope, leaves, "metric", chunk=100) for scope, leaves in product(SCOPES, ["none", "head", "bias"])]
 CASES += [
     Case(scope, "all", True, softcap=3.0, scale=1.3, temperature=temperature, is_masked=True, retained=retained)
@@ -102,12 +104,37 @@ def check_peaked_and_remote_labels(mesh: DeviceMesh) -> None:
     weight = torch.randn(11, 4)
     weight[2] *= 30
     hidden, labels = 3 * torch.randn(20, 4), torch.arange(20) % 11
-    exact = eager_scores(hidden.double(), weight.double(), labels, None, LogitTransform(), with_entropy=True)
+    exact = eager_scores(hidden.double(), weight.double(), labels, None, LogitTransform(), entropy=True)
     found = token_logprobs(hidden, sharded(weight, mesh), labels, entropy=True)
     assert exact.logprobs.min() < -150
     # The products of fp32 are off by 1e-7 of the largest logit.
     assert (found.logprobs - exact.logprobs).abs().max() <= 2e-7 * exact.logprobs.abs().max()
     assert (found.entropy - exact.entropy).abs().max() <= 1e-5
+
+
+def check_one_token_leads(mesh: DeviceMesh) -> None:
+    """As exact as the whole vocabulary (`test_stable_softmax`), though each rank knows only its part."""
+    data = Peaked.draw(1000)
+    exact = Exact.of(data.logits, data.labels)
+    rows = len(data.labels)
+    for is_eager, upstream in product((False, True), ((1.0, 0.0), (1.0, 0.5))):
+        hidden, weight = copy(data.hidden).requires_grad_(), sharded(data.weight.requires_grad_(), mesh)
+        if is_eager:
+            scores = eager_scores(hidden, weight, data.labels, None, LogitTransform(), entropy=True)
+        else:
+            scores = token_logprobs(hidden, weight, data.labels, entropy=True, chunk_size=4)
+        assert worst(scores.logprobs, exact.logprobs) <= 1e-5
+        assert worst(scores.entropy, exact.entropy) <= 1e-5
+        total = upstream[0] * scores.logprobs.sum() + upstream[1] * scores.entropy.sum()
+        grads = torch.autograd.grad(total, [hidden, weight])
+        expected = upstream[0] * exact.logprob_grads + upstream[1] * exact.entropy_grads
+        sizes = upstream[0] * exact.logprob_grads.abs() + upstream[1] * exact.entropy_sizes
+        assert worst(*probed(grads[0], data, expected, sizes)) <= 1e-5
+        assert worst(whole(grads[1]).t()[:rows], expected, sizes) <= 1e-5
+    # The same largest logit on every rank: all but one count as others.
+    scores = token_logprobs(torch.ones(1, 1), sharded(torch.ones(8, 1), mesh), torch.tensor([7]), entropy=True)
+    assert scores.logprobs.item() == pytest.approx(-math.log(8), rel=1e-6)
+    assert scores.entropy.item() == pytest.approx(math.log(8), rel=1e-6)
 
 
 def check_no_tokens(mesh: DeviceMesh) -> None:
@@ -221,7 +248,7 @@ CHECKED = 24
 
 
 def check_traffic(mesh: DeviceMesh) -> None:
-    positions, tokens, width, vocabulary = 40, 24, 3, 400
+    positions, tokens, width, vocabulary = 40, 24, 5, 400
     torch.manual_seed(0)
     hidden = torch.randn(positions, width, requires_grad=True)
     labels = torch.randint(0, vocabulary, (positions,))
@@ -238,7 +265,7 @@ def check_traffic(mesh: DeviceMesh) -> None:
                 total = total + found.entropy.sum()
         with Traffic() as backward:
             torch.autograd.grad(total, [hidden] if is_frozen else [hidden, weight])
-        scored = 3 + bool(entropy)
+        scored = 4 + bool(entropy)
         assert sum(forward.collectives) <= tokens * scored + CHECKED
         assert backward.collectives == [tokens * width]  # of the scored rows alone, once
         assert explain(hidden, own, labels, **options).sent_bytes == pytest.approx(
@@ -250,13 +277,13 @@ def check_traffic(mesh: DeviceMesh) -> None:
         with Traffic() as fused:
             fused_loss(lambda scores, _: (scores.logprobs.sum(), None), hidden, own, labels, **options)
         chunks = -(-tokens // chunk)
-        assert len(fused.collectives) == 2 + chunks * (2 + (entropy == "metric" and is_frozen))
+        assert len(fused.collectives) == 2 + chunks * 2
         assert sum(fused.collectives) <= tokens * (scored + width) + CHECKED
     with Traffic() as eager:
         scores = eager_scores(
             hidden[:tokens], weight, labels[:tokens], None, LogitTransform(), candidate_ids=labels[:tokens, None]
         )
-    assert sum(eager.collectives) <= tokens * 4 + CHECKED
+    assert sum(eager.collectives) <= tokens * 5 + CHECKED
     with Traffic() as backward:
         torch.autograd.grad(scores.logprobs.sum(), [hidden, weight])
     assert backward.collectives == [tokens * width]
@@ -347,6 +374,7 @@ def everything(rank: int, world: int, step: int) -> None:
     if world == 2 or step == 1:
         check_low_precision(mesh)
         check_peaked_and_remote_labels(mesh)
+        check_one_token_leads(mesh)
         check_contexts(mesh)
         check_parameter(mesh)
     check_no_tokens(mesh)

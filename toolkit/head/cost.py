@@ -14,6 +14,7 @@ from toolkit.head.inputs import HeadInputs, Needs
 from toolkit.head.kernel import block_rows
 from toolkit.head.options import Entropy
 from toolkit.head.products import LOW_PRECISION_SLAB, slab_bytes
+from toolkit.head.softmax import BUCKET
 
 Group = tuple[slice, ...]
 """Chunks whose tokens the loss must see together."""
@@ -51,23 +52,6 @@ class Job(Course):
     entropy: Entropy
     is_fused: bool
     """Whether the loss is computed with the head; else only chunks within the budget stay, not the last one too."""
-
-    @property
-    def has_free_entropy(self) -> bool:
-        """Whether ``H = -log p - <x, y>`` is used: y = d(-log p)/dx of every row is known before the loss needs H.
-
-        Only in the frozen pass, because others skip rows without a coefficient in that product. Not with a soft cap
-        (the logits are not linear in x), in low precision (y is rounded: errors of 0.04 nats) or with a bias (its part
-        would be missing).
-        """
-        is_linear = self.inputs.transform.softcap is None and self.inputs.bias is None
-        is_precise = self.inputs.compute_dtype.itemsize > 2
-        return self.entropy == "metric" and self.name == "frozen" and is_linear and is_precise
-
-    @property
-    def with_entropy(self) -> bool:
-        """Whether the softmax pass computes entropies; the frozen pass may have them from its products."""
-        return bool(self.entropy) and not self.has_free_entropy
 
 
 def length_of(spans: Sequence[slice]) -> int:
@@ -133,7 +117,7 @@ def sent_bytes(job: Job) -> int:
     inputs = job.inputs
     if not inputs.vocab.is_split:
         return 0
-    numbers = 3 + bool(job.entropy)
+    numbers = 4 + bool(job.entropy)
     dtype = inputs.hidden_sum_dtype if job.is_fused or job.name != "frozen" else inputs.hidden.dtype
     of_hidden = job.needs.hidden * inputs.hidden.shape[1] * dtype.itemsize
     return len(inputs.positions) * (numbers * inputs.wide.itemsize + of_hidden)
@@ -143,12 +127,14 @@ def _scratch(job: Job) -> tuple[int, int]:
     """Return the bytes of blocks of rows in forward, and in backward, there with a slab of the weight gradient."""
     inputs, size = job.inputs, job.inputs.compute_dtype.itemsize
     (vocabulary, width), is_low = inputs.weight.shape, size == 2
-    block = block_rows(job.largest, vocabulary, inputs.hidden.device.type) * vocabulary * inputs.wide.itemsize
+    rows = block_rows(job.largest, vocabulary, inputs.hidden.device.type)
+    block = rows * vocabulary * inputs.wide.itemsize
+    indices = rows * BUCKET * (8 + inputs.wide.itemsize)  # where the largest logits are
     extra = 2 if inputs.transform.softcap is not None else int(job.entropy is True)
     adds_up_wide = inputs.weight_sum_dtype(len(job.chunks)).itemsize > size
     slab = min(LOW_PRECISION_SLAB, vocabulary) * width * size if job.needs.weight and adds_up_wide else 0
-    num_grad_blocks = is_low + max(extra, int(job.with_entropy and job.is_fused))
-    return (is_low + job.with_entropy) * block, num_grad_blocks * block + slab
+    num_grad_blocks = is_low + max(extra, int(bool(job.entropy) and job.is_fused))
+    return (is_low + bool(job.entropy)) * block + indices, num_grad_blocks * block + slab
 
 
 def _sums(job: Job) -> tuple[int, int]:

@@ -61,7 +61,7 @@ def token_logprobs(
 
     The vocabulary may be split over ranks: a DTensor `head_weight` whose rows are sharded by ``Shard(0)`` over a
     one-dimensional mesh, with the same hidden states, labels and options on all its ranks. Each rank holds the logits
-    of its local rows only; all get the same result. Forward sends 3 or 4 numbers a token, and backward sends the
+    of its local rows only; all get the same result. Forward sends 4 or 5 numbers a token, and backward sends the
     gradient of the scored hidden states once. The gradient of the weight is a DTensor, computed without communication;
     that of hidden states, or of a plain bias, is the full one on every rank (do not add it up over the mesh); in low
     precision each rank rounds its part of it, as column-parallel layers do.

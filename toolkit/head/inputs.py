@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from toolkit.errors import ConfigError, DataError
 from toolkit.head.logits import LogitTransform
 from toolkit.head.options import HeadOptions
 from toolkit.head.vocabulary import VocabGroup, local_part, replicated
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,15 @@ def head_inputs(
     Raises:
         DataError: shapes or dtypes do not fit, or a label lies outside the vocabulary or its mask.
         ConfigError: a scale, soft cap or temperature is not valid.
+        RuntimeError: a tensor has a tangent of forward-mode differentiation.
     """
     hidden_states, ignore_idx = replicated(hidden_states), options.ignore_idx
+    for tensor in (hidden_states, head_weight, head_bias):
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "the head does not support forward-mode derivatives: its passes know gradients alone; compute the "
+                "logits with torch.nn.functional.linear (mode='eager')"
+            )
     check_head(hidden_states, head_weight, labels, head_bias, ignore_idx=ignore_idx)
     weight, bias, vocab = local_part(head_weight, head_bias)
     labels = labels.long()
@@ -142,8 +152,12 @@ def check_head(
             f"head_weight has shape {list(head_weight.shape)}; it must be [V, {hidden_states.shape[-1]}] "
             f"for hidden states of width {hidden_states.shape[-1]}"
         )
-    if not hidden_states.is_floating_point():
-        raise DataError(f"hidden_states has dtype {hidden_states.dtype}; it must be a floating-point tensor")
+    if hidden_states.dtype not in DTYPES:
+        raise DataError(
+            f"hidden_states has dtype {hidden_states.dtype}; it must be a floating-point tensor: float64, float32, "
+            "bfloat16 or float16"
+        )
+    _check_devices(hidden_states, head_weight, head_bias)
     is_cast = torch.is_autocast_enabled(hidden_states.device.type)
     if hidden_states.dtype != head_weight.dtype and not is_cast:
         raise DataError(
@@ -167,6 +181,16 @@ def check_head(
         )
 
 
+def _check_devices(hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
+    """Raise unless `hidden_states` [..., D], `head_weight` [V, D] and `head_bias` [V] have values, on one device."""
+    for name, tensor in (("hidden_states", hidden_states), ("head_weight", head_weight), ("head_bias", head_bias)):
+        if tensor is not None and (tensor.device != hidden_states.device or tensor.is_meta):
+            raise DataError(
+                f"{name} is on device {tensor.device}, hidden_states are on {hidden_states.device}; move all to one "
+                "device that holds values (a tensor on meta has none: load it first)"
+            )
+
+
 def _checked_transform(
     options: HeadOptions, labels: Tensor, targets: Tensor, weight: Tensor, hidden: Tensor
 ) -> LogitTransform:
@@ -180,8 +204,8 @@ def _checked_transform(
     if mask is not None and not bool(mask.index_select(0, targets).all()):
         excluded = int(targets[~mask.index_select(0, targets)][0])
         raise DataError(f"label {excluded} is excluded by vocab_mask: it could not have been sampled")
+    mask = None if mask is None else mask.clone()  # backward reads it again
     if isinstance(temperature, Tensor):
-        mask = None if mask is None else mask.clone()
         temperature = _copied_temperature(temperature, labels, hidden, options.ignore_idx)
     if not isinstance(temperature, Tensor) and not (math.isfinite(temperature) and temperature > 0):
         raise ConfigError(f"temperature={temperature} must be a number above 0")

@@ -13,36 +13,17 @@ Legend: n tokens of a chunk, k some of them, V vocabulary (local columns where i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from toolkit.head.logits import LogitTransform
+from toolkit.head.softmax import FAR, LocalSums, RowStats, logs_of, nothing, row_stats, softmax
 from toolkit.head.vocabulary import LocalLabels, VocabGroup
 
 BLOCK_ELEMENTS = {"cpu": 2**19}
 """Elements of a block of rows: 2 MB in fp32, a part of the cache."""
 GPU_BLOCK_ELEMENTS = 2**25
-UNDERFLOW = 1e-30
-"""A smaller probability is close to fp32's limit; its logarithm is then taken from the logit itself."""
-
-
-@dataclass(frozen=True)
-class RowStats:
-    """Statistics of each row of a chunk, [n] in fp32 or wider."""
-
-    logprobs: Tensor
-    lse: Tensor
-    """log of the sum of exp(logits)."""
-    entropy: Tensor | None
-    share: Tensor | None = None
-    """Probability of the local columns, by which their softmax is still to be multiplied; None without a split."""
-
-    def select(self, rows: Tensor | slice) -> RowStats:
-        """Return the statistics of `rows`, [k] indices or a slice."""
-        entropy, share = (None if values is None else values[rows] for values in (self.entropy, self.share))
-        return RowStats(self.logprobs[rows], self.lse[rows], entropy, share)
 
 
 class Kernel:
@@ -59,7 +40,7 @@ class Kernel:
         self._bias = None if bias is None else bias.detach().to(wide)
         self._wide, self._vocab, self._rows = wide, vocab, rows
         self._vocabulary = max(1, vocab.rows)
-        self._is_excluded = vocab.is_split and self._vocab_mask is not None and not bool(self._vocab_mask.any())
+        self._is_excluded = vocab.excludes(self._vocab_mask)
         self._scratch: dict[int, Tensor] = {}
 
     def probabilities_(
@@ -77,8 +58,8 @@ class Kernel:
         them where the vocabulary is split, so ranks need not communicate again.
         """
         before, after = transform.row_factors()
-        is_split, with_entropy = self._vocab.is_split, with_entropy and known is None
-        stats = [logits.new_empty(len(targets), dtype=self._wide) for _ in range(2 + is_split + with_entropy)]
+        with_entropy = with_entropy and known is None
+        label_logits, parts = logits.new_empty(len(targets), dtype=self._wide), []
         for span, block in self._wide_blocks_(logits):
             if self._bias is not None:
                 block.add_(self._bias)
@@ -88,19 +69,11 @@ class Kernel:
                 _scale_(block, after, span)
             if self._vocab_mask is not None:
                 block.masked_fill_(~self._vocab_mask, -torch.inf)
-            if is_split:
-                stats[0][span], stats[1][span], stats[2][span] = self._local_softmax_(block, targets[span])
-            else:
-                columns = targets[span].unsqueeze(1)
-                logit, largest = block.gather(1, columns).squeeze(1), block.amax(1)
-                torch.softmax(block, -1, out=block)
-                stats[0][span], stats[1][span] = _logprobs(block, columns, logit, largest)
-            if with_entropy:
-                stats[-1][span] = self._logs(block).mul_(block).sum(1).neg_().clamp_min_(0)
-        entropy = stats[-1] if with_entropy else None
-        if is_split:
-            return known or self._merged(targets, stats[0], stats[1], stats[2], entropy)
-        return RowStats(stats[0], stats[1], entropy)
+            label_logits[span] = self._vocab.labels(targets[span]).take(block)
+            parts.append(self._softmax_(block, with_entropy))
+        if known is not None:
+            return known
+        return row_stats(LocalSums.joined(parts), label_logits, self._vocab.labels(targets), self._vocab)
 
     def gradient_(
         self,
@@ -125,12 +98,14 @@ class Kernel:
         before, after = transform.row_factors()
         factor = before if self._softcap is None else before * after
         if self._softcap is None and entropy_grads is None:
-            if stats.share is not None:  # the softmax over local columns becomes their part of the full one
+            share = stats.share
+            if self._vocab.is_split:  # the softmax over local columns becomes their part of the full one
                 for span, block in self._wide_blocks_(probs):
-                    block.mul_(stats.share[span].unsqueeze(1))
+                    block.mul_(share[span].unsqueeze(1))
+                share = torch.ones_like(share)
             # p - 1 from log p, not from p as stored: bf16 has no number between 0.996 and 1.
-            self._vocab.labels(targets).put_(probs, stats.logprobs.expm1().to(probs.dtype))
-            return _row_factor(factor, None if logprob_grads is None else -logprob_grads, stats.logprobs)
+            self._vocab.labels(targets).put_(probs, (stats.logprobs.expm1() / share).to(probs.dtype))
+            return (share if logprob_grads is None else -logprob_grads * share) * factor
         size: Tensor | None = None
         if entropy_grads is None:
             size = None if logprob_grads is None else -logprob_grads
@@ -152,36 +127,12 @@ class Kernel:
             block = self._widened(rows)
             total.add_(block.sum(0) if factor is None else torch.mv(block.t(), factor[span].to(block.dtype)))
 
-    def _local_softmax_(self, block: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the local softmax; return the label's logit, the largest one, sum of exp(logit - largest)."""
-        if self._is_excluded:  # a softmax over nothing
-            block.zero_()
-            nothing = block[:, 0]
-            return nothing, nothing - torch.inf, nothing
-        logit, largest = self._vocab.labels(targets).take(block), block.amax(1)
-        torch.softmax(block, -1, out=block)
-        return logit, largest, 1 / block.amax(1)
-
-    def _merged(
-        self, targets: Tensor, logit: Tensor, largest: Tensor, total: Tensor, entropy: Tensor | None
-    ) -> RowStats:
-        """Return the statistics of full rows from those of local columns, [n] each: 3 or 4 numbers a token are sent.
-
-        With e_r and H_r the sum of exponentials and entropy of rank r, and S the sum of all e_r: the share is e_r / S,
-        and
-        ``H = log S + sum_r e_r (H_r - log e_r) / S``.
-        """
-        top = self._vocab.max_(largest.clone())
-        total = total * (largest - top).exp()
-        is_local = self._vocab.labels(targets).is_local
-        parts = [total, (logit - top).where(is_local, 0) if is_local is not None else logit - top]
-        if entropy is not None:
-            parts.append(total * entropy - torch.xlogy(total, total))
-        sums = self._vocab.sum_(torch.stack(parts))
-        log_sum = sums[0].log()
-        if entropy is not None:
-            entropy = (log_sum + sums[2] / sums[0]).clamp_(min=0)
-        return RowStats((sums[1] - log_sum).clamp_(max=0), top + log_sum, entropy, total / sums[0])
+    def _softmax_(self, block: Tensor, with_entropy: bool) -> LocalSums:
+        """Take the softmax of a block over the local columns, in place."""
+        if self._is_excluded:
+            return nothing(block, with_gap=with_entropy)[1]
+        gaps = self._like(block, 1) if with_entropy else None
+        return softmax(block, out=block, gaps=gaps, with_gap=with_entropy)[1]
 
     def _gradient_block_(
         self,
@@ -194,42 +145,38 @@ class Kernel:
         entropy_grads: Tensor | None,
     ) -> None:
         """``block = (g_l (onehot - p) - g_H p (log p + H)) * d softcap``, with p = block."""
-        if stats.share is not None:
-            block.mul_(stats.share[span].unsqueeze(1))
-        labels.put_(block, stats.logprobs[span].exp())
-        logs = self._logs(block)
-        slope = self._cap_slope(logs, span, labels, stats, transform)
-        upstream = logprob_grads[span].unsqueeze(1)
+        stats = stats.select(span)
+        block.mul_(stats.share.unsqueeze(1))
+        logs = logs_of(block, stats.top, stats.top_logprobs, self._like(block, 1))
+        labels.put_(logs, stats.logprobs.clamp(min=-FAR))
+        slope = self._cap_slope(logs, span, stats, transform)
+        upstream = logprob_grads[span]
+        exact = -upstream * stats.logprobs.expm1()
         if entropy_grads is None:
-            block.mul_(-upstream)
+            block.mul_(-upstream.unsqueeze(1))
         else:
             assert stats.entropy is not None
-            weight = entropy_grads[span].unsqueeze(1)
-            block.mul_(logs.mul_(-weight).sub_(upstream + weight * stats.entropy[span].unsqueeze(1)))
-        labels.add_(block, upstream.squeeze(1))
+            weight = entropy_grads[span]
+            # The probability as stored may be rounded to 1 in bf16.
+            block.index_put_((labels.at[0], stats.top), stats.top_logprobs.exp())
+            block.mul_(logs.mul_(-weight.unsqueeze(1)).sub_((upstream + weight * stats.entropy).unsqueeze(1)))
+            exact -= weight * stats.logprobs.exp() * (stats.logprobs.clamp(min=-FAR) + stats.entropy)
+        labels.put_(block, exact)  # upstream - upstream * p would cancel
         if slope is not None:
             block.mul_(slope)
 
-    def _cap_slope(
-        self, logs: Tensor, span: slice, labels: LocalLabels, stats: RowStats, transform: LogitTransform
-    ) -> Tensor | None:
+    def _cap_slope(self, logs: Tensor, span: slice, stats: RowStats, transform: LogitTransform) -> Tensor | None:
         """Return d softcap(z) / dz = 1 - (softcap(z) / softcap)^2, with the capped logit recovered from log p."""
         if self._softcap is None:
             return None
         _, after = transform.row_factors()
-        lse = stats.lse[span].unsqueeze(1)
         back = 1 / (after[span].unsqueeze(1) if isinstance(after, Tensor) else after) / self._softcap
-        slope = torch.add(logs, lse, out=self._like(logs, 2)).mul_(back).square_().neg_().add_(1).clamp_min_(0)
-        exact = ((stats.logprobs[span].unsqueeze(1) + lse) * back).square().neg().add(1)
-        return labels.put_(slope, exact.squeeze(1))  # exact for the label even where its probability underflows
-
-    def _logs(self, block: Tensor) -> Tensor:
-        """Return log p in scratch memory; p = 0 gives 0 whatever its logarithm, which only must not be -inf."""
-        return torch.clamp_min(block, torch.finfo(self._wide).tiny, out=self._like(block, 1)).log_()
+        capped = torch.add(logs, stats.lse.unsqueeze(1), out=self._like(logs, 2))
+        return capped.mul_(back).square_().neg_().add_(1).clamp_min_(0)
 
     def _blocks(self, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
         size = block_rows(chunk.shape[0], self._vocabulary, chunk.device.type)
-        for start in range(0, chunk.shape[0], size):
+        for start in range(0, max(1, chunk.shape[0]), size):
             yield slice(start, start + size), chunk[start : start + size]
 
     def _wide_blocks_(self, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -256,19 +203,6 @@ def block_rows(rows: int, vocabulary: int, device: str) -> int:
     """Return how many rows are processed at a time."""
     block = BLOCK_ELEMENTS.get(device, GPU_BLOCK_ELEMENTS) // vocabulary
     return max(1, min(rows, -(-max(1, block) // 8) * 8))  # a multiple of 8, for the threads
-
-
-def _logprobs(probs: Tensor, columns: Tensor, logit: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log p of the labels and the rows' log-sum-exp; log p is never above 0."""
-    prob = probs.gather(1, columns).squeeze(1)
-    logprobs = prob.log().clamp_(max=0)
-    lse = logit - logprobs
-    tiny = prob < UNDERFLOW
-    if bool(tiny.any()):
-        exact = largest - probs.amax(1).log()
-        lse = torch.where(tiny, exact, lse)
-        logprobs = torch.where(tiny, (logit - exact).clamp(max=0), logprobs)
-    return logprobs, lse
 
 
 def _scale_(block: Tensor, factor: float | Tensor, span: slice) -> None:

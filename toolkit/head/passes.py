@@ -23,8 +23,8 @@ from toolkit.errors import DataError
 from toolkit.head.autograd import Gradients, quiet, refuse_other_leaves, refuses_second_derivative, total_of
 from toolkit.head.cost import Group, Job, kept_of
 from toolkit.head.inputs import Needs
-from toolkit.head.kernel import RowStats
 from toolkit.head.scores import TokenScores
+from toolkit.head.softmax import RowStats
 from toolkit.head.work import Chunk, HeadWork
 
 ScoreLoss = Callable[[TokenScores, Tensor], tuple[Tensor, Any]]
@@ -51,9 +51,8 @@ class Scores(torch.autograd.Function):
         is_frozen = job.name == "frozen"
         slopes = hidden.new_empty(len(job.inputs.positions) * is_frozen, hidden.shape[1], dtype=work.hidden_grad_dtype)
 
-        def store_slopes(chunk: Chunk, span: slice) -> Tensor:
+        def store_slopes(chunk: Chunk, span: slice) -> None:
             slopes[span] = work.keep_input_gradient(chunk)
-            return slopes[span]
 
         with quiet(hidden):
             scores, ctx.kept, ctx.seen = _score(
@@ -146,12 +145,12 @@ def _score(
     spans: Sequence[slice],
     *,
     num_kept: int,
-    store_slopes: Callable[[Chunk, slice], Tensor] | None = None,
+    store_slopes: Callable[[Chunk, slice], None] | None = None,
 ) -> tuple[TokenScores, dict[int, Chunk], list[RowStats | None]]:
     """Score consecutive chunks; return the scores, the `num_kept` last chunks, and statistics for a second pass.
 
     The frozen pass keeps no chunk: `store_slopes` stores d(-log p)/d(hidden) of a chunk, whose slice counts from the
-    first one, and returns it.
+    first one.
     """
     first, last = spans[0].start, spans[-1].stop
     new = job.inputs.hidden.detach().new_empty
@@ -167,10 +166,7 @@ def _score(
         if entropy is not None and chunk.stats.entropy is not None:
             entropy[local] = chunk.stats.entropy
         if store_slopes is not None:
-            slopes = store_slopes(chunk, local)
-            if entropy is not None and job.has_free_entropy:
-                product = job.inputs.vocab.sum_((chunk.inputs * slopes).sum(1))
-                entropy[local] = (-chunk.stats.logprobs - product).clamp(min=0)
+            store_slopes(chunk, local)
         if store_slopes is None and index >= len(spans) - num_kept:
             kept[index] = chunk
         else:
@@ -188,12 +184,10 @@ def _run_group(
 ) -> tuple[Tensor, Any]:
     """Score a group, differentiate its loss, and take the gradients of its chunks."""
     group: Group = job.groups[number]
-    is_frozen = job.name == "frozen" and (len(group) > 1 or job.has_free_entropy)
+    is_frozen = job.name == "frozen" and len(group) > 1
 
-    def store_slopes(chunk: Chunk, local: slice) -> Tensor:
-        slopes = work.keep_input_gradient(chunk)
-        work.set_hidden_gradient(chunk.positions, slopes)
-        return slopes
+    def store_slopes(chunk: Chunk, local: slice) -> None:
+        work.set_hidden_gradient(chunk.positions, work.keep_input_gradient(chunk))
 
     num_kept = kept_of(group, job.retained)
     scores, kept, seen = _score(job, work, group, num_kept=num_kept, store_slopes=store_slopes if is_frozen else None)

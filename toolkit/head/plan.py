@@ -225,5 +225,5 @@ def autograd_plan(
         peak_bytes=gradients + (logits if needs else logits * 2 // 3) + sums,
         gradient_bytes=gradients,
         ranks=vocab.ranks,
-        sent_bytes=vocab.is_split * tokens * (4 * wide + needs.hidden * hidden.shape[-1] * hidden.itemsize),
+        sent_bytes=vocab.is_split * tokens * (5 * wide + needs.hidden * hidden.shape[-1] * hidden.itemsize),
     )

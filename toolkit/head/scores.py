@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.errors import DataError
+from toolkit.head.autograd import refuses_second_derivative
 from toolkit.head.logits import LogitTransform
+from toolkit.head.options import Entropy
+from toolkit.head.softmax import FAR, logs_of, nothing, row_stats, softmax
 from toolkit.head.vocabulary import SumOverRanks, UsedByRanks, VocabGroup, local_part, replicated
 
 
@@ -41,78 +44,153 @@ def eager_scores(
     bias: Tensor | None,
     transform: LogitTransform,
     *,
-    with_entropy: bool = False,
+    entropy: Entropy = False,
     candidate_ids: Tensor | Literal["all"] | None = None,
 ) -> TokenScores:
-    """Score `labels` [N] with the logits of all of them at once, under plain autograd.
+    """Score `labels` [N] with the logits of all of them at once; second derivatives and forward mode work, too.
 
     The logits come from `hidden` [N, D], `weight` [V, D] and `bias` [V]. This is the reference that every pass is
     tested against, and what ``mode="eager"`` runs. It alone scores candidates: `candidate_ids` [N, K] int64, negative
-    for none, or "all" for the full vocabulary in order.
+    for none, or "all" for the full vocabulary in order. The `entropy` has a gradient unless it is a "metric".
 
     A weight whose vocabulary is split over ranks (see `toolkit.head.vocabulary`) gives logits of the local columns; the
-    ranks then exchange 3 + K numbers a token, and the gradient [N, D] of the hidden states.
+    ranks then exchange 4 + K numbers a token, 5 + K with entropy, and the gradient [N, D] of the hidden states.
 
     Raises:
         DataError: all candidates of a split vocabulary are requested.
+        RuntimeError: on a second derivative with a split vocabulary.
     """
     hidden = replicated(hidden)
     weight, bias, vocab = local_part(weight, bias)
     if vocab.is_split:
-        return _split_scores(hidden, weight, labels, bias, vocab, transform, with_entropy, candidate_ids)
-    all_logprobs = transform(_wide(F.linear(hidden, weight, bias))).log_softmax(-1)
-    logprobs = all_logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    # A logit of -inf has probability 0 and adds nothing to the entropy; 0 * -inf would be NaN.
-    entropy = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e4)).sum(-1) if with_entropy else None
-    return TokenScores(logprobs, entropy, _candidates(all_logprobs, candidate_ids))
-
-
-def _split_scores(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    vocab: VocabGroup,
-    transform: LogitTransform,
-    with_entropy: bool,
-    candidate_ids: Tensor | Literal["all"] | None,
-) -> TokenScores:
-    """Score with the local columns of the logits; ``log p = z - log sum_r exp(z_r)`` with one sum over the ranks."""
+        if isinstance(candidate_ids, str):
+            raise DataError(
+                f"the loss needs log-probabilities of all {vocab.vocabulary} tokens, but the head's vocabulary is "
+                f"split over {vocab.ranks} ranks, which do not exchange logits; pass candidate_ids (the most likely "
+                "ones)"
+            )
+        ids = labels.unsqueeze(-1) if candidate_ids is None else torch.cat([labels.unsqueeze(-1), candidate_ids], -1)
+        vocab.check_same(ids, ids.shape[-1], hidden.requires_grad, bool(entropy))
+        transform = replace(transform, vocab_mask=vocab.local_mask(transform.vocab_mask, weight.device))
+        hidden = UsedByRanks.apply(hidden, vocab)
+    is_excluded = vocab.excludes(transform.vocab_mask)
+    logits = transform(_logits(hidden, _saveable(weight), bias if bias is None else _saveable(bias)))
+    logprobs, entropies, log_sum, largest, *_ = LogitScores.apply(logits, labels, vocab, is_excluded, entropy)
+    if candidate_ids is None:
+        return TokenScores(logprobs, entropies)
     if isinstance(candidate_ids, str):
-        raise DataError(
-            f"the loss needs log-probabilities of all {vocab.vocabulary} tokens, but the head's vocabulary is split "
-            f"over {vocab.ranks} ranks, which do not exchange logits; pass candidate_ids (the most likely ones)"
-        )
-    ids = labels.unsqueeze(-1)
-    if candidate_ids is not None:
-        ids = torch.cat([ids, candidate_ids], dim=-1)  # the label is the first candidate
-    vocab.check_same(ids, ids.shape[-1], hidden.requires_grad, with_entropy)
-    local_transform = replace(transform, vocab_mask=vocab.local_mask(transform.vocab_mask, weight.device))
-    logits = local_transform(_wide(F.linear(UsedByRanks.apply(hidden, vocab), weight, bias)))
-    logits = logits - vocab.max_(logits.detach().amax(-1)).unsqueeze(-1)
-    exps = logits.exp()
-    columns = ids - vocab.start
-    is_local = (columns >= 0) & (columns < vocab.rows)
-    id_logits = logits.gather(-1, columns.clamp(0, logits.shape[-1] - 1)).where(is_local, 0)
-    parts = [exps.sum(-1, keepdim=True), id_logits]
-    if with_entropy:
-        parts.append((exps * logits.clamp(min=-1e4)).sum(-1, keepdim=True))
-    sums = SumOverRanks.apply(torch.cat(parts, dim=-1), vocab)
-    log_sum = sums[:, :1].log()
-    entropy = log_sum.squeeze(-1) - sums[:, -1] / sums[:, 0] if with_entropy else None
-    logprobs = sums[:, 1 : 1 + ids.shape[-1]] - log_sum
-    return TokenScores(
-        logprobs[:, 0],
-        entropy,
-        None if candidate_ids is None else logprobs[:, 1:].masked_fill(candidate_ids < 0, -torch.inf),
-    )
+        candidates = logits - largest.unsqueeze(1)
+    else:
+        columns = candidate_ids - vocab.start
+        is_local = (columns >= 0) & (columns < vocab.rows)
+        candidates = logits.gather(1, columns.clamp(0, logits.shape[1] - 1)) - largest.unsqueeze(1)
+        if vocab.is_split:
+            candidates = SumOverRanks.apply(candidates.where(is_local, 0), vocab)
+        candidates = candidates.masked_fill(candidate_ids < 0, -torch.inf)
+    return TokenScores(logprobs, entropies, candidates - log_sum.unsqueeze(1))
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+class LogitScores(torch.autograd.Function):
+    """Scores from logits, exact as `toolkit.head.softmax` explains; keeps the probabilities, as log-softmax does.
+
+    Its backward consists of differentiable operations on its own outputs, so it can be differentiated again.
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor, labels: Tensor, vocab: VocabGroup, is_excluded: bool, entropy: Entropy
+    ) -> tuple[Tensor | None, ...]:
+        """Return log-probabilities, entropies and ``log sum exp(logits - largest)``, and what backward needs.
+
+        Takes `logits` [N, V] and `labels` [N]; `is_excluded`: no local column may be sampled.
+
+        Returns:
+            Log-probabilities, entropies (or None), log sums and largest logits, [N] each; probabilities [N, V]; the
+            column of the largest local logit and its log-probability, [N] each.
+        """
+        at, with_gap = vocab.labels(labels), bool(entropy)
+        if is_excluded:
+            probs, sums = nothing(torch.empty_like(logits), with_gap=with_gap)
+        else:
+            probs, sums = softmax(logits, with_gap=with_gap)
+        stats = row_stats(sums, at.take(logits), at, vocab)
+        probs.mul_(stats.share.unsqueeze(1))
+        values = stats.logprobs, stats.entropy, stats.log_sum, stats.largest.clone()
+        return *values, probs, stats.top, stats.top_logprobs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Save the outputs for the derivatives."""
+        _, labels, ctx.vocab, _, entropy = inputs
+        logprobs, entropies, _, largest, probs, top, top_logprobs = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(largest, top, *([entropies] if entropy == "metric" else []))
+        saved = (labels, logprobs, entropies if entropy is True else None, probs, top, top_logprobs)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Return the gradient of the logits, given those of the outputs of `forward`."""
+        compute = refuses_second_derivative(_logit_gradient) if ctx.vocab.is_split else _logit_gradient
+        return (*compute(ctx, *grads), None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Return the derivatives of the outputs along a direction of the logits [N, V].
+
+        Raises:
+            RuntimeError: the vocabulary is split.
+        """
+        if ctx.vocab.is_split:
+            raise RuntimeError("the head does not support forward-mode derivatives with a vocabulary split over ranks")
+        labels, _, entropies, probs, top, top_logprobs = ctx.saved_tensors
+        slope = tangents[0]
+        mean = (probs * slope).sum(1)
+        of_label = (probs * (slope.gather(1, labels.unsqueeze(1)) - slope)).sum(1)
+        of_entropy = None
+        if entropies is not None:
+            of_entropy = -(probs * (logs_of(probs, top, top_logprobs) + entropies.unsqueeze(1)) * slope).sum(1)
+        of_top = slope.gather(1, top.unsqueeze(1)).squeeze(1) - mean
+        return of_label, of_entropy, mean, None, probs * (slope - mean.unsqueeze(1)), None, of_top
 
 
-def _candidates(all_logprobs: Tensor, ids: Tensor | Literal["all"] | None) -> Tensor | None:
-    if ids is None or isinstance(ids, str):
-        return None if ids is None else all_logprobs
-    return all_logprobs.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+def _logit_gradient(
+    ctx: Any,
+    of_logprobs: Tensor | None,
+    of_entropies: Tensor | None,
+    of_log_sum: Tensor | None,
+    _largest: None,
+    of_probs: Tensor | None,
+    _top: None,
+    of_top: Tensor | None,
+) -> tuple[Tensor]:
+    """Return the gradient [N, V] of the logits; those of probabilities and top are for second derivatives alone."""
+    labels, logprobs, entropies, probs, top, top_logprobs = ctx.saved_tensors
+    at, zero = ctx.vocab.labels(labels), torch.zeros_like(logprobs)
+    of_logprobs, of_log_sum = (zero if grad is None else grad for grad in (of_logprobs, of_log_sum))
+    grads = probs * (of_log_sum - of_logprobs).unsqueeze(1)
+    of_label = of_log_sum * logprobs.exp() - of_logprobs * logprobs.expm1()  # 1 - p would cancel
+    if of_entropies is not None:
+        logs = logs_of(probs, top, top_logprobs)
+        grads = grads - probs * (logs + entropies.unsqueeze(1)) * of_entropies.unsqueeze(1)
+        of_label = of_label - of_entropies * logprobs.exp() * (logprobs.clamp(min=-FAR) + entropies)
+    grads = at.put_(grads, of_label)
+    if of_probs is not None:
+        grads = grads + probs * (of_probs - (of_probs * probs).sum(1, keepdim=True))
+    if of_top is not None:
+        grads = (grads - probs * of_top.unsqueeze(1)).index_put_((at.at[0], top), of_top, accumulate=True)
+    return (grads,)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return logits [N, V] in fp32 or wider of `hidden` [N, D], `weight` [V, D] and `bias` [V] of any dtype."""
+    is_same = bias is None or bias.dtype == hidden.dtype
+    logits = F.linear(hidden, weight, bias if is_same else None)
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return logits if is_same or bias is None else logits + bias.to(logits.dtype)
+
+
+def _saveable(tensor: Tensor) -> Tensor:
+    """Return `tensor` [...], or a copy if it was made in inference mode: autograd cannot save such a tensor."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor

@@ -1,8 +1,9 @@
 """A head whose vocabulary is split over ranks: which rank has which columns, and what is summed over ranks.
 
 All ranks of the group have the same hidden states and labels; each has the head rows of its part of the vocabulary.
-Ranks exchange [n] numbers, never logits: the largest logit, then the sum of exponentials, the label's logit and the
-entropy's part. A head that is not split is the group of one rank, which sends nothing.
+Ranks exchange [n] numbers, never logits: the largest logit; then the sum of the other exponentials, how many ranks have
+the largest logit, the label's logit and the entropy's part. A head that is not split is the group of one rank, which
+sends nothing.
 
 Legend: T positions, N scored tokens, n tokens of a chunk, D hidden width, V vocabulary, R ranks that share it,
 v local entries (one of padding on a rank without any), [...] any shape.
@@ -52,6 +53,10 @@ class VocabGroup:
         if self.rows == 0 and self.is_split:
             return torch.zeros(1, dtype=torch.bool, device=device)
         return vocab_mask if vocab_mask is None or not self.is_split else vocab_mask[self.start :][: self.rows]
+
+    def excludes(self, local_mask: Tensor | None) -> bool:
+        """Whether `local_mask` [v] excludes all columns of this rank, while other ranks have some."""
+        return self.is_split and local_mask is not None and not bool(local_mask.any())
 
     def labels(self, targets: Tensor) -> LocalLabels:
         """Return the labels `targets` [n] as indices into the local columns."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from toolkit.head.cost import Job
-from toolkit.head.kernel import Kernel, RowStats
+from toolkit.head.kernel import Kernel
 from toolkit.head.logits import LogitTransform
 from toolkit.head.products import add_weight_gradient, input_gradient, logits_into
+from toolkit.head.softmax import RowStats
 
 FP16_HALF_RANGE = 2.0**15
 MOVED_ROWS = 4
@@ -45,7 +46,7 @@ class HeadWork:
 
     def __init__(self, job: Job) -> None:
         inputs = self._inputs = job.inputs
-        self._with_entropy = job.with_entropy
+        self._with_entropy = bool(job.entropy)
         self._hidden = inputs.hidden.detach()
         weight = self._weight = inputs.weight.detach().to(inputs.compute_dtype)
         local_mask = inputs.vocab.local_mask(inputs.transform.vocab_mask, weight.device)

@@ -7,7 +7,6 @@ K candidates.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -120,11 +119,9 @@ class ScoredLossContext(BaseLossContext[ItemT]):
             taken.shifted_labels,
             head_bias,
             self.transform,
-            with_entropy=bool(self.entropy),
+            entropy=self.entropy,
             candidate_ids=self.candidate_ids(taken),
         )
-        if scores.entropy is not None and self.entropy == "metric":
-            scores = replace(scores, entropy=scores.entropy.detach())
         return self.loss_from_scores(scores, taken)
 
     def _chunk_plan(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> HeadPlan:

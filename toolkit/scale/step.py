@@ -123,12 +123,12 @@ def vocabulary_parallel(
     """Return what ranks that share the head's vocabulary exchange: a few numbers a token, and a gradient [N, D].
 
     For each of the `chunks` (of equal length) of a micro-batch two all-reduces: the largest logit, then the sum of
-    exponentials with the label's logit, and the entropy's part if it is a metric or a term (`with_entropy`). Once for
-    each micro-batch the gradient of the hidden states [N, width], as for any column-parallel layer, unless
-    `is_trunk_trained` is False. Logits and the gradient of the weight are never sent.
+    the other exponentials, the ranks that have the largest, the label's logit, and the entropy's part if it is a metric
+    or a term (`with_entropy`). Once for each micro-batch the gradient of the hidden states [N, width], as for any
+    column-parallel layer, unless `is_trunk_trained` is False. Logits and the gradient of the weight are never sent.
     """
     wide = max(FLOAT32, itemsize)
-    numbers = (2 + with_entropy) * wide
+    numbers = (3 + with_entropy) * wide
     calls = micro_batches * chunks
     collectives = [
         Collective("calls of the head agree", "all_reduce", SAME_CALL, mesh, calls=micro_batches),

@@ -8,7 +8,6 @@ question; a configuration without a mistake asks none.
 from __future__ import annotations
 
 import functools
-import shlex
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace

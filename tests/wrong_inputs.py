@@ -176,7 +176,7 @@ ITEMS = [
     ("toolkit.step_weights([ids], 'token')", "did you mean 'token_mean'"),
     ("toolkit.step_weights([ids], (toolkit.LossTerm(),))", "give a name such as 'token_mean'"),
     ("toolkit.step_weights([ids], gradient_reduction='avg')", "must be 'mean' or 'sum'"),
-    ("toolkit.PerToken(pad=0, kind='int')", "kind must be 'any', 'float', 'integer' or 'bool'"),
+    ("toolkit.PerToken(pad=0, kind='int')", "kind must be 'any', 'float', "),
 ]
 FUNCTIONS = [
     ("token_logprobs(hidden, head, ids.float())", "labels has dtype torch.float32; it must be int64"),

@@ -26,7 +26,8 @@ from tests.golden_data import (
     relative_error,
     tolerance,
 )
-from toolkit.functional.mismatch import MismatchTerms, corrected, mismatch_metrics, normalizer_parts
+from toolkit.functional.mismatch import MismatchTerms, corrected, normalizer_parts
+from toolkit.functional.mismatch_metrics import mismatch_metrics
 from toolkit.functional.segments import turn_ids
 from toolkit.losses.config.correction import CorrectionConfig
 from toolkit.metrics import to_floats

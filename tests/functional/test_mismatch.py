@@ -17,11 +17,10 @@ from toolkit.functional.mismatch import (
     Corrected,
     MismatchTerms,
     corrected,
-    correction_metrics,
-    mismatch_metrics,
     normalizer_parts,
     unit_statistic,
 )
+from toolkit.functional.mismatch_metrics import correction_metrics, mismatch_metrics
 from toolkit.functional.segments import turn_ids
 from toolkit.losses.config.correction import CorrectionConfig, corrections_from
 from toolkit.metrics import EffectiveSampleSize, Mean, merge_metrics, metrics_in, to_floats

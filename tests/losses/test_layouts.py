@@ -39,10 +39,10 @@ def make_sequences(lengths: list[int], seed: int) -> list[Sequence]:
             {
                 "shifted_labels": labels,
                 "advantages": normal(1, length),
-                "old_logprobs": -2 + 0.5 * normal(1, length),
-                "ref_logprobs": -2 + 0.5 * normal(1, length),
-                "rollout_logprobs": -2 + 0.5 * normal(1, length),
-                "teacher_logprobs": -2 + 0.5 * normal(1, length),
+                "old_logprobs": (-2 + 0.5 * normal(1, length)).clamp(max=0),
+                "ref_logprobs": (-2 + 0.5 * normal(1, length)).clamp(max=0),
+                "rollout_logprobs": (-2 + 0.5 * normal(1, length)).clamp(max=0),
+                "teacher_logprobs": (-2 + 0.5 * normal(1, length)).clamp(max=0),
                 # A group of its own: a loss over groups needs each whole in one micro-batch.
                 "group_ids": torch.full((1, length), len(sequences)),
                 "hidden": normal(1, length, WIDTH),

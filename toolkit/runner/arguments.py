@@ -167,3 +167,24 @@ def as_tensor(name: str, value: Any, device: torch.device | None) -> Any:
             f"{name} is a {type(value).__name__} that cannot be converted to a tensor ({first_line(error)}); "
             f"give a tensor of {'integers' if is_integer else 'numbers'}, with rows of one length"
         ) from None
+
+
+def spread(name: str, value: Tensor | float | None, labels: Tensor) -> Tensor | None:
+    """Return a number, or a `value` [B] per row, in a shape that items broadcast to that of `labels` [B, T]."""
+    if value is None or (isinstance(value, Tensor) and value.dim() == 2):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "advantages":
+        return torch.as_tensor(value, dtype=torch.get_default_dtype(), device=labels.device).expand(labels.shape)
+    values = as_tensor(name, value, labels.device)
+    if not isinstance(values, Tensor):
+        return values  # the item says what it must be
+    if values.dim() == 0:
+        return values.to(labels.device).expand(labels.shape)
+    if values.dim() == 1 and labels.dim() == 2 and len(values) == labels.shape[0]:
+        if labels.shape[0] == labels.shape[1] > 1:
+            raise DataError(
+                f"{name} of shape [{len(values)}] may mean rows or positions here; give [{len(values)}, 1] for "
+                f"one per row, or {list(labels.shape)}"
+            )
+        return values.unsqueeze(-1)
+    return values

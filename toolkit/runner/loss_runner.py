@@ -25,7 +25,7 @@ from toolkit.losses.shift import shift_labels
 from toolkit.losses.step.builder import item_class
 from toolkit.losses.step.weights import loss_metric
 from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
-from toolkit.runner.arguments import RETURNS, as_tensor, check_has_graph, head_tensors, returned_by
+from toolkit.runner.arguments import RETURNS, as_tensor, check_has_graph, head_tensors, returned_by, spread
 from toolkit.runner.mistakes import not_a_config, not_a_list, not_of_loss
 from toolkit.runner.suspicions import MISMATCH, warn_of_mismatch, warn_of_unmasked
 
@@ -282,7 +282,7 @@ class LossRunner:
             )
         for name in ("advantages", "group_ids"):
             if name in values:
-                values[name] = _spread(name, values[name], labels)
+                values[name] = spread(name, values[name], labels)
         return item_cls(shifted_labels=labels, **values)
 
     @property
@@ -335,24 +335,3 @@ class LossRunner:
     def __repr__(self) -> str:
         lines = [f"  {name}={value!r}" for name, value in self.loss_cfg.model_dump().items()]
         return "\n".join([f"LossRunner({type(self.loss_cfg).__name__}", *lines, ")"])
-
-
-def _spread(name: str, value: Tensor | float | None, labels: Tensor) -> Tensor | None:
-    """Bring a number, or one value per row, to a shape that items broadcast."""
-    if value is None or (isinstance(value, Tensor) and value.dim() == 2):
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "advantages":
-        return torch.as_tensor(value, dtype=torch.get_default_dtype(), device=labels.device).expand(labels.shape)
-    values = as_tensor(name, value, labels.device)
-    if not isinstance(values, Tensor):
-        return values  # the item says what it must be
-    if values.dim() == 0:
-        return values.to(labels.device).expand(labels.shape)
-    if values.dim() == 1 and labels.dim() == 2 and len(values) == labels.shape[0]:
-        if labels.shape[0] == labels.shape[1] > 1:
-            raise DataError(
-                f"{name} of shape [{len(values)}] may mean rows or positions here; give [{len(values)}, 1] for "
-                f"one per row, or {list(labels.shape)}"
-            )
-        return values.unsqueeze(-1)
-    return values

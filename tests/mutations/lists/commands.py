@@ -119,7 +119,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="rows-taken-for-positions",
-        file="toolkit/runner/loss_runner.py",
+        file="toolkit/runner/arguments.py",
         line="if labels.shape[0] == labels.shape[1] > 1:",
         becomes="if labels.shape[0] > labels.shape[1] > labels.shape[0]:",
         tests=("tests/test_runner.py::test_one_advantage_a_row_is_ambiguous_when_rows_and_positions_agree",),
@@ -147,7 +147,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="a-mismatch-without-a-sign",
-        file="toolkit/losses/grpo.py",
+        file="toolkit/losses/policy_metrics.py",
         line='"log_ratio_abs": difference.abs(),',
         becomes='"log_ratio_abs": difference,',
         tests=("tests/test_runner_inputs.py::test_old_logprobs_of_another_token_are_noticed_in_the_first_step_only",),

@@ -21,10 +21,9 @@ from toolkit.functional.mismatch import (
     Correction,
     MismatchTerms,
     corrected,
-    correction_metrics,
-    mismatch_metrics,
     normalizer_parts,
 )
+from toolkit.functional.mismatch_metrics import correction_metrics, mismatch_metrics
 from toolkit.functional.terms import PolicyTerms
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.items import RLLossContextInputItem

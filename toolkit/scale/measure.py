@@ -30,7 +30,7 @@ HEAD = (8_000, 64, 256)
 """V, D and N of the heads whose memory is measured."""
 HEAD_CHUNK = 64
 MEMORY_TOLERANCE = 0.1
-AUTOGRAD_TOLERANCE = 0.25
+AUTOGRAD_TOLERANCE = 0.85
 """The plan for all logits at once is an upper bound: autograd frees some of them earlier in bf16."""
 WARM_UP = 2
 """Steps that are not counted, because DDP arranges its buckets in the first ones."""

@@ -47,10 +47,10 @@ def random_item(
     return RLLossContextInputItem(
         shifted_labels=random_labels(shape, vocabulary),
         advantages=torch.randn(shape, dtype=dtype),
-        old_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=dtype),
-        ref_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=dtype),
-        rollout_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=dtype),
-        teacher_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=dtype),
+        old_logprobs=(-2.4 + 0.5 * torch.randn(shape, dtype=dtype)).clamp(max=0),
+        ref_logprobs=(-2.4 + 0.5 * torch.randn(shape, dtype=dtype)).clamp(max=0),
+        rollout_logprobs=(-2.4 + 0.5 * torch.randn(shape, dtype=dtype)).clamp(max=0),
+        teacher_logprobs=(-2.4 + 0.5 * torch.randn(shape, dtype=dtype)).clamp(max=0),
         group_ids=(torch.arange(shape[0]) // 2).unsqueeze(-1),
     )
 

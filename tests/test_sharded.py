@@ -59,8 +59,8 @@ def batch(step: int) -> Batch:
     return ids, mask, RLLossContextInputItem(
         shifted_labels=labels,
         advantages=torch.randn(shape, generator=draw, dtype=torch.float64),
-        old_logprobs=-2.4 + 0.3 * torch.randn(shape, generator=draw, dtype=torch.float64),
-        ref_logprobs=-2.4 + 0.3 * torch.randn(shape, generator=draw, dtype=torch.float64),
+        old_logprobs=(-2.4 + 0.3 * torch.randn(shape, generator=draw, dtype=torch.float64)).clamp(max=0),
+        ref_logprobs=(-2.4 + 0.3 * torch.randn(shape, generator=draw, dtype=torch.float64)).clamp(max=0),
     )  # fmt: skip
 
 

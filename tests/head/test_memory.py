@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit.head import TokenScores, explain, fused_loss, products, token_logprobs
+from toolkit.head.logits import LogitTransform
+from toolkit.head.plan import autograd_plan
+from toolkit.head.scores import eager_scores, logit_copies
 
 
 class Allocations(TorchDispatchMode):
@@ -80,6 +83,17 @@ PASSES: dict[str, tuple[str, Any]] = {
     "frozen trunk": ("wb", "token"),
 }
 NAMES = {name: name.removeprefix("fused ").split()[0] for name in PASSES} | {"frozen trunk": "one-pass"}
+EAGER: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7},
+    {"scale": 0.5, "temperature": 0.7},
+    {"scale": 0.5, "softcap": 30.0},
+    {"softcap": 30.0},
+    {"softcap": 30.0, "temperature": 0.7, "vocab_mask": True},
+    {"candidate_ids": 20},
+    {"candidate_ids": "all", "softcap": 30.0},
+]
+"""Options of the scores from all logits; as candidates a number K, or all."""
 ALL_PASSES = pytest.mark.parametrize("name", list(PASSES))
 
 
@@ -278,6 +292,34 @@ class TestPeak:
 
         call = Call(name, loss=half)
         assert call.allocations().peak <= 1.1 * Call(name).allocations().peak
+
+    @pytest.mark.parametrize("options", EAGER, ids=lambda options: "+".join(options) or "plain")
+    @pytest.mark.parametrize("entropy", [False, "metric", True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("trained", ["", "hw"])
+    @pytest.mark.parametrize("shape", [(256, 64, 8000), (16, 512, 4000)], ids=["logits", "gradients"])
+    def test_is_predicted_for_all_logits_at_once(
+        self, options: dict[str, Any], entropy: Any, dtype: torch.dtype, trained: str, shape: tuple[int, int, int]
+    ) -> None:
+        tokens, width, vocabulary = shape
+        hidden = torch.randn(tokens, width).to(dtype).requires_grad_("h" in trained)
+        weight = (torch.randn(vocabulary, width) / width**0.5).to(dtype).requires_grad_("w" in trained)
+        labels, options = torch.randint(0, vocabulary, (tokens,)), dict(options)
+        candidates = {"candidate_ids": options.pop("candidate_ids", None)}
+        if "vocab_mask" in options:
+            options["vocab_mask"] = torch.arange(vocabulary) > 9
+        if isinstance(candidates["candidate_ids"], int):
+            candidates["candidate_ids"] = torch.randint(0, vocabulary, (tokens, candidates["candidate_ids"]))
+        transform = LogitTransform(**options)
+        with Allocations(hidden, weight) as seen:
+            scores = eager_scores(hidden, weight, labels, None, transform, entropy=entropy, **candidates)
+            total = sum(part.sum() for part in (*scores, scores.candidates) if part is not None and part.requires_grad)
+            del scores
+            grads = torch.autograd.grad(total, [hidden, weight]) if trained else ()
+        assert all(grad.any() for grad in grads)
+        copies = logit_copies(transform, entropy, *candidates.values(), has_gradient=bool(trained))
+        plan = autograd_plan("eager", "", hidden, weight, None, [slice(0, tokens)], copies=copies)
+        assert plan.peak_bytes / seen.peak == pytest.approx(1, abs=0.1)
 
     @pytest.mark.parametrize("name", ["one-pass", "fused frozen token"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -37,7 +37,7 @@ def an_item(kl: str = "full", shape: tuple[int, int] = (2, 13)) -> RLLossContext
     return RLLossContextInputItem(
         shifted_labels=random_labels(shape, VOCABULARY),
         advantages=torch.randn(shape, dtype=torch.float64),
-        old_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=torch.float64),
+        old_logprobs=(-2.4 + 0.5 * torch.randn(shape, dtype=torch.float64)).clamp(max=0),
         ref_topk_ids=ids,
         ref_topk_logprobs=values,
     )

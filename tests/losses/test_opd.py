@@ -32,8 +32,8 @@ def teacher_item(shape: tuple[int, int] = (2, 13), *, full: bool = False) -> RLL
     ids = teacher.topk(K, -1).indices
     return RLLossContextInputItem(
         shifted_labels=random_labels(shape, VOCABULARY),
-        old_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=torch.float64),
-        teacher_logprobs=-2.4 + 0.5 * torch.randn(shape, dtype=torch.float64),
+        old_logprobs=(-2.4 + 0.5 * torch.randn(shape, dtype=torch.float64)).clamp(max=0),
+        teacher_logprobs=(-2.4 + 0.5 * torch.randn(shape, dtype=torch.float64)).clamp(max=0),
         teacher_topk_ids=None if full else ids,
         teacher_topk_logprobs=teacher if full else teacher.gather(-1, ids),
     )

@@ -46,7 +46,10 @@ def make_sequences(lengths: Sequence[int], seed: int) -> list[Fields]:
 
     sequences = []
     for index, length in enumerate(lengths):
-        logprobs = {name: -2 + 0.5 * normal(length) for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")}
+        logprobs = {
+            name: (-2 + 0.5 * normal(length)).clamp(max=0)
+            for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")
+        }
         for values in logprobs.values():
             values[0] = torch.nan  # nobody scores the first token
         sequences.append(

@@ -53,7 +53,7 @@ def batch(rows: int = 6, width: int = 9, seed: int = 0) -> tuple[RLLossContextIn
         torch.rand(rows, width, generator=draw) < 0.4, -100
     )
     labels[2] = -100
-    old = -2 + normal(0.5)
+    old = (-2 + normal(0.5)).clamp(max=0)
     item = RLLossContextInputItem(
         shifted_labels=labels,
         advantages=normal(1.0),

@@ -194,13 +194,20 @@ def equal_chunks(start: int, stop: int, size: int) -> list[slice]:
 
 
 def autograd_plan(
-    name: PassName, why: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, spans: Sequence[slice]
+    name: PassName,
+    why: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spans: Sequence[slice],
+    *,
+    copies: int,
 ) -> HeadPlan:
-    """Estimate the cost of a loss that autograd differentiates chunk by chunk: logits, log-softmax, gather.
+    """Estimate the cost of a loss that autograd differentiates chunk by chunk.
 
     Its inputs are `hidden` [..., D], `weight` [V, D] and `bias` [V] of the full vocabulary; `spans` are the chunks.
-    Log-softmax, its gradient and that of the gather are alive at once: three times the logits of a chunk, in fp32 or
-    wider.
+    `copies`: how many tensors of the size of a chunk's logits, in fp32 or wider, are alive at once; `logit_copies`
+    returns those of the eager scores.
     """
     needs, vocab = Needs.of(hidden, weight, bias), vocab_group(weight)
     tokens, rows = spans[-1].stop if spans else 0, max((length_of([span]) for span in spans), default=0)
@@ -209,9 +216,11 @@ def autograd_plan(
     if bias is not None:
         gradients += needs.bias * vocab.rows * bias.itemsize
     wide = max(4, hidden.itemsize)
-    logits = rows * vocab.rows * (3 * wide + (hidden.itemsize if hidden.itemsize == 2 else 0))
+    logits = rows * vocab.rows * copies * wide
     # The sums over chunks are fp32; the weight gradient of one chunk is alive at the same time.
     sums = (1 + (len(spans) > 1)) * needs.weight * weight_size * wide if name == "general" else 0
+    # One chunk at once: all copies but the gradient of the logits are gone before the others are computed.
+    at_once = max(logits, rows * vocab.rows * hidden.itemsize + gradients)
     products = 1 + needs.hidden + needs.weight
     return HeadPlan(
         name=name,
@@ -222,7 +231,7 @@ def autograd_plan(
         positions=hidden.numel() // max(1, hidden.shape[-1]),
         products=products,
         flops=products * 2 * tokens * weight_size,
-        peak_bytes=gradients + (logits if needs else logits * 2 // 3) + sums,
+        peak_bytes=at_once if name == "eager" else gradients + logits + sums,
         gradient_bytes=gradients,
         ranks=vocab.ranks,
         sent_bytes=vocab.is_split * tokens * (5 * wide + needs.hidden * hidden.shape[-1] * hidden.itemsize),

@@ -90,6 +90,33 @@ def eager_scores(
     return TokenScores(logprobs, entropies, candidates - log_sum.unsqueeze(1))
 
 
+def logit_copies(
+    transform: LogitTransform,
+    entropy: Entropy = False,
+    candidate_ids: Tensor | Literal["all"] | None = None,
+    *,
+    has_gradient: bool = True,
+) -> int:
+    """Return how many fp32 tensors of the size of the logits `eager_scores` and its backward hold at most at once.
+
+    `candidate_ids` are [N, K], as there. Two are the logits and their probabilities, later those and the gradient.
+    """
+    is_scaled, has_cap = transform.scale != 1, transform.softcap is not None
+    num_after = (isinstance(transform.temperature, Tensor) or transform.temperature != 1) + (
+        transform.vocab_mask is not None
+    )
+    # The caller's logits, an operation's input and its result; a soft cap keeps its tanh for backward.
+    in_transform = min(3, 1 + is_scaled + num_after)
+    if has_cap:
+        in_transform = 4 if is_scaled or (has_gradient and num_after) else 3
+    if not has_gradient:
+        return max(in_transform, 2 + bool(entropy), 4 if isinstance(candidate_ids, str) else 0)
+    copies = 2 + {False: 0, "metric": 1, True: 3}[entropy]
+    if candidate_ids is not None:
+        copies = max(4, copies + (not isinstance(candidate_ids, str) and entropy is True))
+    return max(in_transform, copies + has_cap)
+
+
 class LogitScores(torch.autograd.Function):
     """Scores from logits, exact as `toolkit.head.softmax` explains; keeps the probabilities, as log-softmax does.
 

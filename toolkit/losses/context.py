@@ -5,7 +5,7 @@ Legend: B rows, T positions of a row, D hidden width, V vocabulary, n tokens of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from toolkit.distributed import counted_with
 from toolkit.errors import ConfigError, DataError
 from toolkit.head.chunked import chunked_loss
-from toolkit.head.inputs import check_head
+from toolkit.head.cost import PassName
+from toolkit.head.inputs import Needs, check_head
 from toolkit.head.logits import LogitTransform
 from toolkit.head.passes import checked_loss
 from toolkit.head.plan import HeadPlan, Scope, auto_chunk, autograd_plan, equal_chunks
@@ -199,17 +200,27 @@ class BaseLossContext(KwargsBuilder[ItemT]):
 
     def _eager_plan(self, why: str, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> HeadPlan:
         tokens = len(self._scored_positions())
-        return autograd_plan("eager", why, hidden_states, head_weight, head_bias, [slice(0, tokens)])
+        return self._autograd_plan("eager", why, hidden_states, head_weight, head_bias, [slice(0, tokens)])
 
     def _chunk_plan(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> HeadPlan:
         name = type(self).__name__
         if self.scope != "token":
             why = f"{name}.loss_fn takes the logits of a whole {self.scope}, so it cannot be cut"
             spans = [slice(0, self.loss_kwargs.shifted_labels.numel())]
-            return autograd_plan("eager", why, hidden_states, head_weight, head_bias, spans)
+            return self._autograd_plan("eager", why, hidden_states, head_weight, head_bias, spans)
         why = f"{name} computes its loss_fn from hidden states and head, so each chunk is differentiated by autograd"
         spans = equal_chunks(0, len(self._scored_positions()), self._general_chunk(head_weight))
-        return autograd_plan("general", why, hidden_states, head_weight, head_bias, spans)
+        return self._autograd_plan("general", why, hidden_states, head_weight, head_bias, spans)
+
+    def _autograd_plan(
+        self, name: PassName, why: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, spans: Sequence[slice]
+    ) -> HeadPlan:
+        copies = self._logit_copies(has_gradient=bool(Needs.of(hidden, weight, bias)))
+        return autograd_plan(name, why, hidden, weight, bias, spans, copies=copies)
+
+    def _logit_copies(self, *, has_gradient: bool) -> int:
+        """Return how many tensors of the size of the logits are alive at once: log-softmax, a gather, gradients."""
+        return 2 + has_gradient
 
     def _general_chunk(self, head_weight: Tensor) -> int:
         size = self.loss_cfg.chunk_size

@@ -15,7 +15,7 @@ from toolkit.errors import ConfigError
 from toolkit.head import HeadPlan, TokenScores, explain, fused_loss
 from toolkit.head.options import Entropy, HeadOptions
 from toolkit.head.plan import Scope
-from toolkit.head.scores import eager_scores
+from toolkit.head.scores import eager_scores, logit_copies
 from toolkit.head.vocabulary import vocab_group
 from toolkit.losses.context import BaseLossContext, merge_extras
 from toolkit.losses.kwargs import BaseLossKwargs
@@ -131,6 +131,12 @@ class ScoredLossContext(BaseLossContext[ItemT]):
             why = f"the logits of this micro-batch are one chunk of at most {SMALL_LOGITS // 2**20} MiB: all at once"
             return self._eager_plan(why, hidden_states, head_weight, head_bias)
         return explain(hidden_states, head_weight, self.scored_labels(), head_bias, **self._head_options())
+
+    def _logit_copies(self, *, has_gradient: bool) -> int:
+        if type(self).loss_fn is not ScoredLossContext.loss_fn:
+            return super()._logit_copies(has_gradient=has_gradient)
+        candidates = self.candidate_ids(self.loss_kwargs)
+        return logit_copies(self.transform, self.entropy, candidates, has_gradient=has_gradient)
 
     def _is_small(self, head_weight: Tensor) -> bool:
         """Whether all logits at once are small; counts every position, to avoid waiting for the device."""

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError
 from toolkit.head import explain
+from toolkit.head.logits import LogitTransform
 from toolkit.head.plan import GPU_CHUNK_BYTES, HeadPlan, Scope, autograd_plan
+from toolkit.head.scores import logit_copies
 
 ADAM_BYTES = 12
 """Of each parameter under mixed precision: an fp32 copy, and two fp32 moments."""
@@ -105,7 +107,8 @@ def head_memory(
     hidden = weightless((tokens, width), dtype).requires_grad_()
     weight = weightless((rows, width), dtype).requires_grad_(not is_frozen)
     if is_eager:
-        plan = autograd_plan("eager", "the logits of all tokens at once", hidden, weight, None, [slice(0, tokens)])
+        why, copies = "the logits of all tokens at once", logit_copies(LogitTransform())
+        plan = autograd_plan("eager", why, hidden, weight, None, [slice(0, tokens)], copies=copies)
     else:
         labels = torch.zeros(tokens, dtype=torch.int64)
         ids = torch.zeros_like(labels) if scope == "sequence" else None

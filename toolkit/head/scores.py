@@ -5,6 +5,7 @@ Legend: N tokens, K candidates, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -180,6 +181,10 @@ class LogitScores(torch.autograd.Function):
             of_entropy = -(probs * (logs_of(probs, top, top_logprobs) + entropies.unsqueeze(1)) * slope).sum(1)
         of_top = slope.gather(1, top.unsqueeze(1)).squeeze(1) - mean
         return of_label, of_entropy, mean, None, probs * (slope - mean.unsqueeze(1)), None, of_top
+
+
+# PyTorch looks at the signature of `forward` in every call; finding it out takes as long as four operations.
+LogitScores.forward.__signature__ = inspect.signature(LogitScores.forward)  # type: ignore[attr-defined]
 
 
 def _logit_gradient(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -49,7 +50,8 @@ class BaseLossConfig(Config):
         if isinstance(named, str) and ":" in named:
             module, _, name = named.partition(":")
             try:
-                named = getattr(importlib.import_module(module), name)
+                loaded = sys.modules.get(module) or importlib.import_module(module)  # import_module locks and checks
+                named = getattr(loaded, name)
             except (ImportError, AttributeError) as error:
                 raise ConfigError(
                     f"{type(self).__name__}.context={named!r}: {error}; give the context class itself, or its path "

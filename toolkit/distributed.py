@@ -66,8 +66,8 @@ def counted_group() -> Any:
 def counting_as_before(group: Any) -> contextlib.AbstractContextManager[None]:
     """Count over `group`, unless a `counting_over` is in force or `group` is None.
 
-    For what was begun inside it and goes on elsewhere: autograd computes a checkpointed region again in a thread of its
-    own, which does not see the caller's `counting_over`.
+    For what was begun inside it and goes on elsewhere: autograd computes a checkpointed region again in another
+    thread, which does not see the caller's `counting_over`.
     """
     return contextlib.nullcontext() if group is None or _counted.get() is not None else counting_over(group)
 

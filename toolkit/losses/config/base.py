@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -13,6 +13,9 @@ from toolkit.errors import ConfigError
 from toolkit.head.options import HeadOptions
 from toolkit.losses.config.term import LossTerm, checked_terms
 from toolkit.schema import Config, answer, checked_chunk_size
+
+_module = cache(importlib.import_module)
+"""Kept, because every call of `import_module` takes the import lock; what it holds may still be reloaded."""
 
 
 class BaseLossConfig(Config):
@@ -50,8 +53,7 @@ class BaseLossConfig(Config):
         if isinstance(named, str) and ":" in named:
             module, _, name = named.partition(":")
             try:
-                loaded = sys.modules.get(module) or importlib.import_module(module)  # import_module locks and checks
-                named = getattr(loaded, name)
+                named = getattr(_module(module), name)
             except (ImportError, AttributeError) as error:
                 raise ConfigError(
                     f"{type(self).__name__}.context={named!r}: {error}; give the context class itself, or its path "

@@ -176,7 +176,7 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
     if item["type"] == "extra_forbidden":
         fields = list(model.model_fields)
         kind = "setting" if issubclass(model, Config) else "field"
-        elsewhere = _word_of_a_peer(key, value, fields, where) if kind == "setting" else None
+        elsewhere = _word_of_a_peer(key, value, fields, where) if kind == "setting" else _field_of_a_peer(key, fields)
         if elsewhere is not None:
             return f"{path} is not a {kind} of {owner}; {elsewhere}"
         return f"{path} is not a {kind} of {owner}{did_you_mean(key, fields)}; it has: {', '.join(fields)}"
@@ -215,6 +215,13 @@ def _word_of_a_peer(key: str, value: Any, fields: list[str], where: str | None) 
         return peers.counterpart(key, str(value))
     is_option = (where or "").rpartition(".")[2] in ("policy_loss", "policy_loss_cfg")
     return peers.counterpart_keyword(key, value, fields, is_option=is_option)
+
+
+def _field_of_a_peer(key: str, fields: list[str]) -> str | None:
+    """Say what a field of a batch of another project is called here; None if no project has it."""
+    from toolkit.peers.batch_fields import counterpart_field
+
+    return counterpart_field(key, fields)
 
 
 def _name_of_a_peer(path: str, value: Any) -> str | None:

@@ -20,7 +20,7 @@ from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.losses.context import BaseLossContext
-from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem, is_token_ids
 from toolkit.losses.shift import shift_labels
 from toolkit.losses.step.builder import item_class
 from toolkit.losses.step.weights import loss_metric
@@ -296,10 +296,17 @@ class LossRunner:
             if name in known:
                 continue
             from toolkit.peers import counterpart_keyword  # only a mistake needs it
+            from toolkit.peers.batch_fields import counterpart_field, replaces
 
             elsewhere = counterpart_keyword(str(name), fields[name], type(self.loss_cfg).model_fields)
             if elsewhere is not None and not may_have_others:
                 raise DataError(f"{name!r} is not a field of a batch but a setting of the loss config; {elsewhere}")
+            counterpart = counterpart_field(str(name), known)
+            if counterpart is not None and not may_have_others:
+                raise DataError(f"{name!r} is not a field of a batch; {counterpart}")
+            ours = replaces(str(name), known)
+            if may_have_others and ours is not None and fields.get(ours) is None:
+                raise DataError(f"{name!r} is not read by the loss, and the batch has no {ours}; {counterpart}")
             hint = did_you_mean(str(name), known)
             if hint or not may_have_others:
                 raise DataError(f"{name!r} is not a field of a batch{hint}; it has: {', '.join(known)}")
@@ -315,7 +322,7 @@ class LossRunner:
                     "loss_mask goes with input_ids; in shifted_labels mark unscored positions by ignore_idx"
                 )
             return labels
-        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dim() not in (1, 2):
+        if not is_token_ids(input_ids) or input_ids.dim() not in (1, 2):
             kind = f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids)
             raise DataError(f"input_ids is {kind}; give token ids as integers, [B, T]")
         if mask is not None and not isinstance(mask, Tensor):

@@ -41,3 +41,14 @@ def check_choice(value: str, allowed: Collection[str], problem: str) -> None:
     """Raise `ConfigError` if `value` is not one of `allowed`; its message is `problem` and what to choose."""
     if value not in allowed:
         raise ConfigError(f"{problem}; choose {listed(allowed)}{did_you_mean(str(value), allowed)}")
+
+
+def check_name(name: object, decorator: str) -> None:
+    """Raise `ConfigError` if the name to register a function by is the function: ``@decorator`` without a call."""
+    if isinstance(name, str) and name:
+        return
+    called = getattr(name, "__name__", "my_loss")
+    raise ConfigError(
+        f"@{decorator} needs the name to select the function by, and nothing is registered without it; write "
+        f"@{decorator}({called!r}) above def {called}(...)"
+    )

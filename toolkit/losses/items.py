@@ -17,7 +17,6 @@ from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.losses.record import PerToken, TensorRecord
 from toolkit.losses.shift import has_next, shift_labels, shift_values
 
-
 BY_ROW = ("advantages", "group_ids")
 """Fields that may have one value for each row, [B]."""
 
@@ -195,7 +194,9 @@ def _shapes(name: str, shape: torch.Size) -> str:
     if _is_of_token(name):
         return f"it must be {list(shape)}, one value for each token"
     rows = f"[{shape[0]}] or [{shape[0]}, 1]" if name in BY_ROW else f"[{shape[0]}, 1]"
-    return f"allowed are {list(shape)}, {rows} (one for each of the {shape[0]} rows) and [{shape[1]}] (the same for each)"
+    return (
+        f"allowed are {list(shape)}, {rows} (one for each of the {shape[0]} rows) and [{shape[1]}] (the same for each)"
+    )
 
 
 def _how_to_align(name: str, shape: torch.Size, labels: torch.Size) -> str:

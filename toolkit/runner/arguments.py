@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toolkit.errors import DataError, first_line
 from toolkit.head.adapters import Head, HeadTensors
 from toolkit.head.logits import LogitTransform
-from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
 from toolkit.losses.record import PerToken
 
 INTEGERS = ("input_ids", "shifted_labels", "loss_mask", "attention_mask", "cu_seq_lens")
@@ -38,9 +38,10 @@ def head_tensors(hidden_states: Any, head_weight: Any, head_bias: Tensor | None)
     hidden = last_hidden(hidden_states)
     if head_bias is not None and not (isinstance(head_bias, Tensor) and head_bias.is_floating_point()):
         what = head_bias.dtype if isinstance(head_bias, Tensor) else f"a {type(head_bias).__name__}"
+        by_name = "**dict(item)" if isinstance(head_bias, LossContextInputItem) else "input_ids=..., advantages=..."
         raise DataError(
             f"head_bias is {what}; it must be a floating-point tensor [V]. The fields of the batch are given by name: "
-            "input_ids=..., advantages=..."
+            f"{by_name}"
         )
     if isinstance(head_weight, Tensor):
         _check_widths(hidden, head_weight)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
-from toolkit.errors import ConfigError, DataError, did_you_mean
+from toolkit.errors import ConfigError, DataError, did_you_mean, warn_once
+from toolkit.explain.lint import mistyped_values
 from toolkit.head import HeadPlan
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
@@ -83,6 +84,8 @@ class LossRunner:
             raise ConfigError(not_a_config(loss_cfg, settings))
         self.loss_cfg = loss_cfg
         self._is_first = True
+        for message in mistyped_values(loss_cfg):
+            warn_once(message)
 
     @classmethod
     def from_overrides(
@@ -141,7 +144,8 @@ class LossRunner:
 
         Give either `input_ids`, which are shifted here, or `shifted_labels`. All other fields are indexed by the
         position that predicts a token. Sampler outputs are indexed by token:
-        ``RLLossContextInputItem.from_unshifted(input_ids, mask, ...)`` shifts them together with the labels.
+        ``RLLossContextInputItem.from_unshifted(input_ids, mask, ...)`` shifts them together with the labels, and
+        ``runner(hidden, head, **dict(item))`` takes the item.
 
         Fields may be tensors, lists or arrays. In the first step a warning names what was probably not meant: padding
         or a prompt that is scored, and log-probabilities that are far from those of the policy.
@@ -194,11 +198,11 @@ class LossRunner:
         head = head_tensors(hidden_states, head_weight, head_bias)
         return self._context(fields, head[0]).explain(*head)
 
-    def step(self, batches: Iterable[Mapping[str, Any]], forward: Forward) -> LossResult:
+    def step(self, batches: Iterable[Mapping[str, Any] | LossContextInputItem], forward: Forward) -> LossResult:
         """Accumulate the gradient of several micro-batches as if they were one batch; run the optimizer step yourself.
 
         Args:
-            batches: mappings with the fields of `__call__` (and whatever else `forward` reads).
+            batches: mappings with the fields of `__call__` (and whatever else `forward` reads), or items.
             forward: returns the hidden states and the head (and its bias) of one batch; called once for each, with
                 gradients enabled. What they may be is as in `__call__`.
 
@@ -218,7 +222,7 @@ class LossRunner:
         if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
             raise DataError(f"batches is a {type(batches).__name__}; give a list of mappings, one for each micro-batch")
         batches = list(batches)
-        strange = next((batch for batch in batches if not isinstance(batch, Mapping)), None)
+        strange = next((each for each in batches if not isinstance(each, (Mapping, LossContextInputItem))), None)
         if strange is not None:
             raise DataError(
                 f"batches holds a {type(strange).__name__}; give a mapping of fields for each micro-batch, such as "
@@ -226,15 +230,17 @@ class LossRunner:
             )
         if not batches:
             raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
-        items = [self._item(batch, None) for batch in batches]
-        cu_seq_lens = [batch.get("cu_seq_lens") for batch in batches]
+        inputs = [dict(each) if isinstance(each, LossContextInputItem) else each for each in batches]
+        items = [self._item(batch, None) for batch in inputs]
+        cu_seq_lens = [batch.get("cu_seq_lens") for batch in inputs]
         bounds = None if all(value is None for value in cu_seq_lens) else cu_seq_lens
         context = self.loss_cfg.loss_ctx_cls
         parts: list[dict[str, Metric]] = []
-        for batch, kwargs in zip(batches, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
+        all_kwargs = context.build_batches_loss_kwargs(items, self.loss_cfg, bounds)
+        for batch, item_batch, kwargs in zip(batches, inputs, all_kwargs, strict=True):
             hidden_states, *head = returned_by(forward(batch))
             width = kwargs.shifted_labels.shape[-1]
-            if hidden_states.shape[-2] == width - 1 and batch.get("input_ids") is not None:
+            if hidden_states.shape[-2] == width - 1 and item_batch.get("input_ids") is not None:
                 kwargs = kwargs.chunk(width - 1)[0]  # without the last position, which has no label
             loss, extra = context(self.loss_cfg, kwargs).forward(hidden_states, *head)
             check_has_graph(loss, "forward(batch)")

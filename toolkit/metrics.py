@@ -188,7 +188,7 @@ def metrics_in(extra: object) -> dict[str, Metric]:
     """Return the metrics in what a loss returned besides its value; logits, for example, are skipped."""
     if not isinstance(extra, Mapping):
         return {}
-    return {name: value for name, value in extra.items() if isinstance(value, KINDS)}
+    return {name: value for name, value in extra.items() if isinstance(value, Metric)}
 
 
 def extremes(values: Tensor) -> tuple[Min, Max]:

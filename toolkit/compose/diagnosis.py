@@ -20,6 +20,8 @@ from toolkit.functional.policy.registry import policy_loss_names
 
 OPTIONAL_GROUPS = ("experiment", "debug", "aggregation", "kl", "correction")
 """Groups that need no choice."""
+ALIKE = 0.7
+"""How much a name must resemble a choice to be a misspelling of it: gpso and gspo 0.75, focal and oreal 0.6."""
 NO_GROUPS = ("launch",)
 """Folders of conf/ with files for another program: ``accelerate launch --config_file``."""
 
@@ -62,12 +64,19 @@ def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str 
             elsewhere = counterpart_choice(key, unknown[0], groups)
             if elsewhere is not None:
                 return f"{override.input_line} is not a choice of {key}; {elsewhere}"
-            best = nearest(unknown[0], groups[key])
+            best = nearest(unknown[0], groups[key], cutoff=ALIKE)
             hint = f"; try: {key}={best}" if best else ""
             likely = choices_shown(groups[key], unknown[0])
-            plugins = "; a file with your loss is read with plugins=[file.py]" if key == "policy_loss" else ""
-            return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}{plugins}"
+            custom = "" if best else f"; {_custom(key, unknown[0])}"
+            return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}{custom}"
     return None
+
+
+def _custom(group: str, choice: str) -> str:
+    """Say how a command reads a choice that the user made."""
+    if group in ("policy_loss", "advantage"):
+        return f"a function of yours is read with plugins=[my_file.py], which registers it as {choice!r}"
+    return f"a file of yours, my_conf/{group}/{choice}.yaml, is read with --config-dir my_conf"
 
 
 def unreadable_file(parsed: list[Override], folders: Iterable[str]) -> str | None:

@@ -204,6 +204,8 @@ def _how_to_align(name: str, shape: torch.Size, labels: torch.Size) -> str:
     if not name.endswith("logprobs") or len(shape) != 2 or len(labels) != 2 or shape[0] != labels[0]:
         return ""
     missing = labels[1] - shape[1]
+    if shape[1] == 1:
+        return "; a sum or a mean over a sequence cannot be spread over its tokens"
     if missing == -1:
         return (
             f". One position has no label: give {name}[:, :-1] if value t is of token t + 1, or {name}[:, 1:] if it is "
@@ -236,7 +238,7 @@ class RLLossContextInputItem(LossContextInputItem):
     """
 
     advantages: Annotated[Tensor | None, PerToken(pad=0.0, kind="number")] = None
-    """[1, T] or [B, T], integers become fp32; [B] and [B, 1] (one per row) and [T] (the same for each row) broadcast."""
+    """[1, T] or [B, T], integers become fp32; [B] and [B, 1] (one per row) and [T] (for every row) broadcast."""
     old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities before this optimizer step, in nats; None: on-policy, the current ones detached."""
     current_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None

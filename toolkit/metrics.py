@@ -172,7 +172,6 @@ class EffectiveSampleSize(Metric):
 
 Metrics = Mapping[str, Metric]
 M = TypeVar("M", bound=Metric)
-KINDS = (Sum, Mean, Min, Max, EffectiveSampleSize)
 
 
 def merge_metrics(parts: Iterable[Metrics]) -> dict[str, Metric]:

@@ -38,7 +38,31 @@ def located(where: str) -> Iterator[None]:
         _where.reset(token)
 
 
-class Model(BaseModel):
+class _ModelType(type(BaseModel)):  # type: ignore[misc]  # pydantic does not export its metaclass
+    """Says what is wrong with the body of a config class."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> type:
+        try:
+            return super().__new__(mcs, name, bases, namespace, **kwargs)  # type: ignore[no-any-return]
+        except PydanticUserError as error:
+            problem = _untyped(name, namespace) if error.code == "model-field-missing-annotation" else None
+            raise ConfigError(problem or f"class {name}: {str(error).splitlines()[0]}") from None
+
+
+def _untyped(name: str, namespace: Mapping[str, Any]) -> str | None:
+    """Say how a value in the body of class `name` becomes a setting or a constant; None if all have a type."""
+    typed = namespace.get("__annotations__", {})
+    for key, value in namespace.items():
+        if not key.startswith("_") and key not in typed and not callable(value) and not hasattr(value, "__get__"):
+            kind = "float | None" if value is None else type(value).__name__
+            return (
+                f"class {name}: {key} = {_shown(value)} has no type; write {key}: {kind} = {_shown(value)} for a "
+                f"setting, or {key}: ClassVar[{kind}] = {_shown(value)} for a constant"
+            )
+    return None
+
+
+class Model(BaseModel, metaclass=_ModelType):
     """A pydantic model whose validation errors are `ToolkitError`: what, where, allowed, next step."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
@@ -47,11 +71,15 @@ class Model(BaseModel):
     def __new__(cls, /, *args: Any, **values: Any) -> Self:
         """Raise if values have no names; `__init__` is not asked, because its signature is shown to users."""
         if args:
-            field = next(iter(cls.model_fields), "field")
             raise cls.error_class(
-                f"{cls.__name__} takes keyword arguments only; write {cls.__name__}({field}=..., ...)"
+                f"{cls.__name__} takes keyword arguments only; write {cls.__name__}({cls.by_name(args[0])})"
             )
         return super().__new__(cls)
+
+    @classmethod
+    def by_name(cls, value: Any) -> str:
+        """Return the arguments to write, for a message, instead of a `value` without a name."""
+        return "**{...}" if isinstance(value, dict) else f"{next(iter(cls.model_fields), 'field')}=..., ..."
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -161,7 +189,8 @@ def checked_chunk_size(value: Any) -> Any:
 def explain(model: type[BaseModel], error: ValidationError) -> str:
     """Turn pydantic's report into one line per error."""
     where = _where.get()
-    return "\n".join(_explain_one(model, where, dict(item)) for item in error.errors(include_url=False))
+    errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] == "missing")
+    return "\n".join(_explain_one(model, where, dict(item)) for item in errors)
 
 
 def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]) -> str:
@@ -180,6 +209,9 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
         if elsewhere is not None:
             return f"{path} is not a {kind} of {owner}; {elsewhere}"
         return f"{path} is not a {kind} of {owner}{did_you_mean(key, fields)}; it has: {', '.join(fields)}"
+    in_tuple = _explain_tuple(model, where, item)
+    if in_tuple is not None:
+        return in_tuple
     if item["type"] == "missing":
         how = f"; set it: {path}=..." if where else ""
         return f"{path} is missing: {model.__name__} needs a value for it{how}"
@@ -196,6 +228,21 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
     if item["type"] == "string_type" and where and isinstance(value, (int, float)):
         message += f"; quote it: \"{path}='{value}'\""
     return f"{path}={_shown(value)} is not allowed: {message[:1].lower()}{message[1:]}"
+
+
+def _explain_tuple(model: type[BaseModel], where: str | None, item: dict[str, Any]) -> str | None:
+    """Say what a list should look like that is none, or that is too short or too long; None for another error."""
+    name, *inside = item["loc"] or ("",)
+    is_length = item["type"] in ("too_long", "too_short") or (item["type"] == "missing" and inside)
+    field = model.model_fields.get(str(name))
+    if field is None or not (item["type"] in ("tuple_type", "list_type") or is_length):
+        return None
+    value, default = item.get("input"), field.get_default(call_default_factory=True)
+    path = f"{where}.{name}" if where else str(name)
+    numbers = list(default) if isinstance(default, (tuple, list)) and default else ["..."]
+    spelled = f"[{','.join(map(str, numbers))}]" if where else repr(numbers)
+    length = f" of {len(numbers)}" if is_length and default else ""
+    return f"{path}={_shown(value)} is not allowed: it must be a list{length}; write {path}={spelled}"
 
 
 def _explain_inner(cause: ToolkitError, where: str | None, path: str) -> str:

@@ -10,9 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from toolkit.compose.diagnosis import groups_in
+from toolkit.compose.diagnosis import choices_shown, groups_in
 from toolkit.compose.schemas import conf_dir
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, listed
 
 LOOKS_LIKE = "an override looks like key.subkey=value or group=choice"
 COMPOSABLE = ("correction", "experiment", "debug")
@@ -81,11 +81,15 @@ def _with_value(word: str, following: str | None) -> str:
     groups = groups_in(conf_dir())
     if following is not None and "=" not in following and (word in groups or "." in word):
         return f"try: {word}={following}"
-    ways = [f"{group}={word}" for group, choices in groups.items() if word in choices and group != "bench"]
-    if ways:
-        return f"try: {' or '.join(ways)}"
     if word in groups:
-        return f"name a choice of it: {word}={next(iter(groups[word]))} (toolkit-explain --list shows all)"
+        return f"choose {listed(choices_shown(groups[word]))}, e.g. {word}={groups[word][0]}"
+    if word.endswith(".py"):
+        return f"try: plugins=[{word}]"
+    ways = {group: f"{group}={word}" for group, choices in groups.items() if word in choices}
+    if len(ways) > 1:
+        ways.pop("bench", None)
+    if ways:
+        return f"try: {' or '.join(ways.values())}"
     return LOOKS_LIKE
 
 

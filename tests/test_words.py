@@ -60,7 +60,7 @@ def composed() -> DictConfig:
 def diagnosis_of(override: str) -> str:
     """What `said_of` returns for a wrong key or choice, without composing for every case."""
     parsed, groups = parse([override]), groups_of(TRAIN)
-    return unknown_choice(parsed, groups) or diagnose(parsed, ConfigError("unclear"), groups, composed())
+    return unknown_choice(parsed, groups) or diagnose(parsed, groups, composed()) or "unclear"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from toolkit.compose.plugins import load_plugins
 from toolkit.errors import ConfigError, did_you_mean, listed
 from toolkit.functional.policy.registry import PolicyLoss, policy_loss, policy_loss_names, register_policy_loss
-from toolkit.functional.scope_check import check_token_losses, declared, tensors_of, undeclared
+from toolkit.functional.scope_check import call_loss, check_token_losses, declared, tensors_of, undeclared
 from toolkit.functional.terms import PolicyTerms
 from toolkit.losses.config.base import BaseLossConfig
 
@@ -41,7 +41,9 @@ class Subject:
             chosen = self.options if options is None else options
             copied = replace(terms, reported={}, reported_means={}, **copies)
             try:
-                values = self.loss.function(self.declared(copied, chosen), **chosen)
+                values = call_loss(self.loss, self.declared(copied, chosen), chosen)
+            except ConfigError as error:
+                raise Failed(str(error)) from None
             except Exception:  # the user's function may raise anything
                 words = undeclared(self.loss, chosen, terms)
                 if words:

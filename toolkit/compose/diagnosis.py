@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,8 @@ def _in_one_line(error: YAMLError) -> str:
     return f"{where}{problem or ' '.join(str(error).split())}"
 
 
-def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]], base: DictConfig) -> str:
-    """Say which key is wrong and which one would work; return Hydra's message (`error`) if that is unclear.
+def diagnose(parsed: Sequence[Override], groups: dict[str, list[str]], base: DictConfig) -> str | None:
+    """Say which key is wrong and which one would work; None if all exist.
 
     `groups` and `base` are what `groups_in` and `choices_composed` return.
     """
@@ -145,6 +145,11 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
         if elsewhere is not None:
             return f"{key} is not a setting; {elsewhere}"
         return unknown_key(key, override.get_value_element_as_str(), known, groups)
+    return None
+
+
+def what_hydra_says(error: Exception) -> str:
+    """Return the message of an error of Hydra in one line."""
     return " ".join(str(error).splitlines()[:2]) or why_unreadable(error)
 
 

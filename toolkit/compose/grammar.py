@@ -60,7 +60,7 @@ def _without_dashes(text: str, following: str | None) -> str:
     from toolkit.peers import counterpart  # only a mistake needs it
 
     key, equals, value = text.lstrip("-").partition("=")
-    key = key if equals else key.replace("-", "_")
+    key = key.replace("-", "_")
     groups = groups_in(conf_dir())
     value = value if equals or following is None or following.startswith("-") or "=" in following else following
     elsewhere = counterpart(key, value or None) if key not in groups and "." not in key else None

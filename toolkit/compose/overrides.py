@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -100,7 +101,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     """
     parser = OverridesParser.create()
     parsed = []
-    for text, following in zip(overrides, [*overrides[1:], None], strict=True):
+    for text, following in zip_longest(overrides, overrides[1:]):
         try:
             parsed += parser.parse_overrides([text])
         except HydraException:

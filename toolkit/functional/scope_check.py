@@ -21,7 +21,7 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.functional.policy.registry import Need, PolicyLoss, Scope, policy_loss
-from toolkit.functional.terms import PolicyTerms
+from toolkit.functional.terms import PolicyTerms, UnknownField
 
 LENGTHS = (3, 5, 1, 4)
 """Tokens of the made-up sequences."""
@@ -63,12 +63,6 @@ def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
     key = _key(loss, options)
     if key in _passed:
         return
-    if not has_gradient(loss, options):
-        raise ConfigError(
-            f"policy loss {loss.name!r} has no gradient: what it returns does not depend on t.logprobs"
-            f"{_defined_at(loss)}; leave out .detach(), .data, .item(), .tolist() and numpy on the way from t.logprobs "
-            "to the result"
-        )
     scopes = get_args(Scope)
     for number in reversed(range(scopes.index(loss.scope), scopes.index("batch"))):
         if not _is_local(loss, options, scopes[number]):
@@ -78,6 +72,22 @@ def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
                 f"{READS[needed]}; in chunks its gradient would be wrong. Register it with "
                 f"@register_policy_loss({loss.name!r}, scope={needed!r})"
             )
+    _passed.add(key)
+
+
+def check_gradient(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
+    """Check that autograd can differentiate `loss` with complete `options`; later calls return at once.
+
+    Raises:
+        ConfigError: it returns what does not depend on t.logprobs.
+    """
+    key = (*_key(loss, options), "gradient")
+    if key not in _passed and not has_gradient(loss, options):
+        raise ConfigError(
+            f"policy loss {loss.name!r} has no gradient: what it returns does not depend on t.logprobs"
+            f"{_defined_at(loss)}; leave out torch.no_grad(), .detach(), .data, .item(), .tolist() and numpy on the "
+            "way from t.logprobs to the result"
+        )
     _passed.add(key)
 
 
@@ -118,10 +128,13 @@ def call_loss(loss: PolicyLoss, terms: PolicyTerms, options: Mapping[str, Any]) 
     """Return what a policy loss returns; where it fails in a way that is typical for a first loss, say why.
 
     Raises:
-        ConfigError: it reads a field that it does not declare, calls numpy, or uses a method of `terms` as a tensor.
+        ConfigError: it reads a field that it does not declare or that does not exist, calls numpy, or uses a method of
+            `terms` as a tensor.
     """
     try:
         return loss.function(terms, **options)
+    except UnknownField as error:
+        raise ConfigError(f"policy loss {loss.name!r}{error_location(error, loss)}: {error}") from None
     except ToolkitError:
         raise
     except (AttributeError, RuntimeError, TypeError) as error:

@@ -176,7 +176,7 @@ def as_tensor(name: str, value: Any, device: torch.device | None) -> Any:
 
 
 def spread(name: str, value: Tensor | float | None, labels: Tensor) -> Tensor | None:
-    """Return a number in the shape of `labels` [B, T]; other values as tensors."""
+    """Return a `value` that is a number in the shape of `labels` [B, T]; others as tensors of any shape [...]."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "advantages":
         return torch.as_tensor(value, dtype=torch.get_default_dtype(), device=labels.device).expand(labels.shape)
     values = as_tensor(name, value, labels.device)

@@ -55,14 +55,14 @@ MUTATIONS = (
     ),
     Mutation(
         name="unknown-top-level-settings-pass",
-        file="toolkit/compose/tree.py",
+        file="toolkit/compose/checks.py",
         line="if stray:",
         becomes="if stray and len(stray) > 1:",
         tests=("tests/test_config.py::test_wrong_overrides[+foo=1-]",),
     ),
     Mutation(
         name="unread-groups-pass",
-        file="toolkit/compose/tree.py",
+        file="toolkit/compose/checks.py",
         line='if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):',
         becomes='if group in READ_BY and READ_BY[group] not in fields and override.value() == "none":',
         tests=("tests/test_config.py::test_wrong_overrides[loss=ce kl=k3-]",),

@@ -182,10 +182,9 @@ class BaseRLLossConfig(BaseLossConfig):
     @classmethod
     def by_name(cls, value: Any) -> str:
         """Return the arguments to write, for a message, instead of a `value` without a name."""
-        is_policy_loss = (
-            "policy_loss_cfg" in cls.model_fields and isinstance(value, str) and value in policy_loss_names()
-        )
-        return f"policy_loss_cfg=dict(loss_type={value!r})" if is_policy_loss else super().by_name(value)
+        if "policy_loss_cfg" in cls.model_fields and isinstance(value, str) and value in policy_loss_names():
+            return f"policy_loss_cfg=dict(loss_type={value!r})"
+        return super().by_name(value)
 
     @answer
     def terms(self) -> tuple[LossTerm, ...]:

@@ -115,6 +115,8 @@ def check_values(parsed: Iterable[Override], needed: Iterable[str]) -> None:
     _check_repeated(parsed)
     for override in parsed:
         key, text, value = str(override.key_or_group), str(override.input_line), override.value()
+        if override.is_sweep_override():
+            raise ConfigError(f"{text} names several values; name one (toolkit-train -m runs one job for each)")
         if override.is_delete() and key in needed:
             raise ConfigError(f"{text}: every run needs {key}; leave this out for its default")
         if isinstance(value, list) and "." not in key and key not in (*COMPOSABLE, "plugins"):

@@ -16,6 +16,7 @@ from toolkit.errors import DataError
 from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.losses.record import PerToken, TensorRecord
 from toolkit.losses.shift import has_next, shift_labels, shift_values
+from toolkit.peers.batch_fields import replaces
 
 BY_ROW = ("advantages", "group_ids")
 """Fields that may have one value for each row, [B]."""
@@ -78,6 +79,9 @@ class LossContextInputItem(TensorRecord):
         """
         if "shifted_labels" in fields:
             raise DataError("from_unshifted makes shifted_labels from input_ids; leave it out, or use the constructor")
+        mask_name = next((name for name in fields if replaces(name, ("loss_mask",)) or name == "loss_mask"), None)
+        if mask_name is not None and mask_name not in cls.model_fields:
+            raise DataError(f"{mask_name} is not a field of an item; from_unshifted takes it as mask=...")
         if not is_token_ids(input_ids):
             what = input_ids.dtype if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
             raise DataError(f"input_ids is {what}; give token ids as an integer tensor [B, T] (torch.as_tensor(...))")

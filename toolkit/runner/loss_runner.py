@@ -304,6 +304,9 @@ class LossRunner:
             from toolkit.peers import counterpart_keyword  # only a mistake needs it
             from toolkit.peers.batch_fields import counterpart_field, replaces
 
+            if name in type(self.loss_cfg).model_fields and not may_have_others:
+                write = f"write LossRunner({type(self.loss_cfg).__name__}({name}={fields[name]!r}))"
+                raise DataError(f"{name!r} is not a field of a batch but a setting of the loss config; {write}")
             elsewhere = counterpart_keyword(str(name), fields[name], type(self.loss_cfg).model_fields)
             if elsewhere is not None and not may_have_others:
                 raise DataError(f"{name!r} is not a field of a batch but a setting of the loss config; {elsewhere}")

@@ -19,6 +19,7 @@ LINES = (
     "experiment=grpo_kl loss.chunk_size=64 loss.aggregation.name=constant",
     "experiment=grpo_kl kl=k1",
     "experiment=[supervised,dr_grpo] debug=smoke",
+    "correction=icepop loss.correction.icepop.1.lower=0.2",
     "debug=[coin_flip,overfit] training.steps=7",
     "loss=preset/verl/gspo aggregation=constant loss.aggregation.length=9",
     "mode=eager policy_loss=gspo policy_loss.cliprange_low=1e-4",

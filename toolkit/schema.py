@@ -23,6 +23,10 @@ from pydantic_core import to_jsonable_python
 
 from toolkit.errors import ConfigError, ToolkitError, did_you_mean, listed, nearest
 
+if TYPE_CHECKING:  # not exported
+    from pydantic._internal._model_construction import ModelMetaclass as _OfPydantic
+else:
+    _OfPydantic = type(BaseModel)
 _where: ContextVar[str | None] = ContextVar("where", default=None)
 MAX_SHOWN = 60
 """Characters of a wrong value in a message."""
@@ -38,12 +42,12 @@ def located(where: str) -> Iterator[None]:
         _where.reset(token)
 
 
-class _ModelType(type(BaseModel)):  # type: ignore[misc]  # pydantic does not export its metaclass
+class _ModelType(_OfPydantic):
     """Says what is wrong with the body of a config class."""
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> type:
         try:
-            return super().__new__(mcs, name, bases, namespace, **kwargs)  # type: ignore[no-any-return]
+            return super().__new__(mcs, name, bases, namespace, **kwargs)
         except PydanticUserError as error:
             problem = _untyped(name, namespace) if error.code == "model-field-missing-annotation" else None
             raise ConfigError(problem or f"class {name}: {str(error).splitlines()[0]}") from None
@@ -233,7 +237,7 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
 def _explain_tuple(model: type[BaseModel], where: str | None, item: dict[str, Any]) -> str | None:
     """Say what a list should look like that is none, or that is too short or too long; None for another error."""
     name, *inside = item["loc"] or ("",)
-    is_length = item["type"] in ("too_long", "too_short") or (item["type"] == "missing" and inside)
+    is_length = item["type"] in ("too_long", "too_short") or (item["type"] == "missing" and bool(inside))
     field = model.model_fields.get(str(name))
     if field is None or not (item["type"] in ("tuple_type", "list_type") or is_length):
         return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from toolkit.compose.schemas import conf_dir, stored_node
 
@@ -68,9 +68,12 @@ def missing_keys(base: DictConfig, parsed: Sequence[Override]) -> list[str]:
 
 def _has(node: Any, key: str) -> bool:
     for part in key.split("."):
-        if not isinstance(node, DictConfig) or part not in node:
+        if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, DictConfig) and part in node:
+            node = node[part]
+        else:
             return False
-        node = node[part]
     return True
 
 
@@ -142,7 +145,8 @@ def _node(group: str, choice: str, folders: Sequence[str]) -> tuple[list[str], T
         if entry == "_self_":
             _merge(tree, body)
         elif here is not None:
-            _merge(tree, _node(*here[1].rsplit("/", 1), folders)[1])
+            inherited, _, name = here[1].rpartition("/")
+            _merge(tree, _node(inherited, name, folders)[1])
         elif not (group in LATE and isinstance(entry, dict) and all(map(_OVERRIDDEN.fullmatch, entry))):
             raise NotPlain
     package = _package(path)

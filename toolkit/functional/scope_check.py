@@ -114,10 +114,11 @@ def check_token_losses(token_losses: object, logprobs: Tensor, name: str) -> Non
     Raises:
         DataError: it returned something else, such as a mean.
     """
-    is_tensor = isinstance(token_losses, Tensor)
-    if is_tensor and token_losses.shape == logprobs.shape and token_losses.is_floating_point():
-        return
-    result = f"{list(token_losses.shape)} {token_losses.dtype}" if is_tensor else type(token_losses).__name__
+    result = type(token_losses).__name__
+    if isinstance(token_losses, Tensor):
+        if token_losses.shape == logprobs.shape and token_losses.is_floating_point():
+            return
+        result = f"{list(token_losses.shape)} {token_losses.dtype}"
     raise DataError(
         f"policy loss {name!r} returned {result}; it must return one loss for each of the {len(logprobs)} selected "
         "tokens, a floating-point tensor, without a mean or a sum: loss.aggregation chooses how they are averaged"

@@ -7,7 +7,7 @@ belongs to the token that the model predicts from position t, i.e. to token t + 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -155,7 +155,7 @@ class LossContextInputItem(TensorRecord):
         return value.expand(shape)
 
 
-def is_token_ids(value: object) -> bool:
+def is_token_ids(value: object) -> TypeGuard[Tensor]:
     """Whether a value is a tensor of integers."""
     return isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
 
@@ -181,13 +181,13 @@ def _by_row(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value.unsqueeze(-1)
 
 
-def _allowed(name: str, shape: torch.Size) -> list[torch.Size]:
+def _allowed(name: str, shape: torch.Size) -> list[tuple[int, ...]]:
     """Return the shapes that a field [B, T] may have: a log-probability belongs to one token, so none is repeated."""
-    shapes = [shape]
+    shapes: list[tuple[int, ...]] = [shape]
     if len(shape) == 2 and (shape[0] == 1 or not _is_of_token(name)):
         shapes.append(shape[1:])
     if len(shape) == 2 and not _is_of_token(name):
-        shapes.append(torch.Size([shape[0], 1]))
+        shapes.append((shape[0], 1))
     return shapes
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
-from toolkit.errors import ConfigError, DataError, did_you_mean, warn_once
+from toolkit.errors import ConfigError, DataError, warn_once
 from toolkit.explain.lint import mistyped_values
 from toolkit.head import HeadPlan
 from toolkit.losses.config.base import BaseLossConfig
@@ -27,7 +27,7 @@ from toolkit.losses.step.builder import item_class
 from toolkit.losses.step.weights import loss_metric
 from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
 from toolkit.runner.arguments import RETURNS, as_tensor, check_has_graph, head_tensors, returned_by, spread
-from toolkit.runner.mistakes import not_a_config, not_a_list, not_of_loss
+from toolkit.runner.mistakes import not_a_config, not_a_field, not_a_list, not_of_loss
 from toolkit.runner.suspicions import MISMATCH, warn_of_mismatch, warn_of_unmasked
 
 RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
@@ -202,7 +202,8 @@ class LossRunner:
         """Accumulate the gradient of several micro-batches as if they were one batch; run the optimizer step yourself.
 
         Args:
-            batches: mappings with the fields of `__call__` (and whatever else `forward` reads), or items.
+            batches: mappings with the fields of `__call__` (and whatever else `forward` reads), or items, whose fields
+                `forward` then gets.
             forward: returns the hidden states and the head (and its bias) of one batch; called once for each, with
                 gradients enabled. What they may be is as in `__call__`.
 
@@ -221,26 +222,24 @@ class LossRunner:
             raise DataError("step() takes a list of batches; for a single one write step([batch], forward)")
         if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
             raise DataError(f"batches is a {type(batches).__name__}; give a list of mappings, one for each micro-batch")
-        batches = list(batches)
-        strange = next((each for each in batches if not isinstance(each, (Mapping, LossContextInputItem))), None)
+        rows = [dict(each) if isinstance(each, LossContextInputItem) else each for each in batches]
+        strange = next((batch for batch in rows if not isinstance(batch, Mapping)), None)
         if strange is not None:
             raise DataError(
                 f"batches holds a {type(strange).__name__}; give a mapping of fields for each micro-batch, such as "
                 "dict(input_ids=..., advantages=...)"
             )
-        if not batches:
+        if not rows:
             raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
-        inputs = [dict(each) if isinstance(each, LossContextInputItem) else each for each in batches]
-        items = [self._item(batch, None) for batch in inputs]
-        cu_seq_lens = [batch.get("cu_seq_lens") for batch in inputs]
+        items = [self._item(batch, None) for batch in rows]
+        cu_seq_lens = [batch.get("cu_seq_lens") for batch in rows]
         bounds = None if all(value is None for value in cu_seq_lens) else cu_seq_lens
         context = self.loss_cfg.loss_ctx_cls
         parts: list[dict[str, Metric]] = []
-        all_kwargs = context.build_batches_loss_kwargs(items, self.loss_cfg, bounds)
-        for batch, item_batch, kwargs in zip(batches, inputs, all_kwargs, strict=True):
+        for batch, kwargs in zip(rows, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
             hidden_states, *head = returned_by(forward(batch))
             width = kwargs.shifted_labels.shape[-1]
-            if hidden_states.shape[-2] == width - 1 and item_batch.get("input_ids") is not None:
+            if hidden_states.shape[-2] == width - 1 and batch.get("input_ids") is not None:
                 kwargs = kwargs.chunk(width - 1)[0]  # without the last position, which has no label
             loss, extra = context(self.loss_cfg, kwargs).forward(hidden_states, *head)
             check_has_graph(loss, "forward(batch)")
@@ -297,28 +296,11 @@ class LossRunner:
 
     def _check_names(self, fields: Mapping[str, Any], *, may_have_others: bool = False) -> None:
         """Raise if a name is unknown; others, for the caller's forward, only if they look like a misspelled field."""
-        known = dict.fromkeys((*FIELDS, *self._item_cls.model_fields))
+        known = tuple(dict.fromkeys((*FIELDS, *self._item_cls.model_fields)))
         for name in fields:
-            if name in known:
-                continue
-            from toolkit.peers import counterpart_keyword  # only a mistake needs it
-            from toolkit.peers.batch_fields import counterpart_field, replaces
-
-            if name in type(self.loss_cfg).model_fields and not may_have_others:
-                write = f"write LossRunner({type(self.loss_cfg).__name__}({name}={fields[name]!r}))"
-                raise DataError(f"{name!r} is not a field of a batch but a setting of the loss config; {write}")
-            elsewhere = counterpart_keyword(str(name), fields[name], type(self.loss_cfg).model_fields)
-            if elsewhere is not None and not may_have_others:
-                raise DataError(f"{name!r} is not a field of a batch but a setting of the loss config; {elsewhere}")
-            counterpart = counterpart_field(str(name), known)
-            if counterpart is not None and not may_have_others:
-                raise DataError(f"{name!r} is not a field of a batch; {counterpart}")
-            ours = replaces(str(name), known)
-            if may_have_others and ours is not None and fields.get(ours) is None:
-                raise DataError(f"{name!r} is not read by the loss, and the batch has no {ours}; {counterpart}")
-            hint = did_you_mean(str(name), known)
-            if hint or not may_have_others:
-                raise DataError(f"{name!r} is not a field of a batch{hint}; it has: {', '.join(known)}")
+            message = None if name in known else not_a_field(name, fields, known, self.loss_cfg, may_have_others)
+            if message is not None:
+                raise DataError(message)
 
     def _labels(self, fields: Mapping[str, Any], num_positions: int | None) -> Tensor:
         input_ids, labels = fields.get("input_ids"), fields.get("shifted_labels")

@@ -229,7 +229,7 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
     if item["type"] == "is_instance_of" and context.get("class") == "Tensor":
         return f"{path} is a {type(value).__name__}; it must be a tensor: torch.as_tensor(...)"
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "string_type" and where and isinstance(value, (int, float)):
+    if item["type"] == "string_type" and where and type(value) in (int, float):
         message += f"; quote it: \"{path}='{value}'\""
     return f"{path}={_shown(value)} is not allowed: {message[:1].lower()}{message[1:]}"
 

@@ -81,6 +81,9 @@ def _with_value(word: str, following: str | None) -> str:
     groups = groups_in(conf_dir())
     if following is not None and "=" not in following and (word in groups or "." in word):
         return f"try: {word}={following}"
+    word = word.rstrip(":")
+    if word in groups and following is not None and "=" not in following:
+        return f"try: {word}={following}"
     if word in groups:
         return f"choose {listed(choices_shown(groups[word]))}, e.g. {word}={groups[word][0]}"
     if word.endswith(".py"):

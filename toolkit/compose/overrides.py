@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from toolkit.compose.grammar import is_override, quoted, why_not_parsed
+from toolkit.compose.grammar import LOOKS_LIKE, is_override, quoted, why_not_parsed
 from toolkit.compose.schemas import conf_dir
 from toolkit.errors import ConfigError
 
@@ -102,6 +102,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for text, following in zip_longest(overrides, overrides[1:]):
+        if text.startswith("="):
+            raise ConfigError(f"{text} has no key; {LOOKS_LIKE}")
         try:
             parsed += parser.parse_overrides([text])
         except HydraException:

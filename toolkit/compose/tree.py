@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -283,6 +284,8 @@ def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> C
     sweeps = [override.input_line for override in parse(overrides) if override.is_sweep_override()]
     if sweeps and not multirun:
         key, _, values = str(sweeps[0]).partition("=")
+        if "." in key and re.fullmatch(r"-?\d+,\d+", values):
+            raise ConfigError(f"{sweeps[0]}: a decimal has a point; try: {key}={values.replace(',', '.')}")
         both = f"write {key}=[{values}] to apply all, or " if key == "correction" else ""
         raise ConfigError(f"{sweeps[0]} names several values; {both}add -m to run one job for each")
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -160,7 +160,7 @@ def counterpart_choice(group: str, choice: str, groups: Mapping[str, Collection[
     if group == "model" and ("/" in choice or choice.startswith((".", "~"))):
         return f"try: model=pretrained model.path={choice}"
     answers = _answers_to_choice(group, choice)
-    if not answers:
+    if not answers and group in OTHER_GROUPS and choice != "none":
         ways = tuple(
             f"{other}={choice}" for other in OTHER_GROUPS if other != group and choice in groups.get(other, ())
         )

@@ -316,7 +316,7 @@ COMMANDS = [
     ("train plugins=[a.py] plugins=[b.py]", r"combine them: plugins=\[a.py,b.py\]"),
     ("train policy_loss=[gspo,vanilla]", "policy_loss takes one choice; add -m to sweep: -m policy_loss=gspo,vanilla"),
     ("train kl=[k1,full]", "kl takes one choice; add -m to sweep: -m kl=k1,full"),
-    ("train policy_loss=my_ppo", r"a function of yours is read with plugins=\[my_file.py\]"),
+    ("train policy_loss=my_unseen_loss", r"a function of yours is read with plugins=\[my_file.py\]"),
     ("train advantage=my_adv", r"a function of yours is read with plugins=\[my_file.py\]"),
     ("train loss=focal", "my_conf/loss/focal.yaml, is read with --config-dir my_conf"),
     ("train task=math", "my_conf/task/math.yaml, is read with --config-dir my_conf"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin
@@ -23,10 +24,6 @@ from pydantic_core import to_jsonable_python
 
 from toolkit.errors import ConfigError, ToolkitError, did_you_mean, listed, nearest
 
-if TYPE_CHECKING:  # not exported
-    from pydantic._internal._model_construction import ModelMetaclass as _OfPydantic
-else:
-    _OfPydantic = type(BaseModel)
 _where: ContextVar[str | None] = ContextVar("where", default=None)
 MAX_SHOWN = 60
 """Characters of a wrong value in a message."""
@@ -42,34 +39,16 @@ def located(where: str) -> Iterator[None]:
         _where.reset(token)
 
 
-class _ModelType(_OfPydantic):
-    """Says what is wrong with the body of a config class."""
-
-    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> type:
-        try:
-            return super().__new__(mcs, name, bases, namespace, **kwargs)
-        except PydanticUserError as error:
-            problem = _untyped(name, namespace) if error.code == "model-field-missing-annotation" else None
-            raise ConfigError(problem or f"class {name}: {str(error).splitlines()[0]}") from None
+PLAIN = (bool, int, float, str, dict, set, type(None))
+"""Types of values that pydantic lets a class body have without a type, so `Model` can say what to write."""
 
 
-def _untyped(name: str, namespace: Mapping[str, Any]) -> str | None:
-    """Say how a value in the body of class `name` becomes a setting or a constant; None if all have a type."""
-    typed = namespace.get("__annotations__", {})
-    for key, value in namespace.items():
-        if not key.startswith("_") and key not in typed and not callable(value) and not hasattr(value, "__get__"):
-            kind = "float | None" if value is None else type(value).__name__
-            return (
-                f"class {name}: {key} = {_shown(value)} has no type; write {key}: {kind} = {_shown(value)} for a "
-                f"setting, or {key}: ClassVar[{kind}] = {_shown(value)} for a constant"
-            )
-    return None
-
-
-class Model(BaseModel, metaclass=_ModelType):
+class Model(BaseModel):
     """A pydantic model whose validation errors are `ToolkitError`: what, where, allowed, next step."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True, ignored_types=PLAIN
+    )
     error_class: ClassVar[type[ToolkitError]] = ConfigError
 
     def __new__(cls, /, *args: Any, **values: Any) -> Self:
@@ -84,6 +63,19 @@ class Model(BaseModel, metaclass=_ModelType):
     def by_name(cls, value: Any) -> str:
         """Return the arguments to write, for a message, instead of a `value` without a name."""
         return "**{...}" if isinstance(value, dict) else f"{next(iter(cls.model_fields), 'field')}=..., ..."
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Raise if a value in the body of a class has no type, because it would be no setting."""
+        inherited = {name for base in cls.__mro__[1:] for name in vars(base)}
+        typed = {*inspect.get_annotations(cls), *inherited}
+        for name, value in vars(cls).items():
+            if isinstance(value, PLAIN) and not name.startswith("_") and name not in typed:
+                kind, shown = "float | None" if value is None else type(value).__name__, _shown(value)
+                raise ConfigError(
+                    f"class {cls.__name__}: {name} = {shown} has no type; write {name}: {kind} = {shown} for a "
+                    f"setting, or {name}: ClassVar[{kind}] = {shown} for a constant"
+                )
 
     def __init__(self, /, **values: Any) -> None:
         try:

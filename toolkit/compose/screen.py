@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from toolkit.compose.schemas import conf_dir, stored_node
 
@@ -46,7 +47,7 @@ def choices_of(parsed: Sequence[Override], root: str, folders: Sequence[str]) ->
     """
     try:
         return OmegaConf.create(_composed(parsed, root, [conf_dir(), *folders]))
-    except NotPlain:
+    except (NotPlain, OmegaConfBaseException):  # or an interpolation that cannot be read
         return None
 
 
@@ -106,6 +107,7 @@ def _composed(parsed: Sequence[Override], root: str, folders: Sequence[str]) -> 
             for choice in _as_list(chosen.get(group, changed.get(group, default))):
                 package, node = _node(group, str(choice), folders)
                 _merge(tree, functools.reduce(lambda inner, part: {part: inner}, reversed(package), node))
+    tree.pop("hydra", None)  # of a user's preset
     return tree
 
 

@@ -217,6 +217,7 @@ def _screened(parsed: Sequence[Override], taken: Sequence[str], root: Root) -> D
     base = choices_of(parsed, root.name, config_folders_in(parsed))
     if base is None:
         return None
+    check_where_options_are(parsed, base)
     missing = missing_keys(base, [o for o, text in zip(parsed, taken, strict=True) if not text.startswith("++")])
     if missing:
         mistake = _wrong_key(parsed, base, root)

@@ -156,7 +156,7 @@ class LossContextInputItem(TensorRecord):
 
 
 def is_token_ids(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a tensor of integers."""
+    """Whether a `value` is a tensor [...] of integers."""
     return isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
 
 

@@ -21,6 +21,11 @@ class Counterpart(NamedTuple):
     remark: str = ""
 
 
+BATCH = (
+    *("input_ids", "shifted_labels", "loss_mask", "attention_mask", "cu_seq_lens", "group_ids", "advantages"),
+    *("old_logprobs", "current_logprobs", "ref_logprobs", "rollout_logprobs", "teacher_logprobs"),
+)
+"""The fields of a batch that other projects have, too."""
 MASK = Counterpart(
     ("loss_mask",), "mark the positions that do not count by -100 in shifted_labels, or use from_unshifted(ids, mask)"
 )

@@ -30,6 +30,7 @@ from toolkit.functional.policy.registry import POLICY_LOSSES
 from toolkit.functional.rewards import RewardTerms
 from toolkit.head import token_logprobs
 from toolkit.testing import assert_layout_invariant
+from toolkit.training.startup import check_environment
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 8, 4, 11
 UNIT = "train loss=grop"
@@ -97,7 +98,7 @@ def answer(command: str, monkeypatch: pytest.MonkeyPatch, read: Callable[[], str
     """Return what a command says of its mistake."""
     program, *arguments = shlex.split(command)
     composed = {
-        "train": lambda: check_command_line(arguments),
+        "train": lambda: check_command_line(arguments, check=check_environment),
         "bench": lambda: build_bench(compose_run(arguments, root=BENCH, build=build_bench).cfg),
     }
     if program in composed:
@@ -114,6 +115,8 @@ def answer(command: str, monkeypatch: pytest.MonkeyPatch, read: Callable[[], str
 def test_commands(
     command: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if "training.resume=/" in command:
+        pytest.importorskip("reasoning_gym")  # packages of the extra are checked first
     said = answer(command, monkeypatch, lambda: capsys.readouterr().err)
     assert re.search(sentence, said, re.DOTALL), said
     assert "Traceback" not in said

@@ -344,6 +344,7 @@ COMMANDS = [
     ("train =k3", "=k3 has no key; an override looks like"),
     ("train policy_loss: gspo", "try: policy_loss=gspo"),
     ("train rollout.temperature=0", "rollout.temperature=0 is not allowed"),
+    ("train training.resume=/nope", "training.resume='/nope' holds no checkpoint"),
     ("train training.resume=true", "training.resume=True is not allowed: input should be a valid string$"),
     ("train optimizer.betas=0.9", r"must be a list; write optimizer.betas=\[0.9,0.999\]"),
     ("train optimizer.betas=[0.9]", r"must be a list of 2; write optimizer.betas=\[0.9,0.999\]"),

@@ -148,10 +148,11 @@ def _print_help(arguments: argparse.Namespace) -> None:
 def _checked(arguments: argparse.Namespace) -> list[str]:
     """Check what needs no torch; return the command line with its overrides in the form that Hydra accepts."""
     overrides = with_folder(arguments.overrides, arguments.config_dir)
-    checked = check_command_line(overrides, multirun=arguments.multirun)
+    check = None if arguments.cfg or arguments.info else check_environment
+    checked = check_command_line(overrides, multirun=arguments.multirun, check=check)
     instead = dict(zip(overrides, checked.overrides, strict=True))
     taken = [instead.get(word, word) for word in sys.argv[1:]]
-    if not (arguments.cfg or arguments.info):
+    if check is not None:
         if checked.folder.path is not None and not checked.folder.is_dated and not arguments.multirun:
             checked, continued = _continued(checked, checked.folder.path)
             taken += continued

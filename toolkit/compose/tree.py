@@ -275,8 +275,13 @@ def _hydra_of_conf() -> Iterator[None]:
         GlobalHydra.instance().hydra = outer  # looked up again: Hydra may have replaced the instance
 
 
-def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> CommandLine:
+def check_command_line(
+    overrides: Sequence[str], *, multirun: bool = False, check: Callable[[RunConfig], object] | None = None
+) -> CommandLine:
     """Check a command line as far as possible without torch: choices, keys, types and ranges.
+
+    `check` raises for a valid configuration that cannot run here; it is called before Hydra composes, if possible, so
+    call it for each of the configurations, too.
 
     Raises:
         ConfigError: something is wrong; the message is about the first mistake.
@@ -295,9 +300,15 @@ def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> C
         )
     if multirun:
         jobs = islice(sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
+
+    def build(cfg: DictConfig) -> None:
+        config = build_config(cfg)
+        if check is not None:
+            check(config)
+
     configs, added, folder = [], set(), Folder(None, is_dated=False)
     for job in jobs:
-        composed = _compose(job, TRAIN, build_config)
+        composed = _compose(job, TRAIN, build)
         configs.append(build_config(composed.cfg))
         added |= {text.removeprefix("++").partition("=")[0] for text in composed.overrides if text.startswith("++")}
         folder = composed.sweep_dir if multirun else composed.run_dir

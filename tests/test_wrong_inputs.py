@@ -98,7 +98,9 @@ def answer(command: str, monkeypatch: pytest.MonkeyPatch, read: Callable[[], str
     """Return what a command says of its mistake."""
     program, *arguments = shlex.split(command)
     composed = {
-        "train": lambda: check_command_line(arguments, check=check_environment),
+        "train": lambda: check_command_line(
+            [each for each in arguments if each != "-m"], multirun="-m" in arguments, check=check_environment
+        ),
         "bench": lambda: build_bench(compose_run(arguments, root=BENCH, build=build_bench).cfg),
     }
     if program in composed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -86,6 +86,8 @@ def _with_value(word: str, following: str | None) -> str:
         return f"try: {word}={following}"
     if word in groups:
         return f"choose {listed(choices_shown(groups[word]))}, e.g. {word}={groups[word][0]}"
+    if word == "help":
+        return "try: --help"
     if word.endswith(".py"):
         return f"try: plugins=[{word}]"
     ways = {group: f"{group}={word}" for group, choices in groups.items() if word in choices}
@@ -115,21 +117,25 @@ def check_values(parsed: Iterable[Override], needed: Iterable[str]) -> None:
         ConfigError: several choices of a group that takes one, ``None`` for ``null``, or a part that is removed.
     """
     parsed = list(parsed)
-    _check_repeated(parsed)
+    check_repeated(parsed)
     for override in parsed:
         key, text, value = str(override.key_or_group), str(override.input_line), override.value()
         if override.is_sweep_override():
             raise ConfigError(f"{text} names several values; name one (toolkit-train -m runs one job for each)")
         if override.is_delete() and key in needed:
             raise ConfigError(f"{text}: every run needs {key}; leave this out for its default")
-        if isinstance(value, list) and "." not in key and key not in (*COMPOSABLE, "plugins"):
+        if isinstance(value, list) and Path(conf_dir(), key).is_dir() and key not in COMPOSABLE:
             raise ConfigError(f"{text}: {key} takes one choice; add -m to sweep: -m {key}={','.join(map(str, value))}")
         if text.endswith("=None") and "." in key:
             raise ConfigError(f"{text} is the text 'None'; for no value write {key}=null")
 
 
-def _check_repeated(parsed: Iterable[Override]) -> None:
-    """Raise if two overrides set one key to different values, of which Hydra would take the last."""
+def check_repeated(parsed: Iterable[Override]) -> None:
+    """Raise if two overrides set one key to different values, of which Hydra would take the last.
+
+    Raises:
+        ConfigError: they do; the message says what to write instead.
+    """
     earlier: dict[str, Override] = {}
     for override in parsed:
         key = str(override.key_or_group)
@@ -137,7 +143,7 @@ def _check_repeated(parsed: Iterable[Override]) -> None:
             continue
         first = earlier.setdefault(key, override)
         if first.value() != override.value():
-            both = [str(each) for o in (first, override) for each in _elements(o.value())]
+            both = [str(each.input_line).partition("=")[2].strip("[]") for each in (first, override)]
             combined = f", or combine them: {key}=[{','.join(both)}]" if key in (*COMPOSABLE, "plugins") else ""
             raise ConfigError(
                 f"{first.input_line} and {override.input_line} set {key} twice; leave one out{combined} (in a script, "
@@ -146,7 +152,3 @@ def _check_repeated(parsed: Iterable[Override]) -> None:
                 else f"{first.input_line} and {override.input_line} choose {key} twice; leave one out{combined}, or "
                 f"run both with -m {key}={','.join(both)}"
             )
-
-
-def _elements(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]

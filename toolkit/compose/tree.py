@@ -29,7 +29,7 @@ from toolkit.compose.diagnosis import (
     unreadable_file,
     what_hydra_says,
 )
-from toolkit.compose.grammar import check_values
+from toolkit.compose.grammar import check_repeated, check_values
 from toolkit.compose.overrides import (
     adapted,
     check_policy_loss_keys,
@@ -299,6 +299,7 @@ def check_command_line(
             "-m runs one job after another in one process, but WORLD_SIZE is above 1; start each job separately"
         )
     if multirun:
+        check_repeated(parse(overrides))  # the sweeper would take the last
         jobs = islice(sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
 
     def build(cfg: DictConfig) -> None:

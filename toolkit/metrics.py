@@ -172,7 +172,6 @@ class EffectiveSampleSize(Metric):
 
 Metrics = Mapping[str, Metric]
 M = TypeVar("M", bound=Metric)
-KINDS = (Sum, Mean, Min, Max, EffectiveSampleSize)
 
 
 def merge_metrics(parts: Iterable[Metrics]) -> dict[str, Metric]:
@@ -188,7 +187,7 @@ def metrics_in(extra: object) -> dict[str, Metric]:
     """Return the metrics in what a loss returned besides its value; logits, for example, are skipped."""
     if not isinstance(extra, Mapping):
         return {}
-    return {name: value for name, value in extra.items() if isinstance(value, KINDS)}
+    return {name: value for name, value in extra.items() if isinstance(value, Metric)}
 
 
 def extremes(values: Tensor) -> tuple[Min, Max]:

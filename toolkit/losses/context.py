@@ -48,6 +48,11 @@ class BaseLossContext(KwargsBuilder[ItemT]):
     loss_kwargs: Any
 
     def __init__(self, loss_cfg: BaseLossConfig, loss_kwargs: BaseLossKwargs) -> None:
+        if not isinstance(loss_cfg, BaseLossConfig):
+            raise ConfigError(
+                f"{type(self).__name__} takes a loss config, then the kwargs of a micro-batch, but the first is a "
+                f"{type(loss_cfg).__name__}"
+            )
         self.loss_cfg = loss_cfg
         self.loss_kwargs = loss_kwargs
 

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 from toolkit.errors import ConfigError
 from toolkit.head.options import HeadOptions
 from toolkit.losses.config.term import LossTerm, checked_terms
-from toolkit.schema import Config, answer, checked_chunk_size
+from toolkit.schema import PLAIN, Config, answer, checked_chunk_size
 
 _module = cache(importlib.import_module)
 """Kept, because every call of `import_module` takes the import lock; what it holds may still be reloaded."""
@@ -21,7 +21,9 @@ _module = cache(importlib.import_module)
 class BaseLossConfig(Config):
     """The settings of every loss. Subclass it, add fields, list the `terms` and name the `context` computing them."""
 
-    model_config = ConfigDict(ignored_types=(LossTerm, tuple, list))  # a class may write terms = (LossTerm(...), ...)
+    model_config = ConfigDict(
+        ignored_types=(*PLAIN, LossTerm, tuple, list)
+    )  # a class may write terms = (LossTerm(...), ...)
     context: ClassVar[str | type | None] = None
     """The context class that computes this loss, or its path: ``"toolkit.losses.ce:CELossContext"``."""
 

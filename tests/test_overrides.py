@@ -11,7 +11,7 @@ from hydra._internal.utils import get_args_parser
 from toolkit import ConfigError, LossRunner
 from toolkit.compose.grammar import quoted
 from toolkit.compose.overrides import options_first, parse
-from toolkit.compose.tree import check_command_line
+from toolkit.compose.tree import check_command_line, load_loss
 from toolkit.explain.__main__ import main as explain
 
 SHELL = ", with both kinds of quotes in a shell"
@@ -116,3 +116,14 @@ def test_tables_of_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.
     said = capsys.readouterr().err
     assert said.startswith(f"error: --markdown README.md: there is no such file in {tmp_path}; ")
     assert "Errno" not in said
+
+
+def test_in_a_list_of_a_program_a_later_value_replaces_an_earlier_one() -> None:
+    usual = ["policy_loss.cliprange_low=0.1", "kl=k3"]
+    assert load_loss([*usual, "policy_loss.cliprange_low=0.3", "kl=k3"]).policy_options["cliprange_low"] == 0.3
+    with pytest.raises(ConfigError, match="kl=k3 and kl=k1 choose kl twice"):
+        load_loss([*usual, "kl=k1"])
+    with pytest.raises(ConfigError, match=r"set policy_loss\.cliprange_low twice"):
+        check_command_line([*usual, "policy_loss.cliprange_low=0.3"])
+    (config,) = check_command_line([*usual, "++policy_loss.cliprange_low=0.3"]).configs
+    assert config.loss.policy_options["cliprange_low"] == 0.3

@@ -46,7 +46,7 @@ def launched(folder: Path, *of_rank: list[str]) -> list[tuple[int, str]]:
 
 @pytest.mark.dist
 def test_settings_of_one_rank_alone(tmp_path: Path) -> None:
-    one = ["optimizer.lr=0.002", "aggregation=token_sum", "seed=3", "training.steps=2"]
+    one = ["optimizer.lr=0.002", "aggregation=token_sum", "seed=3", "++training.steps=2"]
     (code0, said0), (code1, said1) = launched(tmp_path, [], one)
     assert (code0, code1) == (1, 1)
     for said, here, values in ((said0, 0, ("0.001", "0.002")), (said1, 1, ("0.002", "0.001"))):

@@ -148,7 +148,7 @@ def test_a_slip_in_an_own_loss_shows_before_the_warm_up(tmp_path: Path) -> None:
     )
     done = train(tmp_path / "run", *SMOKE, f"plugins=[{plugin}]", "policy_loss=slip")
     assert done.returncode != 0
-    assert "has no attribute 'ratios'" in done.stderr
+    assert "(slip.py:4): t.ratios is not a field of PolicyTerms (did you mean 'ratio'?)" in done.stderr
     assert "warm-up" not in done.stdout
 
 

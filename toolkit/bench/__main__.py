@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from toolkit.bench.config import BENCH, build_bench
-from toolkit.compose.grammar import quoted
-from toolkit.compose.overrides import options_first
+from toolkit.compose.grammar import check_repeated, quoted
+from toolkit.compose.overrides import options_first, parse
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
 from toolkit.compose.tree import compose_run
 from toolkit.errors import print_text, say_warnings_plainly, stopping_on_error
@@ -55,6 +55,7 @@ def main() -> None:
         sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
         arguments = get_args_parser().parse_args()
         if not (arguments.shell_completion or arguments.hydra_help):
+            check_repeated(parse(arguments.overrides))
             cfg, _, folder, _ = compose_run(
                 arguments.overrides, root=BENCH, config_dir=arguments.config_dir, build=build_bench
             )

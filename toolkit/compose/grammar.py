@@ -117,14 +117,14 @@ def check_values(parsed: Iterable[Override], needed: Iterable[str]) -> None:
         ConfigError: several choices of a group that takes one, ``None`` for ``null``, or a part that is removed.
     """
     parsed = list(parsed)
-    check_repeated(parsed)
+    check_repeated([override for override in parsed if _is_choice(str(override.key_or_group))])
     for override in parsed:
         key, text, value = str(override.key_or_group), str(override.input_line), override.value()
         if override.is_sweep_override():
             raise ConfigError(f"{text} names several values; name one (toolkit-train -m runs one job for each)")
         if override.is_delete() and key in needed:
             raise ConfigError(f"{text}: every run needs {key}; leave this out for its default")
-        if isinstance(value, list) and Path(conf_dir(), key).is_dir() and key not in COMPOSABLE:
+        if isinstance(value, list) and _is_choice(key) and key not in (*COMPOSABLE, "plugins"):
             raise ConfigError(f"{text}: {key} takes one choice; add -m to sweep: -m {key}={','.join(map(str, value))}")
         if text.endswith("=None") and "." in key:
             raise ConfigError(f"{text} is the text 'None'; for no value write {key}=null")
@@ -132,6 +132,9 @@ def check_values(parsed: Iterable[Override], needed: Iterable[str]) -> None:
 
 def check_repeated(parsed: Iterable[Override]) -> None:
     """Raise if two overrides set one key to different values, of which Hydra would take the last.
+
+    On a command line that is a slip. In a list of a program, such as ``[*usual, "training.steps=5"]``, a later value is
+    meant to replace an earlier one; a later choice is not, because it takes back all that the earlier one set.
 
     Raises:
         ConfigError: they do; the message says what to write instead.
@@ -148,7 +151,12 @@ def check_repeated(parsed: Iterable[Override]) -> None:
             raise ConfigError(
                 f"{first.input_line} and {override.input_line} set {key} twice; leave one out{combined} (in a script, "
                 f"++{override.input_line} replaces an earlier value)"
-                if "." in key
+                if not _is_choice(key)
                 else f"{first.input_line} and {override.input_line} choose {key} twice; leave one out{combined}, or "
                 f"run both with -m {key}={','.join(both)}"
             )
+
+
+def _is_choice(key: str) -> bool:
+    """Whether a key chooses files: of a group, or plugins."""
+    return key == "plugins" or Path(conf_dir(), key).is_dir()

@@ -298,8 +298,8 @@ def check_command_line(
         raise ConfigError(
             "-m runs one job after another in one process, but WORLD_SIZE is above 1; start each job separately"
         )
+    check_repeated(parse(overrides))
     if multirun:
-        check_repeated(parse(overrides))  # the sweeper would take the last
         jobs = islice(sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
 
     def build(cfg: DictConfig) -> None:

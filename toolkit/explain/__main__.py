@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from toolkit.compose.build import build_loss
+from toolkit.compose.grammar import check_repeated
 from toolkit.compose.overrides import options_first, parse
 from toolkit.compose.tree import compose_loss
 from toolkit.errors import ConfigError, print_text, stopping_on_error
@@ -70,6 +71,7 @@ def _answer(arguments: argparse.Namespace) -> str:
         return _words(arguments.project, arguments.markdown)
     if arguments.markdown is not None:
         return _markdown(arguments.markdown)
+    check_repeated(parse(arguments.overrides))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         preset = next((str(o.value()) for o in parse(arguments.overrides) if o.key_or_group == "loss"), None)

@@ -70,7 +70,7 @@ MUTATIONS = (
     Mutation(
         name="the-last-choice-wins",
         file="toolkit/compose/grammar.py",
-        line="if isinstance(value, list) and Path(conf_dir(), key).is_dir() and key not in COMPOSABLE:",
+        line='if isinstance(value, list) and _is_choice(key) and key not in (*COMPOSABLE, "plugins"):',
         becomes="if False:",
         tests=("tests/test_overrides.py::test_what_to_write_instead",),
     ),

@@ -146,7 +146,7 @@ def test_fields_that_a_file_does_not_list_are_set_without_a_plus(own: Path) -> N
     [
         ("task.num_heldot=12", "try: task.num_heldout=12"),
         ("task.extra=x", "task.extra='x' is not allowed"),
-        ("task.nothing_like_it=1", "task.nothing_like_it is not a setting; task has: reward, word_length"),
+        ("task.nothing_like_it=1", "task.nothing_like_it is not a setting; task has: reward, reward_weights"),
         ("policy_loss.delat=1", "try: policy_loss.delta=1"),
     ],
 )
@@ -361,7 +361,7 @@ def test_help_shows_the_choices_that_were_made(own: Path) -> None:
     assert "\npolicy_loss." not in preset
     cfg = compose_config(["task=own"], config_dir=own)
     listed = help_text(cfg, root=TRAIN, purpose="", examples={"a": ""}, folders=[str(own)])
-    assert "task: own, spell_backward" in listed
+    assert "task: jsonl, own, reasoning_gym, sft, spell_backward" in listed
     assert "task.extra=3" in listed
     assert "loss: ce, grpo, opd, oreal, own, preset/<peer>/<name>" in listed
 

@@ -62,7 +62,13 @@ def usual() -> RunConfig:
     ),
 )
 def test_every_choice_of_every_group_composes(group: str, usual: RunConfig) -> None:
-    extra = {"pretrained": ["model.path=x"], "adaptive": ["kl=k2"]}
+    extra = {
+        "pretrained": ["model.path=x"],
+        "adaptive": ["kl=k2"],
+        "jsonl": ["task.path=x", "task.reward=numeric"],
+        "sft": ["task.path=x", "loss=ce"],
+        "reasoning_gym": ["task.name=gcd"],
+    }
     if group == "aggregation":
         extra = {"constant": ["loss.aggregation.length=5"]}
     for path in (CONF / group).glob("*.yaml"):

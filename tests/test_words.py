@@ -32,6 +32,7 @@ from toolkit.losses.config.correction import CorrectionConfig
 from toolkit.models.config import PretrainedConfig
 from toolkit.peers import COMPUTED, VALUE, counterpart, in_python, projects, words_of
 from toolkit.rollout.config import RolloutConfig
+from toolkit.tasks.config import DatasetConfig
 from toolkit.training.config import (
     KLControlConfig,
     OptimizerConfig,
@@ -203,6 +204,7 @@ SECTIONS = {
     "warmup": WarmupConfig,
     "kl_control": KLControlConfig,
     "model": PretrainedConfig,
+    "task": DatasetConfig,
 }
 LOSSES = {"grpo": GRPOLossConfig, "oreal": OrealLossConfig, "opd": OPDLossConfig}
 

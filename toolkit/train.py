@@ -70,7 +70,7 @@ def _job(cfg: DictConfig) -> float | None:
         _stop(error)
     if summary.interrupted:
         sys.exit(INTERRUPTED)
-    return summary.accuracy_after
+    return summary.objective
 
 
 def main() -> None:

@@ -208,3 +208,12 @@ def test_no_rows_at_all(model) -> None:
     other = RewardTerms(rewards=torch.ones(2), group_ids=torch.zeros(2, dtype=torch.int64), mask=mask)
     joined = joined_terms([reward_terms(torch.zeros(0, 2), found), other])
     assert joined.group_ids.tolist() == [0, 0]
+
+
+def test_a_text_ends_at_the_tokens_of_the_generation_config_too(model) -> None:
+    policy, tokenizer = model
+    policy.lm.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("b")]
+    found = complete(policy.lm, tokenizer, PROMPTS, max_new_tokens=6, group_size=20, temperature=1.0)
+    ended = [text for text, finished in zip(found.texts, found.finished, strict=True) if finished]
+    assert any(text.endswith("b") for text in ended)
+    assert not any("b" in text[:-1] for text in found.texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.test_mixed_precision import _fresh_state, trainer_with  # noqa: F401
 from toolkit.metrics import Mean, Sum, merge_metrics, to_floats
 from toolkit.training import trainer as module
 from toolkit.training.layout import share_of
+from toolkit.training.rewarding import Rewarded
 from toolkit.training.step import per_update
 
 pytestmark = pytest.mark.usefixtures("_fresh_state")
@@ -22,7 +24,7 @@ def test_advantages_are_made_of_rewards_less_kl() -> None:
     trainer = trainer_with(None, "kl=k1_in_reward", "kl_control.reward_coef=0.5", "rollout.temperature=0.8")
     seen: list[torch.Tensor] = []
     kept = trainer._advantages
-    trainer._advantages = lambda rewards, completions: seen.append(rewards) or kept(rewards, completions)
+    trainer._advantages = lambda rewards, *others: seen.append(rewards) or kept(rewards, *others)
     phase = trainer.main_phase()
     with torch.no_grad():
         for parameter in trainer.reference.parameters():
@@ -42,14 +44,15 @@ def test_a_process_rewards_and_samples_its_own_prompts(monkeypatch: pytest.Monke
     seeds: list[str] = []
     draw = module.row_uniforms
 
-    def reward(example: Any, text: str, ended: bool, step: int, number: int) -> float:
-        rewarded.append((example.prompt, number))
-        return float(number)
+    def rewarder(examples: Any, completions: Any, seeds: Any) -> Rewarded:
+        numbers = [int(seed.rpartition("/")[2]) for seed in seeds]
+        rewarded.extend((example.prompt, number) for example, number in zip(examples, numbers, strict=True))
+        return Rewarded(torch.tensor(numbers, dtype=torch.float32), {})
 
     monkeypatch.setattr(module, "row_uniforms", lambda own, number: seeds.extend(own) or draw(own, number))
-    trainer._reward = reward
+    monkeypatch.setattr(trainer, "rewarder", Mock(side_effect=rewarder))
     trainer._share = lambda number, rank=None: share_of(number, 1 if rank is None else rank, 2)
-    trainer._advantages = lambda rewards, completions: torch.arange(8.0).unsqueeze(-1)
+    trainer._advantages = lambda *_: torch.arange(8.0).unsqueeze(-1)
     prompts = trainer.task.heldout[:4]
     rows, _, _ = trainer._experience(prompts, step=6)
     assert rewarded == [(prompts[2].prompt, 4), (prompts[2].prompt, 5), (prompts[3].prompt, 6), (prompts[3].prompt, 7)]

@@ -85,6 +85,13 @@ def row_uniforms(seeds: Sequence[str], number: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64).view(len(seeds), number)
 
 
+def end_ids(lm: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's, and those of the model's generation config (chat models)."""
+    stops = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
+
+
 @torch.no_grad()
 def complete(
     lm: Any,
@@ -119,6 +126,7 @@ def complete(
         if uniforms is None:
             uniforms = torch.rand(len(input_ids), max_new_tokens, dtype=torch.float64)
         chooser = _Chooser(temperature, uniforms.to(device, wide_dtype(input_ids)))
+    ends = end_ids(lm, tokenizer)
     was_training = lm.training
     lm.eval()
     sequences = lm.generate(
@@ -126,14 +134,14 @@ def complete(
         attention_mask=prompt_mask,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         logits_processor=LogitsProcessorList([chooser]),
         do_sample=False,  # of the one token that the chooser leaves
         synced_gpus=synced_gpus,
     )
     lm.train(was_training)
     new = sequences[:, input_ids.shape[1] :]
-    is_end = (new == tokenizer.eos_token_id).int()
+    is_end = torch.isin(new, torch.tensor(ends, device=device)).int()
     written = (is_end.cumsum(-1) - is_end) == 0  # up to and including the first end
     is_new = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), written], -1)
     not_sampled = torch.full_like(prompt_mask, torch.nan, dtype=chooser.chosen[0].dtype)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -17,10 +17,17 @@ class Example:
     """A prompt and what its verifier needs."""
 
     prompt: str
+    """The text that the model sees, special tokens included."""
     answer: str
-    """The reference answer; RL never shows it to the policy."""
+    """The reference answer; RL never shows it to the policy. Empty if there is none."""
     entry: Any = None
     """Any other data for the verifier."""
+    source: Any = None
+    """The prompt as rewards get it: a text, or chat messages; None: `prompt`."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What rewards get as keyword arguments."""
+    segments: tuple[tuple[str, bool], ...] = ()
+    """A demonstration as pieces of text, each with whether it is scored; empty: `prompt`, and `answer` scored."""
 
 
 class Task(ABC):
@@ -29,9 +36,10 @@ class Task(ABC):
     train: Sequence[Example]
     """Examples whose prompts RL uses; it never sees their answers."""
     heldout: Sequence[Example]
-    """Examples that only measure accuracy; none of them is in `train` or demonstrated."""
+    """Examples that only measure the policy; none of them is in `train` or demonstrated."""
     alphabet: str
     """Every character of prompts and answers."""
+    _has_failed = False
 
     @abstractmethod
     def score(self, example: Example, completion: str) -> float:
@@ -44,7 +52,9 @@ class Task(ABC):
         try:
             return float(self.score(example, completion))
         except Exception:  # a verifier meets every kind of text; its crash must not end the run
-            logger.warning("the verifier failed on %r; reward 0", completion, exc_info=True)
+            level = logging.DEBUG if self._has_failed else logging.WARNING
+            logger.log(level, "the verifier failed on %r; reward 0", completion, exc_info=True)
+            self._has_failed = True
             return 0.0
 
     @abstractmethod
@@ -55,6 +65,27 @@ class Task(ABC):
         """Return training examples, the same for the same `rng`; override it to prefer some over others."""
         pool = list(self.train)
         return rng.sample(pool, number) if number <= len(pool) else rng.choices(pool, k=number)
+
+    def draw_at(self, step: int, number: int, rng: Random) -> list[Example]:
+        """Return the training examples of a step; by default drawn anew in each."""
+        return self.draw(number, rng)
+
+    def demonstrate_at(self, step: int, number: int, rng: Random) -> list[Example]:
+        """Return the demonstrations of a step; by default drawn anew in each."""
+        return self.demonstrate(number, rng)
+
+    def prepare(self, tokenizer: Any, *, context: int | None, max_new_tokens: int | None) -> None:  # noqa: B027
+        """Turn the examples into what the model sees, and check that it fits; by default they are already.
+
+        Args:
+            tokenizer: of the model.
+            context: most tokens that the model reads; None: not known.
+            max_new_tokens: longest completion; None: as long as `longest_completion` says.
+        """
+
+    def longest_completion(self, context: int | None) -> int:
+        """Return where completions are cut, in tokens, if ``rollout.max_new_tokens`` does not say."""
+        return self.longest_answer + 1  # the end of the text is a token
 
     @property
     def longest_answer(self) -> int:

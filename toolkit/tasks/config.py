@@ -2,26 +2,126 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from toolkit.schema import Config
+from toolkit.errors import ConfigError, listed
+from toolkit.schema import Config, FrozenDict
 
 if TYPE_CHECKING:
     from toolkit.tasks.base import Task
+    from toolkit.tasks.rows import Source
+    from toolkit.tasks.scoring import RewardSet
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class TaskConfig(Config):
     """Base config of a task."""
 
-    reward: Literal["verifier", "coin_flip"] = "verifier"
-    """verifier: 1 for a right and finished answer, else 0. coin_flip: a control that must not learn."""
+    columns: ClassVar[tuple[str, ...]] = ("answer",)
+    """What the task has for rewards besides prompt and completion."""
+    has_verifier: ClassVar[bool] = True
+    """Whether `Task.score` gives a reward."""
+    demonstrates: ClassVar[bool] = True
+    """Whether the task makes demonstrations for the warm-up by itself."""
+
+    reward: str | tuple[str, ...] | None = "verifier"
+    """verifier: 1 for a right and finished answer, else 0. coin_flip: a control that must not learn. A built-in reward
+    (exact_match, numeric, regex, format, length, math_verify), a function file.py:name or package.module:name, or a
+    list of them."""
+    reward_weights: tuple[FiniteFloat, ...] | None = None
+    """Weight of each reward in their sum; None: 1."""
+    reward_timeout_s: PositiveFloat = 30.0
+    """Seconds for a call of a reward; then the completion's reward is 0, and a metric counts it."""
+    reward_workers: NonNegativeInt = 0
+    """Processes that call each reward, for every training process; 0: called in the training process."""
+    max_reward_failures: Share = 0.5
+    """Share of a step's completions whose reward may raise, run out of time or be no number; more ends the run."""
+    pattern: str | None = None
+    """Regular expression of the rewards regex (somewhere in the completion) and format (all of it)."""
+    target_length: PositiveInt | None = None
+    """Tokens up to which the reward length is 1; at twice as many it is 0."""
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The rewards as a tuple."""
+        if self.reward is None:
+            return ()
+        return (self.reward,) if isinstance(self.reward, str) else self.reward
+
+    @property
+    def reward_settings(self) -> dict[str, Any]:
+        """Arguments of built-in rewards that are set."""
+        settings = {"pattern": self.pattern, "target_length": self.target_length}
+        return {name: value for name, value in settings.items() if value is not None}
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"it is not a regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _rewards_fit(self) -> TaskConfig:
+        from toolkit.tasks.rewards import check_name
+
+        for spec in self.rewards:
+            check_name(spec)
+            if spec == "verifier" and not self.has_verifier:
+                raise ConfigError(
+                    "task.reward=verifier: data has no verifier; name a built-in reward, such as exact_match, or your "
+                    "function: task.reward=my_reward.py:score"
+                )
+        weights = self.reward_weights
+        if weights is not None and len(weights) != len(self.rewards):
+            raise ConfigError(
+                f"task.reward_weights has {len(weights)} numbers for {len(self.rewards)} rewards; give one for each"
+            )
+        return self
 
     @abstractmethod
     def build(self, seed: int) -> Task:
         """Return the task; the same seed gives the same prompts."""
+
+    def check_data(self, seed: int, *, with_completions: bool) -> None:
+        """Read and check what needs no model, and load the rewards; `with_completions` if a run imitates answers.
+
+        Raises:
+            ConfigError: the data or a reward is wrong.
+        """
+        self.build_rewards(seed)
+
+    def data_digest(self, seed: int) -> str | None:
+        """Return a digest of rows that may change between a run and its continuation; None: there are none."""
+        return None
+
+    def build_rewards(self, seed: int) -> RewardSet:
+        """Return the rewards, loaded; the seed is that of `build`."""
+        return self._load_rewards(self.columns)
+
+    def _load_rewards(self, columns: tuple[str, ...]) -> RewardSet:
+        from toolkit.tasks.rewards import load_rewards
+        from toolkit.tasks.scoring import RewardSet
+
+        settings = self.reward_settings
+        rewards = load_rewards(self.rewards, columns=columns, settings=settings) if self.rewards else []
+        return RewardSet(
+            rewards,
+            self.reward_weights,
+            timeout_s=self.reward_timeout_s,
+            num_workers=self.reward_workers,
+            columns=columns,
+            settings=settings,
+        )
 
 
 class SpellBackwardConfig(TaskConfig):
@@ -37,3 +137,164 @@ class SpellBackwardConfig(TaskConfig):
         from toolkit.tasks.spell_backward import SpellBackward
 
         return SpellBackward(seed, word_length=self.word_length, num_heldout=self.num_heldout)
+
+
+class ReasoningGymConfig(TaskConfig):
+    """Any task of reasoning-gym with its verifier, or several mixed in equal parts."""
+
+    columns: ClassVar[tuple[str, ...]] = ("answer", "task")
+    demonstrates: ClassVar[bool] = False
+
+    name: str | None = None
+    """Name of a task of reasoning-gym, such as chain_sum; or give `names`."""
+    names: tuple[str, ...] = ()
+    """Names of several tasks, mixed in equal parts."""
+    size: PositiveInt = 2000
+    """Prompts drawn of each task; equal ones count once."""
+    num_heldout: PositiveInt = 200
+    """Prompts that only measure."""
+    options: Mapping[str, Any] | None = None
+    """Settings of reasoning-gym's tasks, such as {max_terms: 2}; None: their defaults."""
+    as_chat: bool = False
+    """Make a question the user's message of the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """A message before it; needs `as_chat`."""
+
+    @field_validator("options", mode="after")
+    @classmethod
+    def _freeze_options(cls, options: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        return None if options is None else FrozenDict(options)
+
+    @model_validator(mode="after")
+    def _is_named(self) -> ReasoningGymConfig:
+        if (self.name is None) == (not self.names):
+            raise ConfigError("task=reasoning_gym needs task.name=chain_sum, or task.names=[chain_sum,gcd] for several")
+        if self.system_prompt is not None and not self.as_chat:
+            raise ConfigError("task.system_prompt has no effect on prompts that are text; set task.as_chat=true, too")
+        return self
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.names if self.name is None else (self.name,)
+
+    def check_data(self, seed: int, *, with_completions: bool) -> None:
+        """Check the names and load the rewards."""
+        from toolkit.tasks.gym import check_names
+
+        check_names(self._names)
+        super().check_data(seed, with_completions=with_completions)
+
+    def build(self, seed: int) -> Task:
+        """Return the task; needs the extra [train]."""
+        from toolkit.tasks.gym import ReasoningGym
+
+        return ReasoningGym(
+            seed,
+            names=self._names,
+            size=self.size,
+            num_heldout=self.num_heldout,
+            options=self.options or {},
+            as_chat=self.as_chat,
+            system_prompt=self.system_prompt,
+        )
+
+
+class DatasetConfig(TaskConfig):
+    """Your prompts: a file, a folder of files, or a repository of `datasets`."""
+
+    has_verifier: ClassVar[bool] = False
+    demonstrates: ClassVar[bool] = False
+    needs_completions: ClassVar[bool] = False
+    """Whether every row needs something to imitate, whatever the loss."""
+
+    reward: str | tuple[str, ...] | None = None
+    """A built-in reward (exact_match, numeric, regex, format, length, math_verify), your function file.py:name or
+    package.module:name, or a list of them; RL needs one."""
+    path: str
+    """A .jsonl, .json, .csv or .parquet file, a folder of them, or a repository of `datasets`: owner/name[:split]."""
+    prompt_column: str = "prompt"
+    """Column of the prompt: a text, or a list of chat messages."""
+    prompt_template: str | None = None
+    """A prompt made of columns, such as '{question} Answer:'; None: the prompt column."""
+    completion_column: str = "completion"
+    """Column of the text (or messages) that supervised learning imitates."""
+    messages_column: str = "messages"
+    """Column of whole conversations, read where a row has no prompt; what the assistant writes is imitated."""
+    answer_column: str = "answer"
+    """Column that rewards get as `answer`; if a row lacks it, its completion."""
+    tools_column: str = "tools"
+    """Column of tools for the chat template: a list of JSON schemas."""
+    as_chat: bool = False
+    """Make a prompt that is text the user's message of the tokenizer's chat template; messages always go through it."""
+    system_prompt: str | None = None
+    """A message before those of a prompt that has no system message."""
+    heldout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the different prompts that only measure; not read if `heldout_path` or `heldout_column` is set."""
+    heldout_path: str | None = None
+    """File, folder or repository (owner/name:test) of the prompts that only measure."""
+    heldout_column: str | None = None
+    """Column that says which rows only measure: true or false, or test or train."""
+    num_heldout: PositiveInt = 512
+    """Most held-out rows that are measured."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """stop: a row that cannot be used ends the run before any work. skip: it is left out, and a note counts them."""
+    split: str = "train"
+    """Split of a repository whose name does not say it."""
+    subset: str | None = None
+    """Configuration of a repository."""
+
+    @model_validator(mode="after")
+    def _one_split(self) -> DatasetConfig:
+        if self.heldout_path is not None and self.heldout_column is not None:
+            raise ConfigError("set one of task.heldout_path and task.heldout_column")
+        return self
+
+    @property
+    def _source(self) -> Source:
+        from toolkit.tasks.rows import Source
+
+        fields = {name: getattr(self, name) for name in DatasetConfig.model_fields if name not in _OF_REWARDS}
+        return Source(**fields, with_completions=self.needs_completions)
+
+    def check_data(self, seed: int, *, with_completions: bool) -> None:
+        """Read the data and load the rewards."""
+        from toolkit.tasks.rows import load
+
+        loaded = load(self._source, seed)
+        if with_completions and not any(row.completion for row in loaded.train):
+            raise ConfigError(
+                f"task.path={self.path}: supervised learning needs rows with a column {self.completion_column!r} "
+                f"(another name: task.completion_column=...) or {self.messages_column!r}; the columns are "
+                f"{listed(loaded.columns, 'and') if loaded.columns else 'the prompt alone'} (warmup.steps=0 skips a "
+                "warm-up, which needs them, too)"
+            )
+        self.build_rewards(seed)
+
+    def data_digest(self, seed: int) -> str | None:
+        """Return a digest of all rows, their order and which are held out."""
+        from toolkit.tasks.rows import load
+
+        loaded = load(self._source, seed)
+        rows = [(row.prompt, row.completion, row.columns) for row in (*loaded.train, *loaded.heldout)]
+        return hashlib.sha256(repr((len(loaded.train), rows)).encode()).hexdigest()[:16]
+
+    def build_rewards(self, seed: int) -> RewardSet:
+        """Return the rewards, loaded."""
+        from toolkit.tasks.rows import load
+
+        return self._load_rewards(load(self._source, seed).columns)
+
+    def build(self, seed: int) -> Task:
+        """Return the task."""
+        from toolkit.tasks.dataset import DatasetTask
+
+        return DatasetTask(self._source, seed)
+
+
+_OF_REWARDS = frozenset(TaskConfig.model_fields)
+
+
+class SFTConfig(DatasetConfig):
+    """Your demonstrations: prompts with completions, or conversations."""
+
+    needs_completions: ClassVar[bool] = True

@@ -127,10 +127,13 @@ class SchedulerConfig(Config):
 class WarmupConfig(Config):
     """Supervised learning from demonstrations with the toolkit's cross-entropy: the phase before RL."""
 
-    steps: NonNegativeInt = 300
-    """Most optimizer steps of the phase; 0 skips it."""
+    steps: NonNegativeInt | None = None
+    """Most optimizer steps of the phase; 0 skips it. None: `usual_steps` if the task makes demonstrations up, 0
+    for your data."""
+    usual_steps: PositiveInt = 300
+    """Most steps where `steps` leaves it to the task."""
     stop_accuracy: Annotated[float, Field(gt=0, le=1)] | None = 0.35
-    """End the phase when this greedy accuracy is reached on training prompts; None: after `steps`."""
+    """End the phase when this greedy accuracy (or mean reward) is reached on training prompts; None: after `steps`."""
     batch_size: PositiveInt = 64
     """Demonstrations per step, over all processes; also with loss=ce in the main phase."""
     lr: PositiveFloat = 2e-3
@@ -154,6 +157,8 @@ class TrainingConfig(Config):
     """Output directory of an earlier run to continue."""
     overwrite: bool = False
     """Replace the run that the output directory holds; its files are removed first."""
+    dry_run: bool = False
+    """Show three prompts as the model sees them, a completion of each with its reward, and the memory; then stop."""
     num_processes: PositiveInt | None = None
     """Processes that must work together; None: as many as the launcher started."""
     device: Literal["auto", "cpu"] = "auto"

@@ -103,21 +103,33 @@ def rows_from_completions(completions: Completions, group_ids: Tensor, *, temper
     )
 
 
-def reward_terms(rewards: Tensor, completions: Completions) -> RewardTerms:
+def reward_terms(
+    rewards: Tensor, completions: Completions, parts: Tensor | None = None, weights: Tensor | None = None
+) -> RewardTerms:
     """Return what an advantage estimator sees of completions, on the CPU.
 
     Args:
         rewards: [P, G] of G completions of each of P prompts.
         completions: P x G rows of T tokens.
+        parts: [P x G, K] several rewards of each completion; None: there is one.
+        weights: [K] of each in their sum.
     """
     groups = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1])
     mask = completions.is_new[:, 1:].cpu()
-    return RewardTerms(rewards=rewards.flatten(), group_ids=groups, lengths=mask.sum(-1), mask=mask)
+    return RewardTerms(
+        rewards=rewards.flatten(),
+        group_ids=groups,
+        lengths=mask.sum(-1),
+        mask=mask,
+        rewards_multi=parts,
+        reward_weights=None if parts is None else weights,
+    )
 
 
 def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
     """Concatenate the terms of several processes in order; their groups stay separate, short rows are padded."""
     width = max(part.require("mask").shape[1] for part in parts)
+    has_several = parts[0].rewards_multi is not None
     first_group, groups = 0, []
     for part in parts:
         groups.append(part.group_ids + first_group)
@@ -127,23 +139,30 @@ def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
         group_ids=torch.cat(groups),
         lengths=torch.cat([part.require("lengths") for part in parts]),
         mask=torch.cat([pad(part.require("mask"), (0, width - part.require("mask").shape[1])) for part in parts]),
+        rewards_multi=torch.cat([part.require("rewards_multi") for part in parts]) if has_several else None,
+        reward_weights=parts[0].reward_weights,
     )
 
 
 def rows_from_answers(examples: Sequence[Example], tokenizer: Any, device: torch.device) -> Rows:
-    """Turn prompts and reference answers (or none) into rows that score the answer and the end of the text."""
-    prompts = [tokenizer(example.prompt, add_special_tokens=False)["input_ids"] for example in examples]
-    answers = [
-        [*tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        for example in examples
-    ]
-    width = max([2, *(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))])
+    """Turn demonstrations (or none) into rows that score what is to be imitated, the end of the text included."""
+    tokens, is_scored = [], []
+    for example in examples:
+        pieces = example.segments or ((example.prompt, False), (example.answer, True))
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in pieces]
+        marks = [[scored] * len(piece) for piece, (_, scored) in zip(ids, pieces, strict=True)]
+        tokens.append([token for piece in ids for token in piece])
+        is_scored.append([mark for piece in marks for mark in piece])
+        if not tokens[-1] or tokens[-1][-1] != tokenizer.eos_token_id:  # a chat template may have written it
+            tokens[-1].append(tokenizer.eos_token_id)
+            is_scored[-1].append(True)
+    width = max([2, *map(len, tokens)])
     input_ids = torch.full((len(examples), width), tokenizer.pad_token_id)
     labels = torch.full((len(examples), width), IGNORED)
     mask = torch.zeros((len(examples), width), dtype=torch.int64)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        text = torch.tensor([*prompt, *answer])
-        input_ids[row, width - len(text) :] = text
-        labels[row, width - len(answer) :] = torch.tensor(answer)
-        mask[row, width - len(text) :] = 1
+    for row, (text, scored) in enumerate(zip(map(torch.tensor, tokens), map(torch.tensor, is_scored), strict=True)):
+        first = width - len(text)
+        input_ids[row, first:] = text
+        labels[row, first:] = text.where(scored, IGNORED)
+        mask[row, first:] = 1
     return Rows(input_ids.to(device), mask.to(device), labels[:, 1:].to(device))

@@ -56,7 +56,7 @@ class KLPenalty:
         logprobs, ref_logprobs = (values.where(is_scored, 0.0).double() for values in (logprobs, ref_logprobs))
         kl = kl_estimate(logprobs, ref_logprobs, self.control.reward_type).where(is_scored, 0.0).sum(-1).cpu()
         penalised = rewards - self.reward_coef * kl.to(rewards.dtype).view(rewards.shape)
-        return penalised, {"kl_completion": Mean.of(kl), "reward_with_kl": Mean.of(penalised)}
+        return penalised, {"kl_completion": Mean.of(kl), "reward_with_kl": Mean.of(penalised[penalised.isfinite()])}
 
     def observe(self, metrics: Mapping[str, float], num_completions: int) -> dict[str, float]:
         """Adapt the coefficient to the `metrics` of a step, over all processes; return what to report.

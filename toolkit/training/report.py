@@ -10,13 +10,19 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.tasks.base import Example
+from toolkit.training.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from toolkit.training.trainer import Trainer
+
+
+MOST_SHOWN = 160
+"""Characters of a prompt or completion in the printed table."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,19 @@ class Summary:
     """Results of a run."""
 
     accuracy_before: float | None
-    """Greedy accuracy on the held-out examples before the main phase; None when it was not reached."""
+    """Greedy accuracy on the held-out examples before the main phase; None when it was not reached, or for rewards that
+    are not a verifier's."""
     accuracy_after: float | None
     """The same at the end; None when the run was interrupted."""
+    heldout_reward_before: float | None
+    """Mean reward of greedy completions of the held-out prompts, before the main phase."""
+    heldout_reward_se_before: float | None
+    """Its standard error over the prompts."""
+    heldout_reward_after: float | None
+    heldout_reward_se_after: float | None
+    heldout_nll_before: float | None
+    """Negative log-likelihood of the held-out completions in the data, in nats a token; with loss=ce."""
+    heldout_nll_after: float | None
     wall_seconds: float
     """From the start of the program to the end of the last evaluation, imports included."""
     seed: int
@@ -39,23 +55,49 @@ class Summary:
     interrupted: bool
     output_dir: str
 
+    @property
+    def objective(self) -> float | None:
+        """What a sweeper may maximise: accuracy, else mean reward, else likelihood."""
+        likelihood = None if self.heldout_nll_after is None else -self.heldout_nll_after
+        measured = (self.accuracy_after, self.heldout_reward_after, likelihood)
+        return next((value for value in measured if value is not None), None)
+
+    @classmethod
+    def of_dry_run(cls, trainer: Trainer, *, wall_seconds: float, output_dir: Path) -> Summary:
+        """Return the summary of a run that trained nothing."""
+        nothing = Evaluation()
+        return cls.of(trainer, nothing, nothing, wall_seconds=wall_seconds, output_dir=output_dir, interrupted=False)
+
     @classmethod
     def of(
-        cls, trainer: Trainer, before: float | None, after: float | None, *, wall_seconds: float, output_dir: Path
+        cls,
+        trainer: Trainer,
+        before: Evaluation,
+        after: Evaluation,
+        *,
+        wall_seconds: float,
+        output_dir: Path,
+        interrupted: bool,
     ) -> Summary:
         """Return the summary of a finished or interrupted run."""
         loss = trainer.config.loss
         policy_loss = loss.policy.name if isinstance(loss, BaseRLLossConfig) else None
         return cls(
-            accuracy_before=before,
-            accuracy_after=after,
+            accuracy_before=before.accuracy,
+            accuracy_after=after.accuracy,
+            heldout_reward_before=before.reward,
+            heldout_reward_se_before=before.reward_se,
+            heldout_reward_after=after.reward,
+            heldout_reward_se_after=after.reward_se,
+            heldout_nll_before=before.nll,
+            heldout_nll_after=after.nll,
             wall_seconds=round(wall_seconds, 2),
             seed=trainer.config.seed,
             loss=type(loss).__name__ + (f"/{policy_loss}" if policy_loss else ""),
             num_processes=trainer.accelerator.num_processes,
             skipped_updates=trainer.num_skipped,
             overflowed_updates=trainer.num_overflows,
-            interrupted=after is None,
+            interrupted=interrupted,
             output_dir=str(output_dir),
         )
 
@@ -64,8 +106,8 @@ def write_report(
     summary: Summary,
     rows: Sequence[dict[str, Any]],
     examples: Sequence[Example],
-    before: Sequence[str],
-    after: Sequence[str],
+    before: Evaluation,
+    after: Evaluation,
     console: Console,
 ) -> None:
     """Write summary.json and curves.png, and print the results."""
@@ -76,17 +118,22 @@ def write_report(
         message = f"\ninterrupted; the checkpoint is saved. Continue with: training.resume={output_dir}"
         console.print(message, soft_wrap=True)
         return
-    table = Table("prompt", "before", "after", "answer", title="held-out examples (greedy)")
-    for example, old, new in zip(examples, before, after, strict=True):
-        table.add_row(example.prompt, old, new, example.answer)
-    console.print(table)
-    console.print(
-        f"held-out accuracy {summary.accuracy_before:.3f} -> {summary.accuracy_after:.3f} "
-        f"in {summary.wall_seconds:.1f} s (imports included), seed {summary.seed}",
-        style="bold",
-    )
+    if examples:
+        table = Table("prompt", "before", "after", "answer", title="held-out examples (greedy)")
+        for example, old, new in zip(examples, before.completions, after.completions, strict=True):
+            table.add_row(*map(_in_cell, (example.prompt, old, new, example.answer)))
+        console.print(table)
+    measured = f"held-out {before.shown()} -> {after.shown().partition(' ')[2]} " if after.shown() else ""
+    took = f"in {summary.wall_seconds:.1f} s (imports included), seed {summary.seed}"
+    console.print(f"{measured}{took}", style="bold", soft_wrap=True)
     files = "metrics.jsonl, summary.json, curves.png, config.yaml, checkpoint/"
     console.print(f"{files} in {output_dir}", soft_wrap=True)
+
+
+def _in_cell(text: str) -> str:
+    """Return a text for a cell of the table: on one line, cut if it is long, its brackets as they are."""
+    line = text.replace("\n", "\\n")
+    return escape(line if len(line) <= MOST_SHOWN else f"{line[: MOST_SHOWN - 3]}...")
 
 
 def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -121,8 +168,11 @@ def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) ->
         if index == 0 and is_rl:
             _mark_accuracy(axes, summary)
     title = f"{summary.loss}, seed {summary.seed}"
-    if summary.accuracy_after is not None and summary.accuracy_before is not None:
-        title += f": held-out accuracy {summary.accuracy_before:.2f} → {summary.accuracy_after:.2f}"
+    for name in ("accuracy", "heldout_reward", "heldout_nll"):
+        first, last = getattr(summary, f"{name}_before"), getattr(summary, f"{name}_after")
+        if first is not None and last is not None:
+            title += f": held-out {name.removeprefix('heldout_')} {first:.2f} → {last:.2f}"
+            break
     figure.suptitle(title, fontsize=13, x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=130)
 
@@ -136,12 +186,16 @@ def _draw_line(axes: Any, steps: list[int], values: list[float], *, is_main: boo
 
 
 def _mark_accuracy(axes: Any, summary: Summary) -> None:
-    """Mark the held-out accuracies as horizontal lines on the reward panel."""
-    for value, name, color in (
-        (summary.accuracy_before, "greedy held-out accuracy before", "#b0b0b0"),
-        (summary.accuracy_after, "greedy held-out accuracy after", "#238b45"),
-    ):
+    """Mark the held-out accuracies, or mean rewards, as horizontal lines on the reward panel."""
+    is_accuracy = summary.accuracy_before is not None or summary.accuracy_after is not None
+    name = "accuracy" if is_accuracy else "heldout_reward"
+    for when, color in (("before", "#b0b0b0"), ("after", "#238b45")):
+        value = getattr(summary, f"{name}_{when}")
         if value is not None:
-            axes.axhline(value, color=color, linestyle="--", linewidth=1.2, label=f"{name}: {value:.3f}")
-    axes.set_ylim(0, 1.02)
+            label = f"greedy held-out {name.removeprefix('heldout_')} {when}: {value:.3f}"
+            axes.axhline(value, color=color, linestyle="--", linewidth=1.2, label=label)
+    if is_accuracy:
+        axes.set_ylim(0, 1.02)
+    if getattr(summary, f"{name}_before") is None and getattr(summary, f"{name}_after") is None:
+        return
     axes.legend(loc="lower right", fontsize=9, frameon=False)

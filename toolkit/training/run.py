@@ -31,6 +31,8 @@ from toolkit.metrics import Max
 from toolkit.training import checkpoint
 from toolkit.training.agreement import agree
 from toolkit.training.config import TrainingConfig
+from toolkit.training.dry_run import show_dry_run
+from toolkit.training.evaluation import Evaluation
 from toolkit.training.failures import stop_together
 from toolkit.training.phase import Phase
 from toolkit.training.probe import check_gradient_scale
@@ -40,7 +42,7 @@ from toolkit.training.run_config import RunConfig
 from toolkit.training.sharding import Sharding, no_sync, prepare_probe
 from toolkit.training.startup import check_environment
 from toolkit.training.tracking import Tracker
-from toolkit.training.trainer import Evaluation, Trainer
+from toolkit.training.trainer import Trainer
 
 REPEATED_S = 5.0
 """Seconds in which the same signal again is the same request: launchers pass on what the process got itself."""
@@ -128,6 +130,9 @@ def _job(
     task = config.task.build(config.seed)
     policy, tokenizer = config.model.build(task.alphabet)
     trainer = Trainer(config, accelerator, task, policy, tokenizer)
+    if config.training.dry_run:
+        show_dry_run(trainer, console)
+        return Summary.of_dry_run(trainer, wall_seconds=time.time() - started, output_dir=output_dir)
     if accelerator.is_main_process:
         (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     tracker = Tracker(config.tracker, accelerator, output_dir, config.model_dump())
@@ -141,10 +146,11 @@ def _job(
     after = trainer.evaluate() if is_done else Evaluation()
     tracker.close()
     seconds = time.time() - started
-    summary = Summary.of(trainer, before.accuracy, after.accuracy, wall_seconds=seconds, output_dir=output_dir)
+    trainer.rewarder.close()
+    summary = Summary.of(trainer, before, after, wall_seconds=seconds, output_dir=output_dir, interrupted=not is_done)
     if accelerator.is_main_process:
         examples = task.heldout[: len(before.completions)]
-        write_report(summary, tracker.rows, examples, before.completions, after.completions, console)
+        write_report(summary, tracker.rows, examples, before, after, console)
     return summary
 
 
@@ -177,9 +183,10 @@ def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Ev
         if not _run_phase(loop, phase, "warm-up", {}):
             return Evaluation(), False
         before = trainer.evaluate()
-        console.print(f"held-out accuracy before: {before.accuracy:.3f}")
+        if before.shown():
+            console.print(f"held-out {before.shown(' before:')}")
     else:
-        before = Evaluation(state["accuracy_before"], state["completions_before"])
+        before = Evaluation(state["accuracy_before"], state["completions_before"], **state.get("measured_before", {}))
     phase = trainer.main_phase()
     if folder is not None and state["phase"] == "main":
         checkpoint.load_reference(folder, trainer)
@@ -191,7 +198,12 @@ def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Ev
                 soft_wrap=True,
             )
     title = type(trainer.config.loss).__name__.removesuffix("LossConfig").lower()
-    record = {"accuracy_before": before.accuracy, "completions_before": before.completions}
+    measured = {name: getattr(before, name) for name in ("reward", "reward_se", "nll")}
+    record = {
+        "accuracy_before": before.accuracy,
+        "completions_before": before.completions,
+        "measured_before": measured,
+    }
     return before, _run_phase(loop, phase, title, record)
 
 

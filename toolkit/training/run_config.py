@@ -58,6 +58,7 @@ class RunConfig(Config):
             )
         if not isinstance(self.loss, CELossConfig):
             self.advantage.check_training(self.rollout.group_size)
+        self._rewards_are_served()
         self._kl_control_has_a_kl()
         self._loss_can_be_served()
         sampled_at, scored_at = self.rollout.temperature, self.loss.temperature
@@ -68,6 +69,33 @@ class RunConfig(Config):
                 "follows)"
             )
         return self
+
+    @property
+    def warmup_steps(self) -> int:
+        """Most steps of the warm-up: by default none for a task that makes no demonstrations by itself."""
+        if self.warmup.steps is not None:
+            return self.warmup.steps
+        return self.warmup.usual_steps if self.task.demonstrates else 0
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the run learns from demonstrations, in a warm-up or in its main phase."""
+        return self.warmup_steps > 0 or isinstance(self.loss, CELossConfig)
+
+    def _rewards_are_served(self) -> None:
+        rewards = self.task.rewards
+        if isinstance(self.loss, CELossConfig):
+            return
+        if not rewards:
+            raise ConfigError(
+                "task.reward is missing: RL needs one; name a built-in reward (task.reward=exact_match) or your "
+                "function (task.reward=my_reward.py:score), or fine-tune on completions with loss=ce"
+            )
+        if len(rewards) > 1 and self.advantage.estimator == "gdpo" and self.kl_control.reward_type is not None:
+            raise ConfigError(
+                "advantage=gdpo takes each reward by itself, so it would not see the KL in the reward; put the KL into "
+                "the loss (kl=k3)"
+            )
 
     def _kl_control_has_a_kl(self) -> None:
         control, in_loss = self.kl_control, getattr(self.loss, "use_kl_loss", False)

@@ -28,8 +28,10 @@ ENGINES = {
 """Variable that a launcher sets for an engine -> its name, and why this command does not work with it."""
 SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")
 """What a resumed run must share with the run that it continues: data, weights and objective."""
-
-
+DATA = "data"
+"""Key of the digest of a user's rows."""
+MAY_CHANGE = {"reward_timeout_s", "reward_workers", "max_reward_failures"}
+"""Settings of the task that do not change what is learnt."""
 EXTRA = ("matplotlib", "reasoning_gym", "rich", "safetensors", "tokenizers", "transformers")
 """Packages of the extra [train]."""
 
@@ -44,7 +46,7 @@ def check_environment(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
     """Stop a run that cannot work on this machine; return the checkpoint to resume from, as `read_state` does.
 
     Raises:
-        ConfigError: a package is missing, or there is no checkpoint of such a run.
+        ConfigError: a package is missing, the data or a reward is wrong, or there is no checkpoint of such a run.
         LaunchError: the launcher is set to use an engine that this command does not support, or variables of a launcher
             are set although none started this process.
     """
@@ -65,6 +67,7 @@ def check_environment(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
     log_with = config.tracker.log_with
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ConfigError(f"tracker={log_with} needs the package {log_with!r}: pip install {log_with}")
+    config.task.check_data(config.seed, with_completions=config.imitates)
     return None if config.training.resume is None else read_state(config.training.resume, config)
 
 
@@ -107,6 +110,11 @@ def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"training.resume: {folder / 'state.json'} cannot be read: {error}") from None
     for name, value in identity(config).items():
+        if name == DATA and state["identity"].get(name, value) != value:
+            raise ConfigError(
+                "training.resume: the rows of task.path are not those of the earlier run; resume with the same data, "
+                "or start a new run"
+            )
         if state["identity"].get(name) != value:
             raise ConfigError(
                 f"training.resume: the earlier run had {_difference(name, state['identity'].get(name), value)}; resume "
@@ -117,11 +125,13 @@ def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """Return what a resumed run must share with the first one, as JSON values."""
-    parts = {name: getattr(config, name) for name in SAME_WHEN_RESUMED}
-    return {
-        name: part if isinstance(part, int) else {"class": type(part).__name__, **part.model_dump(mode="json")}
-        for name, part in parts.items()
-    }
+    parts: dict[str, Any] = {DATA: config.task.data_digest(config.seed)}
+    for name in SAME_WHEN_RESUMED:
+        part = getattr(config, name)
+        is_config = not isinstance(part, int)
+        fields = part.model_dump(mode="json", exclude=MAY_CHANGE) if is_config else {}
+        parts[name] = {"class": type(part).__name__, **fields} if is_config else part
+    return parts
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

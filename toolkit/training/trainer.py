@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ from toolkit.models.policy import Policy
 from toolkit.rollout.sampler import Completions, complete, row_uniforms
 from toolkit.tasks.base import Example, Task
 from toolkit.training.config import SchedulerConfig
+from toolkit.training.evaluation import BATCH, NUM_SHOWN, Evaluation, evaluate, rewarded_greedily
 from toolkit.training.experience import (
     IGNORED,
     Rows,
@@ -37,6 +38,7 @@ from toolkit.training.experience import (
 from toolkit.training.kl_penalty import KLPenalty
 from toolkit.training.layout import minibatches, share_of
 from toolkit.training.phase import Phase, learning_rate_schedule
+from toolkit.training.rewarding import Rewarded, Rewarder
 from toolkit.training.run_config import RunConfig
 from toolkit.training.sharding import (
     accumulating,
@@ -59,15 +61,6 @@ NUM_LEARNING = "num_learning"
 """Name of the number of tokens to learn from, reduced with the metrics of a step."""
 
 
-class Evaluation(NamedTuple):
-    """What a policy makes of the held-out examples, greedily."""
-
-    accuracy: float | None = None
-    """None: the run stopped before."""
-    completions: Sequence[str] = ()
-    """Of the first examples, to show."""
-
-
 class Trainer:
     """Holds the policy and turns batches into optimizer steps, on any number of processes."""
 
@@ -79,6 +72,9 @@ class Trainer:
         self.reference: Policy | None = None
         self.kl_penalty = KLPenalty(config.kl_control, config.loss)
         policy.fitted(config.loss)  # raises if the loss contradicts the model
+        self.context = context_length(policy.lm)
+        task.prepare(tokenizer, context=self.context, max_new_tokens=config.rollout.max_new_tokens)
+        self.rewarder = Rewarder(config.task, task, config.seed)
         self.policy = prepare_policy(policy, accelerator, config.training.sharding)
         self.num_skipped = 0
         self.num_overflows = 0
@@ -89,9 +85,10 @@ class Trainer:
         """Return the supervised phase: the toolkit's cross-entropy on demonstrations."""
         cfg = self.config.warmup
         shape = SchedulerConfig(shape="constant", warmup_updates=WARMUP_RISE)
-        schedule = learning_rate_schedule(shape, cfg.lr, cfg.steps)
+        schedule = learning_rate_schedule(shape, cfg.lr, self.config.warmup_steps)
         loss_cfg, optimizer = CELossConfig(), self._optimizer(cfg.lr)
-        return Phase("warmup", cfg.steps, lambda phase: self._supervised_step(phase, loss_cfg), optimizer, schedule)
+        steps = self.config.warmup_steps
+        return Phase("warmup", steps, lambda phase: self._supervised_step(phase, loss_cfg), optimizer, schedule)
 
     def main_phase(self) -> Phase:
         """Return the main phase: RL, or supervised learning with ``loss=ce``."""
@@ -138,14 +135,15 @@ class Trainer:
     # ---------------------------------------------------------------- steps
 
     def _supervised_step(self, phase: Phase, loss_cfg: BaseLossConfig) -> dict[str, float]:
-        draw = self._rng(phase.name, phase.next_step, "data")
-        examples = self.task.demonstrate(self.config.warmup.batch_size, draw)
+        step = phase.next_step
+        draw = self._rng(phase.name, step, "data")
+        examples = self.task.demonstrate_at(step, self.config.warmup.batch_size, draw)
         rows = rows_from_answers(examples[self._share(len(examples))], self.tokenizer, self.accelerator.device)
         return to_floats(self._optimizer_step(phase, rows, loss_cfg, self._largest(len(examples))))
 
     def _rl_step(self, phase: Phase) -> dict[str, float]:
         cfg, step = self.config, phase.next_step
-        prompts = self.task.draw(cfg.rollout.prompts_per_step, self._rng("main", step, "data"))
+        prompts = self.task.draw_at(step, cfg.rollout.prompts_per_step, self._rng("main", step, "data"))
         rows, rows_of, measured = self._experience(prompts, step)
         needs_old = cfg.training.minibatches > 1 or bool(getattr(cfg.loss, "correction", ()))
         if needs_old and rows.old_logprobs is None:
@@ -172,15 +170,13 @@ class Trainer:
         cfg, size = self.config.rollout, self.config.rollout.group_size
         share = self._share(len(prompts))
         completions = self._sample(prompts, share, step)
-        rewards = torch.tensor(
-            [
-                self._reward(prompts[share.start + row // size], text, ended, step, share.start * size + row)
-                for row, (text, ended) in enumerate(zip(completions.texts, completions.finished, strict=True))
-            ]
-        ).view(-1, size)
+        examples = [prompt for prompt in prompts[share] for _ in range(size)]
+        seeds = [self._seed("main", step, "reward", share.start * size + row) for row in range(len(examples))]
+        rewarded = self.rewarder(examples, completions, seeds)
+        rewards = rewarded.totals.view(-1, size)
         groups = torch.arange(share.start, share.stop).repeat_interleave(size)
         rows = rows_from_completions(completions, groups, temperature=cfg.temperature)
-        measured: dict[str, Metric] = {"reward": Mean.of(rewards)}
+        measured = rewarded.metrics
         if self.config.kl_control.reward_type is not None:
             assert self.reference is not None
             most = self._largest(len(prompts)) * size
@@ -188,17 +184,20 @@ class Trainer:
             rows = replace(rows, old_logprobs=old, ref_logprobs=ref)
             rewards, kl_metrics = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)
             measured |= kl_metrics
-        advantages = self._advantages(rewards, completions)
+            rewarded = replace(rewarded, parts=None)  # they do not add up to the reward less the KL
+        advantages = self._advantages(rewards, completions, rewarded)
         local_advantages = advantages[share.start * size : share.stop * size, : rows.shifted_labels.shape[1]]
         rows = replace(rows, advantages=local_advantages.to(rows.input_ids.device).expand(rows.shifted_labels.shape))
-        is_uniform = (rewards == rewards[:, :1]).all(-1)
+        is_known = ~rewards.isnan()
+        highest, lowest = (x.where(is_known, -torch.inf).amax(-1) for x in (rewards, -rewards))
         metrics = reduce_metrics(
             {
                 **measured,
-                "uniform_groups": Mean.of(is_uniform),
+                "uniform_groups": Mean.of(highest <= -lowest),
                 "completion_tokens": Mean.of(completions.is_new.sum(-1).cpu()),
             }
         )
+        self.rewarder.check_failures(metrics, rewarded.scores)
         teaches = (advantages != 0).any(-1).view(-1, size).any(-1) | (not cfg.skip_uniform_groups)
         kept = teaches[share].repeat_interleave(size).nonzero().squeeze(-1)
         rows_of = [size * int(teaches[self._share(len(prompts), rank)].sum()) for rank in range(self._world)]
@@ -222,14 +221,9 @@ class Trainer:
         options |= {"max_new_tokens": self.max_new_tokens, "synced_gpus": is_sharded(self.policy)}
         return unwrapped(self.policy).inside(complete, self.tokenizer, prompts, **options)
 
-    def _reward(self, example: Example, text: str, ended: bool, step: int, number: int) -> float:
-        if self.config.task.reward == "verifier":
-            return self.task.reward(example, text, finished=ended)
-        return float(self._rng("main", step, "reward", number).random() < 0.5)
-
-    def _advantages(self, rewards: Tensor, completions: Completions) -> Tensor:
+    def _advantages(self, rewards: Tensor, completions: Completions, rewarded: Rewarded) -> Tensor:
         """Return the advantages of the completions of all processes, [R, 1] or [R, T - 1], in the order of prompts."""
-        parts = all_gather_objects(reward_terms(rewards, completions))
+        parts = all_gather_objects(reward_terms(rewards, completions, rewarded.parts, rewarded.weights))
         advantages = self.config.advantage.compute(joined_terms(parts))
         return advantages if advantages.dim() == 2 else advantages.unsqueeze(-1)
 
@@ -289,34 +283,27 @@ class Trainer:
     @property
     def max_new_tokens(self) -> int:
         """Tokens of the longest completion, the end of the text included."""
-        return self.config.rollout.max_new_tokens or self.task.longest_answer + 1
+        return self.config.rollout.max_new_tokens or self.task.longest_completion(self.context)
 
     def is_warm(self, phase: Phase) -> bool:
         """Return whether the warm-up has reached its accuracy, measured every few steps on training prompts."""
         goal = self.config.warmup.stop_accuracy
-        if phase.name != "warmup" or goal is None or phase.next_step % PROBE_EVERY:
+        if phase.name != "warmup" or goal is None or phase.next_step % PROBE_EVERY or not self.rewarder.has_rewards:
             return False
         probe = self.task.draw(PROBE_SIZE, self._rng("probe", phase.next_step))
         return self.accuracy(probe) >= goal
 
-    def accuracy(self, examples: Sequence[Example], batch_size: int = 512) -> float:
-        """Return the fraction of `examples` whose greedy completion is correct, over all processes."""
-        local_examples = examples[self._share(len(examples))]
-        is_right: list[bool] = []
-        for start in range(0, self._largest(len(examples)), batch_size):
-            batch = local_examples[start : start + batch_size]
-            prompts = [example.prompt for example in batch or examples[:1]]  # all must generate equally often
-            completions = self._complete(prompts)
-            is_right += [
-                self.task.reward(example, text, finished=ended) >= 1.0
-                for example, text, ended in zip(batch, completions.texts, completions.finished, strict=False)
-            ]
-        return reduce_metrics({"accuracy": Mean.of(torch.tensor(is_right))})["accuracy"].value()
+    def accuracy(self, examples: Sequence[Example], batch_size: int = BATCH) -> float:
+        """Return the fraction of `examples` whose greedy completion is right (or the mean reward) on all ranks."""
+        measured = rewarded_greedily(self, examples, batch_size)
+        value = measured.reward if measured.accuracy is None else measured.accuracy
+        return float("nan") if value is None else value
 
     def evaluate(self) -> Evaluation:
-        """Return the accuracy on the held-out examples, and the completions of the first three."""
-        shown = self._complete([example.prompt for example in self.task.heldout[:3]])
-        return Evaluation(self.accuracy(self.task.heldout), shown.texts)
+        """Return what the policy makes of the held-out examples, and the completions of the first three."""
+        examples = list(self.task.heldout)
+        shown = self._complete([example.prompt for example in examples[:NUM_SHOWN]]).texts if examples else ()
+        return evaluate(self, examples)._replace(completions=shown)
 
     @property
     def _world(self) -> int:
@@ -327,3 +314,10 @@ class Trainer:
 
     def _largest(self, number: int) -> int:
         return -(-number // self._world)
+
+
+def context_length(lm: Any) -> int | None:
+    """Return how many tokens a model reads at most; None if its config does not say."""
+    config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

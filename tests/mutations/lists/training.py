@@ -24,8 +24,8 @@ MUTATIONS = (
     Mutation(
         name="rewards-of-the-first-process",
         file="toolkit/training/trainer.py",
-        line="self._reward(prompts[share.start + row // size], text, ended, step, share.start * size + row)",
-        becomes="self._reward(prompts[row // size], text, ended, step, share.start * size + row)",
+        line="examples = [prompt for prompt in prompts[share] for _ in range(size)]",
+        becomes="examples = [prompt for prompt in prompts[: share.stop - share.start] for _ in range(size)]",
         tests=(f"{STEPS}::test_a_process_rewards_and_samples_its_own_prompts",),
     ),
     Mutation(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from toolkit.distributed import rank
 from toolkit.errors import ConfigError
+from toolkit.models.lora import has_adapters
 from toolkit.training.sharding import is_sharded, local_parameters, unwrapped
 
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -65,16 +67,36 @@ def _keyed(state: dict[str, Any], key_of: dict[Any, Any]) -> dict[str, Any]:
     return {"state": {key_of[key]: value for key, value in state["state"].items()}, "param_groups": groups}
 
 
+def full_weights(policy: Any, *, trained_only: bool = False) -> dict[str, Tensor]:
+    """Return the state dict of an unsharded policy; all ranks must call it.
+
+    Under FSDP 2 it is on the CPU of rank 0 alone; the others get an empty dict. `trained_only`: without the weights
+    that are not trained, and without buffers.
+    """
+    if not is_sharded(policy):
+        state: dict[str, Any] = unwrapped(policy).state_dict()
+    else:
+        policy.reshard()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+        state = get_model_state_dict(policy, options=options)
+    if rank() != 0 and is_sharded(policy):
+        return {}
+    trained = _trained_names(policy)
+    return {name: tensor for name, tensor in state.items() if name in trained or not trained_only}
+
+
+def _trained_names(policy: Any) -> set[str]:
+    parameters = unwrapped(policy).named_parameters(remove_duplicate=False)
+    return {name for name, parameter in parameters if parameter.requires_grad}
+
+
 def save_weights(policy: Any, path: str) -> None:
-    """Write the full weights as safetensors, from rank 0; all ranks must call it.
+    """Write the weights as safetensors, from rank 0; all ranks must call it.
 
     The file is that of an unsharded policy (``safetensors.torch.save_model``): either can load what the other wrote.
+    With LoRA it holds what is trained; the rest is in the model that the adapters are on.
     """
-    if is_sharded(policy):
-        policy.reshard()
-        state: dict[str, Any] = get_model_state_dict(policy, options=_GATHERED)
-    else:
-        state = unwrapped(policy).state_dict()
+    state = full_weights(policy, trained_only=has_adapters(unwrapped(policy).lm))
     if rank() != 0:
         return
     first_of: dict[int, str] = {}
@@ -87,13 +109,16 @@ def save_weights(policy: Any, path: str) -> None:
 
 
 def load_weights(policy: Any, path: str) -> None:
-    """Load the full weights from a file of `save_weights`; all ranks must call it, rank 0 reads.
+    """Load the weights from a file of `save_weights`; all ranks must call it, under FSDP 2 rank 0 alone reads.
 
     Raises:
         RuntimeError: names or shapes are not those of the policy.
     """
+    is_part = has_adapters(unwrapped(policy).lm)
+    if is_part:
+        _check_names(policy, path)
     if not is_sharded(policy):
-        load_model(unwrapped(policy), path)
+        load_model(unwrapped(policy), path, strict=not is_part)
         return
     state: dict[str, Any] = {}
     if rank() == 0:
@@ -102,7 +127,17 @@ def load_weights(policy: Any, path: str) -> None:
             aliases = {name: kept for name, kept in (file.metadata() or {}).items() if kept in state}
         state |= {name: state[kept] for name, kept in aliases.items()}
     policy.reshard()
-    set_model_state_dict(policy, state, options=_DISTRIBUTED)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not is_part)
+    set_model_state_dict(policy, state, options=options)
+
+
+def _check_names(policy: Any, path: str) -> None:
+    """Raise unless the file holds just what is trained; names tied to another one are in its metadata."""
+    with safe_open(path, framework="pt") as file:
+        names = {*file.keys(), *(name for name, kept in (file.metadata() or {}).items() if kept in file.keys())}  # noqa: SIM118
+    different = sorted(names ^ _trained_names(policy))
+    if different:
+        raise RuntimeError(f"{len(different)} weights are not those that this policy trains, the first: {different[0]}")
 
 
 def check_optimizer(policy: Any, optimizer: Any) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.tasks.base import Example
+from toolkit.training.output_dir import MODEL
 
 if TYPE_CHECKING:
     from toolkit.training.trainer import Trainer
@@ -85,7 +86,8 @@ def write_report(
         f"in {summary.wall_seconds:.1f} s (imports included), seed {summary.seed}",
         style="bold",
     )
-    files = "metrics.jsonl, summary.json, curves.png, config.yaml, checkpoint/"
+    model = f", {MODEL}/" if (output_dir / MODEL).is_dir() else ""
+    files = f"metrics.jsonl, summary.json, curves.png, config.yaml, checkpoint/{model}"
     console.print(f"{files} in {output_dir}", soft_wrap=True)
 
 

@@ -33,32 +33,29 @@ def with_new_adapters(lm: Any, config: LoraConfig) -> Any:
     import peft
 
     assert config.r is not None
-    names = config.target_modules
+    known = {name.rpartition(".")[2] for name, _ in lm.named_modules()}
+    asked = config.target_modules
+    names = asked if isinstance(asked, str) and asked not in known else [asked] if isinstance(asked, str) else [*asked]
+    linear = {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
+    has = f"its linear layers are {', '.join(sorted(linear))}"
+    # PEFT would skip a name that no layer has, without a word.
+    for field, listed in (("modules_to_save", config.modules_to_save), ("target_modules", names)):
+        missing = [] if isinstance(listed, str) else [n for n in listed if n.rpartition(".")[2] not in known]
+        if missing:
+            raise ConfigError(f"model.lora.{field}: the model has no layer {missing[0]!r}; {has}")
     settings = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # a number
         lora_dropout=config.dropout,
-        target_modules=names if isinstance(names, str) else list(names),
+        target_modules=names,
         modules_to_save=list(config.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
-    layers = {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
-    known = {name.rpartition(".")[2] for name, _ in lm.named_modules()}
-    missing = [name for name in config.modules_to_save if name.rpartition(".")[2] not in known]
-    if missing:  # PEFT would train none, and not say it
-        raise ConfigError(f"model.lora.modules_to_save: the model has no layer {missing[0]!r}; try lm_head")
-    if not isinstance(names, str):
-        missing = [name for name in names if name.rpartition(".")[2] not in known]
-        if missing:
-            raise ConfigError(
-                f"model.lora.target_modules: the model has no layer {missing[0]!r}; it has {', '.join(sorted(layers))}"
-            )
     try:
         return _quietly(peft.get_peft_model, lm, settings)
     except ValueError as error:
         raise ConfigError(
-            f"model.lora.target_modules={names!r}: {first_line(error)}; the linear layers are "
-            f"{', '.join(sorted(layers))}"
+            f"model.lora.target_modules={names}: {first_line(error)[:MOST_SHOWN].rstrip('.')}; {has}"
         ) from None
 
 

@@ -20,7 +20,7 @@ class LoraConfig(Config):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of what enters an adapter, in training."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers that get an adapter: names or a regular expression; all-linear: every linear layer but the head."""
+    """Layers that get an adapter: names, or a regular expression for full names; all-linear: all but the head."""
     modules_to_save: tuple[str, ...] = ()
     """Layers that are trained as they are, beside the adapters, such as [lm_head]."""
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from toolkit.errors import ConfigError, first_line
 from toolkit.head.logits import LogitTransform
 from toolkit.models import lora as adapters
+from toolkit.models.bars import without_bars
 from toolkit.models.location import Source
 from toolkit.models.lora_config import LoraConfig
 from toolkit.models.policy import Policy, check_head
@@ -43,8 +42,6 @@ def build_pretrained(
             after the head in a way that neither its config nor the arguments name.
     """
     where = f"model.path={source.adapter or source.model}"
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     special = {"eos_token": eos_token, "pad_token": pad_token}
     tokenizer = load_tokenizer(source.tokenizer, where, special, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
@@ -57,7 +54,10 @@ def build_pretrained(
     if gradient_checkpointing:
         if not lm.supports_gradient_checkpointing:
             raise ConfigError(f"model.gradient_checkpointing: {type(lm).__name__} does not support it; remove it")
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = (
+            getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        )  # its name before
+        enable({"use_reentrant": False})
     if source.adapter is not None:
         lm = adapters.with_saved_adapters(lm, source.adapter, source.model)
     elif lora.r is not None:
@@ -75,9 +75,19 @@ def _language_model(path: str, **options: Any) -> Any:
     """Load the weights; every weight of the model must be in the files."""
     where = f"model.path={path}"
     try:
-        lm, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        with without_bars(is_wanted_on_terminals=True):
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except Exception as error:
         raise _explained(error, where, options.get("attn_implementation")) from None
+    differing = sorted(report["mismatched_keys"])
+    if differing:
+        name, stored, expected = differing[0]
+        raise ConfigError(
+            f"{where}: {name} is {list(stored)} in the files, but {list(expected)} by config.json; they do not belong "
+            "together: save the model again (save_pretrained)"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
@@ -104,11 +114,12 @@ def _explained(error: Exception, where: str, attention: str | None) -> Exception
         )
     if attention is not None and re.search("attn_implementation|attention|flash", text, re.IGNORECASE):
         return ConfigError(
-            f"model.attention={attention} does not work with this model or machine: {first_line(error)}; "
+            f"model.attention={attention} does not work with this model or machine: {first_line(error).rstrip('.')}; "
             "choose sdpa or eager"
         )
     if isinstance(error, LOADING) or type(error).__name__ == "SafetensorError":
-        return ConfigError(f"{where} cannot be loaded: {first_line(error)}")
+        again = "; download or save it again" if "header" in text else ""
+        return ConfigError(f"{where} cannot be loaded: {first_line(error)}{again}")
     return error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from toolkit.errors import ConfigError, first_line
+from toolkit.errors import ConfigError, described
 
 LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 """What transformers raises for what it cannot load."""
@@ -31,7 +31,7 @@ def load_tokenizer(path: str, where: str, special: Mapping[str, str | None], *, 
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
     except Exception as error:
         if isinstance(error, LOADING) or type(error) is Exception:  # tokenizers raises plain ones
-            raise ConfigError(f"{where}: its tokenizer cannot be loaded: {first_line(error)}") from None
+            raise ConfigError(f"{where}: its tokenizer cannot be loaded: {described(error)}") from None
         raise
     for name, token in special.items():
         if token is None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from toolkit.distributed import rank
 from toolkit.models import lora
+from toolkit.models.bars import without_bars
 from toolkit.training.full_state import full_weights
 from toolkit.training.output_dir import MODEL, replace_folder
 from toolkit.training.sharding import is_sharded, unwrapped
@@ -41,9 +38,12 @@ def export_model(output_dir: Path, trainer: Trainer) -> None:
     if rank() == 0:
         fresh = output_dir / f"{MODEL}.writing"
         shutil.rmtree(fresh, ignore_errors=True)
-        with _without_progress_bars():
+        with without_bars():
             _write(policy, {name.removeprefix("lm."): tensor for name, tensor in weights.items()}, fresh, is_merged)
         trainer.tokenizer.save_pretrained(fresh)
+        mode = (fresh / "tokenizer_config.json").stat().st_mode  # safetensors writes files that only the user may read
+        for file in fresh.iterdir():
+            file.chmod(mode)
         replace_folder(fresh, output_dir / MODEL)
     trainer.accelerator.wait_for_everyone()
 
@@ -67,14 +67,3 @@ def _write(policy: Any, weights: dict[str, Any], folder: Path, is_merged: bool) 
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a description, not filled in
     else:
         lm.save_pretrained(folder, state_dict=weights)
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()

@@ -130,12 +130,11 @@ def check_mergeable(lm: Any) -> None:
             "export the adapters, and merge them into the model in bfloat16"
         )
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    changed = [layer for layer in (head, embedding) if hasattr(layer, "base_layer")]
-    weights = [getattr(layer, "base_layer", layer) for layer in (head, embedding)]
-    if changed and getattr(weights[0], "weight", None) is getattr(weights[1], "weight", None):
+    plain = [getattr(layer, "base_layer", getattr(layer, "original_module", layer)) for layer in (head, embedding)]
+    if (head, embedding) != tuple(plain) and plain[0].weight is plain[1].weight:
         raise ConfigError(
             "training.export_merged: an adapter is on the head, which shares its weight with the embedding, and "
-            "merging would change both; leave lm_head out of model.lora.target_modules, or export the adapters"
+            "merging would change both; leave lm_head out of model.lora, or export the adapters"
         )
 
 

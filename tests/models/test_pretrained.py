@@ -24,6 +24,7 @@ from toolkit.losses.items import CELossContextInputItem
 from toolkit.models import location, smollm2
 from toolkit.models.config import PretrainedConfig, SmolLM2Config
 from toolkit.models.policy import Policy
+from toolkit.rollout.sampler import complete
 
 LORA = {"r": 2, "alpha": 4}
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
@@ -200,6 +201,20 @@ def test_a_tokenizer_without_a_token_to_pad_with(folder: Path) -> None:
 def test_a_token_that_ends_a_text_is_chosen(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", eos_token=None)
     assert build(folder, eos_token="=")[1].eos_token_id == build(folder, eos_token="<eos>")[1].get_vocab()["="]
+
+
+@pytest.mark.parametrize("lora", [{}, LORA])
+def test_tokens_are_sampled_as_they_are_scored_whatever_the_model_is_usually_sampled_with(
+    folder: Path, lora: dict[str, Any]
+) -> None:
+    usual = {"repetition_penalty": 1.5, "num_beams": 2, "top_k": 2, "eos_token_id": [1, 5]}
+    edit_json(folder / "generation_config.json", **usual)
+    policy, tokenizer = build(folder, lora=lora)
+    done = complete(policy.lm, tokenizer, ["abc=", "xy="], max_new_tokens=8, group_size=4, temperature=1.0)
+    with torch.no_grad():
+        scored = policy.eval()(done.input_ids, done.attention_mask)
+    torch.testing.assert_close(done.logprobs[:, 1:][done.is_new[:, 1:]], scored[done.is_new[:, 1:]])
+    assert policy.generation_config.to_dict().items() >= usual.items(), "it is exported with them"
 
 
 # -------------------------------------------------------------------- wrong folders

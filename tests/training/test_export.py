@@ -22,7 +22,7 @@ pytest.importorskip("peft")
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.models.saved import save_tiny_model
+from tests.models.saved import edit_json, save_tiny_model
 from tests.processes import free_port, start
 from tests.test_mixed_precision import trainer_with
 from tests.training.test_train import lines, summary
@@ -95,12 +95,14 @@ def test_another_run_goes_on_from_the_model_of_a_run(tmp_path: Path, monkeypatch
     assert tokenizer.decode(tokenizer("abc=")["input_ids"]) == "abc="
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == ("<eos>", "<pad>", "left")
     assert GenerationConfig.from_pretrained(first / "model").eos_token_id == tokenizer.eos_token_id
+    edit_json(first / "model/generation_config.json", repetition_penalty=1.5)
     modes = {stat.S_IMODE(file.stat().st_mode) for file in (first / "model").iterdir()}
     assert len(modes) == 1, "whoever reads one file reads all"
     command.train([*SMALL, *model(first / "model"), "warmup.steps=0", f"hydra.run.dir={second}"])
     (_, after), (before, _) = shown
     assert list(before) == list(after)
     assert any(after), "there is something to compare"
+    assert GenerationConfig.from_pretrained(second / "model").repetition_penalty == 1.5
     lm_again = loaded(second / "model")
     assert not torch.equal(lm_again.lm_head.weight, lm.lm_head.weight), "and trained it further"
 

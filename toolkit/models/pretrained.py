@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from toolkit.errors import ConfigError, first_line
 from toolkit.head.logits import LogitTransform
@@ -64,6 +64,7 @@ def build_pretrained(
         lm = adapters.with_new_adapters(lm, lora)
     is_explicit = logit_scale is not None or softcap is not None
     policy = Policy(lm, LogitTransform(logit_scale or 1.0, softcap) if is_explicit else None)
+    _sample_what_is_scored(lm)
     if freeze_head:
         policy.head.module.requires_grad_(False)
     _check_trained(policy)
@@ -121,6 +122,14 @@ def _explained(error: Exception, where: str, attention: str | None) -> Exception
         again = "; download or save it again" if "header" in text else ""
         return ConfigError(f"{where} cannot be loaded: {first_line(error)}{again}")
     return error
+
+
+def _sample_what_is_scored(lm: Any) -> None:
+    """Leave only special tokens in the generation config: penalties and beams would change what is sampled."""
+    base = lm.get_base_model() if adapters.has_adapters(lm) else lm
+    config = base.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    base.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in names})
 
 
 def _check_size(lm: Any, tokenizer: Any, where: str) -> None:

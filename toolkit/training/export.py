@@ -49,6 +49,7 @@ def export_model(output_dir: Path, trainer: Trainer) -> None:
 
 
 def _write(policy: Any, weights: dict[str, Any], folder: Path, is_merged: bool) -> None:
+    generation_config = unwrapped(policy).generation_config
     lm = policy._skeleton[0].lm if is_sharded(policy) else unwrapped(policy).lm
     if is_merged:
         if is_sharded(policy):
@@ -63,7 +64,8 @@ def _write(policy: Any, weights: dict[str, Any], folder: Path, is_merged: bool) 
         if base.is_dir():  # the folder may be read from elsewhere
             settings.base_model_name_or_path = str(base.resolve())
         lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-        lm.get_base_model().generation_config.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a description, not filled in
     else:
         lm.save_pretrained(folder, state_dict=weights)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)

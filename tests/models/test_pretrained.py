@@ -207,7 +207,7 @@ def test_a_token_that_ends_a_text_is_chosen(folder: Path) -> None:
 def test_tokens_are_sampled_as_they_are_scored_whatever_the_model_is_usually_sampled_with(
     folder: Path, lora: dict[str, Any]
 ) -> None:
-    usual = {"repetition_penalty": 1.5, "num_beams": 2, "top_k": 2, "eos_token_id": [1, 5]}
+    usual = {"repetition_penalty": 1.5, "top_k": 2, "eos_token_id": [1, 5]}
     edit_json(folder / "generation_config.json", **usual)
     policy, tokenizer = build(folder, lora=lora)
     done = complete(policy.lm, tokenizer, ["abc=", "xy="], max_new_tokens=8, group_size=4, temperature=1.0)

@@ -22,6 +22,7 @@ pytest.importorskip("peft")
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from tests.conftest import slow_unless
 from tests.models.saved import edit_json, save_tiny_model
 from tests.processes import free_port, start
 from tests.test_mixed_precision import trainer_with
@@ -107,6 +108,7 @@ def test_another_run_goes_on_from_the_model_of_a_run(tmp_path: Path, monkeypatch
     assert not torch.equal(lm_again.lm_head.weight, lm.lm_head.weight), "and trained it further"
 
 
+@pytest.mark.slow
 def test_when_the_model_is_written(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     monkeypatch.setattr(checkpoint, "export_model", lambda *_: written.append("model"))
@@ -170,7 +172,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", slow_unless(lambda _, kind: kind == "all", TARGETS))
 @pytest.mark.parametrize("is_merged", [False, True])
 def test_adapters(tmp_path: Path, saved: Path, kind: str, is_merged: bool) -> None:
     more = [*LORA, *TARGETS[kind], f"training.export_merged={is_merged}"]
@@ -268,6 +270,7 @@ def test_a_checkpoint_holds_the_adapters_alone(tmp_path: Path, saved: Path) -> N
     assert torch.equal(logits_of(same.policy.lm), logits_of(trainer.policy.lm))
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_is_resumed(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [*SMALL, *model(saved, *LORA), "kl=k2"]
     whole, cut, resumed = (tmp_path / name for name in ("whole", "cut", "resumed"))

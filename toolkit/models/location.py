@@ -204,7 +204,7 @@ def _what_it_is(folder: Path) -> str:
         return f"; it is a checkpoint: continue its run with training.resume={folder}"
     if list(folder.glob("*.gguf")):
         return "; a GGUF file must be converted first: from_pretrained(folder, gguf_file=...), then save_pretrained"
-    names = sorted(entry.name for entry in folder.iterdir())
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     return f"; it holds {_named(names)}" if names else "; the folder is empty"
 
 

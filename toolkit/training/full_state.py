@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict import (
 
 from toolkit.distributed import rank
 from toolkit.errors import ConfigError
-from toolkit.models.lora import has_adapters
 from toolkit.training.sharding import is_sharded, local_parameters, unwrapped
 
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -90,13 +89,13 @@ def _trained_names(policy: Any) -> set[str]:
     return {name for name, parameter in parameters if parameter.requires_grad}
 
 
-def save_weights(policy: Any, path: str) -> None:
+def save_weights(policy: Any, path: str, *, trained_only: bool = False) -> None:
     """Write the weights as safetensors, from rank 0; all ranks must call it.
 
     The file is that of an unsharded policy (``safetensors.torch.save_model``): either can load what the other wrote.
-    With LoRA it holds what is trained; the rest is in the model that the adapters are on.
+    `trained_only`: without the weights that are not trained, as for adapters, whose model is in files already.
     """
-    state = full_weights(policy, trained_only=has_adapters(unwrapped(policy).lm))
+    state = full_weights(policy, trained_only=trained_only)
     if rank() != 0:
         return
     first_of: dict[int, str] = {}
@@ -108,17 +107,18 @@ def save_weights(policy: Any, path: str) -> None:
     save_file(kept, path, metadata={"format": "pt", **aliases})
 
 
-def load_weights(policy: Any, path: str) -> None:
-    """Load the weights from a file of `save_weights`; all ranks must call it, under FSDP 2 rank 0 alone reads.
+def load_weights(policy: Any, path: str, *, trained_only: bool = False) -> None:
+    """Load the weights from a file of `save_weights`, written with the same `trained_only`; all ranks must call it.
+
+    Under FSDP 2 the weights of rank 0's file count.
 
     Raises:
         RuntimeError: names or shapes are not those of the policy.
     """
-    is_part = has_adapters(unwrapped(policy).lm)
-    if is_part:
+    if trained_only:
         _check_names(policy, path)
     if not is_sharded(policy):
-        load_model(unwrapped(policy), path, strict=not is_part)
+        load_model(unwrapped(policy), path, strict=not trained_only)
         return
     state: dict[str, Any] = {}
     if rank() == 0:
@@ -127,7 +127,7 @@ def load_weights(policy: Any, path: str) -> None:
             aliases = {name: kept for name, kept in (file.metadata() or {}).items() if kept in state}
         state |= {name: state[kept] for name, kept in aliases.items()}
     policy.reshard()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not is_part)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not trained_only)
     set_model_state_dict(policy, state, options=options)
 
 

@@ -40,12 +40,12 @@ class SharedReference:
     def save(self, path: str) -> None:
         """Write its weights as `save_weights` does."""
         with self._in_force():
-            save_weights(self.policy, path)
+            save_weights(self.policy, path, trained_only=True)
 
     def load(self, path: str) -> None:
         """Read what `save` wrote."""
         with self._in_force():
-            load_weights(self.policy, path)
+            load_weights(self.policy, path, trained_only=True)
             self._kept = [parameter.detach().clone() for parameter in self._trained()]
 
     def _trained(self) -> list[Tensor]:

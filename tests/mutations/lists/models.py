@@ -57,9 +57,9 @@ MUTATIONS = (
     ),
     Mutation(
         name="checkpoint-holds-the-model-of-adapters",
-        file="toolkit/training/full_state.py",
-        line="state = full_weights(policy, trained_only=has_adapters(unwrapped(policy).lm))",
-        becomes="state = full_weights(policy)",
+        file="toolkit/training/checkpoint.py",
+        line="return has_adapters(unwrapped(trainer.policy).lm)",
+        becomes="return False",
         tests=(f"{EXPORT}::test_a_checkpoint_holds_the_adapters_alone",),
     ),
     Mutation(

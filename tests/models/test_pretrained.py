@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ pytest.importorskip("peft")
 from torch import Tensor
 
 from tests.models.saved import edit_json, save_tiny_model
-from toolkit import CELossConfig, ConfigError
+from toolkit import CELossConfig, ConfigError, errors
 from toolkit.compose.tree import check_command_line
 from toolkit.losses.items import CELossContextInputItem
 from toolkit.models import location, smollm2
@@ -539,6 +540,17 @@ def test_settings_that_contradict(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         PretrainedConfig(path="x", **settings)
     assert PretrainedConfig(path="x", lora=None).lora.r is None
+
+
+def test_the_learning_rate_of_the_tiny_model_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_warned", set())
+    with pytest.warns(UserWarning, match=r"optimizer\.lr=0\.001 is the default for the tiny model, .* 1e-6 to 1e-5"):
+        check_command_line(["model=pretrained", "model.path=x"])
+    monkeypatch.setattr(errors, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_command_line(["model=pretrained", "model.path=x", "optimizer.lr=1e-6"])
+        check_command_line([])
 
 
 def test_quantized_weights_cannot_be_trained() -> None:

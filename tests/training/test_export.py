@@ -333,18 +333,23 @@ def test_what_processes_train_together_is_exported_as_by_one(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_task_learnt_goes_on_in_the_next_run(tmp_path: Path, saved: Path) -> None:
-    """With adapters, then with the merged model: the accuracy at the start is that at the end of the run before."""
-    learn = ["warmup.steps=150", "warmup.stop_accuracy=null", "training.steps=1", "task.num_heldout=64"]
-    learn += ["optimizer.lr=1e-5"]
-    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    command.train([*SMALL, *learn, f"hydra.run.dir={first}"])
-    reached = summary(first)["accuracy_after"]
+def test_a_task_learnt_goes_on_in_the_next_run(tmp_path: Path) -> None:
+    """Adapters on a run's model, these adapters trained further, the merged model: each begins where the last ended."""
+    first, second, third, fourth = (tmp_path / name for name in ("first", "second", "third", "fourth"))
+    learn = ["warmup.steps=150", "warmup.stop_accuracy=null", "training.steps=1", "optimizer.lr=1e-5"]
+    more = ["warmup.steps=0", "training.steps=3", "optimizer.lr=1e-4"]
+
+    def trained(run_dir: Path, *overrides: str) -> tuple[float, float]:
+        command.train([*SMALL, "task.num_heldout=64", *overrides, f"hydra.run.dir={run_dir}"])
+        return summary(run_dir)["accuracy_before"], summary(run_dir)["accuracy_after"]
+
+    _, reached = trained(first, *learn)
     assert reached > 0.5
-    more = ["warmup.steps=0", "training.steps=3", "task.num_heldout=64"]
-    lora = [*model(first / "model", *LORA), "training.export_merged=true", "optimizer.lr=1e-4"]
-    command.train([*SMALL, *more, *lora, f"hydra.run.dir={second}"])
-    assert summary(second)["accuracy_before"] == reached
+    before, after = trained(second, *more, *model(first / "model", *LORA))
+    assert before == reached
+    before, last = trained(third, *more, *model(second / "model", "training.export_merged=true"))
+    assert before == after
     shutil.rmtree(first)
-    command.train([*SMALL, *more, *model(second / "model"), f"hydra.run.dir={third}"])
-    assert summary(third)["accuracy_before"] == summary(second)["accuracy_after"]
+    shutil.rmtree(second)
+    before, _ = trained(fourth, *more, *model(third / "model"))
+    assert before == last

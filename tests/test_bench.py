@@ -46,6 +46,7 @@ def test_every_preset_composes(preset: str) -> None:
         (["training.steps=3"], "training.steps is not a setting"),
         (["loss.temperature=0.5"], "loss.temperature=0.5 is not in the benchmark"),
         (["loss.softcap=2"], "the cap of all variants is bench.softcap"),
+        (["bench.cases=model"], "add bench.accuracy=false"),
         (["bench.ignored=1.5"], "bench.ignored=1.5 is not allowed"),
     ],
 )
@@ -67,6 +68,23 @@ def test_every_variant_computes_the_same(overrides: list[str]) -> None:
     assert len(measured) >= 12
     for result in measured:
         assert max(result.errors.values()) < 1e-9, (result.name, result.errors)
+
+
+def test_every_way_to_step_a_model_computes_the_same() -> None:
+    config, loss_cfg = toy("bench.cases=model", "bench.accuracy=false", "bench.dtype=float64", "bench.peers=false")
+    found = []
+    for variant in variants(config, loss_cfg)[1:]:
+        if variant.why_not is None:
+            problem = variant.problem()
+            problem.clear()
+            loss = variant.build(problem)()
+            found.append((variant.name, loss.item(), problem.hidden.grad.clone()))
+    assert len(found) >= 6
+    (_, loss, grad), *others = found
+    assert grad.abs().max() > 1e-5
+    for name, other, other_grad in others:
+        assert other == pytest.approx(loss, rel=1e-9), name
+        torch.testing.assert_close(other_grad, grad, rtol=1e-8, atol=1e-12, msg=name)
 
 
 def test_the_problem_is_the_one_that_was_asked_for() -> None:

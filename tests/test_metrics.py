@@ -1,6 +1,7 @@
 """Metrics by hand, fetched from the device once, and merged over ranks with one collective (R22)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -137,6 +138,23 @@ def test_merging_is_one_pass_over_both() -> None:
 def test_only_metrics_are_taken_from_what_a_loss_returns() -> None:
     assert list(metrics_in({"a": Sum(torch.tensor(1.0)), "logits": torch.zeros(2), "b": 1.0})) == ["a"]
     assert metrics_in(torch.zeros(2)) == {}
+
+    class Product(Metric):
+        """A metric of the user's, which is not one of the toolkit's kinds."""
+
+        def __init__(self, *factors: torch.Tensor) -> None:
+            self.factors = factors
+
+        @property
+        def parts(self) -> tuple[torch.Tensor, ...]:
+            return self.factors
+
+        @staticmethod
+        def number(parts: Sequence[float]) -> float:
+            return math.prod(parts)
+
+    product = Product(torch.tensor(2.0), torch.tensor(3.0))
+    assert to_floats(metrics_in({"product": product, "logits": torch.zeros(2)})) == {"product": 6.0}
 
 
 def test_float32_where_there_is_nothing_wider() -> None:

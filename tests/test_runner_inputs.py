@@ -25,6 +25,8 @@ from toolkit import (
 from toolkit.compose.plugins import load_plugins
 from toolkit.functional.policy import registry
 from toolkit.metrics import Max, Mean, Sum
+from toolkit.peers.batch_fields import BATCH, NAMES, counterpart_field
+from toolkit.runner import FIELDS
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 1, 2]])
 ADVANTAGES = torch.tensor([1.0, -0.5])
@@ -238,3 +240,12 @@ def test_a_file_may_be_imported_and_then_be_a_plugin(tmp_path: Path, monkeypatch
     (plugin,) = load_plugins([str(tmp_path / "real/seen_twice.py")])
     assert plugin.f is not seen_twice.f
     assert registry.policy_loss("seen_twice").function is plugin.f
+
+
+def test_fields_in_the_words_of_others_are_fields_here() -> None:
+    for name, there in NAMES.items():
+        assert name not in FIELDS
+        assert set(there.ours) <= {*FIELDS, "logprobs"}, name
+        assert counterpart_field(name, FIELDS), name
+        assert counterpart_field(name, ()) or not there.otherwise
+    assert set(BATCH) <= set(FIELDS)

@@ -292,8 +292,11 @@ def test_every_counterpart_is_accepted_and_is_the_same_in_python() -> None:
                 continue
             else:
                 made = eval(f"GRPOLossConfig({keywords})")
-                if "use_entropy_metric" not in keywords:  # conf/loss/grpo.yaml switches it on
-                    made = made.model_copy(update={"use_entropy_metric": True})
+                # What the command chooses where nothing is said: conf/loss/grpo.yaml and conf/mode/chunk.yaml.
+                by_command = {"use_entropy_metric": True}
+                by_command |= {} if "mode='eager'" in keywords else {"mode": "chunk", "chunk_size": "auto"}
+                unsaid = {name: value for name, value in by_command.items() if f"{name}=" not in keywords}
+                made = made.model_copy(update=unsaid)
             if made != config.loss:
                 wrong.append(f"{way}: {keywords} is another loss")
     assert not wrong

@@ -58,6 +58,20 @@ def counting_over(group: Any) -> Iterator[None]:
         _counted.reset(token)
 
 
+def counted_group() -> Any:
+    """Return the group of the `counting_over` around this call; None: all ranks."""
+    return _counted.get()
+
+
+def counting_as_before(group: Any) -> contextlib.AbstractContextManager[None]:
+    """Count over `group`, unless a `counting_over` is in force or `group` is None.
+
+    For what was begun inside it and goes on elsewhere: autograd computes a checkpointed region again in another
+    thread, which does not see the caller's `counting_over`.
+    """
+    return contextlib.nullcontext() if group is None or _counted.get() is not None else counting_over(group)
+
+
 def world_size() -> int:
     """Return the number of ranks (of `counting_over`), 1 without a process group."""
     return dist.get_world_size(_counted.get()) if dist.is_available() and dist.is_initialized() else 1

@@ -38,9 +38,9 @@ class LaunchError(ToolkitError, RuntimeError):
     """The processes that run are not the ones that were asked for."""
 
 
-def nearest(word: str, options: Iterable[str]) -> str | None:
-    """Return the option spelled most like `word`, or None when nothing comes close."""
-    matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the option spelled most like `word`, or None when no similarity, 0 to 1, reaches `cutoff`."""
+    matches = difflib.get_close_matches(word, list(options), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

@@ -93,7 +93,7 @@ class Mean(Metric):
         means: dict[str, Mean] = {}
         for tensors in by_dtype.values():
             rows = unsharded(torch.stack([*tensors.values()])).flatten(1)
-            count = next(iter(means.values())).den if means else _count(rows[0])
+            count = next(iter(means.values())).den if means else _filled(rows, rows.shape[1])
             totals = _wide_sum(rows, -1).unbind()
             means |= {name: cls(total, count) for name, total in zip(tensors, totals, strict=True)}
         return means
@@ -172,7 +172,6 @@ class EffectiveSampleSize(Metric):
 
 Metrics = Mapping[str, Metric]
 M = TypeVar("M", bound=Metric)
-KINDS = (Sum, Mean, Min, Max, EffectiveSampleSize)
 
 
 def merge_metrics(parts: Iterable[Metrics]) -> dict[str, Metric]:
@@ -188,7 +187,7 @@ def metrics_in(extra: object) -> dict[str, Metric]:
     """Return the metrics in what a loss returned besides its value; logits, for example, are skipped."""
     if not isinstance(extra, Mapping):
         return {}
-    return {name: value for name, value in extra.items() if isinstance(value, KINDS)}
+    return {name: value for name, value in extra.items() if isinstance(value, Metric)}
 
 
 def extremes(values: Tensor) -> tuple[Min, Max]:
@@ -245,8 +244,12 @@ def _wide_sum(values: Tensor, *dim: int) -> Tensor:
 
 
 def _count(values: Tensor) -> Tensor:
+    return _filled(values, values.numel())
+
+
+def _filled(values: Tensor, number: int) -> Tensor:
     # Filled on the device: a number sent from the host would wait for it.
-    return values.new_full((), float(values.numel()), dtype=wide_dtype(values))
+    return values.new_full((), float(number), dtype=wide_dtype(values))
 
 
 def unsharded(values: Any) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin
@@ -38,20 +39,43 @@ def located(where: str) -> Iterator[None]:
         _where.reset(token)
 
 
+PLAIN = (bool, int, float, str, dict, set, type(None))
+"""Types of values that pydantic lets a class body have without a type, so `Model` can say what to write."""
+
+
 class Model(BaseModel):
     """A pydantic model whose validation errors are `ToolkitError`: what, where, allowed, next step."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True, ignored_types=PLAIN
+    )
     error_class: ClassVar[type[ToolkitError]] = ConfigError
 
     def __new__(cls, /, *args: Any, **values: Any) -> Self:
         """Raise if values have no names; `__init__` is not asked, because its signature is shown to users."""
         if args:
-            field = next(iter(cls.model_fields), "field")
             raise cls.error_class(
-                f"{cls.__name__} takes keyword arguments only; write {cls.__name__}({field}=..., ...)"
+                f"{cls.__name__} takes keyword arguments only; write {cls.__name__}({cls.by_name(args[0])})"
             )
         return super().__new__(cls)
+
+    @classmethod
+    def by_name(cls, value: Any) -> str:
+        """Return the arguments to write, for a message, instead of a `value` without a name."""
+        return "**{...}" if isinstance(value, dict) else f"{next(iter(cls.model_fields), 'field')}=..., ..."
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Raise if a value in the body of a class has no type, because it would be no setting."""
+        inherited = {name for base in cls.__mro__[1:] for name in vars(base)}
+        typed = {*inspect.get_annotations(cls), *inherited}
+        for name, value in vars(cls).items():
+            if isinstance(value, PLAIN) and not name.startswith("_") and name not in typed:
+                kind, shown = "float | None" if value is None else type(value).__name__, _shown(value)
+                raise ConfigError(
+                    f"class {cls.__name__}: {name} = {shown} has no type; write {name}: {kind} = {shown} for a "
+                    f"setting, or {name}: ClassVar[{kind}] = {shown} for a constant"
+                )
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -161,7 +185,8 @@ def checked_chunk_size(value: Any) -> Any:
 def explain(model: type[BaseModel], error: ValidationError) -> str:
     """Turn pydantic's report into one line per error."""
     where = _where.get()
-    return "\n".join(_explain_one(model, where, dict(item)) for item in error.errors(include_url=False))
+    errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] == "missing")
+    return "\n".join(_explain_one(model, where, dict(item)) for item in errors)
 
 
 def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]) -> str:
@@ -176,10 +201,13 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
     if item["type"] == "extra_forbidden":
         fields = list(model.model_fields)
         kind = "setting" if issubclass(model, Config) else "field"
-        elsewhere = _word_of_a_peer(key, value, fields, where) if kind == "setting" else None
+        elsewhere = _word_of_a_peer(key, value, fields, where) if kind == "setting" else _field_of_a_peer(key, fields)
         if elsewhere is not None:
             return f"{path} is not a {kind} of {owner}; {elsewhere}"
         return f"{path} is not a {kind} of {owner}{did_you_mean(key, fields)}; it has: {', '.join(fields)}"
+    in_tuple = _explain_tuple(model, where, item)
+    if in_tuple is not None:
+        return in_tuple
     if item["type"] == "missing":
         how = f"; set it: {path}=..." if where else ""
         return f"{path} is missing: {model.__name__} needs a value for it{how}"
@@ -193,9 +221,24 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
     if item["type"] == "is_instance_of" and context.get("class") == "Tensor":
         return f"{path} is a {type(value).__name__}; it must be a tensor: torch.as_tensor(...)"
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "string_type" and where and isinstance(value, (int, float)):
+    if item["type"] == "string_type" and where and type(value) in (int, float):
         message += f"; quote it: \"{path}='{value}'\""
     return f"{path}={_shown(value)} is not allowed: {message[:1].lower()}{message[1:]}"
+
+
+def _explain_tuple(model: type[BaseModel], where: str | None, item: dict[str, Any]) -> str | None:
+    """Say what a list should look like that is none, or that is too short or too long; None for another error."""
+    name, *inside = item["loc"] or ("",)
+    is_length = item["type"] in ("too_long", "too_short") or (item["type"] == "missing" and bool(inside))
+    field = model.model_fields.get(str(name))
+    if field is None or not (item["type"] in ("tuple_type", "list_type") or is_length):
+        return None
+    value, default = item.get("input"), field.get_default(call_default_factory=True)
+    path = f"{where}.{name}" if where else str(name)
+    numbers = list(default) if isinstance(default, (tuple, list)) and default else ["..."]
+    spelled = f"[{','.join(map(str, numbers))}]" if where else repr(numbers)
+    length = f" of {len(numbers)}" if is_length and default else ""
+    return f"{path}={_shown(value)} is not allowed: it must be a list{length}; write {path}={spelled}"
 
 
 def _explain_inner(cause: ToolkitError, where: str | None, path: str) -> str:
@@ -215,6 +258,13 @@ def _word_of_a_peer(key: str, value: Any, fields: list[str], where: str | None) 
         return peers.counterpart(key, str(value))
     is_option = (where or "").rpartition(".")[2] in ("policy_loss", "policy_loss_cfg")
     return peers.counterpart_keyword(key, value, fields, is_option=is_option)
+
+
+def _field_of_a_peer(key: str, fields: list[str]) -> str | None:
+    """Say what a field of a batch of another project is called here; None if no project has it."""
+    from toolkit.peers.batch_fields import counterpart_field
+
+    return counterpart_field(key, fields)
 
 
 def _name_of_a_peer(path: str, value: Any) -> str | None:

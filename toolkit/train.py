@@ -30,6 +30,7 @@ from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
 from toolkit.compose.tree import TRAIN, CommandLine, check_command_line, compose_config, compose_run
 from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, say_warnings_plainly
 from toolkit.explain.lint import warnings_for
+from toolkit.training.elastic import restarted
 from toolkit.training.output_dir import check_free, claim, new_dir, release
 from toolkit.training.run_config import RunConfig
 from toolkit.training.startup import INTERRUPTED, check_environment, launched_rank
@@ -147,16 +148,30 @@ def _print_help(arguments: argparse.Namespace) -> None:
 def _checked(arguments: argparse.Namespace) -> list[str]:
     """Check what needs no torch; return the command line with its overrides in the form that Hydra accepts."""
     overrides = with_folder(arguments.overrides, arguments.config_dir)
-    checked = check_command_line(overrides, multirun=arguments.multirun)
+    check = None if arguments.cfg or arguments.info else check_environment
+    checked = check_command_line(overrides, multirun=arguments.multirun, check=check)
     instead = dict(zip(overrides, checked.overrides, strict=True))
     taken = [instead.get(word, word) for word in sys.argv[1:]]
-    if not (arguments.cfg or arguments.info):
+    if check is not None:
+        if checked.folder.path is not None and not checked.folder.is_dated and not arguments.multirun:
+            checked, continued = _continued(checked, checked.folder.path)
+            taken += continued
         for config in checked.configs:
             check_environment(config)
         if launched_rank() == 0:
             _say_notes(checked.configs)
             taken += _claimed(checked, multirun=arguments.multirun)
     return taken
+
+
+def _continued(checked: CommandLine, folder: str) -> tuple[CommandLine, list[str]]:
+    """Return what a command asks for that torchrun has started again, and the overrides that say so to Hydra."""
+    (config,) = checked.configs
+    training = restarted(config.training, folder)
+    changed = {name: value for name, value in training if value != getattr(config.training, name)}
+    configs = [config.model_copy(update={"training": training})]
+    texts = [f"training.{name}={quoted(value) if isinstance(value, str) else value}" for name, value in changed.items()]
+    return checked._replace(configs=configs), texts
 
 
 def _claimed(checked: CommandLine, *, multirun: bool) -> list[str]:

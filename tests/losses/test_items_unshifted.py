@@ -79,7 +79,7 @@ def test_values_of_whole_rows_and_groups_are_not_shifted() -> None:
         ids,
         advantages=torch.tensor([[1.0], [2.0]]),
         group_ids=torch.tensor([[4], [5]]),
-        old_logprobs=torch.tensor([-1.0, -2.0, -3.0]),
+        old_logprobs=torch.tensor([[-1.0, -2.0, -3.0]] * 2),
         rollout_spec=LogprobSpec(),
     )
     assert item.advantages.tolist() == [[1.0] * 3, [2.0] * 3]

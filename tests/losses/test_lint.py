@@ -44,6 +44,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (config("cispo", options={"weight_max": 0.2}), {}, "weight_max=0.2 .*is the ceiling itself.*set cliprange_high"),
     (config("topr", options={"weight_max": 0.5}), {}, "scales down every token.*use 1 or more"),
     (config("cispo", options={"cliprange_high": 5.0}), {}, "ceiling to 6; .*set weight_max=5"),
+    (config(options={"cliprange_high": 28.0, "clip_ratio_c": None}), {}, "cliprange_high=28 .* to 29, .*mean 0.28"),
     (config(options={"clip_ratio_c": 1.1}), {}, "clip_ratio_c=1.1 is inside the clip range .*above 1.2"),
     (config(options={"clip_ratio_c": None, "delta": 1.1}), {}, "delta=1.1 is inside"),
     (config(options={"delta": 4.0}), {}, "clip_ratio_c=3 and delta=4 .*set one of them to null"),

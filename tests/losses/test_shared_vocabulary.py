@@ -52,12 +52,20 @@ def one(mesh: DeviceMesh, cfg: GRPOLossConfig) -> None:
         part.backward()
         found = to_floats(reduce_metrics(metrics))
     assert world_size() == 4  # all again
+    # As autograd does in its own thread for a checkpointed region: the group travels with the kwargs.
+    again, metrics = GRPOLossContext(cfg, kwargs).forward(own, head)
+    assert again.item() == part.item()
+    assert metrics["loss"].number([float(metrics["loss"].total)]) == pytest.approx(part.item() / ranks_of(cfg))
     assert found == pytest.approx(expected_metrics, rel=1e-12, nan_ok=True)
-    factor = 2 if cfg.gradient_reduction == "mean" else 1
+    factor = ranks_of(cfg)
     grad = head.grad.full_tensor()
     dist.all_reduce(grad, group=mesh["dp"].get_group())
     torch.testing.assert_close(grad / factor, expected[1], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(own.grad / factor, expected[0][rows], rtol=1e-12, atol=1e-14)
+
+
+def ranks_of(cfg: GRPOLossConfig) -> int:
+    return 2 if cfg.gradient_reduction == "mean" else 1
 
 
 @pytest.mark.dist

@@ -314,3 +314,18 @@ def test_losses_with_several_terms_have_one_gradient_over_processes() -> None:
     )
     for own in (cfg, cfg.model_copy(update={"aggregation": AggregationConfig(name="per_component")}), MarkedConfig()):
         assert_layout_invariant(own, processes=2)
+
+
+@pytest.mark.parametrize("mode", ["eager", "chunk"])
+def test_a_bias_may_have_another_dtype(mode: str) -> None:
+    # Logits of a bf16 head with a bias of fp32, which is added in fp32.
+    cfg = FocalLossConfig(mode=mode, chunk_size=5)
+    batch = random_batch(cfg)
+    (kwargs,) = cfg.loss_ctx_cls.build_batches_loss_kwargs([batch.item], cfg)
+    hidden, weight = batch.hidden_states.bfloat16(), batch.head_weight.bfloat16()
+    bias = torch.full(weight.shape[:1], 1e-3) * torch.arange(len(weight))
+    loss, _ = cfg.loss_ctx_cls(cfg, kwargs).forward(hidden, weight, bias)
+    logits = (hidden @ weight.T).double() + bias
+    exact, _ = cfg.loss_ctx_cls(cfg, kwargs).forward(logits, torch.eye(len(weight), dtype=torch.float64))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)

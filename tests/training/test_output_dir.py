@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tests.training.test_train import environment
 from toolkit import ConfigError
 from toolkit.compose.tree import compose_run
 from toolkit.training.config import TrainingConfig
+from toolkit.training.elastic import restarted
 from toolkit.training.output_dir import check_free, claim, new_dir, release
 
 ENV = environment(PYTHONPATH=str(Path(toolkit.__file__).parents[1]))
@@ -120,6 +122,41 @@ def test_the_command_refuses_before_torch_and_touches_nothing(tmp_path: Path) ->
     done = run_module(*("toolkit.train", "-m", "seed=1,2", "hydra.sweep.dir=sweep"), cwd=tmp_path, env=ENV)
     assert done.stderr.startswith("error: hydra.run.dir=sweep/1 holds an earlier run (summary.json)")
     assert not (tmp_path / "sweep" / "0").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "saved", "changed"),
+    [
+        (None, "checkpoint", {}),
+        ("0", "checkpoint", {}),
+        ("1", "checkpoint", {"resume": "a"}),
+        ("2", "checkpoint.old", {"resume": "a"}),
+        ("1", "", {"overwrite": True}),
+    ],
+)
+def test_a_restart_by_torchrun_continues_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str | None, saved: str, changed: dict[str, object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    if count is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    (tmp_path / "a" / saved).mkdir(parents=True)
+    if saved:
+        (tmp_path / "a" / saved / "state.json").write_text("{}")
+    assert restarted(PLAIN, "a") == PLAIN.model_copy(update=changed)
+
+
+@pytest.mark.slow
+def test_a_restarted_command_continues_in_its_folder(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    command = ["toolkit.train", "debug=smoke", "warmup.steps=1", "hydra.run.dir=a", "training.checkpoint_every=1"]
+    environments = [ENV, ENV | {"TORCHELASTIC_RESTART_COUNT": "1"}]
+    for steps, environment_of_run in zip((1, 2), environments, strict=True):
+        done = run_module(*command, f"training.steps={steps}", cwd=tmp_path, env=environment_of_run)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(row["step"] for row in rows if row.get("phase") == "main") == [0, 1]
 
 
 @pytest.mark.slow

@@ -55,7 +55,9 @@ def main() -> None:
         sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
         arguments = get_args_parser().parse_args()
         if not (arguments.shell_completion or arguments.hydra_help):
-            cfg, _, folder, _ = compose_run(arguments.overrides, root=BENCH, config_dir=arguments.config_dir)
+            cfg, _, folder, _ = compose_run(
+                arguments.overrides, root=BENCH, config_dir=arguments.config_dir, build=build_bench
+            )
             if arguments.help:
                 from toolkit.compose.help_text import help_text
 

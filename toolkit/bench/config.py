@@ -41,9 +41,10 @@ class BenchConfig(Config):
     """Also report the policy's entropy, as the training run does."""
     softcap: Annotated[float, Field(gt=0)] | None = None
     """Soft cap of the logits; variants that do not have one are skipped then."""
-    cases: Literal["configured", "all", "overhead"] = "configured"
+    cases: Literal["configured", "all", "overhead", "model"] = "configured"
     """all: the configured loss and every pass of the head, on this shape; overhead: with building kwargs and
-    LossRunner, relative to the same loss written by hand."""
+    LossRunner, relative to the same loss written by hand; model: a step of a two-layer model with a tied head, relative
+    to its trunk alone."""
     peers: bool = True
     """Measure the peers that are installed."""
     memory: bool = True
@@ -58,6 +59,12 @@ class BenchConfig(Config):
     """CPU threads; None: PyTorch's default."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the made-up tokens."""
+
+    @model_validator(mode="after")
+    def _model_has_no_accuracy(self) -> BenchConfig:
+        if self.cases == "model" and self.accuracy:
+            raise ConfigError("bench.cases=model measures time and memory alone; add bench.accuracy=false")
+        return self
 
     @model_validator(mode="after")
     def _rows_fill_the_tokens(self) -> BenchConfig:

@@ -42,7 +42,8 @@ def _absent(distribution: str, least: tuple[int, ...]) -> str | None:
     return None if numbers >= least else f"{distribution} {installed} is older than {'.'.join(map(str, least))}"
 
 
-def _no_trl(config: BenchConfig, loss_cfg: BaseLossConfig) -> str | None:
+def no_trl(config: BenchConfig, loss_cfg: BaseLossConfig) -> str | None:
+    """Return why TRL cannot be measured; None if it can."""
     absent = _absent("trl", (1, 16))
     if absent or importlib.util.find_spec("trl.kernels.chunked_logprob") is None:
         return absent or "this trl has no trl.kernels.chunked_logprob"
@@ -150,7 +151,7 @@ def _with_our_loss(problem: Problem, head: Callable[[Tensor, Tensor], Tensor]) -
 
 
 PEERS = (
-    Peer("TRL, chunked log-prob", _trl, _no_trl),
+    Peer("TRL, chunked log-prob", _trl, no_trl),
     Peer("Liger, fused linear GRPO", _liger, _no_liger),
     Peer("cut-cross-entropy", _cce, lambda config, loss_cfg: _absent("cut-cross-entropy", (25,))),
     Peer("torch, linear_cross_entropy", _torch_lce, _no_torch_lce),

@@ -18,6 +18,8 @@ from toolkit.explain.tables import aligned, markdown_table
 from toolkit.head.products import onednn_wins
 
 MIB = 2**20
+FLOORS = {"overhead": "the loss by hand", "model": "the trunk alone"}
+"""What times are compared with, by `BenchConfig.cases`."""
 COLUMNS = ("variant", "wall ms", "CPU ms", "x floor", "peak MiB", "error")
 
 
@@ -57,9 +59,7 @@ def table(config: BenchConfig, results: Sequence[Result]) -> list[tuple[str, ...
 def print_table(config: BenchConfig, results: Sequence[Result]) -> None:
     """Print the table and an explanation of its columns."""
     skipped = [f"not measured: {result.name}: {result.skipped}" for result in results if result.skipped is not None]
-    floor = (
-        "the loss by hand" if config.cases == "overhead" else "three bare, preallocated products of the scored tokens"
-    )
+    floor = FLOORS.get(config.cases, "three bare, preallocated products of the scored tokens")
     print(
         f"{_size(config)}, {config.ignored:.0%} ignored",
         aligned(table(config, results)),

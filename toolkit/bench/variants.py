@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.bench import model, overhead
 from toolkit.bench.config import BenchConfig
-from toolkit.bench.overhead import BUILDERS
-from toolkit.bench.peers import PEERS
+from toolkit.bench.peers import PEERS, no_trl
 from toolkit.bench.problem import Problem, Step, changed, device_of, make_problem
 from toolkit.head import TokenScores, token_logprobs
 from toolkit.head.logits import LogitTransform
@@ -29,8 +29,8 @@ class Variant:
     """Something to measure."""
 
     name: str
-    problem: Callable[[], Problem]
-    build: Callable[[Problem], Step]
+    problem: Callable[[], Any]
+    build: Callable[[Any], Step]
     """Prepares everything that is not measured, and returns the function to measure."""
     has_gradients: bool = True
     is_ours: bool = True
@@ -42,7 +42,12 @@ def variants(config: BenchConfig, loss_cfg: BaseLossConfig) -> list[Variant]:
     """Return everything to measure, the floor first."""
     shared_problem = partial(_problem, config, loss_cfg)
     if config.cases == "overhead":
-        return [Variant(name, shared_problem, build) for name, build in BUILDERS.items()]
+        return [Variant(name, shared_problem, build) for name, build in overhead.BUILDERS.items()]
+    if config.cases == "model":
+        shared_model = partial(_model_problem, config, loss_cfg)
+        ours = [Variant(name, shared_model, build) for name, build in model.BUILDERS.items()]
+        why_not = no_trl(config, loss_cfg) if config.peers else "bench.peers=false"
+        return [*ours, Variant(model.TRL, shared_model, model.by_trl, is_ours=False, why_not=why_not)]
     chosen = [
         Variant(FLOOR, shared_problem, _products, has_gradients=False),
         Variant("toolkit", shared_problem, toolkit_step),
@@ -90,8 +95,8 @@ def _all_cases(config: BenchConfig, loss_cfg: BaseLossConfig, shared_problem: Ca
     ]
 
 
-_problem = cache(make_problem)
-"""Made once, so variants share its tensors."""
+_problem, _model_problem = cache(make_problem), cache(model.make_model_problem)
+"""Made once, so variants share their tensors."""
 
 
 def _products(problem: Problem) -> Step:

@@ -7,6 +7,7 @@ checks instead that two processes give the gradient of one.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from typing import NoReturn
 
@@ -26,7 +27,9 @@ class _Parser(argparse.ArgumentParser):
     """Prints an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise SystemExit(f"error: {message}")
+        dashed = re.search(r"unrecognized arguments:.* --?(\w[\w-]*)[= ]?(\S*)", message)
+        hint = f"; an option of the loss has no dashes: {dashed[1]}={dashed[2] or '...'}" if dashed else ""
+        raise SystemExit(f"error: {message}{hint}")
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from toolkit.compose.plugins import load_plugins
-from toolkit.errors import ConfigError, did_you_mean, listed
+from toolkit.errors import ConfigError, did_you_mean, listed, nearest
 from toolkit.functional.policy.registry import PolicyLoss, policy_loss, policy_loss_names, register_policy_loss
-from toolkit.functional.scope_check import check_token_losses, declared, tensors_of, undeclared
+from toolkit.functional.scope_check import call_loss, check_token_losses, declared, tensors_of, undeclared
 from toolkit.functional.terms import PolicyTerms
 from toolkit.losses.config.base import BaseLossConfig
 
@@ -41,7 +41,9 @@ class Subject:
             chosen = self.options if options is None else options
             copied = replace(terms, reported={}, reported_means={}, **copies)
             try:
-                values = self.loss.function(self.declared(copied, chosen), **chosen)
+                values = call_loss(self.loss, self.declared(copied, chosen), chosen)
+            except ConfigError as error:
+                raise Failed(str(error)) from None
             except Exception:  # the user's function may raise anything
                 words = undeclared(self.loss, chosen, terms)
                 if words:
@@ -76,6 +78,13 @@ def load_subject(what: str, options: Mapping[str, Any] | None = None) -> Subject
     source, colon, name = what.rpartition(":")
     if not colon and what.endswith(".py"):
         raise ConfigError(f"{what!r} names a file; also name the function in it: {what}:my_loss")
+    if not colon and "=" in what:
+        raise ConfigError(f"{what!r} is an override; toolkit-check takes the name alone: {what.partition('=')[2]}")
+    if not colon and what not in policy_loss_names() and nearest(what, policy_loss_names()) is None:
+        raise ConfigError(
+            f"{what!r} is not a policy loss (toolkit-explain --list shows all); for a function of yours, name its "
+            f"file: my_file.py:{what}"
+        )
     loss = _from_source(source, name) if colon else policy_loss(what)
     return Subject(loss, loss.options(options or {}, where=loss.name))
 

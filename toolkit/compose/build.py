@@ -13,6 +13,7 @@ from toolkit.compose.schemas import conf_dir
 from toolkit.errors import ConfigError, listed
 from toolkit.functional.policy.registry import policy_loss
 from toolkit.losses.config.base import BaseLossConfig
+from toolkit.rollout.config import RolloutConfig
 from toolkit.schema import located
 from toolkit.training.run_config import RunConfig
 
@@ -24,6 +25,8 @@ def build_config(cfg: DictConfig) -> RunConfig:
         ConfigError: a value has the wrong type, is out of range or conflicts with another; names the override.
     """
     parts: dict[str, Any] = {"seed": cfg.seed, "plugins": tuple(cfg.plugins)}
+    # Before the loss, which reads the temperature of sampling, so a wrong one is reported where it was set.
+    parts["rollout"] = build_part(cfg, "rollout", RolloutConfig)
     parts["loss"] = build_loss(cfg)
     for name, field in RunConfig.model_fields.items():
         if name not in parts:

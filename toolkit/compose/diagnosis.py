@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from toolkit.functional.policy.registry import policy_loss_names
 
 OPTIONAL_GROUPS = ("experiment", "debug", "aggregation", "kl", "correction")
 """Groups that need no choice."""
+ALIKE = 0.7
+"""How much a name must resemble a choice to be a misspelling of it: gpso and gspo 0.75, focal and oreal 0.6."""
 NO_GROUPS = ("launch",)
 """Folders of conf/ with files for another program: ``accelerate launch --config_file``."""
 
@@ -52,7 +55,7 @@ def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str 
         key, value = str(override.key_or_group), override.value()
         if key not in groups or override.is_delete():
             continue
-        if key in OPTIONAL_GROUPS and value is None:
+        if (key in OPTIONAL_GROUPS and value is None) or (key in ("debug", "experiment") and value == "none"):
             return f"{override.input_line}: leave it out; {key} chooses nothing unless you name a preset"
         wanted = [str(choice) for choice in value] if isinstance(value, list) else [str(value)]
         unknown = [choice for choice in wanted if choice not in groups[key]]
@@ -62,12 +65,27 @@ def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str 
             elsewhere = counterpart_choice(key, unknown[0], groups)
             if elsewhere is not None:
                 return f"{override.input_line} is not a choice of {key}; {elsewhere}"
-            best = nearest(unknown[0], groups[key])
+            best = nearest(unknown[0], groups[key], cutoff=ALIKE)
             hint = f"; try: {key}={best}" if best else ""
             likely = choices_shown(groups[key], unknown[0])
-            plugins = "; a file with your loss is read with plugins=[file.py]" if key == "policy_loss" else ""
-            return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}{plugins}"
+            custom = "" if best else _otherwise(key, unknown[0], groups[key])
+            return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}{custom}"
     return None
+
+
+def _otherwise(group: str, choice: str, choices: Collection[str]) -> str:
+    """Say what to do instead of a choice that resembles none; empty if that is unclear."""
+    if re.fullmatch(r"[\d.e-]+", choice) and group == "kl":
+        return f"; its coefficient is a setting: kl=k3 loss.kl_loss_coef={choice}"
+    if choice.lower() in ("false", "off", "no") and "none" in choices:
+        return f"; try: {group}=none"
+    if not re.fullmatch(r"[A-Za-z_][\w.-]*", choice) or choice.lower() in ("true", "on", "yes", "false", "off", "no"):
+        return ""
+    if group == "model":
+        return f"; for a folder or a model of the hub: model=pretrained model.path={choice}"
+    if group in ("policy_loss", "advantage"):
+        return f"; a function of yours is read with plugins=[my_file.py], which registers it as {choice!r}"
+    return f"; a file of yours, my_conf/{group}/{choice}.yaml, is read with --config-dir my_conf"
 
 
 def unreadable_file(parsed: list[Override], folders: Iterable[str]) -> str | None:
@@ -118,8 +136,8 @@ def _in_one_line(error: YAMLError) -> str:
     return f"{where}{problem or ' '.join(str(error).split())}"
 
 
-def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[str]], base: DictConfig) -> str:
-    """Say which key is wrong and which one would work; return Hydra's message (`error`) if that is unclear.
+def diagnose(parsed: Sequence[Override], groups: dict[str, list[str]], base: DictConfig) -> str | None:
+    """Say which key is wrong and which one would work; None if all exist.
 
     `groups` and `base` are what `groups_in` and `choices_composed` return.
     """
@@ -132,10 +150,15 @@ def diagnose(parsed: list[Override], error: Exception, groups: dict[str, list[st
         is_added = override.is_add() or override.is_force_add() or override.is_delete()
         if key in groups or key in known or key.startswith("hydra") or is_added:
             continue
-        elsewhere = counterpart(key, str(override.input_line).partition("=")[2], known)
+        elsewhere = counterpart(key.replace("-", "_"), str(override.input_line).partition("=")[2], known)
         if elsewhere is not None:
             return f"{key} is not a setting; {elsewhere}"
         return unknown_key(key, override.get_value_element_as_str(), known, groups)
+    return None
+
+
+def what_hydra_says(error: Exception) -> str:
+    """Return the message of an error of Hydra in one line."""
     return " ".join(str(error).splitlines()[:2]) or why_unreadable(error)
 
 
@@ -169,4 +192,5 @@ def unknown_key(key: str, value: str, known: list[str], groups: dict[str, list[s
     if best:
         return f"{key} is not a setting{did_you_mean(key, [best]) or f' (did you mean {best!r}?)'}; try: {best}={value}"
     keys = siblings or [k for k in known if "." not in k]
-    return f"{key} is not a setting; {parent or 'the top level'} has: {', '.join(k.rpartition('.')[2] for k in keys)}"
+    where = parent if siblings and parent else "the top level"
+    return f"{key} is not a setting; {where} has: {', '.join(k.rpartition('.')[2] for k in keys)}"

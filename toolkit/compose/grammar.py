@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from toolkit.errors import ConfigError
+from toolkit.compose.diagnosis import choices_shown, groups_in
+from toolkit.compose.schemas import conf_dir
+from toolkit.errors import ConfigError, listed
 
 LOOKS_LIKE = "an override looks like key.subkey=value or group=choice"
 COMPOSABLE = ("correction", "experiment", "debug")
@@ -23,20 +26,20 @@ def quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def why_not_parsed(text: str) -> str:
-    """Say why an override cannot be parsed, and what would work."""
+def why_not_parsed(text: str, following: str | None = None) -> str:
+    """Say why an override cannot be parsed, and what would work; `following` is the next word of the command line."""
     key, equals, value = text.strip().partition("=")
     several = re.split(rf"[\s,]+(?={_KEY}=)", text.strip())
     if not text.strip():
         return f"an override is empty; remove it ({LOOKS_LIKE})"
     if text.startswith("-"):
-        return f"{text}: an override has no dashes; try: {text.lstrip('-')}"
+        return f"{text}: an override has no dashes; {_without_dashes(text, following)}"
     if len(several) > 1 and all("=" in part for part in several):
         each = " ".join(quoted(part.rstrip(",")) for part in several)
         return f"{text!r} holds {len(several)} overrides in one string; give each by itself: {each}"
     if not equals:
         likely = re.fullmatch(rf"({_KEY})[\s:]+(\S+)", text.strip())
-        return f"{text} has no value; " + (f"try: {likely[1]}={likely[2]}" if likely else LOOKS_LIKE)
+        return f"{text} has no value; " + (f"try: {likely[1]}={likely[2]}" if likely else _with_value(text, following))
     tidy = f"{key.strip()}={value.strip().lstrip('=').rstrip(',')}"
     if tidy != text and _is_parsed(tidy):
         return f"{text!r} has a sign too many; try: {tidy}"
@@ -50,6 +53,49 @@ def why_not_parsed(text: str) -> str:
     if _is_parsed(spelled):
         return f'{text}: the value has signs that need quotes; write "{spelled}", with both kinds of quotes in a shell'
     return f"{text} cannot be read; {LOOKS_LIKE}"
+
+
+def _without_dashes(text: str, following: str | None) -> str:
+    """Say what to write for an option, such as ``--kl k3`` or ``--lr=1e-4``."""
+    from toolkit.peers import counterpart  # only a mistake needs it
+
+    key, equals, value = text.lstrip("-").partition("=")
+    key = key.replace("-", "_")
+    groups = groups_in(conf_dir())
+    value = value if equals or following is None or following.startswith("-") or "=" in following else following
+    elsewhere = counterpart(key, value or None) if key not in groups and "." not in key else None
+    if elsewhere is not None:
+        return elsewhere
+    return f"try: {key}={value}" if value else _with_value(key, None)
+
+
+def is_override(name: str) -> bool:
+    """Whether a name, which somebody wrote as an option, is a group, a key or a word of another project."""
+    from toolkit.peers import counterpart  # only a mistake needs it
+
+    return "." in name or name in groups_in(conf_dir()) or counterpart(name.replace("-", "_")) is not None
+
+
+def _with_value(word: str, following: str | None) -> str:
+    """Say what to write for a word without ``=``: the name of a choice, or a key whose value is the next word."""
+    groups = groups_in(conf_dir())
+    if following is not None and "=" not in following and (word in groups or "." in word):
+        return f"try: {word}={following}"
+    word = word.rstrip(":")
+    if word in groups and following is not None and "=" not in following:
+        return f"try: {word}={following}"
+    if word in groups:
+        return f"choose {listed(choices_shown(groups[word]))}, e.g. {word}={groups[word][0]}"
+    if word == "help":
+        return "try: --help"
+    if word.endswith(".py"):
+        return f"try: plugins=[{word}]"
+    ways = {group: f"{group}={word}" for group, choices in groups.items() if word in choices}
+    if len(ways) > 1:
+        ways.pop("bench", None)
+    if ways:
+        return f"try: {' or '.join(ways.values())}"
+    return LOOKS_LIKE
 
 
 def _is_parsed(text: str) -> bool:
@@ -70,11 +116,39 @@ def check_values(parsed: Iterable[Override], needed: Iterable[str]) -> None:
     Raises:
         ConfigError: several choices of a group that takes one, ``None`` for ``null``, or a part that is removed.
     """
+    parsed = list(parsed)
+    check_repeated(parsed)
     for override in parsed:
         key, text, value = str(override.key_or_group), str(override.input_line), override.value()
+        if override.is_sweep_override():
+            raise ConfigError(f"{text} names several values; name one (toolkit-train -m runs one job for each)")
         if override.is_delete() and key in needed:
             raise ConfigError(f"{text}: every run needs {key}; leave this out for its default")
-        if isinstance(value, list) and "." not in key and key not in (*COMPOSABLE, "plugins"):
+        if isinstance(value, list) and Path(conf_dir(), key).is_dir() and key not in COMPOSABLE:
             raise ConfigError(f"{text}: {key} takes one choice; add -m to sweep: -m {key}={','.join(map(str, value))}")
         if text.endswith("=None") and "." in key:
             raise ConfigError(f"{text} is the text 'None'; for no value write {key}=null")
+
+
+def check_repeated(parsed: Iterable[Override]) -> None:
+    """Raise if two overrides set one key to different values, of which Hydra would take the last.
+
+    Raises:
+        ConfigError: they do; the message says what to write instead.
+    """
+    earlier: dict[str, Override] = {}
+    for override in parsed:
+        key = str(override.key_or_group)
+        if key.startswith("hydra") or override.is_force_add():
+            continue
+        first = earlier.setdefault(key, override)
+        if first.value() != override.value():
+            both = [str(each.input_line).partition("=")[2].strip("[]") for each in (first, override)]
+            combined = f", or combine them: {key}=[{','.join(both)}]" if key in (*COMPOSABLE, "plugins") else ""
+            raise ConfigError(
+                f"{first.input_line} and {override.input_line} set {key} twice; leave one out{combined} (in a script, "
+                f"++{override.input_line} replaces an earlier value)"
+                if "." in key
+                else f"{first.input_line} and {override.input_line} choose {key} twice; leave one out{combined}, or "
+                f"run both with -m {key}={','.join(both)}"
+            )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from toolkit.compose.grammar import quoted, why_not_parsed
+from toolkit.compose.grammar import LOOKS_LIKE, is_override, quoted, why_not_parsed
 from toolkit.compose.schemas import conf_dir
 from toolkit.errors import ConfigError
 
@@ -37,12 +38,15 @@ def options_first(arguments: Sequence[str], parser: argparse.ArgumentParser) -> 
     The parser has a positional argument ``overrides`` that takes any number.
 
     Raises:
-        ConfigError: an override is written as an option: ``--policy_loss=gspo``.
+        ConfigError: an override is written as an option: ``--policy_loss=gspo`` or ``--policy_loss gspo``.
     """
     read, rest = parser.parse_known_args(arguments)
-    dashed = [argument for argument in rest if argument.startswith("-") and "=" in argument]
-    if dashed:
-        raise ConfigError(why_not_parsed(dashed[0]))
+    for argument in rest:
+        if argument.startswith("-"):
+            index = list(arguments).index(argument)
+            following = next(iter(arguments[index + 1 :]), None)
+            if "=" in argument or is_override(argument.lstrip("-")):
+                raise ConfigError(why_not_parsed(argument, following))
     if any(argument.startswith("-") for argument in rest):
         return list(arguments)  # an unknown option, which the parser reports
     overrides = [*read.overrides, *rest]
@@ -97,11 +101,13 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     """
     parser = OverridesParser.create()
     parsed = []
-    for text in overrides:
+    for text, following in zip_longest(overrides, overrides[1:]):
+        if text.startswith("="):
+            raise ConfigError(f"{text} has no key; {LOOKS_LIKE}")
         try:
             parsed += parser.parse_overrides([text])
         except HydraException:
-            raise ConfigError(why_not_parsed(text)) from None
+            raise ConfigError(why_not_parsed(text, following)) from None
     return parsed
 
 

@@ -6,6 +6,7 @@ field is written down once, in the class.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,11 @@ REPLACE: dict[str, Any] = {} if IS_HYDRA_1_3 else {"replace": True}
 
 _registered: dict[tuple[str, str], list[type[Config]]] = {}
 """The stored nodes: (group, name) -> the classes that the node was made from, newest last."""
+_nodes: dict[tuple[str, str], dict[str, Any]] = {}
+"""The newest of them: (group, name) -> what it holds."""
 
 
+@functools.cache
 def conf_dir() -> str:
     """Return the configuration folder: inside an installed wheel, or beside the package in a checkout."""
     here = Path(__file__).resolve().parents[1]
@@ -81,8 +85,15 @@ def _store_choice(group: str, name: str, options: type[Config], **fixed: str) ->
 def _store(group: str, name: str, source: type[Config], **fixed: Any) -> None:
     sources = _registered.setdefault((group, name), [])
     if not sources or sources[-1] is not source:
-        ConfigStore.instance().store(group=group, name=name, node={**fixed, **source.defaults()}, **REPLACE)
+        _nodes[group, name] = node = {**fixed, **source.defaults()}
+        ConfigStore.instance().store(group=group, name=name, node=node, **REPLACE)
         sources.append(source)
+
+
+def stored_node(group: str, name: str) -> dict[str, Any] | None:
+    """Return the stored node of a class or a registered function; None if there is none."""
+    node = _nodes.get((group, name))
+    return None if node is None else dict(node)
 
 
 def _path_of(schema: type[Config]) -> str:

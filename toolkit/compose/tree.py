@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,9 +19,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from toolkit.compose.build import build_config, build_loss, target_class
-from toolkit.compose.diagnosis import choices_composed, diagnose, groups_in, unknown_choice, unreadable_file
-from toolkit.compose.grammar import check_values
+from toolkit.compose.build import build_config, build_loss
+from toolkit.compose.checks import check_settings, check_targets, check_where_options_are
+from toolkit.compose.diagnosis import (
+    choices_composed,
+    diagnose,
+    groups_in,
+    unknown_choice,
+    unreadable_file,
+    what_hydra_says,
+)
+from toolkit.compose.grammar import check_repeated, check_values
 from toolkit.compose.overrides import (
     adapted,
     check_policy_loss_keys,
@@ -28,18 +37,15 @@ from toolkit.compose.overrides import (
     is_of_loss,
     parse,
     plugins_in,
-    policy_loss_has_a_group,
     sweep_jobs,
     with_folder,
 )
 from toolkit.compose.plugins import load_plugins
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
+from toolkit.compose.screen import choices_of, missing_keys, with_values
 from toolkit.compose.settings import settings_in
 from toolkit.errors import ConfigError
-from toolkit.functional.policy.registry import policy_loss
 from toolkit.losses.config.base import BaseLossConfig
-from toolkit.losses.config.ce import CELossConfig
-from toolkit.losses.config.opd import OPDLossConfig
 from toolkit.schema import Config
 from toolkit.training.run_config import RunConfig
 
@@ -88,6 +94,7 @@ class CommandLine(NamedTuple):
     """Of the run, or of all jobs of a multirun."""
 
 
+Build = Callable[[DictConfig], object]
 TRAIN = Root("config")
 LOSS_ONLY = Root("loss_only")
 OF_ONE_COMMAND = ("bench",)
@@ -98,13 +105,6 @@ OF_COMMANDS = ("launcher", "sweeper", "help", "hydra_help", "hydra_logging", "ou
 """Groups of Hydra that a command needs and a configuration does not; each takes time to compose."""
 MAX_CHECKED_JOBS = 32
 """Jobs of a multirun that are checked in advance; each job checks itself again when it starts."""
-READ_BY = {
-    "policy_loss": "policy_loss_cfg",
-    "kl": "use_kl_loss",
-    "aggregation": "aggregation",
-    "correction": "correction",
-}
-"""Group of choices -> the field of a loss config that reads it."""
 
 
 def compose_config(
@@ -121,13 +121,22 @@ def compose_config(
 
 
 def compose_run(
-    overrides: Sequence[str], *, root: Root = TRAIN, config_dir: str | os.PathLike[str] | None = None
+    overrides: Sequence[str],
+    *,
+    root: Root = TRAIN,
+    config_dir: str | os.PathLike[str] | None = None,
+    build: Build | None = None,
 ) -> Composed:
-    """Compose as `compose_config`, and say where the results go."""
-    return _compose(with_folder(overrides, config_dir), root)
+    """Compose as `compose_config`, and say where the results go.
+
+    `build` makes objects of a configuration: called before Hydra composes, it reports a wrong value at once.
+    """
+    return _compose(with_folder(overrides, config_dir), root, build)
 
 
-def compose_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | None = None) -> DictConfig:
+def compose_loss(
+    overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | None = None, build: Build = build_loss
+) -> DictConfig:
     """Compose like `compose_config`, but only the groups that affect the loss if that is enough.
 
     This takes half the time and gives the same loss. Everything is composed if an override is about something else,
@@ -135,7 +144,7 @@ def compose_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str]
     """
     overrides = with_folder(overrides, config_dir)
     is_enough = all(map(is_of_loss, parse(overrides))) and not Path(conf_dir(), "local", "default.yaml").is_file()
-    return _compose(overrides, LOSS_ONLY if is_enough else TRAIN).cfg
+    return _compose(overrides, LOSS_ONLY if is_enough else TRAIN, build).cfg
 
 
 _losses: dict[tuple[str, ...], tuple[int, BaseLossConfig]] = {}
@@ -161,15 +170,18 @@ def load_loss(overrides: Sequence[str], *, config_dir: str | os.PathLike[str] | 
     return loss
 
 
-def _compose(overrides: Sequence[str], root: Root) -> Composed:
-    """Compose one job."""
+def _compose(overrides: Sequence[str], root: Root, build: Build | None = None) -> Composed:
+    """Compose one job; `build` what it describes first from the screened configuration, where that is possible."""
     parsed = parse(overrides)
     check_values(parsed, (*root.keys, "policy_loss"))
     check_policy_loss_keys(parsed)
     load_plugins(plugins_in(parsed))
     register_schemas(root.schemas)
+    taken = adapted(overrides)
+    screened = _screened(parsed, taken, root)
+    if screened is not None and build is not None:
+        build(screened)
     with _hydra_of_conf():
-        taken = adapted(overrides)
         keys = {str(override.key_or_group) for override in parsed} - {"hydra.searchpath"}
         sets_hydra = any(key.startswith("hydra") for key in keys)
         removed = [] if sets_hydra else [f"~hydra/{group}" for group in OF_COMMANDS]
@@ -181,10 +193,8 @@ def _compose(overrides: Sequence[str], root: Root) -> Composed:
             if wrong is not None:
                 raise ConfigError(wrong) from None
             base = choices_composed(parsed, groups, root.name)
-            _check_targets(parsed, base)
-            _check_where_options_are(parsed, base)
+            mistake = _wrong_key(parsed, base, root) or what_hydra_says(error)
             again = _with_unlisted(taken, parsed, base)
-            mistake = diagnose(parsed, error, groups, base)
             if again == taken:
                 raise ConfigError(mistake) from None
             try:
@@ -194,14 +204,46 @@ def _compose(overrides: Sequence[str], root: Root) -> Composed:
         folders = _folder(cfg, "run"), _folder(cfg, "sweep")
         with open_dict(cfg):
             del cfg["hydra"]
-    _check_where_options_are(parsed, cfg)  # Hydra 1.4 follows the interpolation and sets them
-    if "loss_type" not in cfg.policy_loss:
-        raise ConfigError(
-            "policy_loss has no loss_type; add the policy loss that its options are for to its file, such as "
-            "loss_type: vanilla"
-        )
-    _check_unread(parsed, cfg, root.keys)
+    check_settings(parsed, cfg, root.keys)
     return Composed(cfg, taken, *folders)
+
+
+def _screened(parsed: Sequence[Override], taken: Sequence[str], root: Root) -> DictConfig | None:
+    """Return the configuration as `toolkit.compose.screen` composes it; None if only Hydra can.
+
+    Raises:
+        ConfigError: an override sets what does not exist, or nothing reads.
+    """
+    base = choices_of(parsed, root.name, config_folders_in(parsed))
+    if base is None:
+        return None
+    check_where_options_are(parsed, base)
+    missing = missing_keys(base, [o for o, text in zip(parsed, taken, strict=True) if not text.startswith("++")])
+    if missing:
+        mistake = _wrong_key(parsed, base, root)
+        if mistake is not None:
+            raise ConfigError(mistake)
+    cfg = with_values(base, parsed)
+    check_settings(parsed, cfg, root.keys)
+    return cfg
+
+
+def _wrong_key(parsed: Sequence[Override], base: DictConfig, root: Root) -> str | None:
+    """Say which override sets what `base`, composed without values, does not have; None if it is another mistake."""
+    check_targets(parsed, base)
+    check_where_options_are(parsed, base)
+    return diagnose(parsed, groups_of(root, *config_folders_in(parsed)), base)
+
+
+def _with_unlisted(overrides: list[str], parsed: Sequence[Override], base: DictConfig) -> list[str]:
+    """Let Hydra add the fields that a config class has but the YAML file of the choice does not list."""
+    unlisted = {setting.key for setting in settings_in(base) if not setting.is_listed}
+    result = []
+    for text, override in zip(overrides, parsed, strict=True):
+        key = str(override.key_or_group)
+        is_bare = not (override.is_add() or override.is_force_add() or override.is_delete() or text.startswith("++"))
+        result.append(f"++{text}" if is_bare and key in unlisted else text)
+    return result
 
 
 def _folder(cfg: DictConfig, kind: str) -> Folder:
@@ -221,76 +263,6 @@ def _folder(cfg: DictConfig, kind: str) -> Folder:
     return Folder(str(path), is_dated="${now:" in str(written["dir"]))
 
 
-def _check_targets(parsed: Sequence[Override], base: DictConfig) -> None:
-    """Raise if an override sets a part whose class cannot be imported, because its settings are then unknown."""
-    for group in {str(override.key_or_group).partition(".")[0] for override in parsed}:
-        node = base.get(group)
-        if isinstance(node, DictConfig) and "_target_" in node:
-            target_class(group, node)
-
-
-def _check_where_options_are(parsed: Sequence[Override], base: DictConfig) -> None:
-    """Raise if an override sets an option of the policy loss inside a loss that reads it from the group."""
-    for override in parsed:
-        is_inside = str(override.key_or_group).startswith("loss.policy_loss_cfg")
-        if is_inside and OmegaConf.is_interpolation(base.loss, "policy_loss_cfg"):
-            raise policy_loss_has_a_group(override)
-
-
-def _with_unlisted(overrides: list[str], parsed: Sequence[Override], base: DictConfig) -> list[str]:
-    """Let Hydra add the fields that a config class has but the YAML file of the choice does not list."""
-    unlisted = {setting.key for setting in settings_in(base) if not setting.is_listed}
-    result = []
-    for text, override in zip(overrides, parsed, strict=True):
-        key = str(override.key_or_group)
-        is_bare = not (override.is_add() or override.is_force_add() or override.is_delete() or text.startswith("++"))
-        result.append(f"++{text}" if is_bare and key in unlisted else text)
-    return result
-
-
-def _check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[str]) -> None:
-    """Check that something reads every setting of `cfg`, which was composed with the overrides.
-
-    `known` are the settings of the top level.
-
-    Raises:
-        ConfigError: nothing reads one of them.
-    """
-    stray = [str(key) for key in cfg if key not in known and key != "policy_loss"]
-    if stray:
-        from toolkit.peers import counterpart  # only a mistake needs it
-
-        value = next((str(o.input_line).partition("=")[2] for o in parsed if o.key_or_group == stray[0]), None)
-        elsewhere = counterpart(stray[0], value)
-        if elsewhere is not None:
-            raise ConfigError(f"{stray[0]} is not a setting; {elsewhere}")
-        raise ConfigError(f"{stray[0]} is not a setting; the top level has: {', '.join(known)}")
-    target = target_class("loss", cfg.loss)
-    fields = getattr(target, "model_fields", {})
-    if "bypass" in str(next((o.value() for o in parsed if o.key_or_group == "correction"), "")):
-        name = str(cfg.policy_loss.loss_type)
-        if "anchor" not in policy_loss(name).options_model.model_fields:
-            raise ConfigError(
-                f"correction=bypass takes ratios to the sampler's probabilities, but policy loss {name!r} has no "
-                "option 'anchor'; remove it, or choose a policy loss with that option"
-            )
-    has_fixed_policy = "policy_loss_cfg" in cfg.loss and not OmegaConf.is_interpolation(cfg.loss, "policy_loss_cfg")
-    for override in parsed:
-        group = str(override.key_or_group).split(".")[0]
-        if group == "policy_loss" and has_fixed_policy:
-            raise ConfigError(
-                f"{override.input_line} has no effect: the file of this loss defines its policy loss; change its "
-                "options with loss.policy_loss_cfg.<option>=..., or write policy_loss_cfg: ${policy_loss} in that file"
-            )
-        if group == "advantage" and issubclass(target, (OPDLossConfig, CELossConfig)):
-            raise ConfigError(f"{override.input_line} has no effect: {target.__name__} does not read advantages")
-        if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):
-            raise ConfigError(
-                f"{override.input_line} has no effect: {cfg.loss._target_.rpartition('.')[2]} has no "
-                f"{READ_BY[group]}; remove it, or choose a loss that has it, such as loss=grpo"
-            )
-
-
 @contextlib.contextmanager
 def _hydra_of_conf() -> Iterator[None]:
     """Initialise Hydra for ``conf/``, also inside a program that uses Hydra, and restore its Hydra afterwards."""
@@ -303,8 +275,13 @@ def _hydra_of_conf() -> Iterator[None]:
         GlobalHydra.instance().hydra = outer  # looked up again: Hydra may have replaced the instance
 
 
-def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> CommandLine:
+def check_command_line(
+    overrides: Sequence[str], *, multirun: bool = False, check: Callable[[RunConfig], object] | None = None
+) -> CommandLine:
     """Check a command line as far as possible without torch: choices, keys, types and ranges.
+
+    `check` raises for a valid configuration that cannot run here; it is called before Hydra composes, if possible, so
+    call it for each of the configurations, too.
 
     Raises:
         ConfigError: something is wrong; the message is about the first mistake.
@@ -313,6 +290,8 @@ def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> C
     sweeps = [override.input_line for override in parse(overrides) if override.is_sweep_override()]
     if sweeps and not multirun:
         key, _, values = str(sweeps[0]).partition("=")
+        if "." in key and re.fullmatch(r"-?\d+,\d+", values):
+            raise ConfigError(f"{sweeps[0]}: a decimal has a point; try: {key}={values.replace(',', '.')}")
         both = f"write {key}=[{values}] to apply all, or " if key == "correction" else ""
         raise ConfigError(f"{sweeps[0]} names several values; {both}add -m to run one job for each")
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -320,10 +299,17 @@ def check_command_line(overrides: Sequence[str], *, multirun: bool = False) -> C
             "-m runs one job after another in one process, but WORLD_SIZE is above 1; start each job separately"
         )
     if multirun:
+        check_repeated(parse(overrides))  # the sweeper would take the last
         jobs = islice(sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
+
+    def build(cfg: DictConfig) -> None:
+        config = build_config(cfg)
+        if check is not None:
+            check(config)
+
     configs, added, folder = [], set(), Folder(None, is_dated=False)
     for job in jobs:
-        composed = _compose(job, TRAIN)
+        composed = _compose(job, TRAIN, build)
         configs.append(build_config(composed.cfg))
         added |= {text.removeprefix("++").partition("=")[0] for text in composed.overrides if text.startswith("++")}
         folder = composed.sweep_dir if multirun else composed.run_dir

@@ -72,10 +72,14 @@ def _answer(arguments: argparse.Namespace) -> str:
         return _markdown(arguments.markdown)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cfg = compose_loss(arguments.overrides, config_dir=arguments.config_dir)
-        loss = build_loss(cfg)
         preset = next((str(o.value()) for o in parse(arguments.overrides) if o.key_or_group == "loss"), None)
-        about = list(_around(cfg, loss, preset))
+
+        def described(cfg: DictConfig) -> tuple[BaseLossConfig, list[tuple[str, list[str]]]]:
+            loss = build_loss(cfg)
+            return loss, list(_around(cfg, loss, preset))
+
+        cfg = compose_loss(arguments.overrides, config_dir=arguments.config_dir, build=described)
+        loss, about = described(cfg)
     text = explain_loss(loss, about, preset=preset, **_context(cfg))
     messages = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     unwrapped = " ".join(text.split())

@@ -6,7 +6,6 @@ cannot drift from the code.
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,7 +119,7 @@ def _of_file(path: Path, facts: str = "") -> Entry:
 
 
 def listing() -> str:
-    """Return everything that can be chosen as plain text: what selects it, its title, scope and papers."""
+    """Return everything that can be chosen as plain text: what selects it, its title, scope and source."""
     tables = {title: [(entry.override, _summary(entry)) for entry in entries] for title, entries in _sections().items()}
     presets = [(project, ", ".join(names)) for project, names in _presets().items()]
     tables[f"Other projects' losses (loss={PRESET}<project>/<name>)"] = presets
@@ -128,8 +127,8 @@ def listing() -> str:
 
 
 def _summary(entry: Entry) -> str:
-    papers = ", ".join(dict.fromkeys(re.findall(r"arXiv \d{4}\.\d{4,5}", entry.source)))
-    return (f"[{entry.scope}] " if entry.scope else "") + entry.title + (f" ({papers})" if papers else "")
+    source = entry.source.partition(";")[0]
+    return (f"[{entry.scope}] " if entry.scope else "") + entry.title + (f" ({source})" if source else "")
 
 
 def markdown() -> str:

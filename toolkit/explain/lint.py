@@ -20,6 +20,8 @@ LONG_SEQUENCE_RANGE = 0.1
 SHORT_TOKEN_RANGE = 0.01
 """A clip range below this clips nearly every token's ratio after one update (PPO's paper: 0.2)."""
 
+PERCENT = 10.0
+"""A clip range this wide was probably meant in percent; the widest in use is CISPO's 5."""
 SAME_AS_ANOTHER = {("gspo", "seq_mean_token_sum"): "luspo"}
 """(policy loss, an aggregation other than its paper's) -> the policy loss that this combination equals."""
 
@@ -137,11 +139,22 @@ def _absolute_cap(s: Setting) -> Iterator[str]:
             f"weight_max={cap:g} in {s.name} is the ceiling itself and scales down every token, even on-policy ones; "
             f"{remedy}"
         )
-    if cap is None and "weight_max" in s.options and high is not None and high >= 1:
+    if cap is None and "weight_max" in s.options and high is not None and 1 <= high < PERCENT:
         yield (
             f"cliprange_high={high:g} in {s.name} sets the ceiling to {1 + high:g}; if {high:g} should be the ceiling "
             f"itself (as in TRL, Liger, ms-swift and Tinker), set weight_max={high:g}"
         )
+
+
+def _percent(s: Setting) -> Iterator[str]:
+    """A range given in percent: 28 for 0.28."""
+    for name in ("cliprange_high", "cliprange_low"):
+        bound = s.options.get(name)
+        if bound is not None and bound >= PERCENT:
+            yield (
+                f"{name}={bound:g} of {s.name} lets the ratio rise to {1 + bound:g}, so it almost never clips; did you "
+                f"mean {bound / 100:g}? (a range is a fraction, not percent)"
+            )
 
 
 def _dual_clip(s: Setting) -> Iterator[str]:
@@ -294,6 +307,7 @@ CHECKS: tuple[Callable[[Setting], Iterator[str]], ...] = (
     _constant,
     _inverted,
     _absolute_cap,
+    _percent,
     _dual_clip,
     _size_of_range,
     _self_anchor,
@@ -307,3 +321,12 @@ CHECKS: tuple[Callable[[Setting], Iterator[str]], ...] = (
     _negative_entropy,
 )
 """In the order in which their sentences are printed."""
+OF_VALUES = (_inverted, _absolute_cap, _percent)
+"""Those of a single value that was probably mistyped."""
+
+
+def mistyped_values(cfg: BaseLossConfig) -> list[str]:
+    """Return one sentence for each option of the policy loss that was probably mistyped."""
+    if not isinstance(cfg, BaseRLLossConfig):
+        return []
+    return [message for check in OF_VALUES for message in check(Setting(cfg, cfg.policy, cfg.policy_options))]

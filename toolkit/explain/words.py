@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from toolkit.peers import COMPUTED, VALUE, Answer, Project, Word, projects, words_of
+from toolkit.peers.batch_fields import BATCH, NAMES
 
 ALL = "all"
 """Stands for all projects after ``--from``."""
@@ -34,7 +35,8 @@ def markdown(name: str = ALL) -> str:
     Raises:
         ConfigError: there is no such project.
     """
-    return "\n".join([INTRODUCTION, *(_section(project) for project in _chosen(name))])
+    fields = [_fields()] if name == ALL else []
+    return "\n".join([INTRODUCTION, *(_section(project) for project in _chosen(name)), *fields])
 
 
 def _chosen(name: str) -> list[Project]:
@@ -58,6 +60,22 @@ def _section(project: Project) -> str:
     for called, ways, remark in (row for word in project.words for row in _rows(word)):
         here = " or ".join(f"`{way}`" for way in ways) or "no counterpart"
         lines.append(f"| `{called}` | {here} | {remark.removeprefix('no counterpart: ') or '-'} |")
+    return "\n".join([*lines, ""])
+
+
+def _fields() -> str:
+    """Return the table of the fields of a batch."""
+    lines = [
+        "## Fields of a batch",
+        "",
+        "What `LossRunner` and items answer to; from `toolkit/peers/batch_fields.py`.",
+        "",
+    ]
+    lines += ["| there | project | here | remark |", "|---|---|---|---|"]
+    for name, there in NAMES.items():
+        here = " or ".join(f"`{field}`" for field in there.ours if field in BATCH) or "no counterpart"
+        remark = there.remark or ("-" if here != "no counterpart" else there.otherwise)
+        lines.append(f"| `{name}` | {there.project or '-'} | {here} | {remark} |")
     return "\n".join([*lines, ""])
 
 

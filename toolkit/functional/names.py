@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Literal
 
@@ -37,7 +38,32 @@ MAX_LOG_RATIO = 20.0
 """Bound on |log ratio| in nats before exp (XTuner, verl and OpenRLHF use the same): e^20 = 4.9e8 is finite in fp32."""
 
 
+_NAME = re.compile(r"[\w.-]+")
+
+
+def check_needs(needs: object) -> None:
+    """Raise `ConfigError` if what a function needs is a single name instead of a tuple of names."""
+    if isinstance(needs, str):
+        raise ConfigError(f"needs={needs!r} is a string; write a tuple: needs=({needs!r},)")
+
+
 def check_choice(value: str, allowed: Collection[str], problem: str) -> None:
     """Raise `ConfigError` if `value` is not one of `allowed`; its message is `problem` and what to choose."""
     if value not in allowed:
         raise ConfigError(f"{problem}; choose {listed(allowed)}{did_you_mean(str(value), allowed)}")
+
+
+def check_name(name: object, decorator: str) -> None:
+    """Raise `ConfigError` if the name to register a function by is the function: ``@decorator`` without a call."""
+    if isinstance(name, str):
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"@{decorator}({name!r}): the name is chosen on the command line, so it may have letters, digits, _, . "
+                "and - only"
+            )
+        return
+    called = getattr(name, "__name__", "my_loss")
+    raise ConfigError(
+        f"@{decorator} needs the name to select the function by, and nothing is registered without it; write "
+        f"@{decorator}({called!r}) above def {called}(...)"
+    )

@@ -49,9 +49,15 @@ def options_model(kind: str, name: str, function: Callable[..., Any], *, reserve
         reserved: names that no option may have.
 
     Raises:
-        ConfigError: a parameter may be passed by position, has no default or a reserved name.
+        ConfigError: it is not a function of one argument, or a parameter may be passed by position, has no default or a
+            reserved name.
     """
-    first, *options = inspect.signature(function).parameters.values()
+    if not callable(function):
+        raise ConfigError(f"{kind} {name!r} must be a function, not a {type(function).__name__}")
+    parameters = list(inspect.signature(function).parameters.values())
+    if not parameters:
+        raise ConfigError(f"{kind} {name!r} takes no arguments; its first one gets the tensors: def {name}(t)")
+    first, *options = parameters
     fields: dict[str, Any] = {}
     _, meanings, _ = docstring_parts(function)
     for option in options:

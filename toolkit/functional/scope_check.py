@@ -19,9 +19,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError, DataError, ToolkitError
 from toolkit.functional.policy.registry import Need, PolicyLoss, Scope, policy_loss
-from toolkit.functional.terms import PolicyTerms
+from toolkit.functional.terms import PolicyTerms, UnknownField
 
 LENGTHS = (3, 5, 1, 4)
 """Tokens of the made-up sequences."""
@@ -75,6 +75,22 @@ def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
     _passed.add(key)
 
 
+def check_gradient(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
+    """Check that autograd can differentiate `loss` with complete `options`; later calls return at once.
+
+    Raises:
+        ConfigError: it returns what does not depend on t.logprobs.
+    """
+    key = (*_key(loss, options), "gradient")
+    if key not in _passed and not has_gradient(loss, options):
+        raise ConfigError(
+            f"policy loss {loss.name!r} has no gradient: what it returns does not depend on t.logprobs"
+            f"{_defined_at(loss)}; leave out torch.no_grad(), .detach(), .data, .item(), .tolist() and numpy on the "
+            "way from t.logprobs to the result"
+        )
+    _passed.add(key)
+
+
 def is_zero_without_advantage(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
     """Return whether tokens with advantage 0 have loss and gradient exactly 0, so they can be skipped."""
     key = (*_key(loss, options), "zero")
@@ -98,12 +114,46 @@ def check_token_losses(token_losses: object, logprobs: Tensor, name: str) -> Non
     Raises:
         DataError: it returned something else, such as a mean.
     """
-    if not isinstance(token_losses, Tensor) or token_losses.shape != logprobs.shape:
-        result = list(token_losses.shape) if isinstance(token_losses, Tensor) else type(token_losses).__name__
-        raise DataError(
-            f"policy loss {name!r} returned {result}; it must return one loss for each of the {len(logprobs)} selected "
-            "tokens, without a mean or a sum (the calibrated weights do that)"
-        )
+    result = type(token_losses).__name__
+    if isinstance(token_losses, Tensor):
+        if token_losses.shape == logprobs.shape and token_losses.is_floating_point():
+            return
+        result = f"{list(token_losses.shape)} {token_losses.dtype}"
+    raise DataError(
+        f"policy loss {name!r} returned {result}; it must return one loss for each of the {len(logprobs)} selected "
+        "tokens, a floating-point tensor, without a mean or a sum: loss.aggregation chooses how they are averaged"
+    )
+
+
+def call_loss(loss: PolicyLoss, terms: PolicyTerms, options: Mapping[str, Any]) -> Any:
+    """Return what a policy loss returns; where it fails in a way that is typical for a first loss, say why.
+
+    Raises:
+        ConfigError: it reads a field that it does not declare or that does not exist, calls numpy, or uses a method of
+            `terms` as a tensor.
+    """
+    try:
+        return loss.function(terms, **options)
+    except UnknownField as error:
+        raise ConfigError(f"policy loss {loss.name!r}{error_location(error, loss)}: {error}") from None
+    except ToolkitError:
+        raise
+    except (AttributeError, RuntimeError, TypeError) as error:
+        why = _why_it_failed(str(error), loss, options)
+        if why is None:
+            raise
+        raise ConfigError(f"policy loss {loss.name!r}{error_location(error, loss)}: {why}") from error
+
+
+def _why_it_failed(message: str, loss: PolicyLoss, options: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with a loss that raised this `message`; None if it is not a typical mistake."""
+    if "'method'" in message:
+        return "a method is used like a tensor; write its parentheses, e.g. t.ratio() instead of t.ratio"
+    if "numpy()" in message:
+        return "numpy has no gradient; use operations of torch on t.logprobs"
+    if "'PolicyTerms' object" in message:
+        return "t is not a dict or a tensor; its fields are attributes, e.g. t.logprobs"
+    return undeclared(loss, options)
 
 
 def _is_local(loss: PolicyLoss, options: Mapping[str, Any], scope: str) -> bool:
@@ -125,7 +175,7 @@ def _values_and_grads(loss: PolicyLoss, options: Mapping[str, Any], terms: Polic
     """Return the token losses and the gradient of a weighted sum of them, [N] each."""
     with torch.enable_grad():
         logprobs = terms.logprobs.detach().requires_grad_()
-        values = loss.function(replace(terms, logprobs=logprobs, reported={}, reported_means={}), **options)
+        values = call_loss(loss, replace(terms, logprobs=logprobs, reported={}, reported_means={}), options)
         check_token_losses(values, logprobs, loss.name)
         # Unequal weights that travel with their token: neighbours cannot cancel by accident.
         total = (values * (1 + terms.old_logprobs.square())).sum()
@@ -241,9 +291,15 @@ def error_location(error: Exception, loss: PolicyLoss) -> str:
     return f" ({Path(path).name}:{lines[-1]})" if lines else ""
 
 
+def _defined_at(loss: PolicyLoss) -> str:
+    """Return the file and line where a loss is defined, in parentheses; empty if unknown."""
+    code = getattr(loss.function, "__code__", None)
+    return "" if code is None else f" ({Path(code.co_filename).name}:{code.co_firstlineno})"
+
+
 def has_gradient(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
-    """Return whether the losses depend on t.logprobs at all, as autograd sees it."""
-    terms = declared(loss, options, made_up_terms(0.3))
+    """Return whether the losses depend on t.logprobs at all, as autograd sees it; True if they are not tensors."""
+    terms = made_up_terms(0.3)
     with torch.enable_grad():
-        values = loss.function(replace(terms, logprobs=terms.logprobs.requires_grad_() * 1), **options)
-    return isinstance(values, Tensor) and values.requires_grad
+        values = call_loss(loss, replace(terms, logprobs=terms.logprobs.requires_grad_() * 1), options)
+    return not isinstance(values, Tensor) or values.requires_grad

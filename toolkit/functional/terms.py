@@ -7,21 +7,30 @@ N: selected tokens (every scored position of a micro-batch, masked ones already 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError, DataError, did_you_mean
 from toolkit.functional.names import MAX_LOG_RATIO
 from toolkit.functional.options import Anchor
 from toolkit.functional.ratios import bounded
 from toolkit.functional.segments import segment_mean, segment_sum, suffix_sum
 from toolkit.metrics import Max, Mean, Metric, Min
+from toolkit.peers.batch_fields import counterpart_field
 
 LogRatioRange = tuple[float | None, float | None]
 KINDS: dict[str, type[Mean] | type[Min] | type[Max]] = {"mean": Mean, "min": Min, "max": Max}
+
+
+METHODS = ("ratio", "log_ratio", "sequence_ratio", "segment_mean", "segment_sum", "report")
+"""Those of `PolicyTerms` that most losses use."""
+
+
+class UnknownField(ConfigError, AttributeError):
+    """A policy loss reads what `PolicyTerms` does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +68,28 @@ class PolicyTerms:
     """Metrics that the policy loss reported, except means over all N tokens; `reports` has all of them."""
     reported_means: dict[str, Tensor] = field(default_factory=dict)
     """[N] each, without gradient: reported with their mean over all N tokens, and summed together."""
+
+    def _missing(self, name: str) -> Any:
+        """Raise for what this bundle does not have; the message names the nearest field and lists all.
+
+        Raises:
+            UnknownField: always; it is an ``AttributeError``, too, so ``hasattr`` works.
+        """
+        if name.startswith("__"):  # a protocol of Python, such as copying
+            raise AttributeError(name)
+        names = [field.name for field in fields(self) if field.type == "Tensor" or "Tensor |" in str(field.type)]
+        if "mask" in name:
+            hint = "; masked tokens are removed before the loss is called, and the mean is taken afterwards"
+        else:
+            elsewhere = counterpart_field(name, names, "t.{}")
+            hint = did_you_mean(name, [*names, *METHODS]) if elsewhere is None else f"; {elsewhere}"
+        raise UnknownField(
+            f"t.{name} is not a field of PolicyTerms{hint}; it has: {', '.join(names)}; and methods such as "
+            f"{', '.join(f'{method}()' for method in METHODS)}"
+        )
+
+    if not TYPE_CHECKING:  # type checkers report unknown fields themselves
+        __getattr__ = _missing
 
     def report(self, name: str, values: Tensor, kind: Literal["mean", "min", "max"] = "mean") -> None:
         """Report the mean (or smallest, or largest) of `values` [n] over the step as metric `name`."""

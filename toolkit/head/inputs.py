@@ -98,6 +98,10 @@ def head_inputs(
         ConfigError: a scale, soft cap or temperature is not valid.
         RuntimeError: a tensor has a tangent of forward-mode differentiation.
     """
+    for name, value in (("hidden_states", hidden_states), ("head_weight", head_weight), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            remedy = "give its weight" if isinstance(value, torch.nn.Module) else "give torch.as_tensor(...)"
+            raise DataError(f"{name} is a {type(value).__name__}; it must be a tensor: {remedy}")
     hidden_states, ignore_idx = replicated(hidden_states), options.ignore_idx
     for tensor in (hidden_states, head_weight, head_bias):
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:

@@ -5,6 +5,7 @@ Legend: N tokens, K candidates, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -74,7 +75,7 @@ def eager_scores(
         transform = replace(transform, vocab_mask=vocab.local_mask(transform.vocab_mask, weight.device))
         hidden = UsedByRanks.apply(hidden, vocab)
     is_excluded = vocab.excludes(transform.vocab_mask)
-    logits = transform(_logits(hidden, _saveable(weight), bias if bias is None else _saveable(bias)))
+    logits = transform(wide_logits(hidden, _saveable(weight), bias if bias is None else _saveable(bias)))
     logprobs, entropies, log_sum, largest, *_ = LogitScores.apply(logits, labels, vocab, is_excluded, entropy)
     if candidate_ids is None:
         return TokenScores(logprobs, entropies)
@@ -182,6 +183,10 @@ class LogitScores(torch.autograd.Function):
         return of_label, of_entropy, mean, None, probs * (slope - mean.unsqueeze(1)), None, of_top
 
 
+# PyTorch looks at the signature of `forward` in every call; finding it out takes as long as four operations.
+LogitScores.forward.__signature__ = inspect.signature(LogitScores.forward)  # type: ignore[attr-defined]
+
+
 def _logit_gradient(
     ctx: Any,
     of_logprobs: Tensor | None,
@@ -210,7 +215,7 @@ def _logit_gradient(
     return (grads,)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def wide_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return logits [N, V] in fp32 or wider of `hidden` [N, D], `weight` [V, D] and `bias` [V] of any dtype."""
     is_same = bias is None or bias.dtype == hidden.dtype
     logits = F.linear(hidden, weight, bias if is_same else None)

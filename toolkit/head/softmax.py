@@ -114,9 +114,20 @@ def row_stats(sums: LocalSums, logits: Tensor, labels: LocalLabels, vocab: Vocab
 
     `logits` [n] are those of the labels. With e_r the sum of exponentials of rank r, d_r how far its largest logit is
     below that of all, and G_r its mean gap: the probability of its columns is e_r / (1 + T), and
-    ``H = log(1 + T) + sum_r e_r (G_r + d_r) / (1 + T)``.
+    ``H = log(1 + T) + sum_r e_r (G_r + d_r) / (1 + T)``. One rank has d = 0 and e = 1 + T.
     """
-    top = vocab.max_(sums.largest.clone()) if vocab.is_split else sums.largest
+    if not vocab.is_split:
+        log_sum = sums.others.log1p()
+        return RowStats(
+            logprobs=logits - sums.largest - log_sum,
+            largest=sums.largest,
+            log_sum=log_sum,
+            top=sums.top,
+            top_logprobs=(-log_sum).clamp(min=-FAR),
+            entropy=None if sums.mean_gap is None else log_sum + sums.mean_gap,
+            share=sums.sum.reciprocal(),
+        )
+    top = vocab.max_(sums.largest.clone())
     behind = top - sums.largest
     scale = (-behind).exp()
     total = scale * (1 + sums.others)

@@ -13,7 +13,7 @@ from toolkit.metrics import Mean, Metric, Sum
 
 
 class CELossKwargs(BaseLossKwargs):
-    """Labels and calibrated weights."""
+    """Labels and their weights."""
 
 
 class CELossContext(ScoredLossContext[CELossContextInputItem]):

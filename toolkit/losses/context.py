@@ -6,14 +6,13 @@ Legend: B rows, T positions of a row, D hidden width, V vocabulary, n tokens of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.distributed import counted_with
+from toolkit.distributed import counted_with, counting_as_before
 from toolkit.errors import ConfigError, DataError
 from toolkit.head.chunked import chunked_loss
 from toolkit.head.cost import PassName
@@ -21,6 +20,7 @@ from toolkit.head.inputs import Needs, check_head
 from toolkit.head.logits import LogitTransform
 from toolkit.head.passes import checked_loss
 from toolkit.head.plan import HeadPlan, Scope, auto_chunk, autograd_plan, equal_chunks
+from toolkit.head.scores import wide_logits
 from toolkit.head.vocabulary import local_part, replicated, vocab_group
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.term import LossTerm
@@ -48,6 +48,11 @@ class BaseLossContext(KwargsBuilder[ItemT]):
     loss_kwargs: Any
 
     def __init__(self, loss_cfg: BaseLossConfig, loss_kwargs: BaseLossKwargs) -> None:
+        if not isinstance(loss_cfg, BaseLossConfig):
+            raise ConfigError(
+                f"{type(self).__name__} takes a loss config, then the kwargs of a micro-batch, but the first is a "
+                f"{type(loss_cfg).__name__}"
+            )
         self.loss_cfg = loss_cfg
         self.loss_kwargs = loss_kwargs
 
@@ -119,10 +124,8 @@ class BaseLossContext(KwargsBuilder[ItemT]):
             )
         scored = (loss_kwargs.shifted_labels != self.loss_cfg.ignore_idx).reshape(-1).nonzero().squeeze(-1)
         hidden = replicated(hidden_states).reshape(-1, hidden_states.shape[-1]).index_select(0, scored)
-        logits = F.linear(hidden, weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         taken = loss_kwargs.take(scored)
-        return self.summed(self.losses_from_logits(self.transform(logits), taken), taken)
+        return self.summed(self.losses_from_logits(self.transform(wide_logits(hidden, weight, bias)), taken), taken)
 
     @property
     def transform(self) -> LogitTransform:
@@ -155,6 +158,10 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         Raises:
             DataError: shapes do not match, or a label is outside the vocabulary.
         """
+        with self._counting():
+            return self._forward(hidden_states, head_weight, head_bias)
+
+    def _forward(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, Any]:
         self._check(hidden_states, head_weight, head_bias)
         if self.loss_cfg.mode == "eager" or self.scope != "token":
             return self._checked(self.loss_fn(hidden_states, head_weight, head_bias, self.loss_kwargs))
@@ -234,6 +241,11 @@ class BaseLossContext(KwargsBuilder[ItemT]):
 
     def _checked(self, result: Any) -> tuple[Tensor, Any]:
         return checked_loss(result, f"{type(self).__name__}.loss_fn")
+
+    def _counting(self) -> AbstractContextManager[None]:
+        """Count as when the kwargs were built."""
+        built = getattr(self.loss_kwargs, "built", None)
+        return counting_as_before(None if built is None else built.group)
 
     def _check(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
         if not isinstance(self.loss_kwargs, BaseLossKwargs):

@@ -17,7 +17,7 @@ from toolkit.errors import DataError
 from toolkit.functional.kl import kl_estimate, top_k_kl
 from toolkit.functional.mismatch import LARGEST_WEIGHT
 from toolkit.functional.policy.registry import Need
-from toolkit.functional.scope_check import check_token_losses
+from toolkit.functional.scope_check import call_loss, check_token_losses
 from toolkit.functional.terms import PolicyTerms
 from toolkit.head import TokenScores
 from toolkit.head.options import Entropy
@@ -191,7 +191,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
 
     def policy_losses(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
         """Return the policy loss of each token, [N], not yet weighted."""
-        return self.loss_cfg.policy.function(terms, **self.loss_cfg.policy_options)
+        return call_loss(self.loss_cfg.policy, terms, self.loss_cfg.policy_options)
 
     def _kl(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
         cfg = self.loss_cfg

@@ -7,7 +7,7 @@ belongs to the token that the model predicts from position t, i.e. to token t + 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from toolkit.errors import DataError
 from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.losses.record import PerToken, TensorRecord
 from toolkit.losses.shift import has_next, shift_labels, shift_values
+from toolkit.peers.batch_fields import replaces
+
+BY_ROW = ("advantages", "group_ids")
+"""Fields that may have one value for each row, [B]."""
 
 
 class LossContextInputItem(TensorRecord):
@@ -68,14 +72,17 @@ class LossContextInputItem(TensorRecord):
             has_last_hidden: False where the model is run on ``input_ids[:, :-1]``; the item is then [B, T - 1].
             fields: as in the constructor, such as ``advantages``. Unreported log-probabilities are NaN, never 0, which
                 would be a probability of 1; a loss that reads NaN at a token that counts raises. [B, 1] (one value
-                per row) and ``group_ids`` describe whole sequences and are not shifted.
+                per row), [B] for advantages, and ``group_ids`` describe sequences and are not shifted.
 
         Raises:
             DataError: a field is unknown or does not have one value for each of the T tokens.
         """
         if "shifted_labels" in fields:
             raise DataError("from_unshifted makes shifted_labels from input_ids; leave it out, or use the constructor")
-        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+        mask_name = next((name for name in fields if replaces(name, ("loss_mask",)) or name == "loss_mask"), None)
+        if mask_name is not None and mask_name not in cls.model_fields:
+            raise DataError(f"{mask_name} is not a field of an item; from_unshifted takes it as mask=...")
+        if not is_token_ids(input_ids):
             what = input_ids.dtype if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
             raise DataError(f"input_ids is {what}; give token ids as an integer tensor [B, T] (torch.as_tensor(...))")
         if cu_seq_lens is not None and not has_last_hidden:
@@ -94,15 +101,17 @@ class LossContextInputItem(TensorRecord):
             return value
         mark, shape = cls.layout(name), is_followed.shape
         assert isinstance(mark, PerToken)
+        value = _by_row(name, value, shape)
         value_shape = mark.positions(value)
+        allowed = _allowed(name, shape)
+        if value_shape not in allowed:
+            reported = ", including the first; NaN where a log-probability was not reported" * _is_of_token(name)
+            raise DataError(
+                f"{name} has shape {list(value.shape)}, but input_ids has {list(shape)}; {_shapes(name, shape)}"
+                f"{reported}"
+            )
         if len(shape) == 2 and value_shape == (shape[0], 1) != shape:
             return value
-        if value_shape not in (shape, shape[-1:]):
-            others = f", [{shape[-1]}] or [{shape[0]}, 1]" if len(shape) == 2 else ""
-            raise DataError(
-                f"{name} has shape {list(value.shape)}, but input_ids has {list(shape)}; allowed are {list(shape)}"
-                f"{others}: one value for each token, including the first; NaN where a log-probability was not reported"
-            )
         if name == "group_ids":
             return value
         pad = math.nan if name.endswith("logprobs") else mark.pad
@@ -120,7 +129,7 @@ class LossContextInputItem(TensorRecord):
         self.__dict__[name] = self._fitted(name, value)
 
     def _fitted(self, name: str, value: Tensor) -> Tensor:
-        """Return `value` in the shape of the labels; it has that shape, or [T] (every row), or [B, 1] (one per row)."""
+        """Return `value` in the shape of the labels; `_allowed` are the shapes that it may have."""
         mark = self.layout(name)
         if not isinstance(mark, PerToken):
             return value
@@ -131,18 +140,67 @@ class LossContextInputItem(TensorRecord):
         value = value.float() if mark.kind == "number" and not value.is_floating_point() else value
         shape = self.shifted_labels.shape
         if mark.trailing:
-            if value.dim() < 2 or value.shape[:-1] not in (shape, shape[-1:]) or value.shape[-1] == 0:
+            if value.dim() < 2 or value.shape[:-1] not in _allowed(name, shape)[:2] or value.shape[-1] == 0:
                 raise DataError(
                     f"{name} has shape {list(value.shape)}, but shifted_labels has {list(shape)}; it must be "
                     f"[{', '.join(map(str, shape))}, K] with K candidates for each position"
                 )
             return value.expand(*shape, -1)
-        if value.shape != shape and not (len(shape) == 2 and value.shape in (shape[1:], torch.Size([shape[0], 1]))):
+        value = _by_row(name, value, shape)
+        if value.shape not in _allowed(name, shape):
             raise DataError(
-                f"{name} has shape {list(value.shape)}, but shifted_labels has {list(shape)}; allowed are "
-                f"{list(shape)}, [{shape[-1]}] and [{shape[0]}, 1]{_how_to_align(name, value.shape, shape)}"
+                f"{name} has shape {list(value.shape)}, but shifted_labels has {list(shape)}; "
+                f"{_shapes(name, shape)}{_how_to_align(name, value.shape, shape)}"
             )
         return value.expand(shape)
+
+
+def is_token_ids(value: object) -> TypeGuard[Tensor]:
+    """Whether a `value` is a tensor [...] of integers."""
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+
+
+def _is_of_token(name: str) -> bool:
+    """Whether a field is a log-probability or its candidates, which no two tokens share."""
+    return name.endswith("logprobs") or "_topk_" in name
+
+
+def _by_row(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """Return advantages or groups [B], one for each row of `shape` [B, T], as [B, 1]; others unchanged.
+
+    Raises:
+        DataError: B = T, so they may mean rows or positions.
+    """
+    if name not in BY_ROW or len(shape) != 2 or value.shape != shape[:1]:
+        return value
+    if shape[0] == shape[1] > 1:
+        raise DataError(
+            f"{name} of shape [{len(value)}] may mean rows or positions here; give [{len(value)}, 1] for "
+            f"one per row, or {list(shape)}"
+        )
+    return value.unsqueeze(-1)
+
+
+def _allowed(name: str, shape: torch.Size) -> list[tuple[int, ...]]:
+    """Return the shapes that a field [B, T] may have: a log-probability belongs to one token, so none is repeated."""
+    shapes: list[tuple[int, ...]] = [shape]
+    if len(shape) == 2 and (shape[0] == 1 or not _is_of_token(name)):
+        shapes.append(shape[1:])
+    if len(shape) == 2 and not _is_of_token(name):
+        shapes.append((shape[0], 1))
+    return shapes
+
+
+def _shapes(name: str, shape: torch.Size) -> str:
+    """Say which shapes a field may have."""
+    if len(shape) != 2:
+        return f"it must be {list(shape)}"
+    if _is_of_token(name):
+        return f"it must be {list(shape)}, one value for each token"
+    rows = f"[{shape[0]}] or [{shape[0]}, 1]" if name in BY_ROW else f"[{shape[0]}, 1]"
+    return (
+        f"allowed are {list(shape)}, {rows} (one for each of the {shape[0]} rows) and [{shape[1]}] (the same for each)"
+    )
 
 
 def _how_to_align(name: str, shape: torch.Size, labels: torch.Size) -> str:
@@ -150,6 +208,8 @@ def _how_to_align(name: str, shape: torch.Size, labels: torch.Size) -> str:
     if not name.endswith("logprobs") or len(shape) != 2 or len(labels) != 2 or shape[0] != labels[0]:
         return ""
     missing = labels[1] - shape[1]
+    if shape[1] == 1:
+        return "; a sum or a mean over a sequence cannot be spread over its tokens"
     if missing == -1:
         return (
             f". One position has no label: give {name}[:, :-1] if value t is of token t + 1, or {name}[:, 1:] if it is "
@@ -176,10 +236,13 @@ class CELossContextInputItem(LossContextInputItem):
 
 
 class RLLossContextInputItem(LossContextInputItem):
-    """All inputs of a policy loss. Masked positions may hold anything, NaN included."""
+    """All inputs of a policy loss. Masked positions may hold anything, NaN included.
+
+    Log-probabilities have the shape of the labels, because each belongs to one token: nothing is broadcast.
+    """
 
     advantages: Annotated[Tensor | None, PerToken(pad=0.0, kind="number")] = None
-    """[1, T] or [B, T], integers become fp32; [T] and [B, 1] broadcast."""
+    """[1, T] or [B, T], integers become fp32; [B] and [B, 1] (one per row) and [T] (for every row) broadcast."""
     old_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
     """Log-probabilities before this optimizer step, in nats; None: on-policy, the current ones detached."""
     current_logprobs: Annotated[Tensor | None, PerToken(pad=0.0, kind="float")] = None
@@ -205,6 +268,6 @@ class RLLossContextInputItem(LossContextInputItem):
     """[.., T, K] the same of the reference policy; for ``kl_loss_type`` "top_k" and "full"."""
     group_ids: Annotated[Tensor | None, PerToken(pad=-1, kind="integer")] = None
     """int64, the prompt that a position's sequence answers; the same number for all completions of one prompt, in
-    all micro-batches and on all ranks. For ``prompt_mean`` and losses of scope "group"; [B, 1] broadcasts."""
+    all micro-batches and on all ranks. For ``prompt_mean`` and losses of scope "group"; [B] and [B, 1] broadcast."""
     rollout_spec: LogprobSpec | None = None
     """How ``rollout_logprobs`` were taken; compared with the settings of the loss before they are used."""

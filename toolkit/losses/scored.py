@@ -81,15 +81,9 @@ class ScoredLossContext(BaseLossContext[ItemT]):
         """
         return None
 
-    def forward(
-        self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
-        """Return the loss of this micro-batch, 0-dim, and its metrics; see `BaseLossContext.forward`.
-
-        `hidden_states` are [B, T, D], `head_weight` is [V, D], `head_bias` [V].
-        """
+    def _forward(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> tuple[Tensor, Any]:
         if self.loss_cfg.mode == "eager" or self._is_general:
-            return super().forward(hidden_states, head_weight, head_bias)
+            return super()._forward(hidden_states, head_weight, head_bias)
         self._check(hidden_states, head_weight, head_bias)
         if self._is_small(head_weight):
             return self._checked(self.loss_fn(hidden_states, head_weight, head_bias, self.loss_kwargs))

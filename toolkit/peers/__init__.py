@@ -160,7 +160,7 @@ def counterpart_choice(group: str, choice: str, groups: Mapping[str, Collection[
     if group == "model" and ("/" in choice or choice.startswith((".", "~")) or Path(choice, "config.json").is_file()):
         return f"try: model=pretrained model.path={choice}"
     answers = _answers_to_choice(group, choice)
-    if not answers:
+    if not answers and group in OTHER_GROUPS and choice != "none":
         ways = tuple(
             f"{other}={choice}" for other in OTHER_GROUPS if other != group and choice in groups.get(other, ())
         )
@@ -177,6 +177,8 @@ def counterpart_keyword(word: str, value: object, fields: Collection[str], *, is
         fields: the fields that the class has.
         is_option: whether these are the options of a policy loss.
     """
+    if word == "kl" and "kl_loss_type" in fields and isinstance(value, str):  # the group of the command line
+        return f"try: {in_python(f'kl={value}')}"
     answers = _answers(word, _text(value))
     if is_option:
         known = [f"policy_loss.{field}" for field in fields]
@@ -201,9 +203,11 @@ def _answers(word: str, value: str | None) -> list[Answer]:
     """Return what every project means by a word, with the value put in."""
     answers: list[tuple[Answer, bool, bool]] = []
     is_exact = False
+    same_name: list[Word] = []
     leaf = word.rpartition(".")[2]
     for key, project in projects().items():
         matches = [each for each in project.words if each.name.rpartition(".")[2] == leaf]
+        same_name += matches
         nested = [each for each in matches if f".{word}".endswith(f".{each.name}") or each.name.endswith(f".{word}")]
         for each in nested if word != leaf and nested else matches:
             answer = each.answer_to(value)
@@ -211,6 +215,11 @@ def _answers(word: str, value: str | None) -> list[Answer]:
             unclear = replace(each.answer, no=f"it depends on its value: python -m toolkit.explain --from {key}")
             is_nested = word == leaf or each in nested
             answers.append((answer or unclear, answer is not None and answer is not each.answer, is_nested))
+    if not is_exact and value is not None and answers:
+        named = next((each.names for each in same_name if each.names), "")
+        by_name = _answers_to_choice(named, value) if named else []
+        if by_name:  # the value is a name that another project gives to such a choice
+            return by_name
     if is_exact:  # a project that has this value means it
         answers = [each for each in answers if each[1]]
     if any(is_nested for *_, is_nested in answers):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toolkit.errors import DataError, first_line
 from toolkit.head.adapters import Head, HeadTensors
 from toolkit.head.logits import LogitTransform
-from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
 from toolkit.losses.record import PerToken
 
 INTEGERS = ("input_ids", "shifted_labels", "loss_mask", "attention_mask", "cu_seq_lens")
@@ -38,9 +38,10 @@ def head_tensors(hidden_states: Any, head_weight: Any, head_bias: Tensor | None)
     hidden = last_hidden(hidden_states)
     if head_bias is not None and not (isinstance(head_bias, Tensor) and head_bias.is_floating_point()):
         what = head_bias.dtype if isinstance(head_bias, Tensor) else f"a {type(head_bias).__name__}"
+        by_name = "**dict(item)" if isinstance(head_bias, LossContextInputItem) else "input_ids=..., advantages=..."
         raise DataError(
             f"head_bias is {what}; it must be a floating-point tensor [V]. The fields of the batch are given by name: "
-            "input_ids=..., advantages=..."
+            f"{by_name}"
         )
     if isinstance(head_weight, Tensor):
         _check_widths(hidden, head_weight)
@@ -64,7 +65,12 @@ def head_tensors(hidden_states: Any, head_weight: Any, head_bias: Tensor | None)
 
 
 def _check_widths(hidden: Tensor, weight: Tensor) -> None:
-    """Raise `DataError` if `hidden` are logits, or `weight` is transposed; the loss checks the rest."""
+    """Raise `DataError` if `hidden` are logits, or `weight` is transposed, or they are swapped."""
+    if hidden.dim() == 2 and weight.dim() == 3 and hidden.shape[-1] == weight.shape[-1]:
+        raise DataError(
+            f"hidden_states has shape {list(hidden.shape)} and head_weight {list(weight.shape)}: they are swapped; "
+            "give the hidden states [B, T, D] first, then the weight [V, D] of the head"
+        )
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] == weight.shape[1] or hidden.shape[-1] != len(weight):
         return
     raise DataError(
@@ -170,9 +176,7 @@ def as_tensor(name: str, value: Any, device: torch.device | None) -> Any:
 
 
 def spread(name: str, value: Tensor | float | None, labels: Tensor) -> Tensor | None:
-    """Return a number, or a `value` [B] per row, in a shape that items broadcast to that of `labels` [B, T]."""
-    if value is None or (isinstance(value, Tensor) and value.dim() == 2):
-        return value
+    """Return a `value` that is a number in the shape of `labels` [B, T]; others as tensors of any shape [...]."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and name == "advantages":
         return torch.as_tensor(value, dtype=torch.get_default_dtype(), device=labels.device).expand(labels.shape)
     values = as_tensor(name, value, labels.device)
@@ -180,11 +184,4 @@ def spread(name: str, value: Tensor | float | None, labels: Tensor) -> Tensor | 
         return values  # the item says what it must be
     if values.dim() == 0:
         return values.to(labels.device).expand(labels.shape)
-    if values.dim() == 1 and labels.dim() == 2 and len(values) == labels.shape[0]:
-        if labels.shape[0] == labels.shape[1] > 1:
-            raise DataError(
-                f"{name} of shape [{len(values)}] may mean rows or positions here; give [{len(values)}, 1] for "
-                f"one per row, or {list(labels.shape)}"
-            )
-        return values.unsqueeze(-1)
     return values

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
-from toolkit.errors import ConfigError, DataError, did_you_mean
+from toolkit.errors import ConfigError, DataError, warn_once
+from toolkit.explain.lint import mistyped_values
 from toolkit.head import HeadPlan
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.losses.context import BaseLossContext
-from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem, is_token_ids
 from toolkit.losses.shift import shift_labels
 from toolkit.losses.step.builder import item_class
 from toolkit.losses.step.weights import loss_metric
 from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
 from toolkit.runner.arguments import RETURNS, as_tensor, check_has_graph, head_tensors, returned_by, spread
-from toolkit.runner.mistakes import not_a_config, not_a_list, not_of_loss
+from toolkit.runner.mistakes import not_a_config, not_a_field, not_a_list, not_of_loss
 from toolkit.runner.suspicions import MISMATCH, warn_of_mismatch, warn_of_unmasked
 
 RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
@@ -83,6 +84,8 @@ class LossRunner:
             raise ConfigError(not_a_config(loss_cfg, settings))
         self.loss_cfg = loss_cfg
         self._is_first = True
+        for message in mistyped_values(loss_cfg):
+            warn_once(message)
 
     @classmethod
     def from_overrides(
@@ -141,7 +144,8 @@ class LossRunner:
 
         Give either `input_ids`, which are shifted here, or `shifted_labels`. All other fields are indexed by the
         position that predicts a token. Sampler outputs are indexed by token:
-        ``RLLossContextInputItem.from_unshifted(input_ids, mask, ...)`` shifts them together with the labels.
+        ``RLLossContextInputItem.from_unshifted(input_ids, mask, ...)`` shifts them together with the labels, and
+        ``runner(hidden, head, **dict(item))`` takes the item.
 
         Fields may be tensors, lists or arrays. In the first step a warning names what was probably not meant: padding
         or a prompt that is scored, and log-probabilities that are far from those of the policy.
@@ -194,11 +198,12 @@ class LossRunner:
         head = head_tensors(hidden_states, head_weight, head_bias)
         return self._context(fields, head[0]).explain(*head)
 
-    def step(self, batches: Iterable[Mapping[str, Any]], forward: Forward) -> LossResult:
+    def step(self, batches: Iterable[Mapping[str, Any] | LossContextInputItem], forward: Forward) -> LossResult:
         """Accumulate the gradient of several micro-batches as if they were one batch; run the optimizer step yourself.
 
         Args:
-            batches: mappings with the fields of `__call__` (and whatever else `forward` reads).
+            batches: mappings with the fields of `__call__` (and whatever else `forward` reads), or items, whose fields
+                `forward` then gets.
             forward: returns the hidden states and the head (and its bias) of one batch; called once for each, with
                 gradients enabled. What they may be is as in `__call__`.
 
@@ -217,21 +222,21 @@ class LossRunner:
             raise DataError("step() takes a list of batches; for a single one write step([batch], forward)")
         if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
             raise DataError(f"batches is a {type(batches).__name__}; give a list of mappings, one for each micro-batch")
-        batches = list(batches)
-        strange = next((batch for batch in batches if not isinstance(batch, Mapping)), None)
+        rows = [dict(each) if isinstance(each, LossContextInputItem) else each for each in batches]
+        strange = next((batch for batch in rows if not isinstance(batch, Mapping)), None)
         if strange is not None:
             raise DataError(
                 f"batches holds a {type(strange).__name__}; give a mapping of fields for each micro-batch, such as "
                 "dict(input_ids=..., advantages=...)"
             )
-        if not batches:
+        if not rows:
             raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
-        items = [self._item(batch, None) for batch in batches]
-        cu_seq_lens = [batch.get("cu_seq_lens") for batch in batches]
+        items = [self._item(batch, None) for batch in rows]
+        cu_seq_lens = [batch.get("cu_seq_lens") for batch in rows]
         bounds = None if all(value is None for value in cu_seq_lens) else cu_seq_lens
         context = self.loss_cfg.loss_ctx_cls
         parts: list[dict[str, Metric]] = []
-        for batch, kwargs in zip(batches, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
+        for batch, kwargs in zip(rows, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
             hidden_states, *head = returned_by(forward(batch))
             width = kwargs.shifted_labels.shape[-1]
             if hidden_states.shape[-2] == width - 1 and batch.get("input_ids") is not None:
@@ -291,18 +296,11 @@ class LossRunner:
 
     def _check_names(self, fields: Mapping[str, Any], *, may_have_others: bool = False) -> None:
         """Raise if a name is unknown; others, for the caller's forward, only if they look like a misspelled field."""
-        known = dict.fromkeys((*FIELDS, *self._item_cls.model_fields))
+        known = tuple(dict.fromkeys((*FIELDS, *self._item_cls.model_fields)))
         for name in fields:
-            if name in known:
-                continue
-            from toolkit.peers import counterpart_keyword  # only a mistake needs it
-
-            elsewhere = counterpart_keyword(str(name), fields[name], type(self.loss_cfg).model_fields)
-            if elsewhere is not None and not may_have_others:
-                raise DataError(f"{name!r} is not a field of a batch but a setting of the loss config; {elsewhere}")
-            hint = did_you_mean(str(name), known)
-            if hint or not may_have_others:
-                raise DataError(f"{name!r} is not a field of a batch{hint}; it has: {', '.join(known)}")
+            message = None if name in known else not_a_field(name, fields, known, self.loss_cfg, may_have_others)
+            if message is not None:
+                raise DataError(message)
 
     def _labels(self, fields: Mapping[str, Any], num_positions: int | None) -> Tensor:
         input_ids, labels = fields.get("input_ids"), fields.get("shifted_labels")
@@ -315,7 +313,7 @@ class LossRunner:
                     "loss_mask goes with input_ids; in shifted_labels mark unscored positions by ignore_idx"
                 )
             return labels
-        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dim() not in (1, 2):
+        if not is_token_ids(input_ids) or input_ids.dim() not in (1, 2):
             kind = f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids)
             raise DataError(f"input_ids is {kind}; give token ids as integers, [B, T]")
         if mask is not None and not isinstance(mask, Tensor):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from toolkit.errors import did_you_mean
 from toolkit.losses.config.base import BaseLossConfig
 
 
@@ -27,6 +28,39 @@ def not_a_config(loss_cfg: Any, settings: Mapping[str, Any]) -> str:
         f"LossRunner needs a loss config such as GRPOLossConfig(), not {type(loss_cfg).__name__}; "
         "for overrides use LossRunner.from_overrides([...])"
     )
+
+
+def not_a_field(
+    name: str, fields: Mapping[str, Any], known: Sequence[str], loss_cfg: BaseLossConfig, may_have_others: bool
+) -> str | None:
+    """Return the error message for a field that a batch does not have; None if it may be for the caller's forward.
+
+    Args:
+        name: the field.
+        fields: all fields of the batch.
+        known: the fields that exist.
+        loss_cfg: the loss.
+        may_have_others: whether only what looks like a field of the loss is wrong.
+    """
+    from toolkit.peers import counterpart_keyword  # only a mistake needs it
+    from toolkit.peers.batch_fields import counterpart_field, replaces
+
+    where, settings = f"{name!r} is not a field of a batch", type(loss_cfg).model_fields
+    if not may_have_others:
+        if name in settings:
+            write = f"write LossRunner({type(loss_cfg).__name__}({name}={fields[name]!r}))"
+            return f"{where} but a setting of the loss config; {write}"
+        elsewhere = counterpart_keyword(name, fields[name], settings)
+        if elsewhere is not None:
+            return f"{where} but a setting of the loss config; {elsewhere}"
+    counterpart, ours = counterpart_field(name, known), replaces(name, known)
+    if counterpart is not None and not may_have_others:
+        return f"{where}; {counterpart}"
+    is_marked = ours == "loss_mask" and fields.get("shifted_labels") is not None
+    if ours is not None and fields.get(ours) is None and not is_marked:
+        return f"{name!r} is not read by the loss, and the batch has no {ours}; {counterpart}"
+    hint = did_you_mean(name, known)
+    return None if may_have_others and not hint else f"{where}{hint}; it has: {', '.join(known)}"
 
 
 def not_a_list(overrides: Any, choices: Mapping[str, Any]) -> str:

@@ -111,22 +111,16 @@ def assert_layout_invariant(
         check_can_start()
     _check_is_something(batch, loss_cfg)
     tried: list[Layout] = []
-    findings: list[Finding] = []
     # One process first: a difference there has a simpler cause and needs no new processes.
     for world in (1, number) if number > together else (number,):
         layouts = layouts_of(world, numbers, shards, flags, chosen)
         if counts_empty(loss_cfg):  # a micro-batch without a sequence would count as one
             layouts = [layout for layout in layouts if layout.slots <= len(batch.row_lengths)]
-        arguments = (loss_cfg, batch, layouts, loop, allowed)
-        if world > together:
-            findings = run_processes(world, differences, *arguments, timeout_s=timeout_s)
-        else:
-            try:
-                findings = differences(*arguments)
-            except ValueError as error:
-                if world == number or "process group" not in str(error):
-                    raise
-                continue  # the loop needs a process group
+        findings = _differences_in(
+            world, loss_cfg, batch, layouts, loop, allowed, is_last=world == number, timeout_s=timeout_s
+        )
+        if findings is None:
+            continue
         tried += layouts
         if findings:
             raise LayoutError(verdict(_in_words(loss_cfg), findings, tried), findings)
@@ -135,6 +129,18 @@ def assert_layout_invariant(
             f"no layout is left to compare: none of sequence_parallel={shards} divides processes={number}, or each "
             "layout has more micro-batches than there are sequences; change one of them"
         )
+
+
+def _differences_in(world: int, *arguments: Any, is_last: bool, timeout_s: float) -> list[Finding] | None:
+    """Return the differences among `world` processes, started for it if need be; None: the loop needs a group."""
+    if world > world_size():
+        return run_processes(world, differences, *arguments, timeout_s=timeout_s)
+    try:
+        return differences(*arguments)
+    except ValueError as error:
+        if is_last or "process group" not in str(error):
+            raise
+        return None
 
 
 def differences(

@@ -20,7 +20,7 @@ from toolkit.distributed import all_reduce_sum, rank, reduce_metrics, world_size
 from toolkit.errors import ConfigError
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.samples import Batch
-from toolkit.metrics import KINDS, Metric, merge_metrics, metrics_in, to_floats
+from toolkit.metrics import Metric, merge_metrics, metrics_in, to_floats
 from toolkit.testing.layout import NOWHERE, Layout, Part, part_of
 
 Loop = Callable[[Part], tuple[Any, Mapping[str, Any] | None]]
@@ -147,7 +147,7 @@ def hidden_gradient(batch: Batch, part: Part) -> Tensor:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    mergeable = {name: value for name, value in metrics.items() if isinstance(value, KINDS)}
+    mergeable = {name: value for name, value in metrics.items() if isinstance(value, Metric)}
     plain = {name: _number(f"metric {name!r}", value) for name, value in metrics.items() if name not in mergeable}
     return {**to_floats(mergeable), **plain}
 

@@ -153,9 +153,9 @@ COUNTS: tuple[tuple[str, Callable[[Layout], int], str, str], ...] = (
     (
         "the number of micro-batches",
         lambda layout: layout.micro_batches,
-        "the loss is multiplied by the number of accumulation steps; calibrated losses only need to be added up",
-        "something divides by the number of accumulation steps; calibrated losses add up over micro-batches, so set "
-        "gradient accumulation of the back-end to 1 and do not divide the loss",
+        "the loss is multiplied by the number of accumulation steps; losses of this toolkit only need adding up",
+        "something divides by the number of accumulation steps; losses of this toolkit add up over micro-batches, so "
+        "set gradient accumulation of the back-end to 1 and do not divide the loss",
     ),
     (
         "the number of shards of a sequence",

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from toolkit.distributed import check_world_size, rank, reduce_metrics
 from toolkit.errors import ConfigError, LaunchError, ToolkitError, described, first_line
-from toolkit.functional.scope_check import error_location, fields_declared, has_gradient, undeclared
+from toolkit.functional.scope_check import error_location, fields_declared, undeclared
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.config.policy import BaseRLLossConfig
@@ -227,8 +227,6 @@ def rehearse(loss_cfg: BaseLossConfig) -> None:
     policy = (loss_cfg.policy, loss_cfg.policy_options) if isinstance(loss_cfg, BaseRLLossConfig) else None
     name = f"policy loss {policy[0].name!r}" if policy else f"loss {type(loss_cfg).__name__}"
     try:
-        if policy and undeclared(*policy) is None and not has_gradient(*policy):
-            raise ConfigError(f"{name} has no gradient: it runs under torch.no_grad(), or detaches t.logprobs")
         _rehearse(loss_cfg)
     except Exception as error:  # the user's function or context may raise anything
         reason = undeclared(*policy) if policy else None

@@ -186,9 +186,16 @@ MUTATIONS = (
     Mutation(
         name="head-softmax-sum-of-many-columns",
         file=f"{HEAD}/softmax.py",
-        line="share=total / (1 + others) / sums.sum,",
-        becomes="share=total / (1 + others),",
+        line="share=sums.sum.reciprocal(),",
+        becomes="share=torch.ones_like(sums.sum),",
         tests=(f"{TESTS}/test_stable_softmax.py::test_every_pass_is_exact",),
+    ),
+    Mutation(
+        name="head-split-share-of-the-other-ranks",
+        file=f"{HEAD}/softmax.py",
+        line="share=total / (1 + others) / sums.sum,",
+        becomes="share=total / (1 + sums.others) / sums.sum,",
+        tests=(SPLIT,),
     ),
     Mutation(
         name="head-gradient-of-a-leading-label-cancels",

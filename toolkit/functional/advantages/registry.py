@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 from toolkit.errors import DataError
-from toolkit.functional.names import check_choice
+from toolkit.functional.names import check_choice, check_name, check_needs
 from toolkit.functional.registry import Registered, Registry
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def register_advantage(
         ConfigError: the name is taken by another function, the level or a need is unknown, or a parameter of the
             function has no default or may be passed by position.
     """
+    check_name(name, "register_advantage")
+    check_needs(needs)
     check_choice(level, get_args(AdvantageLevel), f"level={level!r} of advantage {name!r} is unknown")
     for need in needs:
         problem = f"advantage {name!r} needs {need!r}, which RewardTerms does not have"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
-from toolkit.functional.names import check_choice
+from toolkit.functional.names import check_choice, check_name, check_needs
 from toolkit.functional.policy.facts import NO_FACTS, LossFacts
 from toolkit.functional.registry import Registered, Registry
 
@@ -94,6 +94,8 @@ def register_policy_loss(
         ConfigError: the name is taken by another function, the scope is unknown, or a parameter of the function
             has no default or may be passed by position.
     """
+    check_name(name, "register_policy_loss")
+    check_needs(needs)
     check_choice(scope, get_args(Scope), f"scope={scope!r} of policy loss {name!r} is unknown")
     for need in needs:
         check_choice(need, get_args(Need), f"policy loss {name!r} needs {need!r}, which no item has")

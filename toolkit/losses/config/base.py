@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -11,13 +12,18 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 from toolkit.errors import ConfigError
 from toolkit.head.options import HeadOptions
 from toolkit.losses.config.term import LossTerm, checked_terms
-from toolkit.schema import Config, answer, checked_chunk_size
+from toolkit.schema import PLAIN, Config, answer, checked_chunk_size
+
+_module = cache(importlib.import_module)
+"""Kept, because every call of `import_module` takes the import lock; what it holds may still be reloaded."""
 
 
 class BaseLossConfig(Config):
     """The settings of every loss. Subclass it, add fields, list the `terms` and name the `context` computing them."""
 
-    model_config = ConfigDict(ignored_types=(LossTerm, tuple, list))  # a class may write terms = (LossTerm(...), ...)
+    model_config = ConfigDict(
+        ignored_types=(*PLAIN, LossTerm, tuple, list)
+    )  # a class may write terms = (LossTerm(...), ...)
     context: ClassVar[str | type | None] = None
     """The context class that computes this loss, or its path: ``"toolkit.losses.ce:CELossContext"``."""
 
@@ -49,7 +55,7 @@ class BaseLossConfig(Config):
         if isinstance(named, str) and ":" in named:
             module, _, name = named.partition(":")
             try:
-                named = getattr(importlib.import_module(module), name)
+                named = getattr(_module(module), name)
             except (ImportError, AttributeError) as error:
                 raise ConfigError(
                     f"{type(self).__name__}.context={named!r}: {error}; give the context class itself, or its path "

@@ -11,7 +11,7 @@ from toolkit.errors import ConfigError, warn_once
 from toolkit.functional.kl_facts import kl_warning
 from toolkit.functional.names import EXACT_KL, MAX_LOG_RATIO, KLDirection, KLGradient, KLRatioLevel, KLTail, KLTerm
 from toolkit.functional.options import NotNegative
-from toolkit.functional.policy.registry import PolicyLoss, Scope, policy_loss
+from toolkit.functional.policy.registry import PolicyLoss, Scope, policy_loss, policy_loss_names
 from toolkit.losses.config.aggregation import PER_COMPONENT, AggregationConfig, aggregation_from, check_effect
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.correction import corrections_from
@@ -178,6 +178,13 @@ class BaseRLLossConfig(BaseLossConfig):
         if aggregation is not None and aggregation.name == PER_COMPONENT:
             raise ValueError("a KL term has one mean over all tokens, whatever their advantage; e.g. token_mean")
         return aggregation
+
+    @classmethod
+    def by_name(cls, value: Any) -> str:
+        """Return the arguments to write, for a message, instead of a `value` without a name."""
+        if "policy_loss_cfg" in cls.model_fields and isinstance(value, str) and value in policy_loss_names():
+            return f"policy_loss_cfg=dict(loss_type={value!r})"
+        return super().by_name(value)
 
     @answer
     def terms(self) -> tuple[LossTerm, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
-from toolkit.functional.scope_check import check_scope, is_zero_without_advantage
+from toolkit.functional.scope_check import check_gradient, check_scope, is_zero_without_advantage
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 
@@ -24,6 +24,7 @@ def check_policy_loss(cfg: BaseRLLossConfig) -> None:
 
 def _check_policy_loss(cfg: BaseRLLossConfig) -> None:
     loss, options = cfg.policy, cfg.policy_options
+    check_gradient(loss, options)
     check_scope(loss, options)
     is_local = loss.scope in ("token", "sequence")
     if cfg.drop_zero_advantage and not (is_local and is_zero_without_advantage(loss, options)):

@@ -133,7 +133,7 @@ class Step:
         """
         extra = extra or {}
         columns = self._columns()
-        by_prompt = [index for index, term in enumerate(columns) if term.average.name == "prompt_mean"]
+        by_prompt = _by_prompt(columns)
         numbers = {name: size for name, size in extra.items() if size is not None}
         has_tables = bool(by_prompt) or len(numbers) < len(extra)
         shares: list[list[Share]] = []
@@ -163,11 +163,31 @@ class Step:
             device=device,
             settings=self._settings,
         )
-        *extras, denominators_of_columns = total.numbers.split([*numbers.values(), len(columns)])
-        denominators = list(denominators_of_columns.unbind())
-        for index in by_prompt:
+        *extras, denominators = total.numbers.split([*numbers.values(), len(columns)])
+        of_columns = self._fix_weights(columns, shares, list(denominators.unbind()), total.tables)
+        self.totals = StepTotals(
+            {
+                term.name: torch.ones_like(of_columns[column])
+                if term.average.name == "token_sum"
+                else of_columns[column]
+                for term, column in zip(self.terms, weight_columns(self.terms), strict=True)
+            },
+            dict(zip(numbers, extras, strict=True)),
+            {name: total.tables[name] for name in extra if name not in numbers},
+        )
+        return self.totals
+
+    def _fix_weights(
+        self,
+        columns: Sequence[LossTerm],
+        shares: list[list[Share]],
+        denominators: list[Tensor],
+        tables: Mapping[str, Table],
+    ) -> list[Tensor]:
+        """Set `weights` from what all ranks counted; return the denominators of all columns, 0-dim each."""
+        for index in _by_prompt(columns):
             chosen = columns[index].average
-            tokens, num = prompts_of(self._groups(), total.tables[f"tokens of {index}"], chosen.count_empty)
+            tokens, num = prompts_of(self._groups(), tables[f"tokens of {index}"], chosen.count_empty)
             shares[index] = self._shares(columns[index], prompt_tokens=tokens)
             denominators[index] = denominators[index].new_tensor(float(num))
         by_column = [
@@ -176,17 +196,7 @@ class Step:
         ]
         by_batch = zip(*by_column, strict=True)
         self.weights = [torch.stack(batch, -1) if batch[1:] else batch[0].unsqueeze(-1) for batch in by_batch]
-        self.totals = StepTotals(
-            {
-                term.name: torch.ones_like(denominators[column])
-                if term.average.name == "token_sum"
-                else denominators[column]
-                for term, column in zip(self.terms, weight_columns(self.terms), strict=True)
-            },
-            dict(zip(numbers, extras, strict=True)),
-            {name: total.tables[name] for name in extra if name not in numbers},
-        )
-        return self.totals
+        return denominators
 
     @cached_property
     def sequence_ids(self) -> list[Tensor]:
@@ -268,6 +278,11 @@ class Step:
         counted = self._counted(term)
         ids = [None] * len(counted) if chosen.name in BY_TOKEN else self.sequence_ids
         return aggregated(counted, ids, chosen.name, ignore_idx=self.ignore_idx, **options)
+
+
+def _by_prompt(columns: Sequence[LossTerm]) -> list[int]:
+    """Return the indices of the columns whose weights depend on all completions of a prompt."""
+    return [index for index, term in enumerate(columns) if term.average.name == "prompt_mean"]
 
 
 def _as_numbers(value: Any, size: int, device: torch.device) -> Tensor:

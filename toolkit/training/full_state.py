@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -66,7 +65,7 @@ def _keyed(state: dict[str, Any], key_of: dict[Any, Any]) -> dict[str, Any]:
     return {"state": {key_of[key]: value for key, value in state["state"].items()}, "param_groups": groups}
 
 
-def full_weights(policy: Any, *, trained_only: bool = False) -> dict[str, Tensor]:
+def full_weights(policy: Any, *, trained_only: bool = False) -> dict[str, Any]:
     """Return the state dict of an unsharded policy; all ranks must call it.
 
     Under FSDP 2 it is on the CPU of rank 0 alone; the others get an empty dict. `trained_only`: without the weights

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -305,15 +306,28 @@ KINDS: dict[str, list[str]] = {
 }
 
 
-def _run_kinds(rank: int, folder: str, sharding: str, world: int, ports: list[int]) -> None:
+def _port_of(run: str, rank: int) -> str:
+    """A port that rank 0 chooses just before it is used: one that was free a minute ago may not be."""
+    file = Path(f"{run}.port")
+    if rank == 0:
+        fresh = Path(f"{run}.writing")
+        fresh.write_text(str(free_port()))
+        fresh.rename(file)
+    while not file.exists():
+        time.sleep(0.02)
+    return file.read_text()
+
+
+def _run_kinds(rank: int, folder: str, sharding: str, world: int) -> None:
     warnings.simplefilter("ignore")
     spell_backward.POOL_SIZE, report.draw_curves = 100, lambda *_: None
     torch.set_num_threads(1)
     os.chdir(folder)
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    for (kind, overrides), port in zip(KINDS.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        more = [f"training.sharding={sharding}", f"hydra.run.dir={sharding}_{world}_{kind}"]
+    for kind, overrides in KINDS.items():
+        name = f"{sharding}_{world}_{kind}"
+        os.environ["MASTER_PORT"] = _port_of(name, rank)
+        more = [f"training.sharding={sharding}", f"hydra.run.dir={name}"]
         with contextlib.redirect_stdout(io.StringIO()):
             command.train(small("kl=k2", *overrides, *more))
 
@@ -325,7 +339,7 @@ def test_what_processes_train_together_is_exported_as_by_one(tmp_path: Path) -> 
     save_tiny_model(tmp_path / "tied", tied=True)
     save_tiny_model(tmp_path / "bf16", dtype=torch.bfloat16)
     for sharding, world in (("none", 1), ("none", 2), ("fsdp2", 2)):
-        start(_run_kinds, (str(tmp_path), sharding, world, [free_port() for _ in KINDS]), world)
+        start(_run_kinds, (str(tmp_path), sharding, world), world)
     for kind in KINDS:
         alone, both, sharded = (tmp_path / f"{name}_{kind}/model" for name in ("none_1", "none_2", "fsdp2_2"))
         exact = logits_of(loaded(alone))

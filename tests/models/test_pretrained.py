@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -493,6 +494,16 @@ def test_adapters_on_the_hub_and_models_in_its_cache(saved: Path, adapters: Path
     )
     assert location.locate("me/adapters") == (str(saved), "me/adapters")
     assert not asked
+
+
+@pytest.mark.parametrize(
+    ("override", "choice"),
+    [("model.lora.r=8", "pretrained"), ("model.freeze_head=true", "pretrained"), ("loss.variant=top_k", "opd")],
+)
+def test_a_setting_of_another_choice(override: str, choice: str) -> None:
+    both = f"{override.partition('.')[0]}={choice}"
+    with pytest.raises(ConfigError, match=rf"is a setting of {both}; try: {both} {re.escape(override)}$"):
+        check_command_line([override])
 
 
 def test_the_name_of_a_folder_as_the_choice(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from toolkit.functional.policy.registry import policy_loss
 from toolkit.losses.config.aggregation import AggregationConfig
 from toolkit.losses.config.correction import CorrectionConfig
 from toolkit.models.config import PretrainedConfig
+from toolkit.models.lora_config import LoraConfig
 from toolkit.peers import COMPUTED, VALUE, counterpart, in_python, projects, words_of
 from toolkit.rollout.config import RolloutConfig
 from toolkit.tasks.config import DatasetConfig
@@ -95,6 +96,7 @@ def diagnosis_of(override: str) -> str:
         ("max_completion_length=100", "try: rollout.max_new_tokens=100 (max_completion_length of TRL)"),
         ("model=Qwen/Qwen3-0.6B", "try: model=pretrained model.path=Qwen/Qwen3-0.6B"),
         ("model_name_or_path=Qwen/Qwen3-0.6B", "try: model=pretrained model.path=Qwen/Qwen3-0.6B (model_name_or_path"),
+        ("lora_r=8", "lora_r is not a setting; try: model=pretrained model.lora.r=8 (lora_r of TRL)"),
         ("loss_agg_mode=token-mean", "try: aggregation=token_mean (loss_agg_mode of verl"),
         ("aggregation=token-mean", "try: aggregation=token_mean (token-mean of verl and OpenRLHF)"),
         ("loss_type=dapo", "try: loss=preset/trl/dapo, or aggregation=token_mean (loss_type of TRL)"),
@@ -238,6 +240,8 @@ def assert_exists(way: str, groups: dict[str, list[str]]) -> None:
         elif key.removeprefix("++").startswith("loss.correction."):
             fields = re.findall(r"(\w+):", value) or [key.rpartition(".")[2]]
             assert {*fields} <= {*CorrectionConfig.model_fields}, way
+        elif key.startswith("model.lora."):
+            assert key.rpartition(".")[2] in LoraConfig.model_fields, way
         elif key.startswith("loss.aggregation."):
             assert key.rpartition(".")[2] in AggregationConfig.model_fields, way
         else:

@@ -53,7 +53,8 @@ def answer(overrides: Sequence[str]) -> str:
 @pytest.mark.parametrize(("data", "overrides", "sentence"), DATA)
 def test_data(data: str, overrides: Sequence[str], sentence: str) -> None:
     Path("data.jsonl").write_text(data)
-    said = answer(["task=jsonl", "task.path=data.jsonl", *overrides])
+    task = [] if any(override.startswith("task=") for override in overrides) else ["task=jsonl"]
+    said = answer([*task, "task.path=data.jsonl", *overrides])
     assert re.search(sentence, said), said
 
 

@@ -103,6 +103,7 @@ def test_interrupted_and_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Pat
         assert "Traceback" not in errors
         assert "interrupted; the checkpoint is saved" in rest
         assert summary(run_dir)["interrupted"]
+        assert (run_dir / "model/config.json").is_file()
         done = train(resumed_dir, *settings, f"training.resume={run_dir}")
         assert done.returncode == 0, done.stderr
         first, second = (load_file(path / "checkpoint/model.safetensors") for path in (tmp_path / "whole", resumed_dir))

@@ -14,10 +14,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from toolkit.compose.schemas import SCHEMAS, conf_dir
 from toolkit.compose.settings import settings_in
 from toolkit.errors import ConfigError, did_you_mean, first_line, listed, nearest
 from toolkit.functional.advantages import advantage_names
 from toolkit.functional.policy.registry import policy_loss_names
+from toolkit.schema import Config
 
 OPTIONAL_GROUPS = ("experiment", "debug", "aggregation", "kl", "correction")
 """Groups that need no choice."""
@@ -153,7 +155,27 @@ def diagnose(parsed: Sequence[Override], groups: dict[str, list[str]], base: Dic
         elsewhere = counterpart(key.replace("-", "_"), str(override.input_line).partition("=")[2], known)
         if elsewhere is not None:
             return f"{key} is not a setting; {elsewhere}"
+        choice = _choice_with(key)
+        if choice is not None:
+            return f"{key} is a setting of {choice}; try: {choice} {override.input_line}"
         return unknown_key(key, override.get_value_element_as_str(), known, groups)
+    return None
+
+
+def _choice_with(key: str) -> str | None:
+    """Return the choice of its group, as an override, whose config class has this setting; None if there is none."""
+    group, *names = key.split(".")
+    for schema in SCHEMAS:
+        fields = schema.model_fields
+        for name in names:
+            if name not in fields:
+                break
+            inner = fields[name].default
+            fields = type(inner).model_fields if isinstance(inner, Config) else {}
+        else:
+            for path in sorted(Path(conf_dir(), group).glob("*.yaml")):
+                if names and f"/schema/{schema.__name__}@" in path.read_text():
+                    return f"{group}={path.stem}"
     return None
 
 

@@ -52,6 +52,8 @@ class Policy(nn.Module):
         """
         super().__init__()
         self.lm = lm
+        self.generation_config = getattr(lm, "generation_config", None)
+        """What the model is exported with; that of `lm` may be another one while it is trained."""
         head = find_head(lm)
         self.is_transform_explicit = transform is not None
         self.transform = head.transform if transform is None else transform

@@ -157,7 +157,7 @@ def counterpart_choice(group: str, choice: str, groups: Mapping[str, Collection[
         choice: the name.
         groups: every group with its choices.
     """
-    if group == "model" and ("/" in choice or choice.startswith((".", "~"))):
+    if group == "model" and ("/" in choice or choice.startswith((".", "~")) or Path(choice, "config.json").is_file()):
         return f"try: model=pretrained model.path={choice}"
     answers = _answers_to_choice(group, choice)
     if not answers and group in OTHER_GROUPS and choice != "none":

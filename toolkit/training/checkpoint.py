@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -12,26 +11,35 @@ from typing import Any
 import torch
 
 from toolkit.errors import ConfigError, first_line
+from toolkit.models.lora import has_adapters
+from toolkit.training.export import export_model
 from toolkit.training.full_state import full_optimizer_state, load_full_optimizer_state, save_weights
 from toolkit.training.full_state import load_weights as read_weights
+from toolkit.training.output_dir import replace_folder
 from toolkit.training.phase import Phase
+from toolkit.training.reference import load_reference as read_reference
+from toolkit.training.reference import save_reference
+from toolkit.training.sharding import unwrapped
 from toolkit.training.startup import CHECKPOINT, identity
 from toolkit.training.trainer import Trainer
 
 
-def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: dict[str, Any]) -> None:
+def save_checkpoint(
+    output_dir: Path, trainer: Trainer, phase: Phase, record: dict[str, Any], *, is_last: bool = True
+) -> None:
     """Write the checkpoint of a run, replacing an older one; the main process writes, the others wait.
 
-    It goes to the folder ``checkpoint`` of `output_dir`; `record` holds further JSON values to restore at resume.
+    It goes to the folder ``checkpoint`` of `output_dir`; `record` holds further JSON values to restore at resume. The
+    model goes to ``model``, if it is exported now: with the last checkpoint of this call of the command, or with each.
     """
     fresh, final = output_dir / f"{CHECKPOINT}.writing", output_dir / CHECKPOINT
     if trainer.accelerator.is_main_process:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
     # All processes: sharded weights are gathered for the main one, which writes.
-    save_weights(trainer.policy, str(fresh / "model.safetensors"))
+    save_weights(trainer.policy, str(fresh / "model.safetensors"), trained_only=_is_partial(trainer))
     if trainer.reference is not None:
-        save_weights(trainer.reference, str(fresh / "reference.safetensors"))
+        save_reference(trainer.reference, str(fresh / "reference.safetensors"))
     optimizer_state = full_optimizer_state(trainer.policy, phase.optimizer)
     if trainer.accelerator.is_main_process:
         trainer.tokenizer.save_pretrained(fresh / "tokenizer")
@@ -56,13 +64,16 @@ def save_checkpoint(output_dir: Path, trainer: Trainer, phase: Phase, record: di
             **record,
         }
         (fresh / "state.json").write_text(json.dumps(state))
-        old = output_dir / f"{CHECKPOINT}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(fresh, final)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(fresh, final)
     trainer.accelerator.wait_for_everyone()
+    export = trainer.config.training.export
+    if export == "checkpoints" or (export == "end" and is_last):
+        export_model(output_dir, trainer)
+
+
+def _is_partial(trainer: Trainer) -> bool:
+    """Whether a checkpoint holds the adapters alone: the model that they are on is where it was loaded from."""
+    return has_adapters(unwrapped(trainer.policy).lm)
 
 
 def load_weights(folder: Path, trainer: Trainer) -> None:
@@ -72,7 +83,7 @@ def load_weights(folder: Path, trainer: Trainer) -> None:
         ConfigError: they belong to another model.
     """
     try:
-        read_weights(trainer.policy, str(folder / "model.safetensors"))
+        read_weights(trainer.policy, str(folder / "model.safetensors"), trained_only=_is_partial(trainer))
     except RuntimeError as error:
         raise ConfigError(
             f"training.resume: the weights in {folder} do not fit model={type(trainer.config.model).__name__} with "
@@ -89,7 +100,7 @@ def load_reference(folder: Path, trainer: Trainer) -> None:
     if trainer.reference is not None:
         if not (folder / "reference.safetensors").is_file():
             raise ConfigError(f"training.resume: {folder} holds no reference policy; resume with the earlier settings")
-        read_weights(trainer.reference, str(folder / "reference.safetensors"))
+        read_reference(trainer.reference, str(folder / "reference.safetensors"))
 
 
 def load_phase(folder: Path, state: dict[str, Any], phase: Phase, trainer: Trainer) -> None:

@@ -151,6 +151,11 @@ class TrainingConfig(Config):
     """Sequences per forward on one process; the loss does not depend on it."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
+    export: Literal["end", "checkpoints", "never"] = "end"
+    """When the folder model/ is written, which transformers and `model.path` load: at the end and on Ctrl-C, with every
+    checkpoint, or never."""
+    export_merged: bool = False
+    """Merge LoRA adapters into the model that is exported, instead of writing the adapters alone."""
     log_every: PositiveInt = 10
     """Steps between progress lines when the output is not a terminal."""
     resume: str | None = None
@@ -170,6 +175,12 @@ class TrainingConfig(Config):
     None: the launcher's setting, otherwise no."""
     timeout_s: PositiveInt = 600
     """Seconds that a process waits for the others in a collective before the run ends."""
+
+    @model_validator(mode="after")
+    def _export_has_an_effect(self) -> TrainingConfig:
+        if self.export_merged and self.export == "never":
+            raise ConfigError("training.export_merged has no effect with training.export=never; remove one of them")
+        return self
 
 
 class TrackerConfig(Config):

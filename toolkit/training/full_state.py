@@ -65,16 +65,36 @@ def _keyed(state: dict[str, Any], key_of: dict[Any, Any]) -> dict[str, Any]:
     return {"state": {key_of[key]: value for key, value in state["state"].items()}, "param_groups": groups}
 
 
-def save_weights(policy: Any, path: str) -> None:
-    """Write the full weights as safetensors, from rank 0; all ranks must call it.
+def full_weights(policy: Any, *, trained_only: bool = False) -> dict[str, Any]:
+    """Return the state dict of an unsharded policy; all ranks must call it.
+
+    Under FSDP 2 it is on the CPU of rank 0 alone; the others get an empty dict. `trained_only`: without the weights
+    that are not trained, and without buffers.
+    """
+    if not is_sharded(policy):
+        state: dict[str, Any] = unwrapped(policy).state_dict()
+    else:
+        policy.reshard()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+        state = get_model_state_dict(policy, options=options)
+    if rank() != 0 and is_sharded(policy):
+        return {}
+    trained = _trained_names(policy)
+    return {name: tensor for name, tensor in state.items() if name in trained or not trained_only}
+
+
+def _trained_names(policy: Any) -> set[str]:
+    parameters = unwrapped(policy).named_parameters(remove_duplicate=False)
+    return {name for name, parameter in parameters if parameter.requires_grad}
+
+
+def save_weights(policy: Any, path: str, *, trained_only: bool = False) -> None:
+    """Write the weights as safetensors, from rank 0; all ranks must call it.
 
     The file is that of an unsharded policy (``safetensors.torch.save_model``): either can load what the other wrote.
+    `trained_only`: without the weights that are not trained, as for adapters, whose model is in files already.
     """
-    if is_sharded(policy):
-        policy.reshard()
-        state: dict[str, Any] = get_model_state_dict(policy, options=_GATHERED)
-    else:
-        state = unwrapped(policy).state_dict()
+    state = full_weights(policy, trained_only=trained_only)
     if rank() != 0:
         return
     first_of: dict[int, str] = {}
@@ -86,14 +106,18 @@ def save_weights(policy: Any, path: str) -> None:
     save_file(kept, path, metadata={"format": "pt", **aliases})
 
 
-def load_weights(policy: Any, path: str) -> None:
-    """Load the full weights from a file of `save_weights`; all ranks must call it, rank 0 reads.
+def load_weights(policy: Any, path: str, *, trained_only: bool = False) -> None:
+    """Load the weights from a file of `save_weights`, written with the same `trained_only`; all ranks must call it.
+
+    Under FSDP 2 the weights of rank 0's file count.
 
     Raises:
         RuntimeError: names or shapes are not those of the policy.
     """
+    if trained_only:
+        _check_names(policy, path)
     if not is_sharded(policy):
-        load_model(unwrapped(policy), path)
+        load_model(unwrapped(policy), path, strict=not trained_only)
         return
     state: dict[str, Any] = {}
     if rank() == 0:
@@ -102,7 +126,17 @@ def load_weights(policy: Any, path: str) -> None:
             aliases = {name: kept for name, kept in (file.metadata() or {}).items() if kept in state}
         state |= {name: state[kept] for name, kept in aliases.items()}
     policy.reshard()
-    set_model_state_dict(policy, state, options=_DISTRIBUTED)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not trained_only)
+    set_model_state_dict(policy, state, options=options)
+
+
+def _check_names(policy: Any, path: str) -> None:
+    """Raise unless the file holds just what is trained; names tied to another one are in its metadata."""
+    with safe_open(path, framework="pt") as file:
+        names = {*file.keys(), *(name for name, kept in (file.metadata() or {}).items() if kept in file.keys())}  # noqa: SIM118
+    different = sorted(names ^ _trained_names(policy))
+    if different:
+        raise RuntimeError(f"{len(different)} weights are not those that this policy trains, the first: {different[0]}")
 
 
 def check_optimizer(policy: Any, optimizer: Any) -> None:

@@ -23,9 +23,12 @@ try:
 except ImportError:  # Windows, which has other locks
     fcntl = None  # type: ignore[assignment]
 
+MODEL = "model"
+"""Folder of the exported model in an output directory."""
 LOCK = ".lock"
 FILES = (
     *(CHECKPOINT, f"{CHECKPOINT}.old", f"{CHECKPOINT}.writing"),
+    *(MODEL, f"{MODEL}.old", f"{MODEL}.writing"),
     *("metrics.jsonl", "summary.json", "curves.png", "config.yaml"),
 )
 """What a run writes; a folder that holds one of them holds a run."""
@@ -119,6 +122,16 @@ def _lock(lock: TextIO, path: str) -> None:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} of {socket.gethostname()}\n")
     lock.flush()
+
+
+def replace_folder(fresh: Path, final: Path) -> None:
+    """Rename `fresh` to `final`, which may exist; a crash in between leaves the older one as ``<final>.old``."""
+    old = final.with_name(f"{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(fresh, final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

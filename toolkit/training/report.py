@@ -16,6 +16,7 @@ from rich.table import Table
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.tasks.base import Example
 from toolkit.training.evaluation import Evaluation
+from toolkit.training.output_dir import MODEL
 
 if TYPE_CHECKING:
     from toolkit.training.trainer import Trainer
@@ -126,7 +127,8 @@ def write_report(
     measured = f"held-out {before.shown()} -> {after.shown().partition(' ')[2]} " if after.shown() else ""
     took = f"in {summary.wall_seconds:.1f} s (imports included), seed {summary.seed}"
     console.print(f"{measured}{took}", style="bold", soft_wrap=True)
-    files = "metrics.jsonl, summary.json, curves.png, config.yaml, checkpoint/"
+    model = f", {MODEL}/" if (output_dir / MODEL).is_dir() else ""
+    files = f"metrics.jsonl, summary.json, curves.png, config.yaml, checkpoint/{model}"
     console.print(f"{files} in {output_dir}", soft_wrap=True)
 
 

@@ -33,6 +33,7 @@ from toolkit.training.agreement import agree
 from toolkit.training.config import TrainingConfig
 from toolkit.training.dry_run import show_dry_run
 from toolkit.training.evaluation import Evaluation
+from toolkit.training.export import check_export
 from toolkit.training.failures import stop_together
 from toolkit.training.phase import Phase
 from toolkit.training.probe import check_gradient_scale
@@ -130,15 +131,17 @@ def _job(
     task = config.task.build(config.seed)
     policy, tokenizer = config.model.build(task.alphabet)
     trainer = Trainer(config, accelerator, task, policy, tokenizer)
+    check_export(trainer)
     if config.training.dry_run:
         show_dry_run(trainer, console)
         return Summary.of_dry_run(trainer, wall_seconds=time.time() - started, output_dir=output_dir)
     if accelerator.is_main_process:
         (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     tracker = Tracker(config.tracker, accelerator, output_dir, config.model_dump())
+    total, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad or both) for both in (True, False))
+    parameters = f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
     console.print(
-        f"{accelerator.num_processes} process(es) on {accelerator.device}, "
-        f"{sum(p.numel() for p in policy.parameters()):,} parameters; output: {output_dir}",
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, {parameters}; output: {output_dir}",
         soft_wrap=True,
     )
     loop = _Loop(trainer, tracker, console, flag, output_dir)
@@ -223,7 +226,7 @@ def _run_phase(loop: _Loop, phase: Phase, title: str, record: dict[str, Any]) ->
             if is_warm:
                 break
             if cfg.checkpoint_every and phase.next_step % cfg.checkpoint_every == 0:
-                checkpoint.save_checkpoint(output_dir, trainer, phase, record)
+                checkpoint.save_checkpoint(output_dir, trainer, phase, record, is_last=False)
     if phase.name == "main":
         checkpoint.save_checkpoint(output_dir, trainer, phase, record)
     return True

@@ -10,7 +10,7 @@ from toolkit.errors import ConfigError, warn_once
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.config.policy import BaseRLLossConfig
-from toolkit.models.config import ModelConfig
+from toolkit.models.config import CausalLMConfig, ModelConfig
 from toolkit.rollout.config import RolloutConfig
 from toolkit.schema import Config
 from toolkit.tasks.config import TaskConfig
@@ -59,6 +59,7 @@ class RunConfig(Config):
         if not isinstance(self.loss, CELossConfig):
             self.advantage.check_training(self.rollout.group_size)
         self._rewards_are_served()
+        self._rate_fits_the_model()
         self._kl_control_has_a_kl()
         self._loss_can_be_served()
         sampled_at, scored_at = self.rollout.temperature, self.loss.temperature
@@ -95,6 +96,15 @@ class RunConfig(Config):
             raise ConfigError(
                 "advantage=gdpo takes each reward by itself, so it would not see the KL in the reward; put the KL into "
                 "the loss (kl=k3)"
+            )
+
+    def _rate_fits_the_model(self) -> None:
+        usual = OptimizerConfig.model_fields["lr"].default
+        if isinstance(self.model, CausalLMConfig) and self.optimizer.lr == usual:
+            warn_once(
+                f"optimizer.lr={usual} is the default for the tiny model, which starts from random weights; a "
+                "pretrained model usually takes 1e-6 to 1e-5, its LoRA adapters 1e-5 to 1e-4: set optimizer.lr, and "
+                "warmup.lr or warmup=none"
             )
 
     def _kl_control_has_a_kl(self) -> None:

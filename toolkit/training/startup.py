@@ -68,6 +68,7 @@ def check_environment(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ConfigError(f"tracker={log_with} needs the package {log_with!r}: pip install {log_with}")
     config.task.check_data(config.seed, with_completions=config.imitates)
+    config.model.check()
     return None if config.training.resume is None else read_state(config.training.resume, config)
 
 

@@ -38,12 +38,12 @@ from toolkit.training.experience import (
 from toolkit.training.kl_penalty import KLPenalty
 from toolkit.training.layout import minibatches, share_of
 from toolkit.training.phase import Phase, learning_rate_schedule
+from toolkit.training.reference import Reference, reference_of
 from toolkit.training.rewarding import Rewarded, Rewarder
 from toolkit.training.run_config import RunConfig
 from toolkit.training.sharding import (
     accumulating,
     clip_grad_norm,
-    frozen_copy,
     is_sharded,
     local_parameters,
     prepare_policy,
@@ -69,7 +69,7 @@ class Trainer:
         self.accelerator = accelerator
         self.task = task
         self.tokenizer = tokenizer
-        self.reference: Policy | None = None
+        self.reference: Reference | None = None
         self.kl_penalty = KLPenalty(config.kl_control, config.loss)
         policy.fitted(config.loss)  # raises if the loss contradicts the model
         self.context = context_length(policy.lm)
@@ -97,7 +97,7 @@ class Trainer:
         if isinstance(loss_cfg, CELossConfig):
             step_fn, num_updates = (lambda phase: self._supervised_step(phase, loss_cfg)), cfg.steps
         elif self.kl_penalty.needs_reference and self.reference is None:
-            self.reference = frozen_copy(self.policy)
+            self.reference = reference_of(self.policy)
         schedule = learning_rate_schedule(self.config.scheduler, lr, num_updates)
         return Phase("main", cfg.steps, step_fn, self._optimizer(lr), schedule)
 
@@ -105,8 +105,9 @@ class Trainer:
         cfg = self.config.optimizer
         # The phases share parameters, and clip_grad_norm_ removes the loss scale for each optimizer that it knows.
         self.accelerator._optimizers.clear()
+        trained = [parameter for parameter in local_parameters(self.policy) if parameter.requires_grad]
         return self.accelerator.prepare_optimizer(
-            torch.optim.AdamW(local_parameters(self.policy), lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+            torch.optim.AdamW(trained, lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
         )
 
     def run_step(self, phase: Phase) -> dict[str, float]:
@@ -228,7 +229,7 @@ class Trainer:
         return advantages if advantages.dim() == 2 else advantages.unsqueeze(-1)
 
     @torch.no_grad()
-    def _score(self, policy: Policy, rows: Rows, most: int) -> Tensor:
+    def _score(self, policy: Reference, rows: Rows, most: int) -> Tensor:
         """Return the log-probabilities of the rows, [R, T - 1]; `most`: rows of the process that has most of them."""
         policy.eval()
         temperature, size = self.config.loss.temperature, self.config.training.micro_batch_size

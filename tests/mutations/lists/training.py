@@ -209,7 +209,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="old-checkpoint-goes-first",
-        file="toolkit/training/checkpoint.py",
+        file="toolkit/training/output_dir.py",
         line="os.replace(final, old)",
         becomes="shutil.rmtree(final)",
         tests=("tests/training/test_resume.py::test_a_crash_while_writing_leaves_a_whole_checkpoint",),

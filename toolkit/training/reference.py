@@ -1,0 +1,93 @@
+"""The reference policy: the policy as it was when the main phase began, never trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from toolkit.models.lora import has_adapters
+from toolkit.models.policy import Policy
+from toolkit.training.full_state import load_weights, save_weights
+from toolkit.training.sharding import frozen_copy, is_sharded, unwrapped
+
+
+class SharedReference:
+    """The policy as it was, for a policy with adapters: it shares the model, and keeps the adapters alone.
+
+    With fresh adapters it computes what the model does with its adapters switched off. After a warm-up, or with
+    adapters that an earlier run trained, it still is the policy as it was, which the model without adapters is not.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        """Remember the trained weights of `policy` (from `prepare_policy`) as they are now."""
+        self.policy = unwrapped(policy)
+        self._kept = [parameter.detach().clone() for parameter in self._trained()]
+
+    def eval(self) -> Self:
+        """Put the policy into evaluation mode."""
+        self.policy.eval()
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the policy returned for these arguments then; without gradients, between optimizer steps."""
+        with torch.no_grad(), self._in_force():
+            return self.policy(*args, **kwargs)
+
+    def save(self, path: str) -> None:
+        """Write its weights as `save_weights` does."""
+        with self._in_force():
+            save_weights(self.policy, path, trained_only=True)
+
+    def load(self, path: str) -> None:
+        """Read what `save` wrote."""
+        with self._in_force():
+            load_weights(self.policy, path, trained_only=True)
+            self._kept = [parameter.detach().clone() for parameter in self._trained()]
+
+    def _trained(self) -> list[Tensor]:
+        if is_sharded(self.policy):
+            self.policy.reshard()  # type: ignore[operator]
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    @contextlib.contextmanager
+    def _in_force(self) -> Iterator[None]:
+        """Exchange the weights that have been trained since; both are small."""
+        current = [parameter.detach().clone() for parameter in self._trained()]
+        self._assign(self._kept)
+        try:
+            yield
+        finally:
+            self._assign(current)
+
+    @torch.no_grad()
+    def _assign(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._trained(), values, strict=True):
+            parameter.copy_(value)
+
+
+Reference = Policy | SharedReference
+
+
+def reference_of(policy: Any) -> Reference:
+    """Return the policy as it is now; all ranks call it. A policy with adapters is not copied."""
+    return SharedReference(policy) if has_adapters(unwrapped(policy).lm) else frozen_copy(policy)
+
+
+def save_reference(reference: Reference, path: str) -> None:
+    """Write the reference's weights; all ranks call it."""
+    if isinstance(reference, SharedReference):
+        reference.save(path)
+    else:
+        save_weights(reference, path)
+
+
+def load_reference(reference: Reference, path: str) -> None:
+    """Read what `save_reference` wrote; all ranks call it."""
+    if isinstance(reference, SharedReference):
+        reference.load(path)
+    else:
+        load_weights(reference, path)

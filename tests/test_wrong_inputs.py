@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hydra._internal.utils import get_args_parser
 
 import toolkit
 from tests.wrong_inputs import COMMANDS, CONFIGS, FUNCTIONS, ITEMS, RUNNER
@@ -22,6 +23,7 @@ from toolkit import ConfigError, GRPOLossConfig, LossRunner
 from toolkit.bench.config import BENCH, build_bench
 from toolkit.check.__main__ import main as check
 from toolkit.check.subject import load_subject
+from toolkit.compose.overrides import options_first
 from toolkit.compose.tree import check_command_line, compose_run
 from toolkit.errors import ToolkitError
 from toolkit.explain.__main__ import main as explain
@@ -52,6 +54,10 @@ def names() -> dict[str, Any]:
         annotations = {} if annotation is None else {"__annotations__": {name: annotation}}
         return type("MyConfig", (toolkit.BaseLossConfig,), {"__module__": __name__, name: value, **annotations})
 
+    def kwargs_with(name: str, annotation: object) -> type:
+        members = {"__module__": __name__, "__annotations__": {name: annotation}}
+        return type("MyKwargs", (toolkit.BaseLossKwargs,), members)
+
     def custom(returned: str) -> None:
         """Run a policy loss that returns this expression of ``t``."""
         function = eval(compile(f"lambda t: {returned}", __file__, "eval"), {"torch": torch})
@@ -80,7 +86,7 @@ def names() -> dict[str, Any]:
         "row": lambda **fields: runner(hidden[:1], head, input_ids=ids[:1], advantages=1.0, **fields),
         "run_with": lambda override, **fields: LossRunner.from_overrides([override])(hidden, head, **fields),
         "step": lambda forward: runner.step([{"input_ids": ids, "advantages": 1.0}], forward),
-        **{"body": body, "custom": custom, "my_loss": my_loss},
+        **{"kwargs_with": kwargs_with, "body": body, "custom": custom, "my_loss": my_loss},
         "Item": toolkit.RLLossContextInputItem,
         "item": toolkit.RLLossContextInputItem(shifted_labels=ids, advantages=torch.ones(BATCH, 1)),
         "build": toolkit.GRPOLossContext.build_batches_loss_kwargs,
@@ -99,7 +105,9 @@ def answer(command: str, monkeypatch: pytest.MonkeyPatch, read: Callable[[], str
     program, *arguments = shlex.split(command)
     composed = {
         "train": lambda: check_command_line(
-            [each for each in arguments if each != "-m"], multirun="-m" in arguments, check=check_environment
+            options_first([each for each in arguments if each != "-m"], get_args_parser()),
+            multirun="-m" in arguments,
+            check=check_environment,
         ),
         "bench": lambda: build_bench(compose_run(arguments, root=BENCH, build=build_bench).cfg),
     }

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from toolkit.check.subject import Failed, NotApplicable, Subject
+from toolkit.check.subject import Failed, NotApplicable, Subject, shown_value
 from toolkit.errors import ConfigError
-from toolkit.functional.purity_check import changed_in_place, changes_when_repeated, divides_by_number
+from toolkit.functional.purity_check import changes_inputs, changes_when_repeated, divides_by_number
 from toolkit.functional.scope_check import SPREADS, check_scope, made_up_terms, tensors_of
 from toolkit.functional.terms import PolicyTerms
 
@@ -37,7 +37,7 @@ def one_loss_for_each_token(s: Subject) -> None:
 
 def inputs_unchanged(s: Subject) -> None:
     """No tensor of `t` is changed in place."""
-    _refuse(changed_in_place(s.loss, s.options))
+    _refuse(changes_inputs(s.loss, s.options))
 
 
 def keeps_scope(s: Subject) -> None:
@@ -109,10 +109,10 @@ def options_matter(s: Subject) -> None:
         if not idle:
             return
     name, tried = next(iter(idle.items()))
-    values = ", ".join(f"{value}" for value in tried[:4])
+    values = ", ".join(map(shown_value, tried[:4]))
     raise Failed(
         f"option {name!r} changes neither loss nor gradient of any made-up token (tried {values} instead of "
-        f"{s.options[name]}): use it, or remove it, because tuning it does nothing"
+        f"{shown_value(s.options[name])}): use it, or remove it, because tuning it does nothing"
         + (f"; the same holds for {', '.join(list(idle)[1:])}" if len(idle) > 1 else "")
     )
 

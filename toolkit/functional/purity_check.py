@@ -41,13 +41,13 @@ def check_purity(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
     key = key_of(loss, options)
     if key in _passed:
         return
-    why = changed_in_place(loss, options) or changes_when_repeated(loss, options) or divides_by_number(loss, options)
+    why = changes_inputs(loss, options) or changes_when_repeated(loss, options) or divides_by_number(loss, options)
     if why is not None:
         raise ConfigError(f"policy loss {loss.name!r}: {why}")
     _passed.add(key)
 
 
-def changed_in_place(loss: PolicyLoss, options: Mapping[str, Any]) -> str | None:
+def changes_inputs(loss: PolicyLoss, options: Mapping[str, Any]) -> str | None:
     """Say which tensor a loss changes in place; None if it changes none."""
     terms = made_up_terms(USUAL)
     # Not a leaf, so a change in place is noticed here instead of raising in torch.
@@ -58,11 +58,11 @@ def changed_in_place(loss: PolicyLoss, options: Mapping[str, Any]) -> str | None
     check_token_losses(values, terms.logprobs, loss.name)
     for name, value in tensors_of(terms):
         if value._version != before[name][1] or not torch.equal(value.detach(), before[name][0]):
-            return IN_PLACE.format(name)
+            return CHANGED.format(name)
     return None
 
 
-IN_PLACE = (
+CHANGED = (
     "it changes t.{} in place, but other terms of the loss and the next chunk also read it; use the form without the "
     "underscore (x = x.clamp(...), not x.clamp_(...); x = x * 2, not x *= 2)"
 )

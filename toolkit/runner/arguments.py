@@ -188,7 +188,13 @@ def check_has_graph(loss: Tensor | None, where: str, reason: str = "") -> None:
 
 
 def why_without_graph(hidden_states: Tensor, head_weight: Tensor, context: str) -> str:
-    """Say why a loss of hidden states [B, T, D] and weight [V, D] has no gradient; `context` computed its values."""
+    """Say why a loss has no gradient.
+
+    Args:
+        hidden_states: [B, T, D].
+        head_weight: [V, D].
+        context: the class that computed its values.
+    """
     if hidden_states.requires_grad or head_weight.requires_grad:
         return (
             f"the values that {context} returned have none, although hidden states or head require one; leave out "

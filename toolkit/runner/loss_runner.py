@@ -37,7 +37,7 @@ from toolkit.runner.arguments import (
     spread,
     why_without_graph,
 )
-from toolkit.runner.mistakes import not_a_config, not_a_field, not_a_list, not_of_loss
+from toolkit.runner.mistakes import NotATuple, not_a_config, not_a_field, not_a_list, not_of_loss
 from toolkit.runner.suspicions import warn_of_frozen, warn_of_log_probabilities, warn_of_masks, warn_of_values
 
 RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
@@ -48,8 +48,8 @@ Forward = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
-class LossResult:
-    """A loss and its metrics."""
+class LossResult(NotATuple):
+    """A loss and its metrics: ``loss, metrics = result.loss, result.metrics``."""
 
     loss: Tensor
     """Scalar; with a live graph when it comes from a call, detached when it comes from `LossRunner.step`."""

@@ -146,7 +146,13 @@ def warn_of_values(item: LossContextInputItem, cfg: BaseLossConfig) -> None:
 
 
 def warn_of_frozen(hidden_states: Tensor, head_weight: Tensor, where: str) -> None:
-    """Warn if hidden states [B, T, D] have no gradient but the weight [V, D] requires one."""
+    """Warn if hidden states have no gradient but the weight requires one.
+
+    Args:
+        hidden_states: [B, T, D].
+        head_weight: [V, D].
+        where: who was called, for the message.
+    """
     if torch.is_grad_enabled() and head_weight.requires_grad and not hidden_states.requires_grad:
         warn_once(
             f"{where}: the hidden states have no gradient, so only the head will train; run the model without "

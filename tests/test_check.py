@@ -309,6 +309,17 @@ def test_an_error_without_words_is_told_by_its_class() -> None:
         rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": "mine"}))
 
 
+def test_options_are_shown_as_people_write_them() -> None:
+    def unread(t, *, eps: float = 0.2):
+        return -t.ratio() * t.advantages
+
+    register_policy_loss("mine")(unread)
+    subject = load_subject("mine", {"eps": 0.1 + 0.2})
+    assert str(subject) == "mine (scope token; eps=0.3)"
+    (said,) = [outcome.words for outcome in run_suite(subject) if outcome.status == "failed"]
+    assert "(tried 0.6, 0.15, 0.4, 3 instead of 0.3)" in said
+
+
 def test_a_kl_brings_the_reference() -> None:
     register_policy_loss("mine")(reads_the_reference)
     with pytest.raises(ConfigError, match="ref_logprobs"):

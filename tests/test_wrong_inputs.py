@@ -54,6 +54,19 @@ def names() -> dict[str, Any]:
         annotations = {} if annotation is None else {"__annotations__": {name: annotation}}
         return type("MyConfig", (toolkit.BaseLossConfig,), {"__module__": __name__, name: value, **annotations})
 
+    def step_of(returned: str, mode: str) -> None:
+        """Run a loss of another shape, which returns this expression of ``logits`` or ``scores``."""
+        base, method = (
+            (toolkit.BaseLossContext, "losses_from_logits")
+            if "logits" in returned
+            else (toolkit.ScoredLossContext, "token_losses")
+        )
+        argument = "scores" if method == "token_losses" else "logits"
+        context = type("MyContext", (base,), {method: eval(f"lambda self, {argument}, loss_kwargs: {returned}")})
+        wide = torch.randn(2**15, WIDTH)  # too many logits for one chunk
+        cfg = body("context", context, ClassVar[type])(mode=mode, chunk_size=4)
+        LossRunner(cfg).step([{"input_ids": ids}], lambda batch: (hidden, wide))
+
     def kwargs_with(name: str, annotation: object) -> type:
         members = {"__module__": __name__, "__annotations__": {name: annotation}}
         return type("MyKwargs", (toolkit.BaseLossKwargs,), members)
@@ -86,7 +99,7 @@ def names() -> dict[str, Any]:
         "row": lambda **fields: runner(hidden[:1], head, input_ids=ids[:1], advantages=1.0, **fields),
         "run_with": lambda override, **fields: LossRunner.from_overrides([override])(hidden, head, **fields),
         "step": lambda forward: runner.step([{"input_ids": ids, "advantages": 1.0}], forward),
-        **{"kwargs_with": kwargs_with, "body": body, "custom": custom, "my_loss": my_loss},
+        **{"step_of": step_of, "kwargs_with": kwargs_with, "body": body, "custom": custom, "my_loss": my_loss},
         "Item": toolkit.RLLossContextInputItem,
         "item": toolkit.RLLossContextInputItem(shifted_labels=ids, advantages=torch.ones(BATCH, 1)),
         "build": toolkit.GRPOLossContext.build_batches_loss_kwargs,

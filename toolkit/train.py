@@ -83,12 +83,6 @@ def main() -> None:
             raise ConfigError("--cfg prints the configuration of one run; leave out -m")
         if arguments.resolve and not arguments.cfg:
             raise ConfigError("--resolve goes with --cfg job: toolkit-train --cfg job --resolve")
-        if arguments.config_name or arguments.config_path:
-            chosen = arguments.config_name or arguments.config_path
-            raise ConfigError(
-                f"--config-name and --config-path are fixed; for a preset try: experiment={chosen} or loss={chosen}, "
-                "and for a folder with your YAML files --config-dir"
-            )
         if arguments.help:
             return _print_help(arguments)
         if not (arguments.shell_completion or arguments.hydra_help):

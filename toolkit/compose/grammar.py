@@ -37,8 +37,8 @@ def why_not_parsed(text: str, following: str | None = None) -> str:
     if len(several) > 1 and all("=" in part for part in several):
         each = " ".join(quoted(part.rstrip(",")) for part in several)
         return f"{text!r} holds {len(several)} overrides in one string; give each by itself: {each}"
-    if not equals and following == "=":
-        return f"{text} = has spaces around the sign; write it as one word: {text.strip()}=value"
+    if not equals and following is not None and following.startswith("= "):
+        return f"{text} {following} has spaces around the sign; try: {text.strip()}={following[2:]}"
     if not equals:
         likely = re.fullmatch(rf"({_KEY})[\s:]+(\S+)", text.strip())
         return f"{text} has no value; " + (f"try: {likely[1]}={likely[2]}" if likely else _with_value(text, following))

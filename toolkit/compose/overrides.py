@@ -16,6 +16,8 @@ from toolkit.compose.grammar import LOOKS_LIKE, is_override, quoted, why_not_par
 from toolkit.compose.schemas import conf_dir
 from toolkit.errors import ConfigError, listed, nearest
 
+FIXED = ("--config-name", "-cn", "--config-path", "-cp")
+"""Options of Hydra that choose another root of the configuration."""
 PRESET = "preset/"
 """Prefix of losses that follow another project's definition."""
 LOSS_GROUPS = ("loss", "policy_loss", "kl", "aggregation", "correction", "mode", "plugins", "hydra")
@@ -67,6 +69,12 @@ def check_options(arguments: Sequence[str], parser: argparse.ArgumentParser) -> 
     for argument, following in zip_longest(arguments, arguments[1:]):
         option = argument.partition("=")[0]
         name = option.lstrip("-")
+        if option in FIXED and option in options:
+            value = argument.partition("=")[2] or following or "..."
+            raise ConfigError(
+                f"{option} is fixed; try: experiment={value} or loss={value} for a choice, --config-dir for a folder "
+                "with your YAML files"
+            )
         if not option.startswith("--") or option in options or not name:
             continue
         begun = [each for each in options if each.startswith(option)]
@@ -130,7 +138,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     """
     parser = OverridesParser.create()
     parsed = []
-    for text, following in zip_longest(overrides, overrides[1:]):
+    for text, following, after in zip_longest(overrides, overrides[1:], overrides[2:]):
+        following = f"= {after or 'value'}" if following == "=" else following
         if text.startswith("="):
             raise ConfigError(f"{text} has no key; {LOOKS_LIKE}")
         try:

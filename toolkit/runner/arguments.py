@@ -5,7 +5,7 @@ Legend: B rows, T positions that have hidden states, D hidden width, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -270,6 +270,25 @@ def as_tensor(name: str, value: Any, device: torch.device | None) -> Any:
             f"{name} is a {type(value).__name__} that cannot be converted to a tensor ({first_line(error)}); "
             f"give a tensor of {'integers' if is_integer else 'numbers'}, with rows of one length"
         ) from None
+
+
+def check_alike(items: Sequence[LossContextInputItem], ignore_idx: int) -> None:
+    """Check that all batches of a step with scored tokens have ``old_logprobs``, or none.
+
+    A batch without them counts as on-policy, which a loop that builds items may mean, and a list of mappings hardly.
+
+    Raises:
+        DataError: some have them.
+    """
+    having = [getattr(item, "old_logprobs", None) is not None for item in items]
+    if all(having) or not any(having):
+        return
+    for index, item in enumerate(items):
+        if not having[index] and bool((item.shifted_labels != ignore_idx).any()):
+            raise DataError(
+                f"batches[{index}] has no old_logprobs, but batches[{having.index(True)}] has; give them for all "
+                "batches of a step, or for none (on-policy)"
+            )
 
 
 def spread(name: str, value: Tensor | float | None, labels: Tensor) -> Tensor | None:

@@ -29,6 +29,7 @@ from toolkit.runner.arguments import (
     RETURNS,
     as_tensor,
     call_forward,
+    check_alike,
     check_has_graph,
     head_tensors,
     labels_of,
@@ -259,6 +260,7 @@ class LossRunner:
         if not rows:
             raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
         items = [self._item(batch, None) for batch in rows]
+        check_alike(items, self.loss_cfg.ignore_idx)
         cu_seq_lens = [batch.get("cu_seq_lens") for batch in rows]
         bounds = None if all(value is None for value in cu_seq_lens) else cu_seq_lens
         context = self.loss_cfg.loss_ctx_cls

@@ -189,8 +189,8 @@ MUTATIONS = (
     ),
     Mutation(
         name="a-micro-batch-without-old-logprobs",
-        file="toolkit/losses/step/policy_step.py",
-        line="check_alike(step.items, cfg.ignore_idx)",
+        file="toolkit/runner/loss_runner.py",
+        line="check_alike(items, self.loss_cfg.ignore_idx)",
         becomes="pass",
         tests=("tests/test_wrong_inputs.py::test_calls",),
     ),

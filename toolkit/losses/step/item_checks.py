@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,23 +63,6 @@ def finite_fields(cfg: BaseRLLossConfig) -> set[str]:
 
 CHECKED_LATER = ("current_logprobs", "ref_topk_logprobs", "teacher_topk_logprobs")
 """Fields that are checked later, with more detail: after all ranks have counted, or with their ids."""
-
-
-def check_alike(items: Sequence[RLLossContextInputItem], ignore_idx: int) -> None:
-    """Check that all items of a step with scored tokens have `old_logprobs`, or none: without, one counts as on-policy.
-
-    Raises:
-        DataError: some have them.
-    """
-    having = [item.old_logprobs is not None for item in items]
-    if all(having) or not any(having):
-        return
-    for index, item in enumerate(items):
-        if item.old_logprobs is None and bool((item.shifted_labels != ignore_idx).any()):
-            raise DataError(
-                f"data_batches[{index}].old_logprobs is missing, but data_batches[{having.index(True)}] has them; give "
-                "them for all micro-batches of a step, or for none (on-policy)"
-            )
 
 
 def check_item(item: RLLossContextInputItem, cfg: BaseRLLossConfig, where: str) -> None:

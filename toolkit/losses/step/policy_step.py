@@ -20,7 +20,7 @@ from toolkit.losses.step.candidates import candidates_of
 from toolkit.losses.step.corrections import EarlyCorrections, comparable_rollout
 from toolkit.losses.step.global_view import emptied, with_global_views
 from toolkit.losses.step.groups import check_step, pieces_of_groups
-from toolkit.losses.step.item_checks import check_alike, check_item
+from toolkit.losses.step.item_checks import check_item
 from toolkit.losses.step.step import Extra, Step, StepRow, StepTotals
 from toolkit.losses.step.weights import counts_here
 from toolkit.metrics import Max, Mean, Metric
@@ -51,7 +51,6 @@ def prepare(step: Step) -> Extra:
     cfg: BaseRLLossConfig = step.loss_cfg
     for index, item in enumerate(step.items):
         check_item(item, cfg, f"data_batches[{index}]")
-    check_alike(step.items, cfg.ignore_idx)
     candidates = [candidates_of(item, cfg, f"data_batches[{index}]") for index, item in enumerate(step.pieces)]
     labels = step.labels
     turns = None

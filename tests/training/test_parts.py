@@ -35,7 +35,7 @@ def test_curves_of_a_short_run_mark_whole_steps(monkeypatch: pytest.MonkeyPatch)
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self))
     rows = [{"phase": "main", "step": step, "reward": 0.5, "lr": 0.1, "kl_old": 0.0} for step in range(3)]
-    draw_curves(Summary(None, None, 1.0, 0, "grpo", 1, 0, 0, False, "outputs"), rows, Path("curves.png"))
+    draw_curves(Summary(0.5, 0.6, 1.0, 0, "grpo", 1, 0, 0, False, "outputs"), rows, Path("curves.png"))
     ticks = [tick for axes in figures[0].axes for tick in axes.get_xticks()]
     assert ticks
     assert all(tick == round(tick) for tick in ticks)

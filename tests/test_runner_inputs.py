@@ -136,6 +136,7 @@ ALL = torch.ones(2, 7, dtype=torch.int64)
         (PADDED, {"loss_mask": (PADDED != 0).long()}, "leaves out only token 0, which looks like padding"),
         (PADDED.flip(1), {"loss_mask": (PADDED.flip(1) != 0).long()}, "leaves out only token 0"),
         (PROMPTED, {"loss_mask": (ALL.cumsum(-1) > 3).long(), "attention_mask": ALL}, None),
+        (PROMPTED, {"loss_mask": ALL, "attention_mask": ALL}, "equals attention_mask: if the rows hold prompts"),
         (PADDED, {"loss_mask": (PADDED != 0).long(), "attention_mask": (PADDED > 2).long()}, "are the two swapped"),
         (PADDED, {"loss_mask": ALL}, None),
         (PROMPTED, {}, "looks like a prompt"),

@@ -79,16 +79,21 @@ def warn_of_masks(
     is_one_token = len(left_out) > 0 and bool((left_out == left_out[0]).all())
     is_most = (~scored).sum(-1).max() > 1
     is_from_first = scored[:, 0].all()
-    num_outside, several, from_first = torch.stack([is_outside.long(), is_most.long(), is_from_first.long()]).tolist()
+    is_same = (scored == attention_mask.bool()).all() if attention_mask is not None else is_most.new_zeros(())
+    flags = is_outside.long(), is_most.long(), is_from_first.long(), is_same.long()
+    num_outside, several, from_first, same = torch.stack(flags).tolist()
     if num_outside:
         warn_once(
             f"loss_mask is 1 on {num_outside} tokens that attention_mask leaves out as padding (0), so these are not "
             "scored; are the two swapped? loss_mask is 1 on the tokens to train on, attention_mask on all but padding"
         )
-    elif is_policy_loss and is_one_token and (several or from_first):
+    elif is_policy_loss and (same or (is_one_token and (several or from_first))):
+        what = (
+            "equals attention_mask" if same else f"leaves out only token {int(left_out[0])}, which looks like padding"
+        )
         warn_once(
-            f"loss_mask leaves out only token {int(left_out[0])}, which looks like padding, so prompts are scored like "
-            "the completions; give loss_mask [B, T], 1 on the tokens of the completions"
+            f"loss_mask {what}: if the rows hold prompts, these are scored like the completions; give loss_mask "
+            "[B, T], 1 on the tokens of the completions"
         )
 
 
@@ -188,7 +193,7 @@ def warn_of_log_probabilities(
                 neighbour, off, off_there = better
                 warn_once(
                     f"{name} differ from the policy's log-probabilities by {off:.2g} nats, but only by {off_there:.2g} "
-                    f"nats one position further: they {NEIGHBOURS[neighbour]}"
+                    f"nats from those of a neighbour: they {NEIGHBOURS[neighbour]}"
                 )
     numbers = to_floats({metric: metrics[metric] for metric in MISMATCH if metric in metrics})
     warn_of_mismatch({metric: number for metric, number in numbers.items() if MISMATCH[metric][0] not in warned})

@@ -101,7 +101,15 @@ def of_the_sequence(t):
 
 
 def of_the_batch(t):
+    return -t.ratio() * (t.advantages - t.advantages.mean())
+
+
+def averaged_already(t):
     return -t.ratio() * t.advantages / len(t.advantages)
+
+
+def log_of_a_negative(t):
+    return -t.ratio() * t.advantages.log()
 
 
 def wrong_sign(t):
@@ -165,6 +173,12 @@ def index_error(t):
         (in_place_on_advantages, "inputs are left as they were", r"t\.advantages in place.*without the underscore"),
         (in_place_on_logprobs, "inputs are left as they were", r"t\.logprobs in place"),
         (of_the_batch, "keeps to the declared scope", "scope='batch'"),
+        (averaged_already, "keeps to the declared scope", r"halve .* divides by their number; .* without / len"),
+        (
+            log_of_a_negative,
+            "the same again when called again",
+            "the loss is NaN at . of 13 made-up tokens.*clamp what",
+        ),
         (whitened, "keeps to the declared scope", "scope='batch'"),
         (at_random, "the same again when called again", "selected_at_random"),
         (wrong_sign, "gradient sign", r"A > 0 should lower the loss.*\+.*minus sign missing"),
@@ -293,6 +307,17 @@ def test_an_error_without_words_is_told_by_its_class() -> None:
 
     with pytest.raises(ConfigError, match="policy loss 'mine': it raised AssertionError"):
         rehearse(GRPOLossConfig(policy_loss_cfg={"loss_type": "mine"}))
+
+
+def test_options_are_shown_as_people_write_them() -> None:
+    def unread(t, *, eps: float = 0.2):
+        return -t.ratio() * t.advantages
+
+    register_policy_loss("mine")(unread)
+    subject = load_subject("mine", {"eps": 0.1 + 0.2})
+    assert str(subject) == "mine (scope token; eps=0.3)"
+    (said,) = [outcome.words for outcome in run_suite(subject) if outcome.status == "failed"]
+    assert "(tried 0.6, 0.15, 0.4, 3 instead of 0.3)" in said
 
 
 def test_a_kl_brings_the_reference() -> None:

@@ -314,7 +314,7 @@ def test_a_module_of_the_current_folder_is_a_plugin(own: Path, monkeypatch: pyte
     [
         ("a=1 --config-dir own b=2", "--config-dir own a=1 b=2"),
         ("-m a=1 --cfg job b=own --config-dir own", "-m --cfg job --config-dir own a=1 b=own"),
-        ("--wrong a=1", "--wrong a=1"),
+        ("-w a=1", "-w a=1"),
         ("", ""),
     ],
 )

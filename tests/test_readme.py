@@ -85,7 +85,8 @@ def loss_file() -> str:
 def test_python_runs_as_printed(block: Block) -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(block.text, block.page.name, "exec"), {"__name__": "readme"})
+        code = compile(block.text, block.page.name, "exec", dont_inherit=True)  # without the __future__ of this file
+        exec(code, {"__name__": "readme"})
     after = block.page.read_text().partition(f"```python\n{block.text}```\n\n")[2]
     if after.startswith("```text\n"):
         assert printed.getvalue() == after.removeprefix("```text\n").partition("```")[0]

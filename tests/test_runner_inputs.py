@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +132,12 @@ ALL = torch.ones(2, 7, dtype=torch.int64)
     [
         (PADDED, {}, "looks like padding"),
         (PADDED.flip(1), {}, "looks like padding"),
-        (PADDED, {"attention_mask": (PADDED != 0).long()}, None),
+        (PADDED, {"attention_mask": (PADDED != 0).long()}, "leaves out padding only"),
+        (PADDED, {"loss_mask": (PADDED != 0).long()}, "leaves out only token 0, which looks like padding"),
+        (PADDED.flip(1), {"loss_mask": (PADDED.flip(1) != 0).long()}, "leaves out only token 0"),
+        (PROMPTED, {"loss_mask": (ALL.cumsum(-1) > 3).long(), "attention_mask": ALL}, None),
+        (PROMPTED, {"loss_mask": ALL, "attention_mask": ALL}, "equals attention_mask: if the rows hold prompts"),
+        (PADDED, {"loss_mask": (PADDED != 0).long(), "attention_mask": (PADDED > 2).long()}, "are the two swapped"),
         (PADDED, {"loss_mask": ALL}, None),
         (PROMPTED, {}, "looks like a prompt"),
         (PROMPTED, {"attention_mask": ALL}, "looks like a prompt"),
@@ -147,7 +154,7 @@ def test_a_forgotten_mask_is_noticed(ids: Tensor, fields: dict, expected: str | 
             runner(hidden, head, input_ids=ids, advantages=1.0, **fields)
     messages = [str(each.message) for each in caught]
     assert len(messages) == (expected is not None)
-    assert expected is None or (expected in messages[0] and "give loss_mask" in messages[0])
+    assert expected is None or (expected in messages[0] and "loss_mask" in messages[0])
 
 
 def test_cross_entropy_may_learn_prompts() -> None:
@@ -160,7 +167,7 @@ def test_cross_entropy_may_learn_prompts() -> None:
 
 def test_old_logprobs_of_another_token_are_noticed_in_the_first_step_only() -> None:
     # Logits 0 over 11 tokens: every log-probability is -log 11 = -2.398; old ones 0.75 and 0.25 above: mean 0.5 off.
-    hidden, head = torch.zeros(1, 3, 4), torch.zeros(11, 4, requires_grad=True)
+    hidden, head = torch.zeros(1, 3, 4, requires_grad=True), torch.zeros(11, 4, requires_grad=True)
     new = -torch.tensor(11.0).log()
     batch = {"input_ids": torch.tensor([[1, 2, 3]]), "advantages": 1.0}
     near = {**batch, "old_logprobs": new + torch.tensor([[0.75, -0.22, -9.0]])}  # the last position is not scored
@@ -173,9 +180,71 @@ def test_old_logprobs_of_another_token_are_noticed_in_the_first_step_only() -> N
     with pytest.warns(UserWarning, match=r"old_logprobs differ .* 0\.51 nats .*token t \+ 1 at position t"):
         LossRunner(GRPOLossConfig()).step([far], lambda _: (hidden, head))
     errors._warned.clear()
-    result = LossRunner(GRPOLossConfig())(hidden, head, **far)
+    runner = LossRunner(GRPOLossConfig())
     with pytest.warns(UserWarning, match="old_logprobs differ"):
-        result.metrics  # noqa: B018  (a call does not wait for the device, so the metrics do)
+        runner(hidden, head, **far)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runner(hidden, head, **far)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (lambda old, hidden: (old.roll(1, -1), hidden), "fit the position before: value t seems to be of token t"),
+        (lambda old, hidden: (old.roll(-1, -1), hidden), "fit the position after: they seem to be shifted twice"),
+        (lambda old, hidden: (old[:, :-1], hidden[:, 1:]), r"hidden_states\[:, 1:\] was passed"),
+        (lambda old, hidden: (old, hidden.roll(1, 1)), "one position earlier"),
+        (lambda old, hidden: (old + 0.1, hidden), None),
+    ],
+)
+def test_log_probabilities_of_a_neighbour_are_noticed(wrong: Callable, expected: str | None) -> None:
+    """A random tiny model: nearly uniform, so a neighbour is off by 0.2 nats only."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 9, 4, generator=generator)
+    head = 0.1 * torch.randn(11, 4, generator=generator)
+    ids = torch.randint(0, 11, (2, 9), generator=generator)
+    scores = (hidden @ head.T).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    old, hidden = wrong(F.pad(scores, (0, 1)), hidden)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LossRunner(GRPOLossConfig())(hidden, head, input_ids=ids, advantages=1.0, old_logprobs=old)
+    messages = [str(each.message) for each in caught if "old_logprobs" in str(each.message)]
+    assert len(messages) == (expected is not None)
+    if expected is not None:
+        assert re.search(expected, messages[0]), messages
+
+
+def test_what_learns_nothing_is_noticed(hidden: Tensor, head: torch.nn.Linear) -> None:
+    runner = LossRunner.from_overrides(["loss=grpo"])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]])
+    batch = {"input_ids": IDS, "loss_mask": mask, "advantages": ADVANTAGES}
+
+    def warned(call: Callable[[], object]) -> list[str]:
+        errors._warned.clear()
+        runner._is_first = True
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        return [str(each.message) for each in caught]
+
+    assert warned(lambda: runner(hidden, head, **batch)) == []
+    (frozen,) = warned(lambda: runner(hidden.detach(), head, **batch))
+    assert "so only the head will train" in frozen
+    assert [frozen.partition(":")[2]] == [
+        each.partition(":")[2] for each in warned(lambda: runner.step([batch], lambda _: (hidden.detach(), head)))
+    ]
+    with torch.no_grad():
+        assert warned(lambda: runner(hidden, head, **batch)) == []
+    (unread,) = warned(lambda: runner(hidden, head, **batch, ref_logprobs=-torch.rand(2, 6)))
+    assert "ref_logprobs has no effect" in unread
+    assert "kl=k3" in unread
+    (rewards,) = warned(lambda: runner(hidden, head, **{**batch, "advantages": torch.tensor([0.0, 1.0])}))
+    assert "looks like rewards" in rewards
+    assert "advantage('grpo').compute(RewardTerms(" in rewards
+    embedding = torch.nn.Embedding(11, 4)
+    (untied,) = warned(lambda: runner(hidden, embedding, **batch))
+    assert "ties the two" in untied
 
 
 def test_current_logprobs_are_compared_with_the_forward(hidden: Tensor, head: torch.nn.Linear) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hydra._internal.utils import get_args_parser
 
 import toolkit
 from tests.wrong_inputs import COMMANDS, CONFIGS, FUNCTIONS, ITEMS, RUNNER
@@ -22,6 +23,7 @@ from toolkit import ConfigError, GRPOLossConfig, LossRunner
 from toolkit.bench.config import BENCH, build_bench
 from toolkit.check.__main__ import main as check
 from toolkit.check.subject import load_subject
+from toolkit.compose.overrides import options_first
 from toolkit.compose.tree import check_command_line, compose_run
 from toolkit.errors import ToolkitError
 from toolkit.explain.__main__ import main as explain
@@ -52,6 +54,23 @@ def names() -> dict[str, Any]:
         annotations = {} if annotation is None else {"__annotations__": {name: annotation}}
         return type("MyConfig", (toolkit.BaseLossConfig,), {"__module__": __name__, name: value, **annotations})
 
+    def step_of(returned: str, mode: str) -> None:
+        """Run a loss of another shape, which returns this expression of ``logits`` or ``scores``."""
+        base, method = (
+            (toolkit.BaseLossContext, "losses_from_logits")
+            if "logits" in returned
+            else (toolkit.ScoredLossContext, "token_losses")
+        )
+        argument = "scores" if method == "token_losses" else "logits"
+        context = type("MyContext", (base,), {method: eval(f"lambda self, {argument}, loss_kwargs: {returned}")})
+        wide = torch.randn(2**15, WIDTH)  # too many logits for one chunk
+        cfg = body("context", context, ClassVar[type])(mode=mode, chunk_size=4)
+        LossRunner(cfg).step([{"input_ids": ids}], lambda batch: (hidden, wide))
+
+    def kwargs_with(name: str, annotation: object) -> type:
+        members = {"__module__": __name__, "__annotations__": {name: annotation}}
+        return type("MyKwargs", (toolkit.BaseLossKwargs,), members)
+
     def custom(returned: str) -> None:
         """Run a policy loss that returns this expression of ``t``."""
         function = eval(compile(f"lambda t: {returned}", __file__, "eval"), {"torch": torch})
@@ -80,7 +99,7 @@ def names() -> dict[str, Any]:
         "row": lambda **fields: runner(hidden[:1], head, input_ids=ids[:1], advantages=1.0, **fields),
         "run_with": lambda override, **fields: LossRunner.from_overrides([override])(hidden, head, **fields),
         "step": lambda forward: runner.step([{"input_ids": ids, "advantages": 1.0}], forward),
-        **{"body": body, "custom": custom, "my_loss": my_loss},
+        **{"step_of": step_of, "kwargs_with": kwargs_with, "body": body, "custom": custom, "my_loss": my_loss},
         "Item": toolkit.RLLossContextInputItem,
         "item": toolkit.RLLossContextInputItem(shifted_labels=ids, advantages=torch.ones(BATCH, 1)),
         "build": toolkit.GRPOLossContext.build_batches_loss_kwargs,
@@ -99,7 +118,9 @@ def answer(command: str, monkeypatch: pytest.MonkeyPatch, read: Callable[[], str
     program, *arguments = shlex.split(command)
     composed = {
         "train": lambda: check_command_line(
-            [each for each in arguments if each != "-m"], multirun="-m" in arguments, check=check_environment
+            options_first([each for each in arguments if each != "-m"], get_args_parser()),
+            multirun="-m" in arguments,
+            check=check_environment,
         ),
         "bench": lambda: build_bench(compose_run(arguments, root=BENCH, build=build_bench).cfg),
     }

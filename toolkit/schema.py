@@ -254,8 +254,11 @@ def _word_of_a_peer(key: str, value: Any, fields: list[str], where: str | None) 
     """Say what a setting of another project is called here; None if no project has it."""
     from toolkit import peers  # only a mistake needs it
 
-    if where is not None and where.partition(".")[0] == "loss":  # of the command line
+    section = (where or "").partition(".")[0]
+    if section == "loss":  # of the command line
         return peers.counterpart(key, str(value))
+    if where == "policy_loss":
+        return peers.counterpart(f"{where}.{key}", str(value), [f"{where}.{field}" for field in fields])
     is_option = (where or "").rpartition(".")[2] in ("policy_loss", "policy_loss_cfg")
     return peers.counterpart_keyword(key, value, fields, is_option=is_option)
 

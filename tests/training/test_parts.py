@@ -1,5 +1,6 @@
 """Schedules, tasks and heads: the small parts of the training command."""
 
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -12,6 +13,7 @@ from toolkit.models.config import PretrainedConfig, TinyLlamaConfig
 from toolkit.tasks.config import SpellBackwardConfig
 from toolkit.training.config import SchedulerConfig
 from toolkit.training.phase import learning_rate_schedule
+from toolkit.training.report import Summary, draw_curves
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,16 @@ from toolkit.training.phase import learning_rate_schedule
 def test_learning_rates_by_hand(config: SchedulerConfig, expected: list[float]) -> None:
     schedule = learning_rate_schedule(config, 2.0, 4)
     assert [schedule(update) for update in range(4)] == pytest.approx(expected)
+
+
+def test_curves_of_a_short_run_mark_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self))
+    rows = [{"phase": "main", "step": step, "reward": 0.5, "lr": 0.1, "kl_old": 0.0} for step in range(3)]
+    draw_curves(Summary(0.5, 0.6, 1.0, 0, "grpo", 1, 0, 0, False, "outputs"), rows, Path("curves.png"))
+    ticks = [tick for axes in figures[0].axes for tick in axes.get_xticks()]
+    assert ticks
+    assert all(tick == round(tick) for tick in ticks)
 
 
 def test_task_keeps_held_out_words_apart() -> None:

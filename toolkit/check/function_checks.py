@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from toolkit.check.subject import Failed, NotApplicable, Subject
+from toolkit.check.subject import Failed, NotApplicable, Subject, shown_value
 from toolkit.errors import ConfigError
-from toolkit.functional.scope_check import SPREADS, check_scope, check_token_losses, made_up_terms, tensors_of
+from toolkit.functional.purity_check import changes_inputs, changes_when_repeated, divides_by_number
+from toolkit.functional.scope_check import SPREADS, check_scope, made_up_terms, tensors_of
 from toolkit.functional.terms import PolicyTerms
 
-USUAL, FAR = 0.3, 1.0
-"""Spreads of log pi - log pi_old in nats: after an ordinary update, and after a large one."""
+USUAL = 0.3
+"""Spread of log pi - log pi_old in nats after an ordinary update."""
 SEQUENCE_ADVANTAGES = (1.0, -0.7, -1.5, 2.0)
 """Of the made-up sequences; each group has one of each sign."""
 LOG_RATIOS = (25.0, 100.0)
@@ -36,26 +37,12 @@ def one_loss_for_each_token(s: Subject) -> None:
 
 def inputs_unchanged(s: Subject) -> None:
     """No tensor of `t` is changed in place."""
-    terms = made_up_terms(USUAL)
-    logprobs = terms.logprobs.clone().requires_grad_() * 1
-    terms = replace(terms, logprobs=logprobs)
-    before = {name: (value.detach().clone(), value._version) for name, value in tensors_of(terms)}
-    values = s.loss.function(s.declared(terms), **s.options)
-    check_token_losses(values, logprobs, s.loss.name)
-    changed = [
-        name
-        for name, value in tensors_of(terms)
-        if value._version != before[name][1] or not torch.equal(value.detach(), before[name][0])
-    ]
-    if changed:
-        raise Failed(
-            f"it changes t.{changed[0]} in place, but other terms of the loss and the next chunk also read it; use the "
-            "form without the underscore (x = x.clamp(...), not x.clamp_(...); x = x * 2, not x *= 2)"
-        )
+    _refuse(changes_inputs(s.loss, s.options))
 
 
 def keeps_scope(s: Subject) -> None:
     """A token's loss depends on no more than `scope` says."""
+    _refuse(divides_by_number(s.loss, s.options))
     check_scope(s.loss, s.options)
     if s.loss.scope == "batch":
         raise NotApplicable("scope='batch' lets a token's loss depend on everything in its micro-batch")
@@ -63,14 +50,12 @@ def keeps_scope(s: Subject) -> None:
 
 def repeatable(s: Subject) -> None:
     """The same tensors give the same losses, whatever the state of the random number generator."""
-    terms = made_up_terms(FAR)
-    first = s(terms)
-    torch.rand(7)
-    if not all(torch.equal(a, b) for a, b in zip(first, s(terms), strict=True)):
-        raise Failed(
-            "two calls with the same tensors give different losses; draw random tokens with "
-            "t.selected_at_random(is_eligible, count, seed), and keep no state between calls"
-        )
+    _refuse(changes_when_repeated(s.loss, s.options))
+
+
+def _refuse(why: str | None) -> None:
+    if why is not None:
+        raise Failed(why)
 
 
 def gradient_sign(s: Subject) -> None:
@@ -124,10 +109,10 @@ def options_matter(s: Subject) -> None:
         if not idle:
             return
     name, tried = next(iter(idle.items()))
-    values = ", ".join(f"{value}" for value in tried[:4])
+    values = ", ".join(map(shown_value, tried[:4]))
     raise Failed(
         f"option {name!r} changes neither loss nor gradient of any made-up token (tried {values} instead of "
-        f"{s.options[name]}): use it, or remove it, because tuning it does nothing"
+        f"{shown_value(s.options[name])}): use it, or remove it, because tuning it does nothing"
         + (f"; the same holds for {', '.join(list(idle)[1:])}" if len(idle) > 1 else "")
     )
 

@@ -57,12 +57,17 @@ class Subject:
         return values.detach(), torch.zeros_like(leaf) if gradient is None else gradient
 
     def __str__(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items()) or "no options"
+        options = ", ".join(f"{name}={shown_value(value)}" for name, value in self.options.items()) or "no options"
         return f"{self.loss.name} (scope {self.loss.scope}; {options})"
 
     def declared(self, terms: PolicyTerms, options: Mapping[str, Any] | None = None) -> PolicyTerms:
         """Return `terms` with only the fields that the loss declares."""
         return declared(self.loss, self.options if options is None else options, terms)
+
+
+def shown_value(value: Any) -> str:
+    """Return the value of an option for a message: 0.3, not 0.30000000000000004."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def load_subject(what: str, options: Mapping[str, Any] | None = None) -> Subject:

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from toolkit.compose.schemas import SCHEMAS, conf_dir
-from toolkit.compose.settings import settings_in
+from toolkit.compose.settings import Setting, settings_in
 from toolkit.errors import ConfigError, did_you_mean, first_line, listed, nearest
-from toolkit.functional.advantages import advantage_names
-from toolkit.functional.policy.registry import policy_loss_names
+from toolkit.functional.advantages import advantage, advantage_names
+from toolkit.functional.policy.registry import policy_loss, policy_loss_names
 from toolkit.schema import Config
 
 OPTIONAL_GROUPS = ("experiment", "debug", "aggregation", "kl", "correction")
 """Groups that need no choice."""
 ALIKE = 0.7
 """How much a name must resemble a choice to be a misspelling of it: gpso and gspo 0.75, focal and oreal 0.6."""
+TRIED = 5
+"""Settings spelled like a wrong one that are tried, the nearest first, until one takes its value."""
 NO_GROUPS = ("launch",)
 """Folders of conf/ with files for another program: ``accelerate launch --config_file``."""
 
@@ -67,15 +70,23 @@ def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str 
             elsewhere = counterpart_choice(key, unknown[0], groups)
             if elsewhere is not None:
                 return f"{override.input_line} is not a choice of {key}; {elsewhere}"
-            best = nearest(unknown[0], groups[key], cutoff=ALIKE)
+            best = None if _is_known(unknown[0], groups) else nearest(unknown[0], groups[key], cutoff=ALIKE)
             hint = f"; try: {key}={best}" if best else ""
             likely = choices_shown(groups[key], unknown[0])
-            custom = "" if best else _otherwise(key, unknown[0], groups[key])
+            custom = "" if best else _otherwise(key, unknown[0], groups[key], parsed)
             return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}{custom}"
     return None
 
 
-def _otherwise(group: str, choice: str, choices: Collection[str]) -> str:
+def _is_known(choice: str, groups: dict[str, list[str]]) -> bool:
+    """Whether the last part of a choice is the name of another loss, not a misspelling of one that it resembles."""
+    from toolkit.peers import counterpart_choice  # only a mistake needs it
+
+    name = choice.rpartition("/")[2]
+    return "/" in choice and (name in groups["policy_loss"] or counterpart_choice("loss", name, groups) is not None)
+
+
+def _otherwise(group: str, choice: str, choices: Collection[str], parsed: list[Override]) -> str:
     """Say what to do instead of a choice that resembles none; empty if that is unclear."""
     if re.fullmatch(r"[\d.e-]+", choice) and group == "kl":
         return f"; its coefficient is a setting: kl=k3 loss.kl_loss_coef={choice}"
@@ -86,6 +97,12 @@ def _otherwise(group: str, choice: str, choices: Collection[str]) -> str:
     if group == "model":
         return f"; for a folder or a model of the hub: model=pretrained model.path={choice}"
     if group in ("policy_loss", "advantage"):
+        plugins = [str(override.input_line) for override in parsed if override.key_or_group == "plugins"]
+        if plugins:
+            names = registered_by_plugins(group)
+            what = "policy loss" if group == "policy_loss" else "advantage estimator"
+            how = f"write @register_{group}({choice!r}) above its function"
+            return f"; {plugins[0]} registers {listed(names, 'and') if names else f'no {what}; {how}'}"
         return f"; a function of yours is read with plugins=[my_file.py], which registers it as {choice!r}"
     return f"; a file of yours, my_conf/{group}/{choice}.yaml, is read with --config-dir my_conf"
 
@@ -147,6 +164,7 @@ def diagnose(parsed: Sequence[Override], groups: dict[str, list[str]], base: Dic
 
     listed_keys = _dotted(OmegaConf.to_container(base, resolve=False))
     known = [*listed_keys, *(s.key for s in settings_in(base) if s.key not in listed_keys)]
+    settings = {setting.key: setting for setting in settings_in(base)}
     for override in parsed:
         key = str(override.key_or_group)
         is_added = override.is_add() or override.is_force_add() or override.is_delete()
@@ -158,7 +176,7 @@ def diagnose(parsed: Sequence[Override], groups: dict[str, list[str]], base: Dic
         choice = _choice_with(key)
         if choice is not None:
             return f"{key} is a setting of {choice}; try: {choice} {override.input_line}"
-        return unknown_key(key, override.get_value_element_as_str(), known, groups)
+        return unknown_key(key, override, known, groups, settings)
     return None
 
 
@@ -200,19 +218,43 @@ def _dotted(node: Any, prefix: str = "") -> list[str]:
     return [key for key in keys if not key.endswith("_target_")]
 
 
-def unknown_key(key: str, value: str, known: list[str], groups: dict[str, list[str]]) -> str:
-    """Say that `key` is not a setting, and name the nearest of the `known` ones."""
+def unknown_key(
+    key: str, override: Override, known: list[str], groups: dict[str, list[str]], settings: Mapping[str, Setting]
+) -> str:
+    """Say that `key` is not a setting, and name the nearest of the `known` ones that takes its value."""
+    value, shown = override.value(), override.get_value_element_as_str()
+    value = value.text if isinstance(value, QuotedString) else value
+
+    def takes(name: str) -> bool:
+        if name in groups:
+            return shown in groups[name]
+        return name not in settings or settings[name].takes(value)
+
+    def nearest_of(word: str, names: Mapping[str, str], cutoff: float = 0.6) -> str | None:
+        """Return the name, of those by how they are spelled, that resembles the word most and takes the value."""
+        matches = get_close_matches(word, names, n=TRIED, cutoff=cutoff)
+        return next((names[match] for match in matches if takes(names[match])), None)
+
     parent, _, last = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
-    close = nearest(last, [k.rpartition(".")[2] for k in siblings])
-    best = f"{parent}.{close}" if close and parent else close
+    best = nearest_of(last, {k.rpartition(".")[2]: k for k in siblings})
     # A bare name: "steps" means training.steps before that of any other part.
     namesakes = sorted((k for k in known if k.rpartition(".")[2] == last), key=lambda k: not k.startswith("training."))
     if not best and len(namesakes) > 1:
-        return f"{key} is not a setting; {listed(namesakes)} are; try: {namesakes[0]}={value}"
-    best = best or nearest(key, [*known, *groups]) or next(iter(namesakes), None)
+        return f"{key} is not a setting; {listed(namesakes)} are; try: {namesakes[0]}={shown}"
+    if not best and siblings and parent:  # the part is right: a setting of another one only if its name is alike
+        best = nearest_of(last, {k.rpartition(".")[2]: k for k in known}, cutoff=ALIKE)
+    elif not best:
+        best = nearest_of(key, {k: k for k in (*known, *groups)})
+    best = best or next(filter(takes, namesakes), None)
     if best:
-        return f"{key} is not a setting{did_you_mean(key, [best]) or f' (did you mean {best!r}?)'}; try: {best}={value}"
+        return f"{key} is not a setting{did_you_mean(key, [best]) or f' (did you mean {best!r}?)'}; try: {best}={shown}"
     keys = siblings or [k for k in known if "." not in k]
     where = parent if siblings and parent else "the top level"
     return f"{key} is not a setting; {where} has: {', '.join(k.rpartition('.')[2] for k in keys)}"
+
+
+def registered_by_plugins(group: str) -> list[str]:
+    """Return the names of ``policy_loss`` or ``advantage`` that functions of a user have."""
+    get, names = (policy_loss, policy_loss_names()) if group == "policy_loss" else (advantage, advantage_names())
+    return [name for name in names if not get(name).function.__module__.startswith("toolkit.")]

@@ -37,9 +37,17 @@ def why_not_parsed(text: str, following: str | None = None) -> str:
     if len(several) > 1 and all("=" in part for part in several):
         each = " ".join(quoted(part.rstrip(",")) for part in several)
         return f"{text!r} holds {len(several)} overrides in one string; give each by itself: {each}"
+    if not equals and following is not None and following.startswith("= "):
+        return f"{text} {following} has spaces around the sign; try: {text.strip()}={following[2:]}"
     if not equals:
         likely = re.fullmatch(rf"({_KEY})[\s:]+(\S+)", text.strip())
         return f"{text} has no value; " + (f"try: {likely[1]}={likely[2]}" if likely else _with_value(text, following))
+    if key == "kl" and re.fullmatch(r"\w+=[\d.e-]+", value):
+        choice, _, coefficient = value.partition("=")
+        return f"{text} has two signs; its coefficient is a setting: kl={choice} loss.kl_loss_coef={coefficient}"
+    without = re.sub(r",\s*([\]}])", r"\1", text)
+    if without != text and _is_parsed(without):
+        return f"{text} has a comma before the closing bracket; try: {without}"
     tidy = f"{key.strip()}={value.strip().lstrip('=').rstrip(',')}"
     if tidy != text and _is_parsed(tidy):
         return f"{text!r} has a sign too many; try: {tidy}"
@@ -66,14 +74,29 @@ def _without_dashes(text: str, following: str | None) -> str:
     elsewhere = counterpart(key, value or None) if key not in groups and "." not in key else None
     if elsewhere is not None:
         return elsewhere
-    return f"try: {key}={value}" if value else _with_value(key, None)
+    key = key if key in groups or "." in key else setting_called(key) or key
+    written = f"[{value}]" if key == "plugins" and value and not value.startswith("[") else value
+    return f"try: {key}={written}" if value else _with_value(key, None)
 
 
 def is_override(name: str) -> bool:
     """Whether a name, which somebody wrote as an option, is a group, a key or a word of another project."""
     from toolkit.peers import counterpart  # only a mistake needs it
 
-    return "." in name or name in groups_in(conf_dir()) or counterpart(name.replace("-", "_")) is not None
+    is_known = name in groups_in(conf_dir()) or setting_called(name) is not None
+    return "." in name or is_known or counterpart(name.replace("-", "_")) is not None
+
+
+def setting_called(name: str) -> str | None:
+    """Return the setting of a run that has this name, such as ``training.resume``; None if none, or several, have."""
+    from toolkit.training.run_config import RunConfig  # only a mistake needs it
+
+    name = name.replace("-", "_")
+    if name in RunConfig.model_fields:
+        return name
+    parts = {part: getattr(field.annotation, "model_fields", {}) for part, field in RunConfig.model_fields.items()}
+    matches = [f"{part}.{name}" for part, fields in parts.items() if name in fields]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _with_value(word: str, following: str | None) -> str:
@@ -82,6 +105,9 @@ def _with_value(word: str, following: str | None) -> str:
     if following is not None and "=" not in following and (word in groups or "." in word):
         return f"try: {word}={following}"
     word = word.rstrip(":")
+    pair = re.fullmatch(r"(\w+?)[-:](\S+)", word)
+    if pair and pair[1] in groups and pair[2] in groups[pair[1]]:
+        return f"try: {pair[1]}={pair[2]}"
     if word in groups and following is not None and "=" not in following:
         return f"try: {word}={following}"
     if word in groups:
@@ -90,6 +116,8 @@ def _with_value(word: str, following: str | None) -> str:
         return "try: --help"
     if word.endswith(".py"):
         return f"try: plugins=[{word}]"
+    if not any(word in choices for choices in groups.values()):
+        word = word.lower().replace("-", "_")
     ways = {group: f"{group}={word}" for group, choices in groups.items() if word in choices}
     if len(ways) > 1:
         ways.pop("bench", None)

@@ -14,8 +14,10 @@ from hydra.errors import HydraException
 
 from toolkit.compose.grammar import LOOKS_LIKE, is_override, quoted, why_not_parsed
 from toolkit.compose.schemas import conf_dir
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, listed, nearest
 
+FIXED = ("--config-name", "-cn", "--config-path", "-cp")
+"""Options of Hydra that choose another root of the configuration."""
 PRESET = "preset/"
 """Prefix of losses that follow another project's definition."""
 LOSS_GROUPS = ("loss", "policy_loss", "kl", "aggregation", "correction", "mode", "plugins", "hydra")
@@ -38,8 +40,9 @@ def options_first(arguments: Sequence[str], parser: argparse.ArgumentParser) -> 
     The parser has a positional argument ``overrides`` that takes any number.
 
     Raises:
-        ConfigError: an override is written as an option: ``--policy_loss=gspo`` or ``--policy_loss gspo``.
+        ConfigError: there is no such option; or an override is written as one: ``--policy_loss=gspo``.
     """
+    check_options(arguments, parser)
     read, rest = parser.parse_known_args(arguments)
     for argument in rest:
         if argument.startswith("-"):
@@ -48,12 +51,46 @@ def options_first(arguments: Sequence[str], parser: argparse.ArgumentParser) -> 
             if "=" in argument or is_override(argument.lstrip("-")):
                 raise ConfigError(why_not_parsed(argument, following))
     if any(argument.startswith("-") for argument in rest):
-        return list(arguments)  # an unknown option, which the parser reports
+        return list(arguments)  # an unknown one-letter option, which the parser reports
     overrides = [*read.overrides, *rest]
     options = list(arguments)
     for override in reversed(overrides):  # from the end: an equal value of an option comes earlier
         del options[len(options) - 1 - options[::-1].index(override)]
     return [*options, *overrides]
+
+
+def check_options(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raise if an option does not exist, or is the beginning of several.
+
+    Raises:
+        ConfigError: the message says what to write instead.
+    """
+    options = parser._option_string_actions
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        option = argument.partition("=")[0]
+        name = option.lstrip("-")
+        if option in FIXED and option in options:
+            value = argument.partition("=")[2] or following or "..."
+            raise ConfigError(
+                f"{option} is fixed; try: experiment={value} or loss={value} for a choice, --config-dir for a folder "
+                "with your YAML files"
+            )
+        if not option.startswith("--") or option in options or not name:
+            continue
+        begun = [each for each in options if each.startswith(option)]
+        if len(begun) == 1:
+            continue  # argparse completes it
+        as_option = f"--{name.replace('_', '-')}"
+        if as_option in options:
+            raise ConfigError(f"{option} is not an option; try: {as_option}")
+        if is_override(name):
+            raise ConfigError(why_not_parsed(argument, following))
+        best = nearest(option, options)
+        names = listed(begun or [best]) if begun or best else ""
+        hint = f" (did you mean {names}?)" if names else ""
+        raise ConfigError(
+            f"{option} is not an option{hint}; --help lists all, and settings are written without dashes: key=value"
+        )
 
 
 def policy_loss_has_a_group(override: Override) -> ConfigError:
@@ -101,7 +138,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     """
     parser = OverridesParser.create()
     parsed = []
-    for text, following in zip_longest(overrides, overrides[1:]):
+    for text, following, after in zip_longest(overrides, overrides[1:], overrides[2:]):
+        following = f"= {after or 'value'}" if following == "=" else following
         if text.startswith("="):
             raise ConfigError(f"{text} has no key; {LOOKS_LIKE}")
         try:

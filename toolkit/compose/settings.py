@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from toolkit.compose.plugins import class_at
@@ -21,6 +22,8 @@ from toolkit.schema import Config
 from toolkit.training.run_config import RunConfig
 
 Fields = Mapping[str, FieldInfo]
+OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+"""Errors of pydantic for a value of the right type."""
 CHOSEN_OTHERWISE = ("_target_", "loss_type", "estimator", "options")
 """Keys that ``group=choice`` or other settings set, and that are not settings themselves."""
 
@@ -37,6 +40,23 @@ class Setting:
     """The docstring of its field; None if no config class has such a field."""
     is_listed: bool = True
     """Whether the YAML file of the choice lists it; if not, only the class has it."""
+    field: FieldInfo | None = None
+    """Its field; None if no config class has it."""
+
+    def takes(self, value: Any) -> bool:
+        """Whether `value` has its type, if perhaps not in its range, and is one of its choices if it has some."""
+        if self.field is None:
+            return True
+        try:
+            kind: Any = Annotated[(self.field.annotation, "", *self.field.metadata)]
+            TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            return any(each["type"] in OUT_OF_RANGE for each in error.errors(include_url=False))
+        except ToolkitError:
+            return False
+        except PydanticUserError:  # a type that only its model can check
+            return True
+        return not (isinstance(value, bool) and self.field.annotation in (int, float))
 
 
 def settings_in(cfg: DictConfig) -> Iterator[Setting]:
@@ -52,7 +72,7 @@ def settings_in(cfg: DictConfig) -> Iterator[Setting]:
     for name, value in values.items():
         if name not in parts:
             field = RunConfig.model_fields.get(name)
-            yield Setting(name, value, field.description if field else None)
+            yield Setting(name, value, field.description if field else None, field=field)
     for name, node in parts.items():
         fields = _fields_of(name, node)
         if not fields and name in RunConfig.model_fields:  # a node without a class lists all of its fields
@@ -71,7 +91,8 @@ def _of_node(key: str, node: Mapping[str, Any], fields: Fields, is_listed: bool 
         if inner:
             yield from _of_node(f"{key}.{name}", value, inner, is_listed and name in node)
         elif name not in CHOSEN_OTHERWISE or f"{key}.{name}" == "loss.policy_loss_cfg.loss_type":
-            yield Setting(f"{key}.{name}", value, field.description if field else None, is_listed and name in node)
+            is_known = is_listed and name in node
+            yield Setting(f"{key}.{name}", value, field.description if field else None, is_known, field)
 
 
 def _fields_of(name: str, node: Any, field: FieldInfo | None = None) -> Fields:

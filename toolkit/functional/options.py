@@ -62,6 +62,12 @@ def options_model(kind: str, name: str, function: Callable[..., Any], *, reserve
     _, meanings, _ = docstring_parts(function)
     for option in options:
         if option.kind is not option.KEYWORD_ONLY or option.default is option.empty:
+            names = [each.name for each in parameters if each.default is each.empty]
+            if kind == "policy loss" and len(_of_a_batch(names)) > 1:
+                raise ConfigError(
+                    f"{kind} {name!r} takes {', '.join(names)}, but it gets one argument with all tensors; write "
+                    f"def {function.__name__}(t), and inside it {', '.join(_of_a_batch(names))}"
+                )
             raise ConfigError(
                 f"parameter {option.name!r} of {kind} {name!r} must be keyword-only with a default: "
                 f"def {function.__name__}({first.name}, *, {option.name}=...)"
@@ -76,6 +82,18 @@ def options_model(kind: str, name: str, function: Callable[..., Any], *, reserve
         described = Field(option.default, description=sentence)
         fields[option.name] = (annotation, described)
     return create_model(f"{name}_options", __base__=_Options, **fields)
+
+
+def _of_a_batch(names: list[str]) -> list[str]:
+    """Return what ``t`` has for parameters that other projects give to a policy loss: ``old_log_prob``."""
+    from toolkit.peers.batch_fields import BATCH, NAMES  # only a mistake needs it
+
+    fields = [
+        name if name in (*BATCH, "logprobs") else next(iter(NAMES[name].ours), None)
+        for name in names
+        if name in NAMES or name in (*BATCH, "logprobs")
+    ]
+    return [f"t.{field}" for field in fields if field is not None and field != "loss_mask"]
 
 
 def is_same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

@@ -60,7 +60,7 @@ def check_scope(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: it uses more than its scope allows.
     """
-    key = _key(loss, options)
+    key = key_of(loss, options)
     if key in _passed:
         return
     scopes = get_args(Scope)
@@ -81,7 +81,7 @@ def check_gradient(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: it returns what does not depend on t.logprobs.
     """
-    key = (*_key(loss, options), "gradient")
+    key = (*key_of(loss, options), "gradient")
     if key not in _passed and not has_gradient(loss, options):
         raise ConfigError(
             f"policy loss {loss.name!r} has no gradient: what it returns does not depend on t.logprobs"
@@ -93,18 +93,19 @@ def check_gradient(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
 
 def is_zero_without_advantage(loss: PolicyLoss, options: Mapping[str, Any]) -> bool:
     """Return whether tokens with advantage 0 have loss and gradient exactly 0, so they can be skipped."""
-    key = (*_key(loss, options), "zero")
+    key = (*key_of(loss, options), "zero")
     if key not in _passed:
         for spread in SPREADS:
             terms = made_up_terms(spread)
             idle = replace(terms, advantages=torch.zeros_like(terms.advantages))
-            if any(bool(values.any()) for values in _values_and_grads(loss, options, idle)):
+            if any(bool(values.any()) for values in values_and_grads(loss, options, idle)):
                 return False
         _passed.add(key)
     return True
 
 
-def _key(loss: PolicyLoss, options: Mapping[str, Any]) -> tuple[Any, ...]:
+def key_of(loss: PolicyLoss, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what identifies a loss with its options."""
     return (loss.name, loss.function, loss.scope, repr(sorted(options.items())))
 
 
@@ -147,6 +148,12 @@ def call_loss(loss: PolicyLoss, terms: PolicyTerms, options: Mapping[str, Any]) 
 
 def _why_it_failed(message: str, loss: PolicyLoss, options: Mapping[str, Any]) -> str | None:
     """Say what is wrong with a loss that raised this `message`; None if it is not a typical mistake."""
+    if "cannot assign to field" in message:
+        name = message.rpartition("'")[0].rpartition("'")[2]
+        return (
+            f"it assigns t.{name}, but other terms of the loss also read it; give the result another name "
+            f"({name} = t.{name} / 2, not t.{name} /= 2)"
+        )
     if "'method'" in message:
         return "a method is used like a tensor; write its parentheses, e.g. t.ratio() instead of t.ratio"
     if "numpy()" in message:
@@ -160,18 +167,18 @@ def _is_local(loss: PolicyLoss, options: Mapping[str, Any], scope: str) -> bool:
     """Return whether each sequence (or token) has the same values and gradients alone as among the others."""
     for spread in SPREADS:
         terms = made_up_terms(spread)
-        full = _values_and_grads(loss, options, terms)
+        full = values_and_grads(loss, options, terms)
         labels = torch.arange(len(terms.logprobs)) if scope == "token" else terms.require(f"{scope}_ids")
         for label in labels.unique():
             rows = (labels == label).nonzero().squeeze(1)
-            part = _values_and_grads(loss, options, _part(terms, rows))
+            part = values_and_grads(loss, options, _part(terms, rows))
             for among, alone in zip(full, part, strict=True):
                 if not torch.allclose(among[rows], alone, rtol=TOLERANCE, atol=TOLERANCE):
                     return False
     return True
 
 
-def _values_and_grads(loss: PolicyLoss, options: Mapping[str, Any], terms: PolicyTerms) -> tuple[Tensor, Tensor]:
+def values_and_grads(loss: PolicyLoss, options: Mapping[str, Any], terms: PolicyTerms) -> tuple[Tensor, Tensor]:
     """Return the token losses and the gradient of a weighted sum of them, [N] each."""
     with torch.enable_grad():
         logprobs = terms.logprobs.detach().requires_grad_()

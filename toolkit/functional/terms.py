@@ -91,8 +91,10 @@ class PolicyTerms:
     if not TYPE_CHECKING:  # type checkers report unknown fields themselves
         __getattr__ = _missing
 
-    def report(self, name: str, values: Tensor, kind: Literal["mean", "min", "max"] = "mean") -> None:
-        """Report the mean (or smallest, or largest) of `values` [n] over the step as metric `name`."""
+    def report(self, name: str, values: Tensor | float, kind: Literal["mean", "min", "max"] = "mean") -> None:
+        """Report the mean (or smallest, or largest) of `values` [n] (or a number) over the step as metric `name`."""
+        if not isinstance(values, Tensor):
+            values = torch.as_tensor(values, dtype=self.logprobs.dtype, device=self.logprobs.device)
         if kind == "mean" and values.shape == self.logprobs.shape:
             self.reported_means[name] = values.detach()
         else:

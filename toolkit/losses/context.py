@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from toolkit.distributed import counted_with, counting_as_before
@@ -172,7 +173,7 @@ class BaseLossContext(KwargsBuilder[ItemT]):
 
         def piece_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: int) -> tuple[Tensor, Any]:
             piece = self.loss_kwargs.take(pieces[index], as_row=True)
-            return self._checked(self.loss_fn(hidden, weight, bias, piece))
+            return self._with_graph(self.loss_fn(hidden, weight, bias, piece), hidden, weight)
 
         loss, extras = chunked_loss(piece_loss, flat, head_weight, head_bias, [len(piece) for piece in pieces])
         return loss, merge_extras(extras)
@@ -241,6 +242,20 @@ class BaseLossContext(KwargsBuilder[ItemT]):
 
     def _checked(self, result: Any) -> tuple[Tensor, Any]:
         return checked_loss(result, f"{type(self).__name__}.loss_fn")
+
+    def _with_graph(self, result: Any, *inputs: Tensor) -> tuple[Tensor, Any]:
+        """Return the checked `result` of a chunk; its gradient is taken here, so nobody else would miss it.
+
+        Raises:
+            DataError: some of the `inputs` require a gradient, [...] each, and the loss has none.
+        """
+        loss, extra = self._checked(result)
+        if torch.is_grad_enabled() and not loss.requires_grad and any(each.requires_grad for each in inputs):
+            raise DataError(
+                f"{type(self).__name__} returned values without gradient, although hidden states or head require one; "
+                "leave out .detach(), .item(), .data and numpy"
+            )
+        return loss, extra
 
     def _counting(self) -> AbstractContextManager[None]:
         """Count as when the kwargs were built."""

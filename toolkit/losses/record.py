@@ -63,6 +63,23 @@ class TensorRecord(Model):
     error_class: ClassVar[type[ToolkitError]] = DataError
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Raise if a layout stands where the type of a field belongs.
+
+        Raises:
+            ConfigError: it does; the message shows the annotation to write.
+        """
+        super().__pydantic_init_subclass__(**kwargs)
+        for name, field in cls.model_fields.items():
+            kind = next((kind for kind in (PerToken, Shared) if field.annotation is kind), None)
+            if kind is not None:
+                mark = "PerToken(pad=0.0)" if kind is PerToken else "Shared()"
+                raise ConfigError(
+                    f"class {cls.__name__}: {kind.__name__} is the layout of {name}, not its type; write "
+                    f"{name}: Annotated[Tensor, {mark}]"
+                )
+
+    @classmethod
     def layout(cls, name: str) -> PerToken | Shared:
         """Return the layout of field `name`, declared in this class or in one that it extends.
 

@@ -89,7 +89,7 @@ class ScoredLossContext(BaseLossContext[ItemT]):
             return self._checked(self.loss_fn(hidden_states, head_weight, head_bias, self.loss_kwargs))
 
         def loss_of(scores: TokenScores, positions: Tensor) -> tuple[Tensor, Any]:
-            return self._checked(self.loss_from_scores(scores, self.loss_kwargs.take(positions)))
+            return self._with_graph(self.loss_from_scores(scores, self.loss_kwargs.take(positions)), scores.logprobs)
 
         options = self._head_options()
         loss, extras = fused_loss(loss_of, hidden_states, head_weight, self.scored_labels(), head_bias, **options)

@@ -18,8 +18,11 @@ from toolkit.errors import ConfigError, did_you_mean, listed
 from toolkit.peers.python_form import COMPUTED, LOSS_GROUPS, VALUE, as_options, in_python, literal, pairs_of
 
 FILE = Path(__file__).with_name("words.toml")
+LEFT_OUT = "it is about generation servers, data loading or logs, which the training command does not have"
 MAX_SHOWN = 80
 """Characters of a value that is repeated in a message; quotes and spaces are not."""
+CLIPPING = ("vanilla", "ppo", "grpo")
+"""Names that projects give to one loss, PPO's clipped ratio."""
 OTHER_GROUPS = ("policy_loss", "loss", "advantage", "aggregation", "kl", "correction")
 """Where a name that stands in the wrong group may belong."""
 
@@ -54,6 +57,8 @@ class Word:
     """The group of choices that its values name, such as ``kl``."""
     example: str = "1"
     """A value that the overrides accept."""
+    is_nested: bool = False
+    """Whether its last part alone is too common to stand for it, as the ``name`` of ``model.name``."""
 
     def answer_to(self, value: str | None) -> Answer | None:
         """Return what the word is here if it has this value; None if nothing is known of the value."""
@@ -114,7 +119,8 @@ def _word(name: str, entry: Mapping[str, Any], project: str) -> Word:
             remark=special.get("remark", answer.remark),
         )
     example = str(entry.get("example", 1))
-    return Word(name=name, answer=answer, values=values, names=entry.get("names", ""), example=example)
+    names, is_nested = entry.get("names", ""), entry.get("nested", False)
+    return Word(name=name, answer=answer, values=values, names=names, example=example, is_nested=is_nested)
 
 
 def words_of(project: str) -> Project:
@@ -157,6 +163,10 @@ def counterpart_choice(group: str, choice: str, groups: Mapping[str, Collection[
         choice: the name.
         groups: every group with its choices.
     """
+    if choice.startswith("preset/"):
+        peer, _, name = choice.rpartition("/")
+        same = [each for each in CLIPPING if name in CLIPPING and f"{peer}/{each}" in groups[group]]
+        return f"try: {group}={peer}/{same[0]}" if same else None
     if group == "model" and ("/" in choice or choice.startswith((".", "~")) or Path(choice, "config.json").is_file()):
         return f"try: model=pretrained model.path={choice}"
     answers = _answers_to_choice(group, choice)
@@ -209,6 +219,10 @@ def _answers(word: str, value: str | None) -> list[Answer]:
         matches = [each for each in project.words if each.name.rpartition(".")[2] == leaf]
         same_name += matches
         nested = [each for each in matches if f".{word}".endswith(f".{each.name}") or each.name.endswith(f".{word}")]
+        matches = [each for each in matches if not each.is_nested or f".{word}".endswith(f".{each.name}")]
+        nested = [each for each in nested if each in matches]
+        if leaf in project.left_out:
+            answers.append((Answer(no=LEFT_OUT, called=leaf, projects=(project.name,)), False, word == leaf))
         for each in nested if word != leaf and nested else matches:
             answer = each.answer_to(value)
             is_exact |= value is not None and answer is not None and answer is not each.answer

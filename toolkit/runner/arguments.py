@@ -5,17 +5,18 @@ Legend: B rows, T positions that have hidden states, D hidden width, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from toolkit.errors import DataError, first_line
+from toolkit.errors import DataError, first_line, warn_once
 from toolkit.head.adapters import Head, HeadTensors
 from toolkit.head.logits import LogitTransform
-from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
+from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem, is_token_ids
 from toolkit.losses.record import PerToken
+from toolkit.losses.shift import shift_labels
 
 INTEGERS = ("input_ids", "shifted_labels", "loss_mask", "attention_mask", "cu_seq_lens")
 """Fields of a batch, besides those of items, that hold integers (masks: or booleans)."""
@@ -36,6 +37,8 @@ def head_tensors(hidden_states: Any, head_weight: Any, head_bias: Tensor | None)
         ConfigError: the head's adapter is not supported.
     """
     hidden = last_hidden(hidden_states)
+    for name, value in (("hidden_states", hidden), ("head_weight", getattr(head_weight, "weight", head_weight))):
+        refuse_meta(name, value)
     if head_bias is not None and not (isinstance(head_bias, Tensor) and head_bias.is_floating_point()):
         what = head_bias.dtype if isinstance(head_bias, Tensor) else f"a {type(head_bias).__name__}"
         by_name = "**dict(item)" if isinstance(head_bias, LossContextInputItem) else "input_ids=..., advantages=..."
@@ -61,7 +64,21 @@ def head_tensors(hidden_states: Any, head_weight: Any, head_bias: Tensor | None)
             f"head_bias is given, but head_weight is a module ({type(head_weight).__name__}), whose bias is used; "
             "leave out head_bias, or pass module.weight"
         )
+    if isinstance(head_weight, nn.Embedding):
+        warn_once(
+            "head_weight is an Embedding, which is the head only of a model that ties the two "
+            "(config.tie_word_embeddings); model.get_output_embeddings() is the head of any model"
+        )
     return Head(head_weight, head_weight, head_weight, LogitTransform()).inputs(hidden)
+
+
+def refuse_meta(name: str, value: Any) -> None:
+    """Raise `DataError` if `value` is a tensor on the device meta."""
+    if isinstance(value, Tensor) and value.is_meta:
+        raise DataError(
+            f"{name} is on device meta, where tensors have shapes but no values; load the weights (or create the "
+            "tensor) on cpu or cuda first"
+        )
 
 
 def _check_widths(hidden: Tensor, weight: Tensor) -> None:
@@ -114,6 +131,26 @@ def _part(outputs: Any, name: str) -> Any:
     return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
+def call_forward(forward: Callable[[Any], Any], batch: Mapping[str, Any]) -> Any:
+    """Return ``forward(batch)``.
+
+    Raises:
+        DataError: it is a model, which takes tensors and not a batch.
+    """
+    if not isinstance(forward, nn.Module):
+        return forward(batch)
+    hint = (
+        f"forward is a {type(forward).__name__}; step() calls it with the batch, a mapping of fields. Write "
+        "lambda batch: (trunk(batch['input_ids']), lm_head), e.g. with model.model and model.lm_head"
+    )
+    if callable(getattr(forward, "get_output_embeddings", None)):
+        raise DataError(hint)
+    try:
+        return forward(batch)
+    except (AttributeError, TypeError) as error:
+        raise DataError(f"{hint} ({first_line(error)})") from error
+
+
 def returned_by(forward_output: Any) -> HeadTensors:
     """Return hidden states, weight and bias (or None) from what the forward of `LossRunner.step` returned.
 
@@ -131,12 +168,13 @@ def returned_by(forward_output: Any) -> HeadTensors:
     return head_tensors(*parts, *([None] if len(parts) == 2 else []))
 
 
-def check_has_graph(loss: Tensor | None, where: str) -> None:
+def check_has_graph(loss: Tensor | None, where: str, reason: str = "") -> None:
     """Check that a loss can be differentiated.
 
     Args:
         loss: 0-dim; None: one that is computed now, so only the grad mode is checked.
         where: who was called, for the message.
+        reason: what `why_without_graph` says.
 
     Raises:
         DataError: gradients are switched off, or nothing that the loss was computed from requires one.
@@ -146,18 +184,77 @@ def check_has_graph(loss: Tensor | None, where: str) -> None:
             f"{where} runs under torch.no_grad() (or inference_mode), so there is no gradient; call it outside"
         )
     if loss is not None and not loss.requires_grad:
-        raise DataError(
-            f"{where}: the loss has no gradient, because neither the hidden states nor the head require one; run the "
-            "model without torch.no_grad() and .detach(), or train the head (head_weight.requires_grad_())"
+        raise DataError(f"{where}: the loss has no gradient, because {reason}")
+
+
+def why_without_graph(hidden_states: Tensor, head_weight: Tensor, context: str) -> str:
+    """Say why a loss has no gradient.
+
+    Args:
+        hidden_states: [B, T, D].
+        head_weight: [V, D].
+        context: the class that computed its values.
+    """
+    if hidden_states.requires_grad or head_weight.requires_grad:
+        return (
+            f"the values that {context} returned have none, although hidden states or head require one; leave out "
+            ".detach(), .item(), .data and numpy there"
         )
+    return (
+        "neither the hidden states nor the head require one; run the model without torch.no_grad() and .detach(), or "
+        "train the head (head_weight.requires_grad_())"
+    )
+
+
+def labels_of(fields: Mapping[str, Any], num_positions: int | None, ignore_idx: int) -> Tensor:
+    """Return the shifted labels [B, T] of a batch.
+
+    Args:
+        fields: of the batch; its tensors are tensors already.
+        num_positions: how many have hidden states; None: not known yet.
+        ignore_idx: label of positions without one.
+
+    Raises:
+        DataError: it has both or neither of ``input_ids`` and ``shifted_labels``, or they or a mask are invalid.
+    """
+    input_ids, labels, mask = (fields.get(name) for name in ("input_ids", "shifted_labels", "loss_mask"))
+    if (input_ids is None) == (labels is None):
+        raise DataError("give exactly one of input_ids (shifted here) and shifted_labels")
+    if labels is not None:
+        if mask is not None:
+            raise DataError("loss_mask goes with input_ids; in shifted_labels mark unscored positions by ignore_idx")
+        return labels
+    if not is_token_ids(input_ids) or input_ids.dim() not in (1, 2):
+        kind = f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids)
+        raise DataError(f"input_ids is {kind}; give token ids as integers, [B, T]")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise DataError(f"loss_mask is a {type(mask).__name__}; give [B, T], 1 on the tokens that count")
+    if mask is not None and mask.dim() == 2 and input_ids.dim() == 1:
+        raise DataError(
+            f"input_ids has shape {list(input_ids.shape)}, but loss_mask {list(mask.shape)}; give one row as [1, T]: "
+            "input_ids[None]"
+        )
+    shifted = shift_labels(
+        input_ids, mask, fields.get("cu_seq_lens"), attention_mask=padding_of(fields), ignore_idx=ignore_idx
+    )
+    # Hidden states without the last position: its label is ignored anyway.
+    return shifted[..., :-1] if num_positions == input_ids.shape[-1] - 1 else shifted
+
+
+def padding_of(fields: Mapping[str, Any]) -> Tensor | None:
+    """Return the attention mask [B, T] of a batch; None for [B, 1, T, T] or a mapping, which the model alone reads."""
+    mask, input_ids = fields.get("attention_mask"), fields.get("input_ids")
+    is_of_tokens = isinstance(mask, Tensor) and isinstance(input_ids, Tensor) and mask.dim() == input_ids.dim()
+    return mask if is_of_tokens else None
 
 
 def as_tensor(name: str, value: Any, device: torch.device | None) -> Any:
     """Return the field `name` as a tensor if it is a list or an array; other objects unchanged.
 
     Raises:
-        DataError: it cannot be converted, e.g. because its rows differ in length.
+        DataError: it cannot be converted, e.g. because its rows differ in length, or it has no values.
     """
+    refuse_meta(name, value)
     if (
         value is None
         or isinstance(value, Tensor)
@@ -173,6 +270,25 @@ def as_tensor(name: str, value: Any, device: torch.device | None) -> Any:
             f"{name} is a {type(value).__name__} that cannot be converted to a tensor ({first_line(error)}); "
             f"give a tensor of {'integers' if is_integer else 'numbers'}, with rows of one length"
         ) from None
+
+
+def check_alike(items: Sequence[LossContextInputItem], ignore_idx: int) -> None:
+    """Check that all batches of a step with scored tokens have ``old_logprobs``, or none.
+
+    A batch without them counts as on-policy, which a loop that builds items may mean, and a list of mappings hardly.
+
+    Raises:
+        DataError: some have them.
+    """
+    having = [getattr(item, "old_logprobs", None) is not None for item in items]
+    if all(having) or not any(having):
+        return
+    for index, item in enumerate(items):
+        if not having[index] and bool((item.shifted_labels != ignore_idx).any()):
+            raise DataError(
+                f"batches[{index}] has no old_logprobs, but batches[{having.index(True)}] has; give them for all "
+                "batches of a step, or for none (on-policy)"
+            )
 
 
 def spread(name: str, value: Tensor | float | None, labels: Tensor) -> Tensor | None:

@@ -21,14 +21,25 @@ from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.losses.context import BaseLossContext
-from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem, is_token_ids
-from toolkit.losses.shift import shift_labels
+from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
 from toolkit.losses.step.builder import item_class
 from toolkit.losses.step.weights import loss_metric
 from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
-from toolkit.runner.arguments import RETURNS, as_tensor, check_has_graph, head_tensors, returned_by, spread
-from toolkit.runner.mistakes import not_a_config, not_a_field, not_a_list, not_of_loss
-from toolkit.runner.suspicions import MISMATCH, warn_of_mismatch, warn_of_unmasked
+from toolkit.runner.arguments import (
+    RETURNS,
+    as_tensor,
+    call_forward,
+    check_alike,
+    check_has_graph,
+    head_tensors,
+    labels_of,
+    padding_of,
+    returned_by,
+    spread,
+    why_without_graph,
+)
+from toolkit.runner.mistakes import NotATuple, not_a_config, not_a_field, not_a_list, not_of_loss
+from toolkit.runner.suspicions import warn_of_frozen, warn_of_log_probabilities, warn_of_masks, warn_of_values
 
 RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
 FIELDS = ("input_ids", "shifted_labels", "loss_mask", "attention_mask", "cu_seq_lens", *RL_FIELDS)
@@ -38,23 +49,22 @@ Forward = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
-class LossResult:
-    """A loss and its metrics."""
+class LossResult(NotATuple):
+    """A loss and its metrics: ``loss, metrics = result.loss, result.metrics``."""
 
     loss: Tensor
     """Scalar; with a live graph when it comes from a call, detached when it comes from `LossRunner.step`."""
     raw_metrics: Metrics
     """Mergeable metrics by name, still on the device."""
-    is_first: bool = field(default=False, repr=False)
-    """Whether it is the first of its runner: unusual values are then worth a warning."""
+    is_of_step: bool = field(default=False, repr=False)
+    """Whether it comes from `LossRunner.step`, which has already accumulated the gradients."""
+    _reason: str = field(default="", repr=False)
+    """Why the loss has no gradient, if it has none."""
 
     @property
     def metrics(self) -> dict[str, float]:
         """The metrics as numbers; NaN where nothing was measured."""
-        numbers = to_floats(self.raw_metrics)
-        if self.is_first:
-            warn_of_mismatch(numbers)
-        return numbers
+        return to_floats(self.raw_metrics)
 
     def backward(self) -> None:
         """Call ``loss.backward()``.
@@ -62,8 +72,20 @@ class LossResult:
         Raises:
             DataError: nothing that the loss was computed from requires a gradient, or it comes from `LossRunner.step`.
         """
-        check_has_graph(self.loss, "backward()")
-        self.loss.backward()
+        if self.is_of_step:
+            raise DataError(
+                "step() has already accumulated the gradients of its batches; leave out backward() and call "
+                "optimizer.step()"
+            )
+        check_has_graph(self.loss, "backward()", self._reason)
+        try:
+            self.loss.backward()
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise DataError(
+                "backward() was called twice: the first call freed the graph; call the model and the runner again"
+            ) from None
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items() if name != "loss")
@@ -147,8 +169,9 @@ class LossRunner:
         ``RLLossContextInputItem.from_unshifted(input_ids, mask, ...)`` shifts them together with the labels, and
         ``runner(hidden, head, **dict(item))`` takes the item.
 
-        Fields may be tensors, lists or arrays. In the first step a warning names what was probably not meant: padding
-        or a prompt that is scored, and log-probabilities that are far from those of the policy.
+        Fields may be tensors, lists or arrays. The first call warns of what was probably not meant: padding or a prompt
+        that is scored, log-probabilities of another token, a frozen model, rewards as advantages. It waits for the
+        device and computes the logits of up to 256 tokens again; later calls do neither.
 
         Args:
             hidden_states: [B, T, D]; or the output of a model of transformers, of which the last ones are taken.
@@ -182,8 +205,13 @@ class LossRunner:
         self._check_names(extra_fields)
         fields = {name: fields[name] for name in FIELDS} | extra_fields
         head = head_tensors(hidden_states, head_weight, head_bias)
-        loss, extra = self._context(fields, head[0]).forward(*head)
-        return LossResult(loss, metrics_in(extra), self._was_first())
+        context = self._context(fields, head[0])
+        loss, extra = context.forward(*head)
+        metrics = metrics_in(extra)
+        if self._was_first():
+            warn_of_frozen(*head[:2], "runner(hidden_states, head_weight)")
+            warn_of_log_probabilities(metrics, context, *head)
+        return LossResult(loss, metrics, _reason=why_without_graph(*head[:2], type(context).__name__))
 
     def explain(self, hidden_states: Any, head_weight: Any, head_bias: Tensor | None = None, **fields: Any) -> HeadPlan:
         """Return the pass of the head that a call with these arguments would take, why, and its cost; ``print`` it.
@@ -232,24 +260,27 @@ class LossRunner:
         if not rows:
             raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
         items = [self._item(batch, None) for batch in rows]
+        check_alike(items, self.loss_cfg.ignore_idx)
         cu_seq_lens = [batch.get("cu_seq_lens") for batch in rows]
         bounds = None if all(value is None for value in cu_seq_lens) else cu_seq_lens
         context = self.loss_cfg.loss_ctx_cls
         parts: list[dict[str, Metric]] = []
         for batch, kwargs in zip(rows, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
-            hidden_states, *head = returned_by(forward(batch))
+            hidden_states, weight, bias = returned_by(call_forward(forward, batch))
             width = kwargs.shifted_labels.shape[-1]
             if hidden_states.shape[-2] == width - 1 and batch.get("input_ids") is not None:
                 kwargs = kwargs.chunk(width - 1)[0]  # without the last position, which has no label
-            loss, extra = context(self.loss_cfg, kwargs).forward(hidden_states, *head)
-            check_has_graph(loss, "forward(batch)")
+            ctx = context(self.loss_cfg, kwargs)
+            loss, extra = ctx.forward(hidden_states, weight, bias)
+            check_has_graph(loss, "forward(batch)", why_without_graph(hidden_states, weight, context.__name__))
+            if self._was_first():
+                warn_of_frozen(hidden_states, weight, "forward(batch)")
+                warn_of_log_probabilities(metrics_in(extra), ctx, hidden_states, weight, bias)
             loss.backward()
             parts.append({**metrics_in(extra), "loss": loss_metric(loss, self.loss_cfg.gradient_reduction)})
         metrics = reduce_metrics(merge_metrics(parts))
-        numbers = to_floats({name: metrics[name] for name in ("loss", *MISMATCH) if name in metrics})  # waits once
-        if self._was_first():
-            warn_of_mismatch(numbers)
-        return LossResult(torch.tensor(numbers["loss"], dtype=torch.float64), metrics)
+        number = to_floats({"loss": metrics["loss"]})["loss"]  # waits for the device
+        return LossResult(torch.tensor(number, dtype=torch.float64), metrics, is_of_step=True)
 
     def _was_first(self) -> bool:
         """Whether this is the first call or step; later ones are not."""
@@ -273,7 +304,7 @@ class LossRunner:
             name: as_tensor(name, value, None if like is None else like.device) if name in known else value
             for name, value in fields.items()
         }
-        labels = self._labels(fields, num_positions)
+        labels = labels_of(fields, num_positions, self.loss_cfg.ignore_idx)
         names = {*RL_FIELDS, *item_cls.model_fields} - {"shifted_labels"}
         values = {name: fields[name] for name in names if fields.get(name) is not None}
         unread = [name for name in RL_FIELDS if name in values and name not in item_cls.model_fields]
@@ -288,7 +319,14 @@ class LossRunner:
         for name in ("advantages", "group_ids"):
             if name in values:
                 values[name] = spread(name, values[name], labels)
-        return item_cls(shifted_labels=labels, **values)
+        item = item_cls(shifted_labels=labels, **values)
+        if self._is_first:
+            if fields.get("input_ids") is not None and fields.get("cu_seq_lens") is None:
+                is_policy_loss = not isinstance(self.loss_cfg, CELossConfig)
+                masks = fields.get("loss_mask"), padding_of(fields)
+                warn_of_masks(fields["input_ids"], *masks, is_policy_loss=is_policy_loss)
+            warn_of_values(item, self.loss_cfg)
+        return item
 
     @property
     def _item_cls(self) -> type[LossContextInputItem]:
@@ -301,34 +339,6 @@ class LossRunner:
             message = None if name in known else not_a_field(name, fields, known, self.loss_cfg, may_have_others)
             if message is not None:
                 raise DataError(message)
-
-    def _labels(self, fields: Mapping[str, Any], num_positions: int | None) -> Tensor:
-        input_ids, labels = fields.get("input_ids"), fields.get("shifted_labels")
-        if (input_ids is None) == (labels is None):
-            raise DataError("give exactly one of input_ids (shifted here) and shifted_labels")
-        mask = fields.get("loss_mask")
-        if labels is not None:
-            if mask is not None:
-                raise DataError(
-                    "loss_mask goes with input_ids; in shifted_labels mark unscored positions by ignore_idx"
-                )
-            return labels
-        if not is_token_ids(input_ids) or input_ids.dim() not in (1, 2):
-            kind = f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids)
-            raise DataError(f"input_ids is {kind}; give token ids as integers, [B, T]")
-        if mask is not None and not isinstance(mask, Tensor):
-            raise DataError(f"loss_mask is a {type(mask).__name__}; give [B, T], 1 on the tokens that count")
-        attention_mask, cu_seq_lens = fields.get("attention_mask"), fields.get("cu_seq_lens")
-        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != input_ids.dim():
-            attention_mask = None  # [B, 1, T, T] or a mapping is for the model alone
-        if self._is_first and mask is None and cu_seq_lens is None:
-            is_policy_loss = not isinstance(self.loss_cfg, CELossConfig)
-            warn_of_unmasked(input_ids, attention_mask, is_policy_loss=is_policy_loss)
-        shifted = shift_labels(
-            input_ids, mask, cu_seq_lens, attention_mask=attention_mask, ignore_idx=self.loss_cfg.ignore_idx
-        )
-        # Hidden states without the last position: its label is ignored anyway.
-        return shifted[..., :-1] if num_positions == input_ids.shape[-1] - 1 else shifted
 
     def __repr__(self) -> str:
         lines = [f"  {name}={value!r}" for name, value in self.loss_cfg.model_dump().items()]

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from toolkit.errors import did_you_mean
+from torch import Tensor
+
+from toolkit.errors import DataError, did_you_mean
 from toolkit.losses.config.base import BaseLossConfig
 
 
 def not_a_config(loss_cfg: Any, settings: Mapping[str, Any]) -> str:
     """Return the error message for what is not a loss config, or for settings beside it."""
     for name, value in settings.items():
+        from toolkit.compose.overrides import LOSS_GROUPS
         from toolkit.losses.config.policy import GRPOLossConfig
         from toolkit.peers import counterpart_keyword
 
+        if (
+            loss_cfg is None and name in LOSS_GROUPS and name != "mode" and isinstance(value, str)
+        ):  # of the command line
+            pairs = [f"{key}={choice}" for key, choice in settings.items() if key in LOSS_GROUPS]
+            return f"{name}={value!r} is a choice of the command line; write LossRunner.from_overrides({pairs})"
         where = f"{name} is a setting of the loss config, not of LossRunner"
         if name in GRPOLossConfig.model_fields:
             return f"{where}; write LossRunner(GRPOLossConfig({name}={value!r}))"
@@ -28,6 +36,40 @@ def not_a_config(loss_cfg: Any, settings: Mapping[str, Any]) -> str:
         f"LossRunner needs a loss config such as GRPOLossConfig(), not {type(loss_cfg).__name__}; "
         "for overrides use LossRunner.from_overrides([...])"
     )
+
+
+class NotATensor(DataError, AttributeError, TypeError):
+    """A result is used as if it were the loss, a tuple or a dict; also the errors that Python raises for that."""
+
+
+class NotATuple:
+    """Base of a result: what it is not answers with what to write."""
+
+    if not TYPE_CHECKING:  # type checkers report these themselves
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):  # a protocol of Python or IPython
+                raise AttributeError(name)
+            raise NotATensor(
+                f"a LossResult has no {name}; its loss is result.loss, so write result.loss.{name}"
+                if hasattr(Tensor, name)
+                else f"a LossResult has no {name}; it has loss, metrics, raw_metrics and backward()"
+            )
+
+        def __getitem__(self, key: Any) -> Any:
+            how = f"result.metrics[{key!r}] is a number of it" if isinstance(key, str) and key != "loss" else ""
+            raise NotATensor(
+                "a LossResult is not a tuple or a dict; write loss, metrics = result.loss, result.metrics"
+                f"{'; ' if how else ''}{how}"
+            )
+
+        def _computed(self, other: Any) -> Any:
+            raise NotATensor(
+                "a LossResult is not a number; its loss is result.loss. It is averaged already: do not divide it by a "
+                "number of micro-batches or ranks, give all micro-batches to runner.step([...], forward)"
+            )
+
+        __truediv__ = __mul__ = __rmul__ = __add__ = __radd__ = __sub__ = __rsub__ = _computed
 
 
 def not_a_field(
@@ -46,6 +88,8 @@ def not_a_field(
     from toolkit.peers.batch_fields import counterpart_field, replaces
 
     where, settings = f"{name!r} is not a field of a batch", type(loss_cfg).model_fields
+    if name == "labels" and fields.get("shifted_labels") is None and fields.get("input_ids") is None:
+        may_have_others = False  # the loss needs them
     if not may_have_others:
         if name in settings:
             write = f"write LossRunner({type(loss_cfg).__name__}({name}={fields[name]!r}))"

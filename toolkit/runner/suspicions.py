@@ -1,16 +1,28 @@
 """Warnings of inputs that are valid but probably not what was meant: each once, and only in the first step of a runner.
 
-Legend: B rows, T tokens of a row.
+They wait for the device, which a loop should not do in every step.
+
+Legend: B rows, T positions of a row, D hidden width, V vocabulary, n positions that are compared.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from toolkit.errors import warn_once
+from toolkit.head.logits import LogitTransform
+from toolkit.head.scores import wide_logits
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.oreal import OrealLossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
+from toolkit.losses.context import BaseLossContext
+from toolkit.losses.items import LossContextInputItem
+from toolkit.metrics import Metrics, to_floats
 
 REPEATED = 3
 """Equal tokens at the end (or start) of a row that look like padding, and equal first tokens of two rows that look like
@@ -23,20 +35,69 @@ MISMATCH = {
 """Metric -> the field that it judges, the largest usual value in nats, and what the field holds. A step changes the
 policy by less than its clip range of about 0.2, and samplers differ by about 0.02; log-probabilities of another token
 are off by about an entropy or more, 0.5 to 3 nats. Current ones differ by rounding only, about 0.02 in bf16."""
+COMPARED = 256
+"""Positions whose neighbours are compared: their logits of a vocabulary of 150,000 take 300 MB."""
+FEWEST = 4
+"""Positions below which a neighbour may fit by chance."""
+ROUNDING = 0.02
+"""Nats; what bf16 changes."""
+CLOSER = 0.5
+"""A neighbour fits better if it is off by less than this part: where the policy differs, both are off."""
+NEIGHBOURS = {
+    "by_token": "fit the position before: value t seems to be of token t. They must be of the token that each position "
+    "predicts, token t + 1: shift them by RLLossContextInputItem.from_unshifted",
+    "too_far": "fit the position after: they seem to be shifted twice. Value t must be of token t + 1",
+    "hidden_ahead": "fit the hidden states one position later: hidden_states[:, 1:] was passed where all of them, or "
+    "hidden_states[:, :-1], belong to these labels",
+    "hidden_behind": "fit the hidden states one position earlier; position t must have the state that predicts token "
+    "t + 1",
+}
+"""How log-probabilities can be off by one position, and what to say."""
 
 
-def warn_of_unmasked(input_ids: Tensor, attention_mask: Tensor | None, *, is_policy_loss: bool) -> None:
-    """Warn if all tokens of `input_ids` [B, T] are scored although some look like padding or a prompt.
-
-    Waits for the device once. Call it only if there is no loss mask.
+def warn_of_masks(
+    input_ids: Tensor, loss_mask: Tensor | None, attention_mask: Tensor | None, *, is_policy_loss: bool
+) -> None:
+    """Warn if tokens are scored that look like padding or a prompt.
 
     Args:
         input_ids: [B, T] of padded rows.
+        loss_mask: [B, T], the tokens that count; None: all.
         attention_mask: [B, T], which leaves out padding; None: nothing is left out.
         is_policy_loss: whether a prompt should not be scored; cross-entropy may be meant to learn it.
     """
     if input_ids.dim() != 2 or input_ids.shape[-1] <= REPEATED:
         return
+    if any(mask is not None and mask.shape != input_ids.shape for mask in (loss_mask, attention_mask)):
+        return  # reported as an error
+    if loss_mask is None:
+        _warn_of_unmasked(input_ids, attention_mask, is_policy_loss=is_policy_loss)
+        return
+    scored = loss_mask.bool()
+    is_outside = (scored & ~attention_mask.bool()).sum() if attention_mask is not None else scored.new_zeros(())
+    left_out = input_ids.masked_select(~scored)
+    is_one_token = len(left_out) > 0 and bool((left_out == left_out[0]).all())
+    is_most = (~scored).sum(-1).max() > 1
+    is_from_first = scored[:, 0].all()
+    is_same = (scored == attention_mask.bool()).all() if attention_mask is not None else is_most.new_zeros(())
+    flags = is_outside.long(), is_most.long(), is_from_first.long(), is_same.long()
+    num_outside, several, from_first, same = torch.stack(flags).tolist()
+    if num_outside:
+        warn_once(
+            f"loss_mask is 1 on {num_outside} tokens that attention_mask leaves out as padding (0), so these are not "
+            "scored; are the two swapped? loss_mask is 1 on the tokens to train on, attention_mask on all but padding"
+        )
+    elif is_policy_loss and (same or (is_one_token and (several or from_first))):
+        what = (
+            "equals attention_mask" if same else f"leaves out only token {int(left_out[0])}, which looks like padding"
+        )
+        warn_once(
+            f"loss_mask {what}: if the rows hold prompts, these are scored like the completions; give loss_mask "
+            "[B, T], 1 on the tokens of the completions"
+        )
+
+
+def _warn_of_unmasked(input_ids: Tensor, attention_mask: Tensor | None, *, is_policy_loss: bool) -> None:
     same = input_ids[1:] == input_ids[:-1]
     starts_alike = same[:, :REPEATED].all(-1) & ~same.all(-1)
     if attention_mask is None:
@@ -53,15 +114,139 @@ def warn_of_unmasked(input_ids: Tensor, attention_mask: Tensor | None, *, is_pol
             "padding, and all of them are scored; give loss_mask [B, T], 1 on the tokens to train on (or "
             "attention_mask, to leave out padding only)"
         )
-    if is_prompted and not is_padded and is_policy_loss:
+    elif is_prompted and is_policy_loss:
         warn_once(
             f"input_ids without loss_mask: some rows start with the same {REPEATED} tokens, which looks like a prompt, "
             "and it is scored like the completions; give loss_mask [B, T], 1 on the tokens of the completions"
         )
+    elif attention_mask is not None and is_policy_loss:
+        warn_once(
+            "attention_mask without loss_mask: it leaves out padding only, so a prompt is scored like the completions; "
+            "give loss_mask [B, T], 1 on the tokens of the completions (all ones if there are no prompts)"
+        )
+
+
+def warn_of_values(item: LossContextInputItem, cfg: BaseLossConfig) -> None:
+    """Warn of advantages [B, T] that look like rewards, and of a reference that nothing reads."""
+    if not isinstance(cfg, BaseRLLossConfig):
+        return
+    ref, advantages = getattr(item, "ref_logprobs", None), getattr(item, "advantages", None)
+    if ref is not None and "ref_logprobs" not in cfg.required_fields:
+        warn_once(
+            "ref_logprobs has no effect: this loss has no KL term; add one with kl=k3 (in Python: use_kl_loss=True, "
+            "kl_loss_type='k3'), or leave it out"
+        )
+    if advantages is None or "advantages" not in cfg.required_fields or isinstance(cfg, OrealLossConfig):
+        return
+    counted = advantages[item.shifted_labels != cfg.ignore_idx]
+    is_zero, is_one = counted == 0, counted == 1
+    only, some_zero, some_one = torch.stack([(is_zero | is_one).all(), is_zero.any(), is_one.any()]).tolist()
+    if only and some_zero and some_one:
+        warn_once(
+            "advantages are 0 and 1 only, which looks like rewards: nothing then lowers the probability of a wrong "
+            "answer. Compare them within the completions of a prompt first: toolkit.functional.advantages."
+            "advantage('grpo').compute(RewardTerms(rewards=..., group_ids=...)), with RewardTerms of "
+            "toolkit.functional.rewards"
+        )
+
+
+def warn_of_frozen(hidden_states: Tensor, head_weight: Tensor, where: str) -> None:
+    """Warn if hidden states have no gradient but the weight requires one.
+
+    Args:
+        hidden_states: [B, T, D].
+        head_weight: [V, D].
+        where: who was called, for the message.
+    """
+    if torch.is_grad_enabled() and head_weight.requires_grad and not hidden_states.requires_grad:
+        warn_once(
+            f"{where}: the hidden states have no gradient, so only the head will train; run the model without "
+            "torch.no_grad() and .detach()"
+        )
+
+
+def warn_of_log_probabilities(
+    metrics: Metrics,
+    context: BaseLossContext[Any],
+    hidden_states: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+) -> None:
+    """Warn if log-probabilities that were passed fit a neighbouring position, or are far from the policy's.
+
+    Args:
+        metrics: of the step.
+        context: of one micro-batch.
+        hidden_states: [B, T, D] of this micro-batch.
+        head_weight: [V, D].
+        head_bias: [V] or None.
+    """
+    warned, kwargs = set(), context.loss_kwargs
+    is_plain = context.has_vocabulary and type(head_weight) in (Tensor, torch.nn.Parameter)  # not a shard
+    for name in [name for name, *_ in MISMATCH.values() if is_plain and name in type(kwargs).model_fields]:
+        values, labels = getattr(kwargs, name), kwargs.shifted_labels
+        if values is not None:
+            values = values.masked_fill(labels == context.loss_cfg.ignore_idx, math.nan)
+            better = better_neighbour(values, labels, context.transform, hidden_states, head_weight, head_bias)
+            if better is not None:
+                warned.add(name)
+                neighbour, off, off_there = better
+                warn_once(
+                    f"{name} differ from the policy's log-probabilities by {off:.2g} nats, but only by {off_there:.2g} "
+                    f"nats from those of a neighbour: they {NEIGHBOURS[neighbour]}"
+                )
+    numbers = to_floats({metric: metrics[metric] for metric in MISMATCH if metric in metrics})
+    warn_of_mismatch({metric: number for metric, number in numbers.items() if MISMATCH[metric][0] not in warned})
+
+
+@torch.no_grad()
+def better_neighbour(
+    values: Tensor,
+    labels: Tensor,
+    transform: LogitTransform,
+    hidden_states: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+) -> tuple[str, float, float] | None:
+    """Return which of `NEIGHBOURS` log-probabilities fit better, with both mean differences in nats; None: none.
+
+    Args:
+        values: [B, T] log-probabilities in nats, NaN where nothing is compared.
+        labels: [B, T] shifted.
+        transform: of the logits.
+        hidden_states: [B, T, D].
+        head_weight: [V, D].
+        head_bias: [V] or None.
+    """
+    is_scored = values.isfinite()
+    follows = is_scored[..., :-1] & is_scored[..., 1:]
+    here = torch.nn.functional.pad(follows, (0, 1)).reshape(-1).nonzero().squeeze(-1)[:COMPARED]
+    if len(here) < FEWEST:
+        return None
+    flat, label, value = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1), values.reshape(-1)
+
+    def score(position: Tensor, of: Tensor) -> Tensor:
+        """Return the log-probabilities [n] of the labels at `of` by the states at `position`, [n] each."""
+        logits = transform(wide_logits(flat[position], head_weight, head_bias))
+        return logits.log_softmax(-1).gather(-1, label[of].unsqueeze(-1)).squeeze(-1)
+
+    after, at = here + 1, score(here, here)
+    pairs = {
+        "": (value[here], at),
+        "by_token": (value[after], at),
+        "too_far": (value[here], score(after, after)),
+        "hidden_ahead": (value[after], score(here, after)),
+        "hidden_behind": (value[here], score(after, here)),
+    }
+    off = torch.stack([(one - other).abs().mean() for one, other in pairs.values()]).tolist()
+    by_name = dict(zip(pairs, off, strict=True))
+    usual = by_name.pop("")
+    best = min(by_name, key=lambda name: by_name[name])
+    return (best, usual, by_name[best]) if usual > ROUNDING and by_name[best] < CLOSER * usual else None
 
 
 def warn_of_mismatch(numbers: Mapping[str, float]) -> None:
-    """Warn if log-probabilities that were given are far from the policy's in the first step.
+    """Warn if log-probabilities that were passed are far from the policy's in the first step.
 
     Args:
         numbers: metrics of the step, in nats; see `MISMATCH`.

@@ -141,6 +141,7 @@ def _in_cell(text: str) -> str:
 def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the curves: reward on top, what explains it below."""
     from matplotlib.figure import Figure  # without pyplot, whose back-end belongs to the notebook
+    from matplotlib.ticker import MaxNLocator
 
     main = [row for row in rows if row["phase"] == "main"]
     is_rl = any("reward" in row for row in main)
@@ -164,6 +165,7 @@ def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) ->
         _draw_line(axes, [x for x, _ in points], [y for _, y in points], is_main=index == 0)
         axes.set_title(label, fontsize=11 if index == 0 else 9, loc="left")
         axes.set_xlabel("step", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.tick_params(labelsize=8)

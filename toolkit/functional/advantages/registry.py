@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeAlias, get_args
 
 from toolkit.errors import DataError
 from toolkit.functional.names import check_choice, check_name, check_needs
@@ -31,6 +31,13 @@ AdvantageNeed = Literal[
 """Fields of `RewardTerms` that an estimator may need besides rewards and groups."""
 
 
+HOW = (
+    "write advantage({!r}).compute(RewardTerms(rewards=..., group_ids=...)), both [S], with RewardTerms of "
+    "toolkit.functional.rewards"
+)
+"""How advantages are computed, for messages."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Advantage(Registered):
     """A registered advantage estimator; `register_advantage` describes its fields."""
@@ -49,10 +56,18 @@ class Advantage(Registered):
             ConfigError: an option is unknown, of the wrong type or out of range.
             DataError: `terms` lacks a field that the estimator needs.
         """
+        from toolkit.functional.rewards import RewardTerms  # loads torch
+
+        if not isinstance(terms, RewardTerms):
+            raise DataError(f"advantage {self.name!r} got a {type(terms).__name__}; {HOW.format(self.name)}")
         for need in self.needs:
             if getattr(terms, need) is None and not (need == "lengths" and terms.mask is not None):
                 raise DataError(f"advantage {self.name!r} needs {need}; give RewardTerms({need}=...)")
         return self.function(terms, **self.options(options))
+
+    def __call__(self, *args: Any, **options: Any) -> NoReturn:
+        """Raise: an estimator is registered options and a function, and `compute` checks what it gets."""
+        raise DataError(f"advantage {self.name!r} is not called itself; {HOW.format(self.name)}")
 
 
 ADVANTAGES = Registry(

@@ -31,8 +31,10 @@ class LossTerm:
     aggregation: AggregationConfig | str = "token_mean"
     """How the values of its tokens become one number; a name, or `AggregationConfig` with settings."""
     token_filter: Callable[[Any], Any] | None = None
-    """``f(item) -> [B, T] bool``: which of the scored tokens the term counts; None: all. Its sequences and prompts are
-    then those with such a token. The values of the others must be finite, too, and have a finite gradient."""
+    """``f(item) -> [B, T] bool``: which of the scored tokens the term counts; None: all. It gets the item of each
+    micro-batch, whole rows, with its ``shifted_labels``, ``advantages`` and custom fields: ``lambda item:
+    item.advantages > 0``. Sequences and prompts of the term are those with such a token. The values of the other
+    tokens must be finite, too, and have a finite gradient."""
     use_correction: bool = False
     """Whether ``importance`` of the kwargs multiplies it: policy losses fill it from rollout corrections, your context
     in `fields_of`."""

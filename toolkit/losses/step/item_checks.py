@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError
+from toolkit.functional.purity_check import check_purity
 from toolkit.functional.scope_check import check_gradient, check_scope, is_zero_without_advantage
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.items import RLLossContextInputItem
@@ -17,13 +18,15 @@ def check_policy_loss(cfg: BaseRLLossConfig) -> None:
     """Check once for each loss and its options that it does what it declares.
 
     Raises:
-        ConfigError: it looks at more tokens than its scope says, or at more than the setting allows.
+        ConfigError: it is not a function of its tensors, looks at more tokens than its scope says, or at more than the
+            setting allows.
     """
     cfg.of_policy(_check_policy_loss)
 
 
 def _check_policy_loss(cfg: BaseRLLossConfig) -> None:
     loss, options = cfg.policy, cfg.policy_options
+    check_purity(loss, options)
     check_gradient(loss, options)
     check_scope(loss, options)
     is_local = loss.scope in ("token", "sequence")

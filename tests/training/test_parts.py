@@ -1,7 +1,9 @@
 """Schedules, tasks and heads: the small parts of the training command."""
 
+from dataclasses import fields
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +37,8 @@ def test_curves_of_a_short_run_mark_whole_steps(monkeypatch: pytest.MonkeyPatch)
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self))
     rows = [{"phase": "main", "step": step, "reward": 0.5, "lr": 0.1, "kl_old": 0.0} for step in range(3)]
-    draw_curves(Summary(0.5, 0.6, 1.0, 0, "grpo", 1, 0, 0, False, "outputs"), rows, Path("curves.png"))
+    measured: dict[str, Any] = dict.fromkeys((field.name for field in fields(Summary)), 0.5)
+    draw_curves(Summary(**measured), rows, Path("curves.png"))
     ticks = [tick for axes in figures[0].axes for tick in axes.get_xticks()]
     assert ticks
     assert all(tick == round(tick) for tick in ticks)

@@ -173,7 +173,7 @@ def diagnose(parsed: Sequence[Override], groups: dict[str, list[str]], base: Dic
         elsewhere = counterpart(key.replace("-", "_"), str(override.input_line).partition("=")[2], known)
         if elsewhere is not None:
             return f"{key} is not a setting; {elsewhere}"
-        choice = _choice_with(key)
+        choice = _choice_with(key) if key.partition(".")[0] in groups else None
         if choice is not None:
             return f"{key} is a setting of {choice}; try: {choice} {override.input_line}"
         return unknown_key(key, override, known, groups, settings)

@@ -167,8 +167,8 @@ REWARDS = [
         "reward.py:misspelt",
         r"needs 'answr', which is not a column \(did you mean 'answer'\?\); the data has 'answer' and 'kin",
     ),
-    ("reward.py::score", r"'reward\.py:' is no module; for a file: task\.reward=reward\.py:score"),
-    ("./reward:score", r"'\./reward' is no module; for a file: task\.reward=\./reward\.py:score"),
+    ("reward.py::score", r"'reward\.py:' is not a module; for a file: task\.reward=reward\.py:score"),
+    ("./reward:score", r"'\./reward' is not a module; for a file: task\.reward=\./reward\.py:score"),
     (
         "reward.py:of_verl",
         r"its parameters are .*; call 'solution_str' 'completion', or wrap it; a reward is def score",

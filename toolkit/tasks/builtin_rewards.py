@@ -26,7 +26,7 @@ def exact_match(completion: str, answer: Any) -> float | None:
 
 
 def numeric(completion: str, answer: Any) -> float | None:
-    """Return 1 if the last number of the completion is that of the answer (1,000 = 1000, 1/2 = 0.5); None without one."""
+    """Return 1 if the last number of the completion is that of the answer (1,000 = 1000, 1/2 = 0.5); None if none."""
     if answer is None:
         return None
     expected, written = _last_number(str(answer)), _last_number(completion)

@@ -258,8 +258,8 @@ class DatasetConfig(TaskConfig):
     def _is_a_share(cls, share: Any) -> Any:
         if isinstance(share, (int, float)) and share > 1 and share == int(share):
             raise ConfigError(
-                f"task.heldout={int(share)} is a share of the prompts, below 1; task.num_heldout={int(share)} measures at "
-                "most as many of them"
+                f"task.heldout={int(share)} is a share of the prompts, below 1; "
+                f"task.num_heldout={int(share)} measures at most as many of them"
             )
         return share
 
@@ -284,7 +284,8 @@ class DatasetConfig(TaskConfig):
         if with_completions and not any(row.completion for row in loaded.train):
             raise ConfigError(
                 f"task.path={self.path}: supervised learning needs rows with a column {self.completion_column!r} "
-                f"(another name: task.completion_column=...) or {self.messages_column!r}{completion_remedy(loaded.columns)}; the columns are "
+                f"(another name: task.completion_column=...) or {self.messages_column!r}"
+                f"{completion_remedy(loaded.columns)}; the columns are "
                 f"{listed(loaded.columns, 'and') if loaded.columns else 'the prompt alone'} (warmup.steps=0 skips a "
                 "warm-up, which needs them, too)"
             )

@@ -141,7 +141,7 @@ def _function_of(spec: str) -> Callable[..., Any]:
     where, name = _split(spec)
     if not where.endswith(".py") and (set(where) & {"/", "\\", ":"} or where.startswith(".")):
         file = where.rstrip(":").removesuffix(".py")
-        raise ConfigError(f"task.reward={spec}: {where!r} is no module; for a file: task.reward={file}.py:{name}")
+        raise ConfigError(f"task.reward={spec}: {where!r} is not a module; for a file: task.reward={file}.py:{name}")
     module = _load_file(Path(where), spec) if where.endswith(".py") else _import(where, spec)
     functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
     if not name:

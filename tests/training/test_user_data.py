@@ -26,7 +26,7 @@ from toolkit.compose.build import build_config
 from toolkit.compose.tree import compose_config
 from toolkit.errors import ConfigError, DataError
 from toolkit.tasks.base import Example
-from toolkit.training.dry_run import show_dry_run
+from toolkit.training.dry_run import _quoted, show_dry_run
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.experience import IGNORED, rows_from_answers
 from toolkit.training.startup import identity, read_state
@@ -200,6 +200,29 @@ def test_a_dry_run_shows_prompts_completions_rewards_tokens_and_memory(tmp_path:
     tuning = shown(trainer_with(None, *data, "loss=ce"))
     assert len(re.findall(r"  scored      '\d+<eos>'\n", tuning)) == 3
     assert len(re.findall(r"  read        '<system>add<eos><user>\d\+\d=<eos><assistant>'\n", tuning)) == 3
+
+
+def test_a_dry_run_says_how_often_prompts_are_seen_and_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines_of_chat = [{"prompt": f"{a}+1=\\n", "answer": str(a + 1)} for a in range(10)]
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines_of_chat).replace("\\\\n", "\\n"))
+    Path("my.py").write_text("def never(completion): return None\n")
+    trainer = trainer_of("my.py:never", "training.micro_batch_size=16")
+    text = shown(trainer)
+    assert "a run: 3 steps of 8 examples, each 2.7 times on average; learning rate 0.001" in text  # 24 / 9
+    assert "sequences, at most 176 tokens (training.micro_batch_size=16)" in text  # 16 x (5 + 6)
+    assert text.count("  reward      none applies\n") == 3
+    assert "that are free" not in text
+    monkeypatch.setattr("toolkit.training.dry_run.free_memory", lambda _: 100 * 2**10)
+    assert "that is more than the 0 MiB that are free for each process; lower training.micro_batch_size" in shown(
+        trainer
+    )
+
+
+def test_a_dry_run_shows_each_line_of_a_prompt_below_the_other() -> None:
+    assert _quoted("a\nb's\n") == "'a\\n'\n" + " " * 14 + '"b\'s\\n"'
+    assert _quoted("") == "''"
+    long = _quoted("".join(f"{number}\n" for number in range(30))).splitlines()
+    assert [line.strip() for line in long[11:14]] == ["'11\\n'", "... 6 lines ...", "'18\\n'"]
 
 
 @pytest.mark.slow

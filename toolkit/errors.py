@@ -75,11 +75,17 @@ def _level_of_caller() -> int:
 
 
 def say_warnings_plainly() -> None:
-    """Print each warning of `warn_once` as one line, as a command line should; other warnings do not change."""
+    """Print each warning of `warn_once` as one line, as a command line should; other warnings do not change.
+
+    Of the processes that a launcher started with the same settings, the first one prints it.
+    """
     usual = warnings.formatwarning
+    is_first = os.environ.get("RANK", "") in ("", "0", "-1")
 
     def formatted(message: Warning | str, *args: Any, **kwargs: Any) -> str:
-        return f"note: {message}\n" if str(message) in _warned else usual(message, *args, **kwargs)
+        if str(message) in _warned:
+            return f"note: {message}\n" if is_first else ""
+        return usual(message, *args, **kwargs)
 
     warnings.formatwarning = formatted
 

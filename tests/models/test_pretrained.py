@@ -555,7 +555,7 @@ def test_settings_that_contradict(settings: dict[str, Any], words: str) -> None:
 
 def test_the_learning_rate_of_the_tiny_model_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "_warned", set())
-    with pytest.warns(UserWarning, match=r"optimizer\.lr=0\.001 is the default for the tiny model, .* 1e-6 to 1e-5"):
+    with pytest.warns(UserWarning, match=r"optimizer\.lr=0\.001 suits the tiny model, .* 1e-6 to 1e-5"):
         check_command_line(["model=pretrained", "model.path=x"])
     monkeypatch.setattr(errors, "_warned", set())
     with warnings.catch_warnings():

@@ -38,6 +38,15 @@ SUMS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b i
 # ---------------------------------------------------------------- formats
 
 
+def test_what_the_tokenizer_does_not_know_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    write([{"prompt": "1+1="}, {"prompt": "\u03c0+1="}])
+    DatasetConfig(path="data.jsonl", heldout=0).build(0).prepare(tokenizer_of(), context=64, max_new_tokens=4)
+    (said,) = [str(warning.message) for warning in recwarn]
+    assert said == (
+        "1 of 2 prompts have characters that the tokenizer does not know (<unk>); the first is data.jsonl, line 2"
+    )
+
+
 def test_all_formats_hold_the_same_rows(tmp_path: Path) -> None:
     write(SUMS)
     Path("data.json").write_text(json.dumps(SUMS))
@@ -47,7 +56,8 @@ def test_all_formats_hold_the_same_rows(tmp_path: Path) -> None:
     write(SUMS[50:], "folder/a.jsonl")
     expected = DatasetConfig(path="data.jsonl", heldout=0).build(0).train
     assert len(expected) == 100
-    for path in ("data.json", "data.csv", "folder"):
+    Path("UPPER.JSONL").write_bytes(b"\xef\xbb\xbf" + Path("data.jsonl").read_bytes().replace(b"\n", b"\r\n"))
+    for path in ("data.json", "data.csv", "folder", "UPPER.JSONL"):
         train = DatasetConfig(path=path, heldout=0).build(0).train
         assert sorted(train, key=lambda e: e.prompt) == sorted(expected, key=lambda e: e.prompt), path
 
@@ -226,6 +236,27 @@ def test_a_prompt_that_is_too_long_can_be_skipped() -> None:
 
 
 # ---------------------------------------------------------------- reasoning-gym
+
+
+def test_solved_examples_come_before_a_question_and_are_not_asked() -> None:
+    pytest.importorskip("reasoning_gym")
+    few = {"name": "gcd", "size": 60, "num_heldout": 5, "options": {"max_value": 9}}
+    plain, asked = (ReasoningGymConfig(**few, num_shots=shots).build(0) for shots in (0, 2))
+    example = asked.train[0]
+    assert isinstance(example.source, str)
+    first, second, question = example.source.split("\n\n")
+    assert question.endswith("\n")
+    assert question[:-1] in prompts_of((*plain.train, *plain.heldout))
+    for shot in (first, second):
+        text, answer = shot.rsplit("\n", 1)
+        entry = next((e.entry for e in plain.train if e.prompt == text), None)
+        assert entry is None or plain.score(Example(text, answer, entry), answer) == 1.0
+        assert not [e for e in (*asked.train, *asked.heldout) if e.source.endswith(f"\n\n{text}\n")]
+    chat = ReasoningGymConfig(**few, num_shots=1, as_chat=True, system_prompt="think").build(0).train[0].source
+    assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
+    assert f"{chat[1]['content']}\n{chat[2]['content']}" in (first, second)
+    with pytest.raises(ConfigError, match=r"task\.num_shots=50: 'gcd' has only \d+ different questions to show"):
+        ReasoningGymConfig(**{**few, "options": {"max_value": 3}}, num_shots=50).build(0)
 
 
 def test_a_mixture_of_reasoning_gym_with_its_verifiers() -> None:

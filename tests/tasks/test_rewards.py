@@ -264,6 +264,22 @@ def test_a_batched_reward_gets_settings_once_and_columns_as_lists() -> None:
     assert math.isnan(scores.totals[1])
 
 
+def test_a_column_replaces_a_setting_of_a_batched_reward() -> None:
+    Path("d.jsonl").write_text('{"prompt": "a", "pattern": "q"}\n{"prompt": "b"}\n')
+    Path("r.py").write_text("def score(completions, pattern): return [{'q': 1, 'p': 2}[each] for each in pattern]\n")
+    config = DatasetConfig(path="d.jsonl", reward="r.py:score", pattern="p", heldout=0)
+    task = config.build(0)
+    examples = sorted(task.train, key=lambda e: e.prompt)
+    scores = config.build_rewards(0).score(task, [Written(example, "x", True, 1, "") for example in examples])
+    assert (scores.totals, scores.failures) == ([1, 2], [])
+
+
+def test_built_in_rewards_do_not_apply_without_an_answer() -> None:
+    assert (built_in.exact_match("None", None), built_in.numeric("1", None)) == (None, None)
+    assert built_in.math_verify("1", None) is None
+    assert (built_in.exact_match(" 1", "1"), built_in.numeric("x 1", 1)) == (1.0, 1.0)
+
+
 def test_that_no_reward_applies_to_anything_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     Path("my.py").write_text("def nothing(completion): return None\n")
     with caplog.at_level(logging.WARNING):

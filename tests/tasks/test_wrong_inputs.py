@@ -99,6 +99,34 @@ def test_a_line_that_is_not_utf8_is_named() -> None:
     assert "data.jsonl, line 21: byte 0xff is not UTF-8; fix the data, or leave such rows out" in said
 
 
+def test_a_file_in_utf16_is_named() -> None:
+    Path("data.jsonl").write_bytes(GOOD.encode("utf-16"))
+    said = answer(["task=jsonl", "task.path=data.jsonl", "task.reward=numeric"])
+    assert said == "data.jsonl: it is UTF-16; save it as UTF-8"
+
+
+def test_what_is_missing_in_rows_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    Path("data.jsonl").write_text(GOOD + '\n{"prompt": "a", "finished": 1}\n')
+    Path("clash.py").write_text("def score(completion, finished): return 1.0\n")
+    Path("one.jsonl").write_text(GOOD.splitlines()[0])
+    for path, reward, said in (
+        (
+            "data.jsonl",
+            "exact_match",
+            "1 of 21 rows have no 'answer', which task.reward=exact_match takes: it does not",
+        ),
+        ("data.jsonl", "reward.py:score", "takes: it gets None; the first is data.jsonl, line 21"),
+        ("data.jsonl", "clash.py:score", "gets the completion's 'finished', not the column; rename the column"),
+        ("one.jsonl", "numeric", "nothing is held out, so nothing is measured: all rows have the same prompt"),
+    ):
+        recwarn.clear()
+        DatasetConfig(path=path, reward=reward).check_data(0, with_completions=False)
+        assert said in str([str(warning.message) for warning in recwarn]), recwarn.list
+    recwarn.clear()
+    DatasetConfig(path="data.jsonl", reward="length", target_length=1).check_data(0, with_completions=False)
+    assert not recwarn.list
+
+
 def test_several_bad_rows_are_counted_and_can_be_skipped(recwarn: pytest.WarningsRecorder) -> None:
     Path("data.jsonl").write_text(GOOD + '\n{"answer": "1"}\nnothing\n{"prompt": ""}\n')
     overrides = ["task=jsonl", "task.path=data.jsonl", "task.reward=numeric"]

@@ -12,16 +12,23 @@ FILES = {
         def two(p, c): return 1.0
         def no_completion(prompt, answer): return 1.0
         def misspelt(completion, answr): return 1.0
+        def of_verl(data_source, solution_str, ground_truth, extra_info=None): return 1.0
+        def mixed(prompt, completions): return [1.0]
+        def yields(completion): yield 1.0
         number = 3
         class Judge: pass
         """,
     "broken.py": "import math\nimport not_there\n",
+    "sibling.py": "from .other import score\n",
+    "program.py": "import argparse\nargparse.ArgumentParser(usage='x').error('x')\n",
     "typo.py": "def score(:\n",
     "list.json": '{"prompt": "a"}',
     "lines.json": '{"prompt": "a"}\n{"prompt": "b"}\n',
     "twice.csv": "prompt,answer,prompt\na,b,c\n",
     "short.csv": "prompt,answer\na,b\nc\n",
     "data.txt": "a\n",
+    "data.tsv": "prompt\tanswer\na\tb\n",
+    "semicolons.csv": "prompt;answer\na;b\n",
     "empty/readme.md": "",
     "half.jsonl": '{"prompt": "1+1="}\n{"question": "2+1="}\n',
 }
@@ -35,6 +42,14 @@ DATA = [
         (REWARD,),
         r"data\.jsonl, line 17: it is not JSON \(Expecting ',' .*\); fix the data, or leave such rows out",
     ),
+    (GOOD.replace("}", "},"), (REWARD,), r"line 1: it is not JSON \(.*: no comma follows an object\)"),
+    (
+        GOOD.replace('"', "'"),
+        (REWARD,),
+        r"line 1: it is not JSON .*JSON has double quotes; write lines with json\.dumps",
+    ),
+    ('{\n"prompt": "a"\n}', (REWARD,), r"line 1: it is only '\{'; in a \.jsonl file each object is on one line"),
+    ('[{"prompt": "a"}]', (REWARD,), r"line 1: it is a list; .*; a list of objects is a \.json file"),
     ("[1, 2]", (REWARD,), r"line 1: it is a list; it must be an object, such as \{\"prompt\""),
     ('{"prompt": "a", "prompt": "b"}', (REWARD,), "line 1: two fields have the name 'prompt'"),
     (
@@ -44,10 +59,18 @@ DATA = [
     ),
     (GOOD, (REWARD, "task.prompt_column=promt"), r"no column 'promt' \(did you mean 'prompt'\?\)"),
     (GOOD + '\n{"answer": "1"}', (REWARD,), r"line 21: it has no 'prompt'; fix the data"),
-    ('{"prompt": 3}', (REWARD,), "its prompt is a int; it must be a text or a list of chat messages"),
+    ('{"prompt": 3}', (REWARD,), r"its prompt is of type int; .*task\.prompt_template='\{prompt\}' makes a text"),
+    ('{"prompt": null}', (REWARD,), "line 1: its prompt is null"),
+    ('{"prompt": {"role": "user"}}', (REWARD,), "its prompt is of type dict; it must be a text or a list of chat mess"),
+    (
+        r'{"prompt": "[{\"role\": \"user\", \"content\": \"a\"}]"}',
+        (REWARD,),
+        r"its prompt is a text with chat messages in it; write the list itself",
+    ),
     ('{"prompt": " "}', (REWARD,), "line 1: its prompt is empty"),
     ('{"prompt": []}', (REWARD,), "its prompt: the list of messages is empty"),
-    ('{"prompt": [{"content": "a"}]}', (REWARD,), r'message 1 is not \{"role"'),
+    ('{"prompt": [{"content": "a"}]}', (REWARD,), r'message 1 is not \{"role".*; it has .content.'),
+    ('{"prompt": ["a"]}', (REWARD,), r'message 1 is not \{"role": ..., "content": ...\}; fix'),
     ('{"prompt": [{"role": "human", "content": "a"}]}', (REWARD,), "message 1 has the role 'human'; it may be system"),
     ('{"prompt": [{"role": "user"}]}', (REWARD,), "message 1 has no content"),
     (
@@ -75,6 +98,8 @@ DATA = [
     (GOOD, (REWARD, "task.heldout_column=answer", "task.heldout_path=data.jsonl"), "set one of task.heldout_path and"),
     (GOOD, (REWARD, "task.heldout_path=data.jsonl"), "no row is left to train on; 20 of 20 are held out"),
     (GOOD, (REWARD, "task.heldout=1.5"), r"task\.heldout=1\.5 is not allowed: input should be less than 1"),
+    (GOOD, (REWARD, "task.heldout=5"), r"task\.heldout=5 is a share .* task\.num_heldout=5 measures at most as many"),
+    (GOOD, (REWARD, "task.prompt_template='{prompt:d}'"), "line 1: task.prompt_template='{prompt:d}' cannot be filled"),
     (GOOD, (REWARD, "task.heldout_path=tset.jsonl"), r"task\.heldout_path=tset\.jsonl: there is no such file"),
     (
         GOOD,
@@ -83,6 +108,14 @@ DATA = [
     ),
     (GOOD, (REWARD, "task.path=empty"), "the folder holds no file of data; it may have '.jsonl'"),
     (GOOD, (REWARD, "task.path=data.txt"), "the suffix '.txt' is not known; it may be '.jsonl'"),
+    (GOOD, (REWARD, "task.path=[data.jsonl,half.jsonl]"), "task.path is one file or folder; put several files into a"),
+    (GOOD, (REWARD, "task.path='*.jsonl'"), r"no such file or folder .*; a folder of files is read as one"),
+    (
+        GOOD,
+        (REWARD, "task.path=data.tsv"),
+        "suffix '.tsv' is not known; .*; separate the columns by commas and call it",
+    ),
+    (GOOD, (REWARD, "task.path=semicolons.csv"), "line 1: its columns are separated by semicolons; separate them by c"),
     (GOOD, (REWARD, "task.path=list.json"), "it holds a dict; it must be a list of objects, or .jsonl"),
     (GOOD, (REWARD, "task.path=lines.json"), "line 2: it is not JSON .*if it has one object a line, call it .jsonl"),
     (GOOD, (REWARD, "task.path=twice.csv"), "line 1: two columns have the name 'prompt'; rename one"),
@@ -96,6 +129,26 @@ DATA = [
     (GOOD, ("loss=ce",), r"supervised learning needs rows with a column 'completion'.*'answer' and 'kind'"),
     (GOOD, ("loss=ce", "task=sft"), r"needs a column 'completion' beside the prompt .* 'prompt', 'answer' and 'kind'"),
     ('{"prompt": "a", "completion": "b"}\n{"prompt": "c"}', ("loss=ce", "task=sft"), "line 2: it has no 'completion'"),
+    (
+        '{"instruction": "a", "output": "b"}',
+        ("loss=ce", "task=sft"),
+        r"no column 'prompt'; try: task\.prompt_column=inst",
+    ),
+    (
+        '{"instruction": "a", "output": "b"}',
+        ("loss=ce", "task=sft", "task.prompt_column=instruction"),
+        r"conversations; try: task\.completion_column=output; the columns are",
+    ),
+    (
+        '{"conversations": [{"from": "human", "value": "a"}]}',
+        ("loss=ce", "task=sft"),
+        r"no column 'prompt'; try: task\.messages_column=conversations",
+    ),
+    (
+        '{"conversations": [{"from": "human", "value": "a"}]}',
+        ("loss=ce", "task=sft", "task.messages_column=conversations"),
+        r'message 1 is not \{"role".*; it has .from. and .value.',
+    ),
     ('{"messages": "a"}', ("loss=ce", "task=sft"), "its messages is a str; it must be a list of chat messages"),
     (GOOD, (REWARD, "warmup.steps=5"), r"supervised learning needs rows with a column 'completion'"),
 ]
@@ -114,6 +167,16 @@ REWARDS = [
         "reward.py:misspelt",
         r"needs 'answr', which is not a column \(did you mean 'answer'\?\); the data has 'answer' and 'kin",
     ),
+    ("reward.py::score", r"'reward\.py:' is not a module; for a file: task\.reward=reward\.py:score"),
+    ("./reward:score", r"'\./reward' is not a module; for a file: task\.reward=\./reward\.py:score"),
+    (
+        "reward.py:of_verl",
+        r"its parameters are .*; call 'solution_str' 'completion', or wrap it; a reward is def score",
+    ),
+    ("reward.py:mixed", r"takes 'completions' and 'prompt'; a reward takes 'prompt' and 'completion', or for all"),
+    ("reward.py:yields", "yields; a reward returns a number, so write return"),
+    ("sibling.py:score", r"sibling\.py:1; the folder of the file is searched: write import name instead of"),
+    ("program.py:score", r"SystemExit: 2 \(.*program\.py:2; put what belongs to a program under if __name__"),
     ("broken.py:score", r"cannot be loaded: ModuleNotFoundError: No module named 'not_there' \(.*broken\.py:2\)"),
     ("typo.py:score", r"cannot be loaded: SyntaxError: .*\(.*typo\.py:1\)"),
     ("not_there.reward:score", "cannot be loaded: ModuleNotFoundError: No module named 'not_there'"),

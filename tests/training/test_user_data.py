@@ -1,4 +1,4 @@
-"""A user's prompts and rewards in the training command: metrics, failures, several rewards, dry run, learning."""
+"""A user's prompts and rewards in the training command: metrics, failures, several rewards, dry run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ pytest.importorskip("reasoning_gym")
 import toolkit
 from tests.tasks.models import CHAT, save_model, tokenizer_of
 from tests.test_mixed_precision import _fresh_state, trainer_with  # noqa: F401
+from tests.training.test_data_to_model import two_digit_sums
 from tests.training.test_train import lines, summary, train
 from toolkit.compose.build import build_config
 from toolkit.compose.tree import compose_config
 from toolkit.errors import ConfigError, DataError
 from toolkit.tasks.base import Example
-from toolkit.training.dry_run import show_dry_run
+from toolkit.training.dry_run import _quoted, show_dry_run
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.experience import IGNORED, rows_from_answers
 from toolkit.training.startup import identity, read_state
@@ -197,8 +198,31 @@ def test_a_dry_run_shows_prompts_completions_rewards_tokens_and_memory(tmp_path:
     # 88,000 parameters or so of 4 bytes; as much for the gradients and the reference, twice for Adam
     assert re.search(r"\(weights 0\.3, gradients 0\.3, optimizer 0\.7, reference 0\.3, activations ", text)
     tuning = shown(trainer_with(None, *data, "loss=ce"))
-    assert len(re.findall(r"  scored  '\d+<eos>'\n", tuning)) == 3
-    assert len(re.findall(r"  read    '<system>add<eos><user>\d\+\d=<eos><assistant>'\n", tuning)) == 3
+    assert len(re.findall(r"  scored      '\d+<eos>'\n", tuning)) == 3
+    assert len(re.findall(r"  read        '<system>add<eos><user>\d\+\d=<eos><assistant>'\n", tuning)) == 3
+
+
+def test_a_dry_run_says_how_often_prompts_are_seen_and_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines_of_chat = [{"prompt": f"{a}+1=\\n", "answer": str(a + 1)} for a in range(10)]
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines_of_chat).replace("\\\\n", "\\n"))
+    Path("my.py").write_text("def never(completion): return None\n")
+    trainer = trainer_of("my.py:never", "training.micro_batch_size=16")
+    text = shown(trainer)
+    assert "a run: 3 steps of 8 examples, each 2.7 times on average; learning rate 0.001" in text  # 24 / 9
+    assert "sequences, at most 176 tokens (training.micro_batch_size=16)" in text  # 16 x (5 + 6)
+    assert text.count("  reward      none applies\n") == 3
+    assert "that are free" not in text
+    monkeypatch.setattr("toolkit.training.dry_run.free_memory", lambda _: 100 * 2**10)
+    assert "that is more than the 0 MiB that are free for each process; lower training.micro_batch_size" in shown(
+        trainer
+    )
+
+
+def test_a_dry_run_shows_each_line_of_a_prompt_below_the_other() -> None:
+    assert _quoted("a\nb's\n") == "'a\\n'\n" + " " * 14 + '"b\'s\\n"'
+    assert _quoted("") == "''"
+    long = _quoted("".join(f"{number}\n" for number in range(30))).splitlines()
+    assert [line.strip() for line in long[11:14]] == ["'11\\n'", "... 6 lines ...", "'18\\n'"]
 
 
 @pytest.mark.slow
@@ -210,59 +234,7 @@ def test_the_command_of_a_dry_run_leaves_no_run_behind(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", ".hydra"}
 
 
-# ---------------------------------------------------------------- it learns
-
-
-def two_digit_sums() -> list[dict[str, str]]:
-    """200 sums with 10 or 20, which a tiny model learns in seconds."""
-    pairs = [(10, n) for n in range(10, 90)] + [(n, 10) for n in range(10, 90)] + [(20, n) for n in range(10, 50)]
-    return [{"prompt": f"{a}+{b}=", "answer": str(a + b), "completion": str(a + b)} for a, b in pairs]
-
-
-RL = [
-    "task=jsonl", "task.path=data.jsonl", "task.reward=my.py:digits", "rollout.max_new_tokens=3",
-    "rollout.prompts_per_step=16", "rollout.group_size=16", "training.minibatches=2",
-]  # fmt: skip
-
-
-def rise_in_standard_errors(run_dir: Path) -> float:
-    found = summary(run_dir)
-    rise = found["heldout_reward_after"] - found["heldout_reward_before"]
-    return rise / math.hypot(found["heldout_reward_se_before"], found["heldout_reward_se_after"])
-
-
-def as_model(checkpoint: Path, source: Path, target: Path) -> None:
-    """Save the weights of a checkpoint as a model of transformers."""
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    lm = AutoModelForCausalLM.from_pretrained(source)
-    weights = {name.removeprefix("lm."): value for name, value in load_file(checkpoint).items()}
-    lm.load_state_dict(weights)
-    lm.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
-
-
-@pytest.mark.slow
-def test_held_out_reward_rises_with_rl_alone_and_after_fine_tuning(tmp_path: Path) -> None:
-    save_model(tmp_path / "model")
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in two_digit_sums()))
-    model = ["model=pretrained", "model.cpu_threads=1", "task.heldout=0.2"]
-    done = train(tmp_path / "rl", *RL, *model, "model.path=model", "training.steps=30", "optimizer.lr=0.003")
-    assert done.returncode == 0, done.stderr
-    assert "held-out reward " in done.stdout
-    assert rise_in_standard_errors(tmp_path / "rl") > 2
-    tune = ["loss=ce", "task=sft", "task.path=data.jsonl", "training.steps=45", "optimizer.lr=0.003"]
-    done = train(tmp_path / "sft", *tune, *model, "model.path=model")
-    assert done.returncode == 0, done.stderr
-    assert "warm-up" not in done.stdout
-    found = summary(tmp_path / "sft")
-    assert found["heldout_nll_after"] < found["heldout_nll_before"] / 2
-    as_model(tmp_path / "sft/checkpoint/model.safetensors", tmp_path / "model", tmp_path / "tuned")
-    done = train(tmp_path / "both", *RL, *model, "model.path=tuned", "training.steps=80", "optimizer.lr=0.001")
-    assert done.returncode == 0, done.stderr
-    assert rise_in_standard_errors(tmp_path / "both") > 2
-    assert summary(tmp_path / "both")["heldout_reward_after"] > 0.75
+# ---------------------------------------------------------------- commands
 
 
 @pytest.mark.slow

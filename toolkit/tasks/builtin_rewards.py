@@ -20,13 +20,15 @@ CLOSE = 1e-6
 """Relative difference of two numbers that counts as rounding."""
 
 
-def exact_match(completion: str, answer: Any) -> float:
-    """Return 1 if the completion is the answer, spaces around both ignored."""
-    return float(completion.strip() == str(answer).strip())
+def exact_match(completion: str, answer: Any) -> float | None:
+    """Return 1 if the completion is the answer, spaces around both ignored; None without an answer."""
+    return None if answer is None else float(completion.strip() == str(answer).strip())
 
 
-def numeric(completion: str, answer: Any) -> float:
-    """Return 1 if the last number of the completion is that of the answer (1,000 = 1000, 1/2 = 0.5)."""
+def numeric(completion: str, answer: Any) -> float | None:
+    """Return 1 if the last number of the completion is that of the answer (1,000 = 1000, 1/2 = 0.5); None if none."""
+    if answer is None:
+        return None
     expected, written = _last_number(str(answer)), _last_number(completion)
     if expected is None:
         raise ValueError(f"the answer {answer!r} holds no number")
@@ -67,11 +69,13 @@ def length(num_tokens: int, target_length: int) -> float:
     return min(1.0, max(0.0, 2 - num_tokens / target_length))
 
 
-def math_verify(completion: str, answer: Any) -> float:
-    """Return 1 if the completion's mathematical answer equals the reference, by the package ``math-verify``.
+def math_verify(completion: str, answer: Any) -> float | None:
+    """Return 1 if the completion's mathematical answer equals the reference, by ``math-verify``; None without one.
 
     Called in a worker process only: its time limits are signals of the main thread, and some answers take for ever.
     """
+    if answer is None:
+        return None
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off

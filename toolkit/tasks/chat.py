@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from toolkit.errors import ConfigError, first_line
+from toolkit.errors import ConfigError, first_line, listed
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of chat messages."""
@@ -19,7 +19,8 @@ def wrong_with_messages(messages: Sequence[Any]) -> str | None:
         return "the list of messages is empty"
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or "role" not in message:
-            return f'message {number} is not {{"role": ..., "content": ...}}'
+            has = f"; it has {listed(message, 'and')}" if isinstance(message, dict) and message else ""
+            return f'message {number} is not {{"role": ..., "content": ...}}{has}'
         if message["role"] not in ROLES:
             return f"message {number} has the role {message['role']!r}; it may be {', '.join(ROLES)}"
         if not isinstance(message.get("content"), (str, list)) and "tool_calls" not in message:

@@ -15,7 +15,7 @@ from toolkit.schema import Config, FrozenDict
 
 if TYPE_CHECKING:
     from toolkit.tasks.base import Task
-    from toolkit.tasks.rows import Source
+    from toolkit.tasks.rows import Loaded, Source
     from toolkit.tasks.scoring import RewardSet
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -159,6 +159,8 @@ class ReasoningGymConfig(TaskConfig):
     """Make a question the user's message of the tokenizer's chat template."""
     system_prompt: str | None = None
     """A message before it; needs `as_chat`."""
+    num_shots: NonNegativeInt = 0
+    """Solved examples of the same task before each question (few-shot): turns of the chat with `as_chat`, text else."""
 
     @field_validator("options", mode="after")
     @classmethod
@@ -196,6 +198,7 @@ class ReasoningGymConfig(TaskConfig):
             options=self.options or {},
             as_chat=self.as_chat,
             system_prompt=self.system_prompt,
+            num_shots=self.num_shots,
         )
 
 
@@ -243,6 +246,23 @@ class DatasetConfig(TaskConfig):
     subset: str | None = None
     """Configuration of a repository."""
 
+    @field_validator("path", "heldout_path", mode="before")
+    @classmethod
+    def _is_one_path(cls, path: Any) -> Any:
+        if isinstance(path, (list, tuple)):
+            raise ConfigError("task.path is one file or folder; put several files into a folder and name it")
+        return path
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _is_a_share(cls, share: Any) -> Any:
+        if isinstance(share, (int, float)) and share > 1 and share == int(share):
+            raise ConfigError(
+                f"task.heldout={int(share)} is a share of the prompts, below 1; "
+                f"task.num_heldout={int(share)} measures at most as many of them"
+            )
+        return share
+
     @model_validator(mode="after")
     def _one_split(self) -> DatasetConfig:
         if self.heldout_path is not None and self.heldout_column is not None:
@@ -258,17 +278,37 @@ class DatasetConfig(TaskConfig):
 
     def check_data(self, seed: int, *, with_completions: bool) -> None:
         """Read the data and load the rewards."""
-        from toolkit.tasks.rows import load
+        from toolkit.tasks.rows import completion_remedy, load
 
         loaded = load(self._source, seed)
         if with_completions and not any(row.completion for row in loaded.train):
             raise ConfigError(
                 f"task.path={self.path}: supervised learning needs rows with a column {self.completion_column!r} "
-                f"(another name: task.completion_column=...) or {self.messages_column!r}; the columns are "
+                f"(another name: task.completion_column=...) or {self.messages_column!r}"
+                f"{completion_remedy(loaded.columns)}; the columns are "
                 f"{listed(loaded.columns, 'and') if loaded.columns else 'the prompt alone'} (warmup.steps=0 skips a "
                 "warm-up, which needs them, too)"
             )
-        self.build_rewards(seed)
+        self._say_what_is_missing(self.build_rewards(seed), loaded)
+
+    @staticmethod
+    def _say_what_is_missing(rewards: RewardSet, loaded: Loaded) -> None:
+        """Note rows without a column that a reward takes, and columns that rewards cannot get."""
+        from toolkit.tasks.rewards import BUILT_IN, OF_COMPLETION
+        from toolkit.tasks.rows import note
+
+        rows = [*loaded.train, *loaded.heldout]
+        for reward in rewards.rewards:
+            for name in reward.required:
+                lacking = [row.where for row in rows if name in loaded.columns and row.columns.get(name) is None]
+                if lacking:
+                    what = "it does not apply to them" if reward.spec in BUILT_IN else "it gets None"
+                    note(
+                        f"{len(lacking)} of {len(rows)} rows have no {name!r}, which task.reward={reward.spec} takes: "
+                        f"{what}; the first is {lacking[0]}"
+                    )
+            for name in (reward.accepts or frozenset()) & {*loaded.columns} & {*OF_COMPLETION}:
+                note(f"task.reward={reward.spec} gets the completion's {name!r}, not the column; rename the column")
 
     def data_digest(self, seed: int) -> str | None:
         """Return a digest of all rows, their order and which are held out."""

@@ -175,6 +175,7 @@ def _fitting(
     pairs = [(row, example) for row, example in rendered if example is not None]
     examples = []
     lengths = _lengths([example.prompt for _, example in pairs], tokenizer)
+    _say_what_is_unknown(pairs, tokenizer)
     totals = _lengths(["".join(text for text, _ in example.segments) for _, example in pairs], tokenizer)
     for (row, example), length, total in zip(pairs, lengths, totals, strict=True):
         if length == 0:
@@ -191,6 +192,20 @@ def _fitting(
             is_long = context is not None and total + 1 > context  # to imitate, but its prompt can be used
             examples.append(replace(example, segments=()) if is_long else example)
     return examples
+
+
+def _say_what_is_unknown(pairs: Sequence[tuple[Row, Example]], tokenizer: Any) -> None:
+    """Note prompts that the tokenizer cannot write, as one of another language or of characters."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown == tokenizer.eos_token_id or not pairs:  # GPT-2 has one token for both
+        return
+    ids = tokenizer([example.prompt for _, example in pairs], add_special_tokens=False)["input_ids"]
+    lacking = [row.where for (row, _), tokens in zip(pairs, ids, strict=True) if unknown in tokens]
+    if lacking:
+        note(
+            f"{len(lacking)} of {len(pairs)} prompts have characters that the tokenizer does not know "
+            f"({tokenizer.unk_token}); the first is {lacking[0]}"
+        )
 
 
 def _lengths(texts: Sequence[str], tokenizer: Any) -> list[int]:

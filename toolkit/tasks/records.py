@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import importlib.util
 import json
@@ -72,7 +73,7 @@ def read_records(path: str, problems: Problems, *, key: str, split: str, subset:
     """
     source = Path(path).expanduser()
     if source.is_dir():
-        files = sorted(file for file in source.iterdir() if file.suffix in READERS)
+        files = sorted(file for file in source.iterdir() if file.suffix.lower() in READERS)
         if not files:
             raise ConfigError(f"{key}={path}: the folder holds no file of data; it may have {_suffixes()} files")
     elif source.is_file():
@@ -82,14 +83,16 @@ def read_records(path: str, problems: Problems, *, key: str, split: str, subset:
         return _from_repository(name, key, part or split, subset)
     else:
         siblings = [file.name for file in source.parent.iterdir()] if source.parent.is_dir() else []
-        hint = did_you_mean(source.name, siblings)
+        is_pattern = any(sign in source.name for sign in "*?[")
+        hint = "; a folder of files is read as one" if is_pattern else did_you_mean(source.name, siblings)
         raise ConfigError(f"{key}={path}: there is no such file or folder (looked for {source.resolve()}){hint}")
     records: list[Record] = []
     for file in files:
-        if file.suffix not in READERS:
-            raise ConfigError(f"{key}={path}: the suffix {file.suffix!r} is not known; it may be {_suffixes()}")
+        if file.suffix.lower() not in READERS:
+            remedy = REMEDIES.get(file.suffix.lower(), "")
+            raise ConfigError(f"{key}={path}: the suffix {file.suffix!r} is not known; it may be {_suffixes()}{remedy}")
         try:
-            records += READERS[file.suffix](file, problems)
+            records += READERS[file.suffix.lower()](file, problems)
         except OSError as error:
             raise ConfigError(f"{key}={file}: cannot be read: {error.strerror or error}") from None
     if not records and not problems.messages:
@@ -115,6 +118,8 @@ def _lines_of(file: Path, problems: Problems) -> Iterator[tuple[int, str]]:
     """Yield the lines of a file with their numbers; lines that are not UTF-8 are problems."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ConfigError(f"{file}: it is UTF-16; save it as UTF-8")
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -139,7 +144,12 @@ def _read_jsonl(file: Path, problems: Problems) -> list[Record]:
         try:
             values = json.loads(line, object_pairs_hook=_unique_keys)
         except json.JSONDecodeError as error:
-            problems.add(where, f"it is not JSON ({error.msg} at character {error.pos + 1})")
+            if number == 1 and line.strip() in ("{", "["):
+                raise ConfigError(
+                    f"{where}: it is only {line.strip()!r}; in a .jsonl file each object is on one line, a list of "
+                    "objects over several lines is a .json file"
+                ) from None
+            problems.add(where, f"it is not JSON ({error.msg} at character {error.pos + 1}{_remedy_of(line)})")
             continue
         except ValueError as error:  # of _unique_keys
             problems.add(where, str(error))
@@ -147,8 +157,17 @@ def _read_jsonl(file: Path, problems: Problems) -> list[Record]:
         if isinstance(values, dict):
             records.append(Record(values, where))
         else:
-            problems.add(where, f'it is a {type(values).__name__}; it must be an object, such as {{"prompt": "1+1="}}')
+            remedy = "; a list of objects is a .json file" if isinstance(values, list) else ""
+            kind = type(values).__name__
+            problems.add(where, f'it is a {kind}; it must be an object, such as {{"prompt": "1+1="}}{remedy}')
     return records
+
+
+def _remedy_of(line: str) -> str:
+    """Say what a line that is not JSON looks like; empty if it looks like nothing known."""
+    if line.lstrip().startswith(("{'", "[{'")):
+        return ": JSON has double quotes; write lines with json.dumps"
+    return ": no comma follows an object" if line.rstrip().endswith("},") else ""
 
 
 def _read_json(file: Path, problems: Problems) -> list[Record]:
@@ -176,6 +195,9 @@ def _read_csv(file: Path, problems: Problems) -> list[Record]:
     csv.field_size_limit(MOST_BYTES)
     reader = csv.reader(line for _, line in _lines_of(file, problems))
     header = next(reader, [])
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        sign = "semicolons" if ";" in header[0] else "tabs"
+        raise ConfigError(f"{file}, line 1: its columns are separated by {sign}; separate them by commas")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise ConfigError(f"{file}, line 1: two columns have the name {twice[0]!r}; rename one")
@@ -232,4 +254,12 @@ READERS: dict[str, Callable[[Path, Problems], list[Record]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-"""Suffix of a file -> what reads it."""
+"""Suffix of a file, in small letters -> what reads it."""
+REMEDIES = {
+    ".ndjson": "; call it .jsonl",
+    ".tsv": "; separate the columns by commas and call it .csv",
+    ".gz": "; unpack it",
+    ".zst": "; unpack it",
+    ".zip": "; unpack it",
+}
+"""Suffix that is not read -> what to do."""

@@ -36,6 +36,18 @@ OF_COMPLETION = ("num_tokens", "finished")
 """Arguments that say more of a completion: its tokens, and whether it ended by itself."""
 _loaded: dict[tuple[Path, int], ModuleType] = {}
 """Files loaded in this process, by path and modification time in ns."""
+COMPLETIONS = (
+    "response",
+    "solution_str",
+    "output",
+    "generation",
+    "generated",
+    "text",
+    "pred",
+    "prediction",
+    "solution",
+)
+"""What rewards of other projects call the completion."""
 HOW = "a reward is def score(prompt, completion, **columns), with arguments handed over by name"
 
 
@@ -53,6 +65,8 @@ class Reward:
     is_async: bool = False
     accepts: frozenset[str] | None = None
     """Names of its arguments; None: any."""
+    required: tuple[str, ...] = ()
+    """Those without a default."""
 
     def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return those of `values` that the function accepts."""
@@ -125,6 +139,9 @@ def _function_of(spec: str) -> Callable[..., Any]:
         return BUILT_IN[spec]
     check_name(spec)
     where, name = _split(spec)
+    if not where.endswith(".py") and (set(where) & {"/", "\\", ":"} or where.startswith(".")):
+        file = where.rstrip(":").removesuffix(".py")
+        raise ConfigError(f"task.reward={spec}: {where!r} is not a module; for a file: task.reward={file}.py:{name}")
     module = _load_file(Path(where), spec) if where.endswith(".py") else _import(where, spec)
     functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
     if not name:
@@ -173,8 +190,14 @@ def _executed(load: Callable[[], Any], spec: str) -> Any:
     try:
         return load()
     except (Exception, SystemExit) as error:  # a user's file may raise anything
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [frame for frame in frames if Path(frame.filename).name == Path(_split(spec)[0]).name]
+        frame = theirs[-1] if theirs and isinstance(error, SystemExit) else frames[-1]
         where = f"{frame.filename}:{frame.lineno}"
+        if isinstance(error, SystemExit):
+            where += "; put what belongs to a program under if __name__ == '__main__':"
+        elif "attempted relative import" in str(error):
+            where += "; the folder of the file is searched: write import name instead of from .name import"
         if isinstance(error, SyntaxError):
             where = f"{error.filename}:{error.lineno}"
         raise ConfigError(f"task.reward={spec} cannot be loaded: {type(error).__name__}: {error} ({where})") from None
@@ -201,12 +224,21 @@ def _checked(
     is_batched = bool({"prompts", "completions"} & set(named))
     text = ("prompts", "completions") if is_batched else ("prompt", "completion")
     if text[1] not in named and not takes_any and spec not in BUILT_IN:
+        likely = next((other for other in COMPLETIONS if other in named), None)
+        remedy = f"; call {likely!r} {text[1]!r}, or wrap it" if likely else ""
         raise ConfigError(
-            f"task.reward={spec} does not take the completion: its parameters are {listed(named or ['none'], 'and')}; "
-            f"{HOW}"
+            f"task.reward={spec} does not take the completion: its parameters are {listed(named or ['none'], 'and')}"
+            f"{remedy}; {HOW}"
         )
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigError(f"task.reward={spec} yields; a reward returns a number, so write return")
     available = [*text, *OF_COMPLETION, *columns, *settings]
     missing = [p.name for p in named.values() if p.default is p.empty and p.name not in available]
+    if missing and is_batched and f"{missing[0]}s" in text:
+        raise ConfigError(
+            f"task.reward={spec} takes {listed([text[1], missing[0]], 'and')}; a reward takes 'prompt' and "
+            "'completion', or for all completions at once 'prompts' and 'completions'"
+        )
     if missing:
         shown = [column for column in columns if column not in text]
         data = f"the data has {listed(shown, 'and')}" if shown else "the data has no other column"
@@ -218,4 +250,6 @@ def _checked(
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004  (an object that is called)
     )
-    return Reward(spec, name, function, is_batched, is_async, None if takes_any else frozenset(named))
+    accepts = None if takes_any else frozenset(named)
+    required = tuple(p.name for p in named.values() if p.default is p.empty)
+    return Reward(spec, name, function, is_batched, is_async, accepts, required)

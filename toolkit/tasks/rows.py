@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,12 @@ from toolkit.tasks.records import Problems, Record, read_records
 
 OTHER_NAMES = ("prompt", "question", "problem", "instruction", "input", "messages", "query", "text")
 """What other data calls the prompt."""
+COMPLETIONS = ("completion", "response", "output", "chosen", "target", "answer", "solution")
+"""What other data calls the completion."""
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog")
+"""What other data calls a whole conversation."""
+AS_TEXT = re.compile(r'\s*\[\s*\{\s*["\'](role|content)["\']\s*:')
+"""How a text begins that holds a list of chat messages: a column of a CSV file, or JSON in JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,8 @@ def _load(source: Source, seed: int, stamps: tuple[Any, ...]) -> Loaded:
         train, heldout = split.apart(rows, held_rows, source.num_heldout, seed, _content)
     if not train:
         raise ConfigError(f"task.path={source.path}: no row is left to train on{_why_none(source, rows, heldout)}")
+    if not heldout and source.heldout > 0 and source.heldout_path is None and source.heldout_column is None:
+        note("nothing is held out, so nothing is measured: all rows have the same prompt")
     if not heldout and (source.heldout_path is not None or source.heldout_column is not None):
         raise ConfigError("no row is held out; for a run without a measurement leave it out and set task.heldout=0")
     if source.heldout_path is not None or source.heldout_column is not None:
@@ -161,13 +170,15 @@ def _rows(source: Source, records: Sequence[Record], problems: Problems, key: st
     if source.with_completions and source.messages_column in columns:
         needed = []
     for name in needed:
+        if name not in columns and source.with_completions and {*CONVERSATIONS} & {*columns}:
+            raise ConfigError(f"{key}: there is no column {name!r}{completion_remedy(columns)}; {_there_are(columns)}")
         if name not in columns:
             raise ConfigError(_no_column(name, "task.prompt_column", OTHER_NAMES, columns, key))
     if source.with_completions and not {source.completion_column, source.messages_column} & {*columns}:
         raise ConfigError(
             f"{key}: supervised learning needs a column {source.completion_column!r} beside the prompt (another name: "
-            f"task.completion_column=...), or a column {source.messages_column!r} with whole conversations; "
-            f"{_there_are(columns)}"
+            f"task.completion_column=...), or a column {source.messages_column!r} with whole conversations"
+            f"{completion_remedy(columns)}; {_there_are(columns)}"
         )
     rows: list[Row] = []
     for record in records:
@@ -178,6 +189,15 @@ def _rows(source: Source, records: Sequence[Record], problems: Problems, key: st
     if source.system_prompt is not None and rows and all(isinstance(row.prompt, str) for row in rows):
         raise ConfigError("task.system_prompt has no effect on prompts that are text; set task.as_chat=true, too")
     return rows
+
+
+def completion_remedy(columns: Collection[str]) -> str:
+    """Return the override that names the column to imitate, by what other data calls it; empty if there is none."""
+    for setting, others in (("task.messages_column", CONVERSATIONS), ("task.completion_column", COMPLETIONS)):
+        likely = next((other for other in others if other in columns), None)
+        if likely:
+            return f"; try: {setting}={likely}"
+    return ""
 
 
 def _no_column(name: str, setting: str, others: Sequence[str], columns: Sequence[str], key: str) -> str:
@@ -211,7 +231,10 @@ def _template(text: str | None, columns: Sequence[str]) -> Callable[[dict[str, A
         missing = [name for name in names if values.get(name) is None]
         if missing:
             raise ValueError(f"it has no {missing[0]!r}, which task.prompt_template names")
-        return text.format(**values)
+        try:
+            return text.format(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"task.prompt_template={text!r} cannot be filled in: {error}") from None
 
     return fill
 
@@ -228,10 +251,18 @@ def _row(source: Source, record: Record, template: Callable[[dict[str, Any]], st
         prompt = values[source.prompt_column]
     else:
         prompt = template(values)
+    if prompt is None:
+        raise ValueError("its prompt is null")
     if not isinstance(prompt, (str, list)):
-        raise ValueError(f"its prompt is a {type(prompt).__name__}; it must be a text or a list of chat messages")
+        remedy = f" (task.prompt_template='{{{source.prompt_column}}}' makes a text of it)"
+        raise ValueError(
+            f"its prompt is of type {type(prompt).__name__}; it must be a text or a list of chat messages"
+            f"{remedy if isinstance(prompt, (int, float)) else ''}"
+        )
     if isinstance(prompt, str) and not prompt.strip():
         raise ValueError("its prompt is empty")
+    if isinstance(prompt, str) and AS_TEXT.match(prompt):
+        raise ValueError("its prompt is a text with chat messages in it; write the list itself (in JSON or Parquet)")
     prompt = with_system(prompt, as_chat=source.as_chat, system_prompt=source.system_prompt)
     if isinstance(prompt, list):
         wrong = chat.wrong_with_messages(prompt)

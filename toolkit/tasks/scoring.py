@@ -167,7 +167,7 @@ class RewardSet:
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
         columns |= {"prompts": columns.pop("prompt"), "completions": columns.pop("completion")}
-        columns |= {name: self.settings[name] for name in self.settings}
+        columns |= {name: value for name, value in self.settings.items() if name not in self.columns}
         assert reward.function is not None
         arguments = reward.arguments(columns)
         workers = self._workers.get(reward.name)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 
@@ -20,6 +23,9 @@ NUM_PROMPTS = 3
 NUM_MEASURED = 1000
 """Demonstrations whose length is measured."""
 MEBIBYTE = 2**20
+MOST_LINES = 24
+"""Lines of a prompt or completion that are shown."""
+INDENT = " " * 14
 KEPT_FOR_BACKWARD = 22
 """Numbers that a block keeps for backward, for each token and unit of hidden width, without attention probabilities:
 21.1 to 21.9 measured on Llamas of width 64 to 512 in fp32 (Korthikanti et al. 2022, arXiv 2205.05198: 17 for GPT)."""
@@ -71,7 +77,7 @@ def _show_demonstrations(trainer: Trainer, console: Console) -> None:
         pieces: list[str] = []
         for scored in (False, True):
             text = trainer.tokenizer.decode(ids[mask.bool() & (is_scored == scored)].tolist())
-            pieces.append(f"  {'scored' if scored else 'read  '}  {text!r}")
+            pieces.append(f"  {'scored' if scored else 'read':<12}{_quoted(text)}")
         _print(console, f"demonstration {number}", *pieces)
 
 
@@ -90,18 +96,30 @@ def _show_completions(trainer: Trainer, prompts: list[Example], console: Console
     for index, example in enumerate(prompts):
         ids, is_new = completions.input_ids[index], completions.is_new[index]
         is_prompt = completions.attention_mask[index].bool() & ~is_new
-        parts = [f"{name} {values[index]:.3f}" for name, values in scores.parts.items() if len(scores.parts) > 1]
+        values = {name: values[index] for name, values in scores.parts.items() if not math.isnan(values[index])}
+        parts = [f"{name} {value:.3f}" for name, value in values.items() if len(scores.parts) > 1]
         end = "" if completions.finished[index] else f"  (cut after {trainer.max_new_tokens} tokens)"
         _print(
             console,
             f"prompt {index + 1}: {int(is_prompt.sum())} tokens",
-            f"  prompt      {trainer.tokenizer.decode(ids[is_prompt].tolist())!r}",
-            f"  completion  {trainer.tokenizer.decode(ids[is_new].tolist())!r}{end}",
-            f"  reward      {scores.totals[index]:.3f}" + (f"  ({', '.join(parts)})" if parts else ""),
+            f"  prompt      {_quoted(trainer.tokenizer.decode(ids[is_prompt].tolist()))}",
+            f"  completion  {_quoted(trainer.tokenizer.decode(ids[is_new].tolist()))}{end}",
+            "  reward      "
+            + ("none applies" if math.isnan(scores.totals[index]) else f"{scores.totals[index]:.3f}")
+            + (f"  ({', '.join(parts)})" if parts else ""),
             *([f"  answer      {example.answer!r}"] if example.answer else []),
         )
     for name, failure in scores.failures[:1]:
         _print(console, f"reward {name!r} failed: {failure.reason}")
+
+
+def _quoted(text: str) -> str:
+    """Return a text with its line ends visible, each line below the one before; the middle of a long one left out."""
+    lines = [repr(line) for line in text.splitlines(keepends=True)] or [repr(text)]
+    if len(lines) > MOST_LINES:
+        half = MOST_LINES // 2
+        lines = [*lines[:half], f"... {len(lines) - 2 * half} lines ...", *lines[-half:]]
+    return f"\n{INDENT}".join(lines)
 
 
 def _print(console: Console, *lines: str) -> None:
@@ -113,13 +131,14 @@ def _size(trainer: Trainer) -> list[str]:
     """Return lines on the tokens and the memory of a step."""
     config, world = trainer.config, trainer.accelerator.num_processes
     if isinstance(config.loss, CELossConfig):
-        number = config.warmup.batch_size
+        number = in_step = config.warmup.batch_size
         shown = trainer.task.demonstrate(min(NUM_MEASURED, len(trainer.task.train) or NUM_MEASURED), Random(0))
         lengths = rows_from_answers(shown, trainer.tokenizer, torch.device("cpu")).attention_mask.sum(-1)
         longest = int(lengths.max())
         what = f"{number} demonstrations of {float(lengths.float().mean()):.0f} tokens on average, at most {longest}"
     else:
-        number = config.rollout.prompts_per_step * config.rollout.group_size
+        in_step = config.rollout.prompts_per_step
+        number = in_step * config.rollout.group_size
         texts = [example.prompt for example in trainer.task.train]
         prompt = [len(ids) for ids in trainer.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         longest = max(prompt) + trainer.max_new_tokens
@@ -128,13 +147,31 @@ def _size(trainer: Trainer) -> list[str]:
             f"{trainer.max_new_tokens} tokens; prompts have {sum(prompt) / len(prompt):.0f} on average, at most "
             f"{max(prompt)}"
         )
-    in_micro_batch = min(config.training.micro_batch_size, -(-number // world)) * longest
-    return [
+    rows = min(config.training.micro_batch_size, -(-number // world))
+    memory = expected_memory(trainer, rows * longest)
+    steps, examples = config.training.steps, max(1, len(trainer.task.train))
+    lines = [
+        f"a run: {steps:,} steps of {in_step:,} examples, each {steps * in_step / examples:,.1f} times on average; "
+        f"learning rate {config.optimizer.lr:g}",
         f"a step: {what}: at most {number * longest:,} tokens",
-        f"a micro-batch on one process: at most {in_micro_batch:,} tokens (training.micro_batch_size)",
-        f"memory: about {expected_memory(trainer, in_micro_batch)}; without attention probabilities and the "
-        "sampler's keys and values",
+        f"a micro-batch on one process: {rows:,} sequences, at most {rows * longest:,} tokens "
+        f"(training.micro_batch_size={config.training.micro_batch_size})",
+        f"memory: about {memory}; without attention probabilities and the sampler's keys and values",
     ]
+    free = free_memory(trainer.accelerator.device)
+    if memory.total > free:
+        lines.append(
+            f"that is more than the {free / MEBIBYTE:,.0f} MiB that are free for each process; lower "
+            "training.micro_batch_size (the loss does not depend on it), or set model.gradient_checkpointing=true"
+        )
+    return lines
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that are free for each process of this machine."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def expected_memory(trainer: Trainer, tokens: int) -> Memory:

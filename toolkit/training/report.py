@@ -122,7 +122,7 @@ def write_report(
     if examples:
         table = Table("prompt", "before", "after", "answer", title="held-out examples (greedy)")
         for example, old, new in zip(examples, before.completions, after.completions, strict=True):
-            table.add_row(*map(_in_cell, (example.prompt, old, new, example.answer)))
+            table.add_row(_in_cell(_asked(example), keep_end=True), *map(_in_cell, (old, new, example.answer)))
         console.print(table)
     measured = f"held-out {before.shown()} -> {after.shown().partition(' ')[2]} " if after.shown() else ""
     took = f"in {summary.wall_seconds:.1f} s (imports included), seed {summary.seed}"
@@ -132,10 +132,17 @@ def write_report(
     console.print(f"{files} in {output_dir}", soft_wrap=True)
 
 
-def _in_cell(text: str) -> str:
+def _asked(example: Example) -> str:
+    """Return what tells a prompt from others: the last message of a chat, without the template."""
+    is_chat = isinstance(example.source, list) and isinstance(example.source[-1].get("content"), str)
+    return str(example.source[-1]["content"]) if is_chat else example.prompt
+
+
+def _in_cell(text: str, *, keep_end: bool = False) -> str:
     """Return a text for a cell of the table: on one line, cut if it is long, its brackets as they are."""
     line = text.replace("\n", "\\n")
-    return escape(line if len(line) <= MOST_SHOWN else f"{line[: MOST_SHOWN - 3]}...")
+    cut = f"...{line[3 - MOST_SHOWN :]}" if keep_end else f"{line[: MOST_SHOWN - 3]}..."
+    return escape(line if len(line) <= MOST_SHOWN else cut)
 
 
 def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) -> None:

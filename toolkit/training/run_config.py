@@ -102,7 +102,7 @@ class RunConfig(Config):
         usual = OptimizerConfig.model_fields["lr"].default
         if isinstance(self.model, CausalLMConfig) and self.optimizer.lr == usual:
             warn_once(
-                f"optimizer.lr={usual} is the default for the tiny model, which starts from random weights; a "
+                f"optimizer.lr={usual} suits the tiny model, which starts from random weights; a "
                 "pretrained model usually takes 1e-6 to 1e-5, its LoRA adapters 1e-5 to 1e-4: set optimizer.lr, and "
                 "warmup.lr or warmup=none"
             )

@@ -110,9 +110,23 @@ MUTATIONS = (
     Mutation(
         name="settings-before-columns",
         file="toolkit/tasks/scoring.py",
-        line="columns |= {name: self.settings[name] for name in self.settings}",
-        becomes="columns |= {name: None for name in self.settings}",
-        tests=(f"{REWARDS}::test_a_batched_reward_gets_settings_once_and_columns_as_lists",),
+        line="columns |= {name: value for name, value in self.settings.items() if name not in self.columns}",
+        becomes="columns |= dict(self.settings)",
+        tests=(f"{REWARDS}::test_a_column_replaces_a_setting_of_a_batched_reward",),
+    ),
+    Mutation(
+        name="no-answer-is-a-wrong-one",
+        file="toolkit/tasks/builtin_rewards.py",
+        line="return None if answer is None else float(completion.strip() == str(answer).strip())",
+        becomes="return float(completion.strip() == str(answer).strip())",
+        tests=(f"{REWARDS}::test_built_in_rewards_do_not_apply_without_an_answer",),
+    ),
+    Mutation(
+        name="shown-examples-are-asked",
+        file="toolkit/tasks/gym.py",
+        line="if question in shown:",
+        becomes="if question in ():",
+        tests=("tests/tasks/test_dataset.py::test_solved_examples_come_before_a_question_and_are_not_asked",),
     ),
     # ---------------------------------------------------------------- in the command
     Mutation(

@@ -276,6 +276,13 @@ def test_what_remarks_name_exists() -> None:
                     assert name in known, text
 
 
+def unset(way: str) -> list[str]:
+    """What a way leaves to the user: settings without a default."""
+    needed = {"model.path": "model=pretrained", "task.path": "task=jsonl", "task.reward": "task=jsonl"}
+    value = {"task.reward": "exact_match"}
+    return [f"{key}={value.get(key, 'x')}" for key, choice in needed.items() if choice in way and f"{key}=" not in way]
+
+
 @pytest.mark.slow
 def test_every_counterpart_is_accepted_and_is_the_same_in_python() -> None:
     wrong = []
@@ -283,7 +290,7 @@ def test_every_counterpart_is_accepted_and_is_the_same_in_python() -> None:
         warnings.simplefilter("ignore")
         for way in sorted({way for *_, way in ways()}):
             try:
-                (config,) = check_command_line(shlex.split(way)).configs
+                (config,) = check_command_line([*shlex.split(way), *unset(way)]).configs
             except ConfigError as error:
                 wrong.append(f"{way}: {error}")
                 continue

@@ -404,7 +404,7 @@ COMMANDS = [
     ("train trainer.save_freq=3", "try: training.checkpoint_every=3"),
     ("train trainer.n_gpus_per_node=8", "torchrun --nproc_per_node N"),
     ("train logging_steps=10", "try: training.log_every=10"),
-    ("train reward_funcs=x", "a task has its own reward"),
+    ("train reward_funcs=x", "try: task=jsonl task.reward=my_reward.py:score"),
     ("train scheduler=cosine_with_warmup", "try: scheduler=cosine scheduler.warmup_updates="),
     ("train --seed 1", "try: seed=1"),
     ("train --resume x", "try: training.resume=x"),

@@ -222,7 +222,7 @@ def unknown_key(
     key: str, override: Override, known: list[str], groups: dict[str, list[str]], settings: Mapping[str, Setting]
 ) -> str:
     """Say that `key` is not a setting, and name the nearest of the `known` ones that takes its value."""
-    value, shown = override.value(), override.get_value_element_as_str()
+    value, shown = override.value(), str(override.input_line).partition("=")[2]
     value = value.text if isinstance(value, QuotedString) else value
 
     def takes(name: str) -> bool:

@@ -55,6 +55,8 @@ def why_not_parsed(text: str, following: str | None = None) -> str:
         return f"{text}: nothing replaces ~ here; try: {key}=$HOME{value[1:]}"
     if value.startswith("(") and value.endswith(")"):
         return f"{text}: a list has square brackets; try: {key}=[{value[1:-1]}]"
+    if value.startswith(("[", "{")) and not value.endswith(("]", "}")) and _is_parsed(f"{key}={quoted(value)}"):
+        return f'{text}: a text that begins with a bracket needs quotes: "{key}={quoted(value)}"'
     if value.startswith(("[", "{")):
         return f"{text}: brackets do not match, or an element needs quotes: \"{key}=['first','second']\""
     spelled = f"{key}={quoted(value)}"

@@ -426,7 +426,7 @@ def test_losses_are_found_in_files_modules_and_the_registry(monkeypatch: pytest.
     ("what", "options", "words"),
     [
         ("my_file.py:my_pp", {}, r"no function 'my_pp'; it has .*'my_ppo'.*did you mean 'my_ppo'"),
-        ("my_file.py", {}, "my_file.py:my_loss"),
+        ("my_file.py", {}, "my_file.py:my_ppo"),
         ("nothing.py:f", {}, "file 'nothing.py' does not exist"),
         ("no_module:f", {}, "no_module"),
         ("vanila", {}, "did you mean 'vanilla'"),

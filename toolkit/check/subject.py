@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,16 +83,34 @@ def load_subject(what: str, options: Mapping[str, Any] | None = None) -> Subject
     """
     source, colon, name = what.rpartition(":")
     if not colon and what.endswith(".py"):
-        raise ConfigError(f"{what!r} names a file; also name the function in it: {what}:my_loss")
+        names = _registered_in(what) or ["my_loss"]
+        raise ConfigError(f"{what!r} names a file; also name the function in it: {what}:{names[0]}")
     if not colon and "=" in what:
         raise ConfigError(f"{what!r} is an override; toolkit-check takes the name alone: {what.partition('=')[2]}")
     if not colon and what not in policy_loss_names() and nearest(what, policy_loss_names()) is None:
         raise ConfigError(
             f"{what!r} is not a policy loss (toolkit-explain --list shows all); for a function of yours, name its "
-            f"file: my_file.py:{what}"
+            f"file: {source_of(what)}"
         )
     loss = _from_source(source, name) if colon else policy_loss(what)
     return Subject(loss, loss.options(options or {}, where=loss.name))
+
+
+def source_of(what: str) -> str:
+    """Return how to name a function: ``my_loss.softclip`` is ``my_loss.py:softclip`` where there is such a file."""
+    module, _, name = what.rpartition(".")
+    path = Path(*module.split(".")).with_suffix(".py") if module else None
+    return f"{path}:{name}" if path is not None and path.is_file() else f"my_file.py:{what}"
+
+
+def _registered_in(file: str) -> list[str]:
+    """Return the names of the functions of a file that are policy losses; none if it cannot be read."""
+    try:
+        (module,) = load_plugins([file])
+    except ConfigError:
+        return []
+    losses = {policy_loss(name).function for name in policy_loss_names()}
+    return [name for name, value in vars(module).items() if callable(value) and value in losses]
 
 
 def _about_class(source: str, name: str, kind: type) -> str:

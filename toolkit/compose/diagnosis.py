@@ -67,6 +67,12 @@ def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str 
         if unknown:
             from toolkit.peers import counterpart_choice  # only a mistake needs it
 
+            file, _, function = unknown[0].partition(".py:")
+            if function and key in ("policy_loss", "advantage"):
+                instead = f"plugins=[{file}.py] {key}={function}"
+                return f"{override.input_line}: a file is read as a plugin, and then it is a choice; try: {instead}"
+            if f"preset/{unknown[0]}" in groups[key]:
+                return f"{override.input_line} is not a choice of {key}; try: {key}=preset/{unknown[0]}"
             elsewhere = counterpart_choice(key, unknown[0], groups)
             if elsewhere is not None:
                 return f"{override.input_line} is not a choice of {key}; {elsewhere}"
@@ -168,6 +174,9 @@ def diagnose(parsed: Sequence[Override], groups: dict[str, list[str]], base: Dic
     for override in parsed:
         key = str(override.key_or_group)
         is_added = override.is_add() or override.is_force_add() or override.is_delete()
+        if override.is_add() and key in known and key not in groups:
+            text = str(override.input_line).lstrip("+")
+            return f"+{text}: {key} is a setting already; leave out the sign: {text}"
         if key in groups or key in known or key.startswith("hydra") or is_added:
             continue
         elsewhere = counterpart(key.replace("-", "_"), str(override.input_line).partition("=")[2], known)
@@ -249,7 +258,9 @@ def unknown_key(
     best = best or next(filter(takes, namesakes), None)
     if best:
         return f"{key} is not a setting{did_you_mean(key, [best]) or f' (did you mean {best!r}?)'}; try: {best}={shown}"
-    keys = siblings or [k for k in known if "." not in k]
+    if key != key.lower() and (key.lower() in known or key.lower() in groups):
+        return f"{key} is not a setting; try: {key.lower()}={shown}"
+    keys = siblings if parent and siblings else [*dict.fromkeys([*(k for k in known if "." not in k), *groups])]
     where = parent if siblings and parent else "the top level"
     return f"{key} is not a setting; {where} has: {', '.join(k.rpartition('.')[2] for k in keys)}"
 

@@ -55,7 +55,8 @@ def why_not_parsed(text: str, following: str | None = None) -> str:
         return f"{text}: nothing replaces ~ here; try: {key}=$HOME{value[1:]}"
     if value.startswith("(") and value.endswith(")"):
         return f"{text}: a list has square brackets; try: {key}=[{value[1:-1]}]"
-    if value.startswith(("[", "{")) and not value.endswith(("]", "}")) and _is_parsed(f"{key}={quoted(value)}"):
+    is_balanced = all(value.count(left) == value.count(right) for left, right in ("[]", "{}"))
+    if value.startswith(("[", "{")) and not value.endswith(("]", "}")) and is_balanced:
         return f'{text}: a text that begins with a bracket needs quotes: "{key}={quoted(value)}"'
     if value.startswith(("[", "{")):
         return f"{text}: brackets do not match, or an element needs quotes: \"{key}=['first','second']\""
@@ -99,6 +100,16 @@ def setting_called(name: str) -> str | None:
     parts = {part: getattr(field.annotation, "model_fields", {}) for part, field in RunConfig.model_fields.items()}
     matches = [f"{part}.{name}" for part, fields in parts.items() if name in fields]
     return matches[0] if len(matches) == 1 else None
+
+
+def is_list(key: str) -> bool:
+    """Whether a setting of a run, such as ``optimizer.betas``, holds several values."""
+    from toolkit.training.run_config import RunConfig  # only a mistake needs it
+
+    part, _, name = key.partition(".")
+    field = RunConfig.model_fields.get(part)
+    settings = getattr(field.annotation, "model_fields", {}) if field is not None else {}
+    return name in settings and isinstance(settings[name].default, (tuple, list))
 
 
 def _with_value(word: str, following: str | None) -> str:
@@ -155,7 +166,8 @@ def check_values(parsed: Iterable[Override], needed: Iterable[str]) -> None:
         if override.is_delete() and key in needed:
             raise ConfigError(f"{text}: every run needs {key}; leave this out for its default")
         if isinstance(value, list) and _is_choice(key) and key not in (*COMPOSABLE, "plugins"):
-            raise ConfigError(f"{text}: {key} takes one choice; add -m to sweep: -m {key}={','.join(map(str, value))}")
+            several = "add -m to sweep: -m" if len(value) > 1 else "try:"
+            raise ConfigError(f"{text}: {key} takes one choice; {several} {key}={','.join(map(str, value))}")
         if text.endswith("=None") and "." in key:
             raise ConfigError(f"{text} is the text 'None'; for no value write {key}=null")
 

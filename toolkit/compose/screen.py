@@ -67,6 +67,11 @@ def missing_keys(base: DictConfig, parsed: Sequence[Override]) -> list[str]:
     return [key for key in keys if not _has(base, key)]
 
 
+def adds_what_exists(base: DictConfig, parsed: Sequence[Override]) -> bool:
+    """Whether an override with a plus names a key that a configuration has, which Hydra refuses."""
+    return any(o.is_add() and _sets_a_value(o) and _has(base, str(o.key_or_group)) for o in parsed)
+
+
 def _has(node: Any, key: str) -> bool:
     for part in key.split("."):
         if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):

@@ -29,7 +29,7 @@ from toolkit.compose.diagnosis import (
     unreadable_file,
     what_hydra_says,
 )
-from toolkit.compose.grammar import check_repeated, check_values
+from toolkit.compose.grammar import check_repeated, check_values, is_list
 from toolkit.compose.overrides import (
     adapted,
     check_policy_loss_keys,
@@ -42,7 +42,7 @@ from toolkit.compose.overrides import (
 )
 from toolkit.compose.plugins import load_plugins
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
-from toolkit.compose.screen import choices_of, missing_keys, with_values
+from toolkit.compose.screen import adds_what_exists, choices_of, missing_keys, with_values
 from toolkit.compose.settings import settings_in
 from toolkit.errors import ConfigError
 from toolkit.losses.config.base import BaseLossConfig
@@ -219,7 +219,7 @@ def _screened(parsed: Sequence[Override], taken: Sequence[str], root: Root) -> D
         return None
     check_where_options_are(parsed, base)
     missing = missing_keys(base, [o for o, text in zip(parsed, taken, strict=True) if not text.startswith("++")])
-    if missing:
+    if missing or adds_what_exists(base, parsed):
         mistake = _wrong_key(parsed, base, root)
         if mistake is not None:
             raise ConfigError(mistake)
@@ -292,6 +292,8 @@ def check_command_line(
         key, _, values = str(sweeps[0]).partition("=")
         if "." in key and re.fullmatch(r"-?\d+,\d+", values):
             raise ConfigError(f"{sweeps[0]}: a decimal has a point; try: {key}={values.replace(',', '.')}")
+        if is_list(key):
+            raise ConfigError(f"{sweeps[0]}: a list has square brackets; try: {key}=[{values}]")
         both = f"write {key}=[{values}] to apply all, or " if key == "correction" else ""
         raise ConfigError(f"{sweeps[0]} names several values; {both}add -m to run one job for each")
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:

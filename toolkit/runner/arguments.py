@@ -188,13 +188,15 @@ def check_has_graph(loss: Tensor | None, where: str, reason: str = "") -> None:
 
 
 def why_without_graph(hidden_states: Tensor, head_weight: Tensor, context: str) -> str:
-    """Say why a loss has no gradient.
+    """Say why a loss that is computed now has no gradient.
 
     Args:
         hidden_states: [B, T, D].
         head_weight: [V, D].
         context: the class that computed its values.
     """
+    if not torch.is_grad_enabled():
+        return "the runner was called under torch.no_grad() (or inference_mode); call it outside"
     if hidden_states.requires_grad or head_weight.requires_grad:
         return (
             f"the values that {context} returned have none, although hidden states or head require one; leave out "

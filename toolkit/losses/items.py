@@ -204,8 +204,13 @@ def _shapes(name: str, shape: torch.Size) -> str:
 
 
 def _how_to_align(name: str, shape: torch.Size, labels: torch.Size) -> str:
-    """Say how log-probabilities [B, C] of `shape` are brought to `labels` [B, T]; empty for other shapes and fields."""
-    if not name.endswith("logprobs") or len(shape) != 2 or len(labels) != 2 or shape[0] != labels[0]:
+    """Say how values by token [B, C] of `shape` are brought to `labels` [B, T]; empty for other shapes and fields."""
+    if (
+        not (name.endswith("logprobs") or name == "advantages")
+        or len(shape) != 2
+        or len(labels) != 2
+        or shape[0] != labels[0]
+    ):
         return ""
     missing = labels[1] - shape[1]
     if shape[1] == 1:

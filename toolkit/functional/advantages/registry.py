@@ -75,6 +75,7 @@ ADVANTAGES = Registry(
     entry=Advantage,
     package="toolkit.functional.advantages",
     key="advantage",
+    usage="options go to compute: write advantage({!r}).compute(RewardTerms(...), {})",
     how="register_advantage of toolkit.functional.advantages",
     reserved=("estimator", "options"),
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
-from toolkit.errors import ConfigError, DataError, warn_once
+from toolkit.errors import ConfigError, DataError, a_type, warn_once
 from toolkit.explain.lint import mistyped_values
 from toolkit.head import HeadPlan
 from toolkit.losses.config.base import BaseLossConfig
@@ -209,18 +209,16 @@ class LossRunner:
         """
         check_has_graph(None, "step()")
         if not callable(forward):
-            raise DataError(
-                f"forward is a {type(forward).__name__}; give a function forward(batch) that returns {RETURNS}"
-            )
+            raise DataError(f"forward is {a_type(forward)}; give a function forward(batch) that returns {RETURNS}")
         if isinstance(batches, Mapping):
             raise DataError("step() takes a list of batches; for a single one write step([batch], forward)")
         if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-            raise DataError(f"batches is a {type(batches).__name__}; give a list of mappings, one for each micro-batch")
+            raise DataError(f"batches is {a_type(batches)}; give a list of mappings, one for each micro-batch")
         rows = [dict(each) if isinstance(each, LossContextInputItem) else each for each in batches]
         strange = next((batch for batch in rows if not isinstance(batch, Mapping)), None)
         if strange is not None:
             raise DataError(
-                f"batches holds a {type(strange).__name__}; give a mapping of fields for each micro-batch, such as "
+                f"batches holds {a_type(strange)}; give a mapping of fields for each micro-batch, such as "
                 "dict(input_ids=..., advantages=...)"
             )
         if not rows:

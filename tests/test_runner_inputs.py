@@ -215,6 +215,84 @@ def test_log_probabilities_of_a_neighbour_are_noticed(wrong: Callable, expected:
         assert re.search(expected, messages[0]), messages
 
 
+def test_a_mask_of_another_name_beside_ours_is_for_the_forward(hidden: Tensor, head: torch.nn.Linear) -> None:
+    mask = torch.ones_like(IDS)
+    batch = {"input_ids": IDS, "loss_mask": mask, "completion_mask": mask, "advantages": ADVANTAGES}
+    masks = []
+    LossRunner(GRPOLossConfig()).step([batch], lambda each: (masks.append(each["completion_mask"]), (hidden, head))[1])
+    assert masks[0] is mask
+
+
+def written_by_a_good_model() -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids [2, 30], hidden states [2, 30, 11] of probability 1 / (1 + 10 e^-8) for the next one, and a head.
+
+    Its log is -0.0033; that of another token is 8 less, and one in eleven tokens equals its neighbour.
+    """
+    ids = torch.randint(0, 11, (2, 30), generator=torch.Generator().manual_seed(0))
+    return ids, F.one_hot(ids.roll(-1, -1), 11).float(), 8 * torch.eye(11)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda ids, hidden: (hidden[:, :-1], {"input_ids": ids[:, 1:]}), "shifted twice.*all of them, not input_ids"),
+        (lambda ids, hidden: (hidden, {"shifted_labels": ids}), "labels seem not to be shifted"),
+        (lambda ids, hidden: (hidden[:, 1:], {"input_ids": ids}), r"or hidden_states\[:, 1:\] was passed"),
+        (lambda ids, hidden: (hidden, {"input_ids": ids}), None),
+        (lambda ids, hidden: (hidden[:, :-1], {"input_ids": ids}), None),
+        (lambda ids, hidden: (hidden[:, :-1], {"shifted_labels": ids[:, 1:]}), None),
+    ],
+)
+@pytest.mark.parametrize("is_cross_entropy", [False, True])
+def test_labels_of_a_neighbour_are_noticed(call: Callable, expected: str | None, is_cross_entropy: bool) -> None:
+    ids, hidden, head = written_by_a_good_model()
+    hidden, fields = call(ids, hidden)
+    fields = fields if is_cross_entropy else {**fields, "advantages": 1.0}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LossRunner(CELossConfig() if is_cross_entropy else GRPOLossConfig())(hidden, head, **fields)
+    messages = [str(each.message) for each in caught]
+    assert len(messages) == (expected is not None), messages
+    if expected is not None:
+        assert re.search(f"the labels have log-probability -7.* but -0.0033 .*{expected}", messages[0]), messages
+
+
+def test_labels_that_are_shifted_twice_are_noticed_by_right_old_logprobs() -> None:
+    """Nearly uniform, so the labels themselves say nothing."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(2, 9, 4, generator=generator), 0.1 * torch.randn(11, 4, generator=generator)
+    ids = torch.randint(0, 11, (2, 9), generator=generator)
+    old = (hidden @ head.T).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    runner = LossRunner(GRPOLossConfig())
+    with pytest.warns(UserWarning, match="old_logprobs differ .*labels seem to be shifted twice"):
+        runner(hidden[:, :-1], head, input_ids=ids[:, 1:], advantages=1.0, old_logprobs=old)
+    runner = LossRunner(GRPOLossConfig())
+    with pytest.warns(UserWarning, match="old_logprobs differ .*labels seem not to be shifted"):
+        runner(hidden, head, shifted_labels=ids, advantages=1.0, old_logprobs=F.pad(old, (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"),
+    [
+        (0, None),
+        (1, r"0 at the first scored position .* not 0 just after the last one: value t seems to be of token t\."),
+        (-1, r"0 at the last scored position .* not 0 just before the first one: .* of token t \+ 2\."),
+    ],
+)
+def test_advantages_of_a_neighbour_are_noticed(
+    hidden: Tensor, head: torch.nn.Linear, shift: int, expected: str | None
+) -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]])
+    advantages = ADVANTAGES.unsqueeze(-1) * mask.roll(shift - 1, -1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LossRunner(GRPOLossConfig())(hidden, head, input_ids=IDS, loss_mask=mask, advantages=advantages)
+    messages = [str(each.message) for each in caught]
+    assert len(messages) == (expected is not None), messages
+    if expected is not None:
+        assert re.search(expected, messages[0]), messages
+
+
 def test_what_learns_nothing_is_noticed(hidden: Tensor, head: torch.nn.Linear) -> None:
     runner = LossRunner.from_overrides(["loss=grpo"])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]])

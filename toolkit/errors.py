@@ -56,6 +56,12 @@ def listed(options: Iterable[object], joiner: str = "or") -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {joiner} {words[-1]}"
 
 
+def a_type(value: object) -> str:
+    """Return what a `value` is, for a sentence: ``"an int"``, ``"a Tensor"`` or ``"None"``."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
 _warned: set[str] = set()
 
 

@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
-from toolkit.errors import ConfigError, ToolkitError, did_you_mean, listed, nearest
+from toolkit.errors import ConfigError, ToolkitError, a_type, did_you_mean, listed, nearest
 
 _where: ContextVar[str | None] = ContextVar("where", default=None)
 MAX_SHOWN = 60
@@ -219,7 +219,7 @@ def _explain_one(model: type[BaseModel], where: str | None, item: dict[str, Any]
         hint = _name_of_a_peer(path, value) or hint
         return f"{path}={_shown(value)} is not one of the choices; choose {listed(options)}{hint}"
     if item["type"] == "is_instance_of" and context.get("class") == "Tensor":
-        return f"{path} is a {type(value).__name__}; it must be a tensor: torch.as_tensor(...)"
+        return f"{path} is {a_type(value)}; it must be a tensor: torch.as_tensor(...)"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "string_type" and where and type(value) in (int, float):
         message += f"; quote it: \"{path}='{value}'\""

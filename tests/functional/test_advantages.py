@@ -346,7 +346,7 @@ def test_documentation_has_a_title_and_a_source(name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"group_ids": None}, r"RewardTerms.group_ids is a NoneType; it must be a tensor \[S\]: one integer for each"),
+        ({"group_ids": None}, r"RewardTerms.group_ids is None; it must be a tensor \[S\]: one integer for each"),
         ({"rewards": [1.0, 2.0]}, r"RewardTerms.rewards is a list; it must be a tensor \[S\]"),
         ({"group_ids": torch.zeros(3)}, r"group_ids has shape \[3\] beside rewards of shape \[2\]; it must be \[S\]"),
         ({"rewards": torch.zeros(2, 4)}, r"rewards has shape \[2, 4\] .*; it must be \[S\]"),

@@ -3,7 +3,7 @@
 import copy
 import pickle
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -153,3 +153,25 @@ def test_int32_labels() -> None:
 
 def test_repr_shows_shapes_not_numbers() -> None:
     assert repr(random_item((1, 4))).startswith("RLLossContextInputItem(shifted_labels=[1, 4] int64, advantages=[1, 4]")
+
+
+def test_an_optional_field_declares_its_layout_inside_or_around_the_union() -> None:
+    class Around(RLLossContextInputItem):
+        is_tool: Annotated[torch.Tensor | None, PerToken(pad=0.0)] = None
+
+    class Inside(RLLossContextInputItem):
+        is_tool: Annotated[torch.Tensor, PerToken(pad=0.0)] | None = None
+
+    for item_cls in (Around, Inside):
+        (_, last) = item_cls(shifted_labels=LABELS, is_tool=torch.tensor([[1.0, 0.0, 1.0, 2.0]])).chunk(3)
+        assert last.is_tool is not None
+        assert last.is_tool.tolist() == [[2.0]]
+
+    class Undeclared(RLLossContextInputItem):
+        is_tool: torch.Tensor | None = None
+
+    expected = (
+        r"write is_tool: Annotated\[Tensor \| None, PerToken\(pad=0\.0\)\] = None if .*from toolkit import PerToken"
+    )
+    with pytest.raises(DataError, match=expected):
+        Undeclared(shifted_labels=LABELS, is_tool=torch.zeros(1, 4))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import DocInfo, Ge, Gt, Le
 from pydantic import ConfigDict, Field, create_model
 
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, a_type
 from toolkit.schema import Config
 
 Anchor = Annotated[Literal["old", "rollout", "self"], DocInfo("what the ratio divides by")]
@@ -53,7 +53,7 @@ def options_model(kind: str, name: str, function: Callable[..., Any], *, reserve
             reserved name.
     """
     if not callable(function):
-        raise ConfigError(f"{kind} {name!r} must be a function, not a {type(function).__name__}")
+        raise ConfigError(f"{kind} {name!r} must be a function, not {a_type(function)}")
     parameters = list(inspect.signature(function).parameters.values())
     if not parameters:
         raise ConfigError(f"{kind} {name!r} takes no arguments; its first one gets the tensors: def {name}(t)")

@@ -83,6 +83,8 @@ class Registry(Generic[EntryT]):
     """The setting that selects by name, such as "loss_type"."""
     how: str
     """The decorator that registers a custom function."""
+    usage: str
+    """Where options go, with a name and options to fill in; for a message."""
     reserved: tuple[str, ...]
     """Names that no option may have."""
     entries: dict[str, EntryT] = field(default_factory=dict)
@@ -125,12 +127,19 @@ class Registry(Generic[EntryT]):
             )
         self.entries[entry.name] = entry
 
-    def get(self, name: str) -> EntryT:
+    def get(self, name: str, **options: Any) -> EntryT:
         """Return the function called `name`.
+
+        Args:
+            name: of the function.
+            options: raises; they are set where the function is used.
 
         Raises:
             ConfigError: the name is unknown; the message lists the known ones.
         """
+        if options:
+            pairs = ", ".join(f"{key}={value!r}" for key, value in options.items())
+            raise ConfigError(f"{self.kind} {name!r} is looked up by its name alone; {self.usage.format(name, pairs)}")
         if name in self.entries:  # called for every chunk; listing the modules takes longer
             return self.entries[name]
         names = self.names()

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from toolkit.errors import DataError
+from toolkit.errors import DataError, a_type
 from toolkit.metrics import wide_dtype
 
 Level = Literal["group", "batch"]
@@ -64,8 +64,8 @@ class RewardTerms:
             ("group_ids", "one integer for each sequence, the same for all completions of one prompt"),
         ):
             if not isinstance(getattr(self, name), Tensor):
-                kind = type(getattr(self, name)).__name__
-                raise DataError(f"RewardTerms.{name} is a {kind}; it must be a tensor [S]: {what}")
+                kind = a_type(getattr(self, name))
+                raise DataError(f"RewardTerms.{name} is {kind}; it must be a tensor [S]: {what}")
         for field in fields(self):
             values = getattr(self, field.name)
             if values is None or field.name == "reward_weights":

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from toolkit.errors import ConfigError, DataError, did_you_mean
+from toolkit.errors import ConfigError, DataError, did_you_mean, listed
 from toolkit.functional.names import MAX_LOG_RATIO
 from toolkit.functional.options import Anchor
 from toolkit.functional.ratios import bounded
@@ -21,6 +21,7 @@ from toolkit.functional.segments import segment_mean, segment_sum, suffix_sum
 from toolkit.metrics import Max, Mean, Metric, Min
 from toolkit.peers.batch_fields import counterpart_field
 
+ANCHORS: tuple[str, ...] = get_args(get_args(Anchor)[0])
 LogRatioRange = tuple[float | None, float | None]
 KINDS: dict[str, type[Mean] | type[Min] | type[Max]] = {"mean": Mean, "min": Min, "max": Max}
 
@@ -110,8 +111,11 @@ class PolicyTerms:
         """Return what a ratio divides by, [N]: "old", "rollout", or "self" (the current ones, without gradient).
 
         Raises:
+            ConfigError: `anchor` is another one.
             DataError: `anchor` is "rollout" and `rollout_logprobs` is None.
         """
+        if anchor not in ANCHORS:
+            raise ConfigError(_unknown_anchor(anchor))
         if anchor == "self":
             return self.logprobs.detach()
         return self.old_logprobs if anchor == "old" else self.require("rollout_logprobs")
@@ -221,3 +225,13 @@ class PolicyTerms:
                 f"register it with @register_policy_loss(name, scope={scope!r})"
             )
         return ids
+
+
+def _unknown_anchor(anchor: object) -> str:
+    """Return the error message for what no ratio divides by."""
+    others = {"ref": "ref_logprobs", "reference": "ref_logprobs", "teacher": "teacher_logprobs"}
+    name = others.get(str(anchor).removesuffix("_logprobs"))
+    what = f"anchor={anchor!r} of a ratio is unknown; choose {listed(ANCHORS)}"
+    if name is not None:
+        return f"{what}; the log ratio to {name} is t.logprobs - t.require({name!r})"
+    return what + did_you_mean(str(anchor), ANCHORS)

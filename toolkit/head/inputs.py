@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError, DataError, a_type
 from toolkit.head.logits import LogitTransform
 from toolkit.head.options import HeadOptions
 from toolkit.head.vocabulary import VocabGroup, local_part, replicated
@@ -101,7 +101,7 @@ def head_inputs(
     for name, value in (("hidden_states", hidden_states), ("head_weight", head_weight), ("labels", labels)):
         if not isinstance(value, Tensor):
             remedy = "give its weight" if isinstance(value, torch.nn.Module) else "give torch.as_tensor(...)"
-            raise DataError(f"{name} is a {type(value).__name__}; it must be a tensor: {remedy}")
+            raise DataError(f"{name} is {a_type(value)}; it must be a tensor: {remedy}")
     hidden_states, ignore_idx = replicated(hidden_states), options.ignore_idx
     for tensor in (hidden_states, head_weight, head_bias):
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self, TypeGuard
 import torch
 from torch import Tensor
 
-from toolkit.errors import DataError
+from toolkit.errors import DataError, a_type
 from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.losses.record import PerToken, TensorRecord
 from toolkit.losses.shift import has_next, shift_labels, shift_values
@@ -83,7 +83,7 @@ class LossContextInputItem(TensorRecord):
         if mask_name is not None and mask_name not in cls.model_fields:
             raise DataError(f"{mask_name} is not a field of an item; from_unshifted takes it as mask=...")
         if not is_token_ids(input_ids):
-            what = input_ids.dtype if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
+            what = input_ids.dtype if isinstance(input_ids, Tensor) else a_type(input_ids)
             raise DataError(f"input_ids is {what}; give token ids as an integer tensor [B, T] (torch.as_tensor(...))")
         if cu_seq_lens is not None and not has_last_hidden:
             raise DataError("a packed row has a hidden state for every token: leave has_last_hidden=True")
@@ -204,8 +204,13 @@ def _shapes(name: str, shape: torch.Size) -> str:
 
 
 def _how_to_align(name: str, shape: torch.Size, labels: torch.Size) -> str:
-    """Say how log-probabilities [B, C] of `shape` are brought to `labels` [B, T]; empty for other shapes and fields."""
-    if not name.endswith("logprobs") or len(shape) != 2 or len(labels) != 2 or shape[0] != labels[0]:
+    """Say how values by token [B, C] of `shape` are brought to `labels` [B, T]; empty for other shapes and fields."""
+    if (
+        not (name.endswith("logprobs") or name == "advantages")
+        or len(shape) != 2
+        or len(labels) != 2
+        or shape[0] != labels[0]
+    ):
         return ""
     missing = labels[1] - shape[1]
     if shape[1] == 1:

@@ -76,7 +76,7 @@ class TensorRecord(Model):
                 mark = "PerToken(pad=0.0)" if kind is PerToken else "Shared()"
                 raise ConfigError(
                     f"class {cls.__name__}: {kind.__name__} is the layout of {name}, not its type; write "
-                    f"{name}: Annotated[Tensor, {mark}]"
+                    f"{_annotated(cls, name, mark)}"
                 )
 
     @classmethod
@@ -90,8 +90,8 @@ class TensorRecord(Model):
             return mark
         raise DataError(
             f"{cls.__name__}.{name} is a tensor without a declared layout; write "
-            f"{name}: Annotated[Tensor, PerToken(pad=0.0)] if it has one value per position, else "
-            "Annotated[Tensor, Shared()]"
+            f"{_annotated(cls, name, 'PerToken(pad=0.0)')} if it has one value per position, else Shared() in place of "
+            "PerToken(pad=0.0); from typing import Annotated, from toolkit import PerToken, Shared"
         )
 
     @classmethod
@@ -175,7 +175,20 @@ def _mark_of(record: type[TensorRecord], name: str) -> PerToken | Shared | None:
     """Return what a class, or one that it extends, declares for a field."""
     for owner in record.__mro__:
         field = getattr(owner, "model_fields", {}).get(name)
-        for mark in field.metadata if field is not None else ():
+        for mark in (*field.metadata, *_marks_inside(field.annotation)) if field is not None else ():
             if isinstance(mark, (PerToken, Shared)):
                 return mark
     return None
+
+
+def _marks_inside(annotation: Any) -> Iterator[Any]:
+    """Yield what is declared inside a union: ``Annotated[Tensor, PerToken(pad=0.0)] | None``."""
+    for part in get_args(annotation):
+        yield from getattr(part, "__metadata__", ())
+
+
+def _annotated(record: type[TensorRecord], name: str, mark: str) -> str:
+    """Return how field `name` is declared with a layout."""
+    field = record.model_fields.get(name)
+    is_optional = field is not None and not field.is_required()
+    return f"{name}: Annotated[Tensor{' | None' * is_optional}, {mark}]{' = None' * is_optional}"

@@ -42,6 +42,7 @@ def shift_labels(
         if mask is not None and mask.shape != input_ids.shape:
             raise DataError(
                 f"{name} has shape {list(mask.shape)}; it must be that of input_ids, {list(input_ids.shape)}"
+                f"{_how_to_pad(name, mask.shape, input_ids.shape)}"
             )
         if mask is not None and mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
             raise DataError(
@@ -52,6 +53,16 @@ def shift_labels(
     if loss_mask is not None:
         is_scored = is_scored & shift_values(loss_mask.bool(), is_scored, pad=False)
     return shift_values(input_ids, is_scored, pad=ignore_idx)
+
+
+def _how_to_pad(name: str, shape: torch.Size, wanted: torch.Size) -> str:
+    """Say how a mask [B, C] of `shape`, which marks completions, becomes [B, T]; empty for other masks."""
+    if name != "loss_mask" or len(shape) != 2 or shape[:-1] != wanted[:-1] or shape[1] >= wanted[1]:
+        return ""
+    return (
+        f". If it is of the last {shape[1]} tokens (a completion), write torch.nn.functional.pad({name}, "
+        f"({wanted[1] - shape[1]}, 0))"
+    )
 
 
 def has_next(

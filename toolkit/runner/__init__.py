@@ -1,5 +1,6 @@
 """`LossRunner`: a loss on plain tensors, without items, kwargs and contexts."""
 
-from toolkit.runner.loss_runner import FIELDS, RL_FIELDS, LossResult, LossRunner
+from toolkit.runner.loss_runner import FIELDS, RL_FIELDS, LossRunner
+from toolkit.runner.result import LossResult
 
 __all__ = ["FIELDS", "RL_FIELDS", "LossResult", "LossRunner"]

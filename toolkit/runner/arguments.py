@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.errors import DataError, first_line, warn_once
+from toolkit.errors import DataError, a_type, first_line, warn_once
 from toolkit.head.adapters import Head, HeadTensors
 from toolkit.head.logits import LogitTransform
 from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem, is_token_ids
@@ -40,7 +40,7 @@ def head_tensors(hidden_states: Any, head_weight: Any, head_bias: Tensor | None)
     for name, value in (("hidden_states", hidden), ("head_weight", getattr(head_weight, "weight", head_weight))):
         refuse_meta(name, value)
     if head_bias is not None and not (isinstance(head_bias, Tensor) and head_bias.is_floating_point()):
-        what = head_bias.dtype if isinstance(head_bias, Tensor) else f"a {type(head_bias).__name__}"
+        what = head_bias.dtype if isinstance(head_bias, Tensor) else a_type(head_bias)
         by_name = "**dict(item)" if isinstance(head_bias, LossContextInputItem) else "input_ids=..., advantages=..."
         raise DataError(
             f"head_bias is {what}; it must be a floating-point tensor [V]. The fields of the batch are given by name: "
@@ -51,7 +51,7 @@ def head_tensors(hidden_states: Any, head_weight: Any, head_bias: Tensor | None)
         return hidden, head_weight, head_bias
     if not isinstance(head_weight, nn.Module):
         raise DataError(
-            f"head_weight is a {type(head_weight).__name__}; pass the weight [V, D] of the LM head as a tensor, or the "
+            f"head_weight is {a_type(head_weight)}; pass the weight [V, D] of the LM head as a tensor, or the "
             "head itself, such as model.lm_head"
         )
     if callable(getattr(head_weight, "get_output_embeddings", None)):
@@ -117,12 +117,12 @@ def last_hidden(outputs: Any) -> Tensor:
         return layers[-1]
     if _part(outputs, "logits") is not None:
         raise DataError(
-            f"hidden_states is a {type(outputs).__name__} with logits but without hidden states; call the model with "
+            f"hidden_states is {a_type(outputs)} with logits but without hidden states; call the model with "
             "output_hidden_states=True, or pass the output of its trunk (model.model(...))"
         )
     parts = f" of {len(outputs)}" if isinstance(outputs, (tuple, list)) else ""
     raise DataError(
-        f"hidden_states is a {type(outputs).__name__}{parts}; pass the last hidden states [B, T, D] as a "
+        f"hidden_states is {a_type(outputs)}{parts}; pass the last hidden states [B, T, D] as a "
         "floating-point tensor with its graph, such as outputs.hidden_states[-1] or outputs.last_hidden_state"
     )
 
@@ -140,7 +140,7 @@ def call_forward(forward: Callable[[Any], Any], batch: Mapping[str, Any]) -> Any
     if not isinstance(forward, nn.Module):
         return forward(batch)
     hint = (
-        f"forward is a {type(forward).__name__}; step() calls it with the batch, a mapping of fields. Write "
+        f"forward is {a_type(forward)}; step() calls it with the batch, a mapping of fields. Write "
         "lambda batch: (trunk(batch['input_ids']), lm_head), e.g. with model.model and model.lm_head"
     )
     if callable(getattr(forward, "get_output_embeddings", None)):
@@ -162,7 +162,7 @@ def returned_by(forward_output: Any) -> HeadTensors:
         shape = f" of shape {list(forward_output.shape)}" if isinstance(forward_output, Tensor) else ""
         number = "" if parts is None else f" of {len(parts)}"
         raise DataError(
-            f"forward returned a {type(forward_output).__name__}{shape}{number}; it must return {RETURNS}, such as "
+            f"forward returned {a_type(forward_output)}{shape}{number}; it must return {RETURNS}, such as "
             "lambda batch: (trunk(batch), model.lm_head)"
         )
     return head_tensors(*parts, *([None] if len(parts) == 2 else []))
@@ -188,13 +188,15 @@ def check_has_graph(loss: Tensor | None, where: str, reason: str = "") -> None:
 
 
 def why_without_graph(hidden_states: Tensor, head_weight: Tensor, context: str) -> str:
-    """Say why a loss has no gradient.
+    """Say why a loss that is computed now has no gradient.
 
     Args:
         hidden_states: [B, T, D].
         head_weight: [V, D].
         context: the class that computed its values.
     """
+    if not torch.is_grad_enabled():
+        return "the runner was called under torch.no_grad() (or inference_mode); call it outside"
     if hidden_states.requires_grad or head_weight.requires_grad:
         return (
             f"the values that {context} returned have none, although hidden states or head require one; leave out "
@@ -228,7 +230,7 @@ def labels_of(fields: Mapping[str, Any], num_positions: int | None, ignore_idx: 
         kind = f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids)
         raise DataError(f"input_ids is {kind}; give token ids as integers, [B, T]")
     if mask is not None and not isinstance(mask, Tensor):
-        raise DataError(f"loss_mask is a {type(mask).__name__}; give [B, T], 1 on the tokens that count")
+        raise DataError(f"loss_mask is {a_type(mask)}; give [B, T], 1 on the tokens that count")
     if mask is not None and mask.dim() == 2 and input_ids.dim() == 1:
         raise DataError(
             f"input_ids has shape {list(input_ids.shape)}, but loss_mask {list(mask.shape)}; give one row as [1, T]: "
@@ -267,7 +269,7 @@ def as_tensor(name: str, value: Any, device: torch.device | None) -> Any:
         mark = RLLossContextInputItem.layout(name) if name in RLLossContextInputItem.model_fields else None
         is_integer = name in INTEGERS or (isinstance(mark, PerToken) and mark.kind == "integer")
         raise DataError(
-            f"{name} is a {type(value).__name__} that cannot be converted to a tensor ({first_line(error)}); "
+            f"{name} is {a_type(value)} that cannot be converted to a tensor ({first_line(error)}); "
             f"give a tensor of {'integers' if is_integer else 'numbers'}, with rows of one length"
         ) from None
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
-from toolkit.errors import ConfigError, DataError, warn_once
+from toolkit.errors import ConfigError, DataError, a_type, warn_once
 from toolkit.explain.lint import mistyped_values
 from toolkit.head import HeadPlan
 from toolkit.losses.config.base import BaseLossConfig
@@ -24,7 +23,7 @@ from toolkit.losses.context import BaseLossContext
 from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
 from toolkit.losses.step.builder import item_class
 from toolkit.losses.step.weights import loss_metric
-from toolkit.metrics import Metric, Metrics, merge_metrics, metrics_in, to_floats
+from toolkit.metrics import Metric, merge_metrics, metrics_in, to_floats
 from toolkit.runner.arguments import (
     RETURNS,
     as_tensor,
@@ -38,7 +37,15 @@ from toolkit.runner.arguments import (
     spread,
     why_without_graph,
 )
-from toolkit.runner.mistakes import NotATuple, not_a_config, not_a_field, not_a_list, not_of_loss
+from toolkit.runner.mistakes import (
+    BY_NAME,
+    naming_batches,
+    not_a_config,
+    not_a_field,
+    not_a_list,
+    not_of_loss,
+)
+from toolkit.runner.result import LossResult
 from toolkit.runner.suspicions import warn_of_frozen, warn_of_log_probabilities, warn_of_masks, warn_of_values
 
 RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
@@ -46,50 +53,6 @@ FIELDS = ("input_ids", "shifted_labels", "loss_mask", "attention_mask", "cu_seq_
 """Keys of a batch that the loss reads; all others are for the caller's forward."""
 Forward = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 """``forward(batch) -> (hidden_states, head_weight)`` or ``(hidden_states, head_weight, head_bias)``; see `__call__`."""
-
-
-@dataclass(frozen=True)
-class LossResult(NotATuple):
-    """A loss and its metrics: ``loss, metrics = result.loss, result.metrics``."""
-
-    loss: Tensor
-    """Scalar; with a live graph when it comes from a call, detached when it comes from `LossRunner.step`."""
-    raw_metrics: Metrics
-    """Mergeable metrics by name, still on the device."""
-    is_of_step: bool = field(default=False, repr=False)
-    """Whether it comes from `LossRunner.step`, which has already accumulated the gradients."""
-    _reason: str = field(default="", repr=False)
-    """Why the loss has no gradient, if it has none."""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The metrics as numbers; NaN where nothing was measured."""
-        return to_floats(self.raw_metrics)
-
-    def backward(self) -> None:
-        """Call ``loss.backward()``.
-
-        Raises:
-            DataError: nothing that the loss was computed from requires a gradient, or it comes from `LossRunner.step`.
-        """
-        if self.is_of_step:
-            raise DataError(
-                "step() has already accumulated the gradients of its batches; leave out backward() and call "
-                "optimizer.step()"
-            )
-        check_has_graph(self.loss, "backward()", self._reason)
-        try:
-            self.loss.backward()
-        except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise DataError(
-                "backward() was called twice: the first call freed the graph; call the model and the runner again"
-            ) from None
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items() if name != "loss")
-        return f"LossResult(loss={float(self.loss.detach()):.6g}, {shown})"
 
 
 class LossRunner:
@@ -142,7 +105,7 @@ class LossRunner:
         hidden_states: Any,
         head_weight: Any,
         head_bias: Tensor | None = None,
-        *,
+        *by_position: Any,
         input_ids: Tensor | None = None,
         shifted_labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
@@ -170,8 +133,8 @@ class LossRunner:
         ``runner(hidden, head, **dict(item))`` takes the item.
 
         Fields may be tensors, lists or arrays. The first call warns of what was probably not meant: padding or a prompt
-        that is scored, log-probabilities of another token, a frozen model, rewards as advantages. It waits for the
-        device and computes the logits of up to 256 tokens again; later calls do neither.
+        that is scored, log-probabilities, labels or advantages of another token, a frozen model, rewards as advantages.
+        It waits for the device and computes the logits of up to 256 tokens again; later calls do neither.
 
         Args:
             hidden_states: [B, T, D]; or the output of a model of transformers, of which the last ones are taken.
@@ -196,14 +159,17 @@ class LossRunner:
             ref_topk_ids: [B, T, K] the same of the reference.
             ref_topk_logprobs: [B, T, K] the same of the reference; for an exact KL.
             cu_seq_lens: [S + 1] boundaries of the sequences in one packed row.
+            by_position: raises; all fields are given by name.
             extra_fields: other fields that the items of a custom loss declare.
 
         Raises:
             DataError: a field is missing, has the wrong shape, or is not finite at a scored position.
         """
         fields = dict(locals())  # every argument by its name
-        self._check_names(extra_fields)
+        if by_position:
+            raise DataError(BY_NAME.format(type(by_position[0]).__name__))
         fields = {name: fields[name] for name in FIELDS} | extra_fields
+        self._check_names(fields)
         head = head_tensors(hidden_states, head_weight, head_bias)
         context = self._context(fields, head[0])
         loss, extra = context.forward(*head)
@@ -243,18 +209,16 @@ class LossRunner:
         """
         check_has_graph(None, "step()")
         if not callable(forward):
-            raise DataError(
-                f"forward is a {type(forward).__name__}; give a function forward(batch) that returns {RETURNS}"
-            )
+            raise DataError(f"forward is {a_type(forward)}; give a function forward(batch) that returns {RETURNS}")
         if isinstance(batches, Mapping):
             raise DataError("step() takes a list of batches; for a single one write step([batch], forward)")
         if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-            raise DataError(f"batches is a {type(batches).__name__}; give a list of mappings, one for each micro-batch")
+            raise DataError(f"batches is {a_type(batches)}; give a list of mappings, one for each micro-batch")
         rows = [dict(each) if isinstance(each, LossContextInputItem) else each for each in batches]
         strange = next((batch for batch in rows if not isinstance(batch, Mapping)), None)
         if strange is not None:
             raise DataError(
-                f"batches holds a {type(strange).__name__}; give a mapping of fields for each micro-batch, such as "
+                f"batches holds {a_type(strange)}; give a mapping of fields for each micro-batch, such as "
                 "dict(input_ids=..., advantages=...)"
             )
         if not rows:
@@ -265,7 +229,9 @@ class LossRunner:
         bounds = None if all(value is None for value in cu_seq_lens) else cu_seq_lens
         context = self.loss_cfg.loss_ctx_cls
         parts: list[dict[str, Metric]] = []
-        for batch, kwargs in zip(rows, context.build_batches_loss_kwargs(items, self.loss_cfg, bounds), strict=True):
+        with naming_batches("batches"):
+            built = context.build_batches_loss_kwargs(items, self.loss_cfg, bounds)
+        for batch, kwargs in zip(rows, built, strict=True):
             hidden_states, weight, bias = returned_by(call_forward(forward, batch))
             width = kwargs.shifted_labels.shape[-1]
             if hidden_states.shape[-2] == width - 1 and batch.get("input_ids") is not None:
@@ -292,7 +258,8 @@ class LossRunner:
         item = self._item(fields, hidden_states.shape[-2] if hidden_states.dim() > 1 else None)
         bounds = None if fields.get("cu_seq_lens") is None else [fields["cu_seq_lens"]]
         context = self.loss_cfg.loss_ctx_cls
-        (kwargs,) = context.build_batches_loss_kwargs([item], self.loss_cfg, bounds)
+        with naming_batches(""):
+            (kwargs,) = context.build_batches_loss_kwargs([item], self.loss_cfg, bounds)
         return context(self.loss_cfg, kwargs)
 
     def _item(self, fields: Mapping[str, Any], num_positions: int | None) -> LossContextInputItem:

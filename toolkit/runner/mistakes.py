@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from toolkit.errors import DataError, did_you_mean
 from toolkit.losses.config.base import BaseLossConfig
+
+BY_NAME = (
+    "the runner takes hidden_states, head_weight and head_bias by position, not a fourth one ({}); the fields of the "
+    "batch are given by name: input_ids=..., advantages=..."
+)
+"""The error message for a field that is given by position."""
 
 
 def not_a_config(loss_cfg: Any, settings: Mapping[str, Any]) -> str:
@@ -38,38 +43,20 @@ def not_a_config(loss_cfg: Any, settings: Mapping[str, Any]) -> str:
     )
 
 
-class NotATensor(DataError, AttributeError, TypeError):
-    """A result is used as if it were the loss, a tuple or a dict; also the errors that Python raises for that."""
+@contextlib.contextmanager
+def naming_batches(name: str) -> Iterator[None]:
+    """Call the items of a step what the caller of the runner knows: ``batches[1]``, or a field by its name alone.
 
-
-class NotATuple:
-    """Base of a result: what it is not answers with what to write."""
-
-    if not TYPE_CHECKING:  # type checkers report these themselves
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("_"):  # a protocol of Python or IPython
-                raise AttributeError(name)
-            raise NotATensor(
-                f"a LossResult has no {name}; its loss is result.loss, so write result.loss.{name}"
-                if hasattr(Tensor, name)
-                else f"a LossResult has no {name}; it has loss, metrics, raw_metrics and backward()"
-            )
-
-        def __getitem__(self, key: Any) -> Any:
-            how = f"result.metrics[{key!r}] is a number of it" if isinstance(key, str) and key != "loss" else ""
-            raise NotATensor(
-                "a LossResult is not a tuple or a dict; write loss, metrics = result.loss, result.metrics"
-                f"{'; ' if how else ''}{how}"
-            )
-
-        def _computed(self, other: Any) -> Any:
-            raise NotATensor(
-                "a LossResult is not a number; its loss is result.loss. It is averaged already: do not divide it by a "
-                "number of micro-batches or ranks, give all micro-batches to runner.step([...], forward)"
-            )
-
-        __truediv__ = __mul__ = __rmul__ = __add__ = __radd__ = __sub__ = __rsub__ = _computed
+    Args:
+        name: of the list of batches; empty: there is only one.
+    """
+    try:
+        yield
+    except DataError as error:
+        message = str(error)
+        message = message.replace("data_batches[", f"{name}[") if name else message.replace("data_batches[0].", "")
+        error.args = (message.replace("data_batches[0]", "the batch"),)
+        raise
 
 
 def not_a_field(
@@ -99,10 +86,13 @@ def not_a_field(
             return f"{where} but a setting of the loss config; {elsewhere}"
     counterpart, ours = counterpart_field(name, known), replaces(name, known)
     if counterpart is not None and not may_have_others:
-        return f"{where}; {counterpart}"
+        has_it = ours is not None and fields.get(ours) is not None
+        return f"{where}; the batch has {ours} already: leave {name} out" if has_it else f"{where}; {counterpart}"
     is_marked = ours == "loss_mask" and fields.get("shifted_labels") is not None
     if ours is not None and fields.get(ours) is None and not is_marked:
         return f"{name!r} is not read by the loss, and the batch has no {ours}; {counterpart}"
+    if ours is not None and may_have_others:
+        return None  # for the forward: the loss has its field
     hint = did_you_mean(name, known)
     return None if may_have_others and not hint else f"{where}{hint}; it has: {', '.join(known)}"
 

@@ -2,7 +2,7 @@
 
 They wait for the device, which a loop should not do in every step.
 
-Legend: B rows, T positions of a row, D hidden width, V vocabulary, n positions that are compared.
+Legend: B rows, T positions of a row, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import warn_once
-from toolkit.head.logits import LogitTransform
-from toolkit.head.scores import wide_logits
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.oreal import OrealLossConfig
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.context import BaseLossContext
 from toolkit.losses.items import LossContextInputItem
 from toolkit.metrics import Metrics, to_floats
+from toolkit.runner.neighbours import LABELS, NEIGHBOURS, better_labels, better_neighbour
 
 REPEATED = 3
 """Equal tokens at the end (or start) of a row that look like padding, and equal first tokens of two rows that look like
@@ -35,24 +34,6 @@ MISMATCH = {
 """Metric -> the field that it judges, the largest usual value in nats, and what the field holds. A step changes the
 policy by less than its clip range of about 0.2, and samplers differ by about 0.02; log-probabilities of another token
 are off by about an entropy or more, 0.5 to 3 nats. Current ones differ by rounding only, about 0.02 in bf16."""
-COMPARED = 256
-"""Positions whose neighbours are compared: their logits of a vocabulary of 150,000 take 300 MB."""
-FEWEST = 4
-"""Positions below which a neighbour may fit by chance."""
-ROUNDING = 0.02
-"""Nats; what bf16 changes."""
-CLOSER = 0.5
-"""A neighbour fits better if it is off by less than this part: where the policy differs, both are off."""
-NEIGHBOURS = {
-    "by_token": "fit the position before: value t seems to be of token t. They must be of the token that each position "
-    "predicts, token t + 1: shift them by RLLossContextInputItem.from_unshifted",
-    "too_far": "fit the position after: they seem to be shifted twice. Value t must be of token t + 1",
-    "hidden_ahead": "fit the hidden states one position later: hidden_states[:, 1:] was passed where all of them, or "
-    "hidden_states[:, :-1], belong to these labels",
-    "hidden_behind": "fit the hidden states one position earlier; position t must have the state that predicts token "
-    "t + 1",
-}
-"""How log-probabilities can be off by one position, and what to say."""
 
 
 def warn_of_masks(
@@ -127,7 +108,7 @@ def _warn_of_unmasked(input_ids: Tensor, attention_mask: Tensor | None, *, is_po
 
 
 def warn_of_values(item: LossContextInputItem, cfg: BaseLossConfig) -> None:
-    """Warn of advantages [B, T] that look like rewards, and of a reference that nothing reads."""
+    """Warn of advantages [B, T] that look like rewards or indexed by token, and of a reference that nothing reads."""
     if not isinstance(cfg, BaseRLLossConfig):
         return
     ref, advantages = getattr(item, "ref_logprobs", None), getattr(item, "advantages", None)
@@ -138,16 +119,50 @@ def warn_of_values(item: LossContextInputItem, cfg: BaseLossConfig) -> None:
         )
     if advantages is None or "advantages" not in cfg.required_fields or isinstance(cfg, OrealLossConfig):
         return
-    counted = advantages[item.shifted_labels != cfg.ignore_idx]
+    is_scored = item.shifted_labels != cfg.ignore_idx
+    counted = advantages[is_scored]
     is_zero, is_one = counted == 0, counted == 1
-    only, some_zero, some_one = torch.stack([(is_zero | is_one).all(), is_zero.any(), is_one.any()]).tolist()
-    if only and some_zero and some_one:
+    flags = (is_zero | is_one).all(), is_zero.any(), is_one.any(), *_is_off_by_one(advantages, is_scored)
+    only, some_zero, some_one, by_token, too_far = torch.stack(flags).tolist()  # waits for the device once
+    if by_token or too_far:
+        first, last, after, of = (
+            ("first", "last", "after", "token t") if by_token else ("last", "first", "before", "token t + 2")
+        )
+        warn_once(
+            f"advantages are 0 at the {first} scored position of each completion and not 0 just {after} the {last} "
+            f"one: value t seems to be of {of}. It must be of the token that each position predicts, token t + 1: give "
+            "one value for each row, [B], or shift them by RLLossContextInputItem.from_unshifted"
+        )
+    elif only and some_zero and some_one:
         warn_once(
             "advantages are 0 and 1 only, which looks like rewards: nothing then lowers the probability of a wrong "
             "answer. Compare them within the completions of a prompt first: toolkit.functional.advantages."
             "advantage('grpo').compute(RewardTerms(rewards=..., group_ids=...)), with RewardTerms of "
             "toolkit.functional.rewards"
         )
+
+
+def _is_off_by_one(advantages: Tensor, is_scored: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether advantages seem to be one position late (indexed by token) or early, 0-dim bool each.
+
+    Only at the edges of each run of scored positions can it be seen: a value of 0 inside, and one that is lost outside.
+
+    Args:
+        advantages: [B, T].
+        is_scored: [B, T] bool.
+    """
+    none = torch.zeros_like(is_scored[..., :1])
+    scored_before = torch.cat([none, is_scored[..., :-1]], -1)
+    scored_after = torch.cat([is_scored[..., 1:], none], -1)
+    some = (advantages[is_scored] != 0).any()
+
+    def is_lost(inside: Tensor, outside: Tensor) -> Tensor:
+        """Whether values [n] at one edge of the runs are 0, and those [m] behind the other edge are not."""
+        return some & (inside == 0).all() & (outside.isfinite() & (outside != 0)).any()
+
+    first, last = is_scored & ~scored_before, is_scored & ~scored_after
+    behind, ahead = ~is_scored & scored_before, ~is_scored & scored_after
+    return is_lost(advantages[first], advantages[behind]), is_lost(advantages[last], advantages[ahead])
 
 
 def warn_of_frozen(hidden_states: Tensor, head_weight: Tensor, where: str) -> None:
@@ -172,7 +187,7 @@ def warn_of_log_probabilities(
     head_weight: Tensor,
     head_bias: Tensor | None,
 ) -> None:
-    """Warn if log-probabilities that were passed fit a neighbouring position, or are far from the policy's.
+    """Warn if log-probabilities that were passed, or the labels, fit a neighbouring position, or are far off.
 
     Args:
         metrics: of the step.
@@ -181,13 +196,13 @@ def warn_of_log_probabilities(
         head_weight: [V, D].
         head_bias: [V] or None.
     """
-    warned, kwargs = set(), context.loss_kwargs
+    warned, kwargs, head = set(), context.loss_kwargs, (hidden_states, head_weight, head_bias)
     is_plain = context.has_vocabulary and type(head_weight) in (Tensor, torch.nn.Parameter)  # not a shard
     for name in [name for name, *_ in MISMATCH.values() if is_plain and name in type(kwargs).model_fields]:
         values, labels = getattr(kwargs, name), kwargs.shifted_labels
         if values is not None:
             values = values.masked_fill(labels == context.loss_cfg.ignore_idx, math.nan)
-            better = better_neighbour(values, labels, context.transform, hidden_states, head_weight, head_bias)
+            better = better_neighbour(values, labels, context.transform, *head)
             if better is not None:
                 warned.add(name)
                 neighbour, off, off_there = better
@@ -195,54 +210,20 @@ def warn_of_log_probabilities(
                     f"{name} differ from the policy's log-probabilities by {off:.2g} nats, but only by {off_there:.2g} "
                     f"nats from those of a neighbour: they {NEIGHBOURS[neighbour]}"
                 )
+    better_label = (
+        better_labels(kwargs.shifted_labels, context.loss_cfg.ignore_idx, context.transform, *head)
+        if is_plain and not warned
+        else None
+    )
+    if better_label is not None:
+        neighbour, here, there = better_label
+        warned.update(name for name, *_ in MISMATCH.values())
+        warn_once(
+            f"the labels have log-probability {here:.2g} on average, but {there:.2g} with the hidden states of a "
+            f"neighbour: {LABELS[neighbour]}"
+        )
     numbers = to_floats({metric: metrics[metric] for metric in MISMATCH if metric in metrics})
     warn_of_mismatch({metric: number for metric, number in numbers.items() if MISMATCH[metric][0] not in warned})
-
-
-@torch.no_grad()
-def better_neighbour(
-    values: Tensor,
-    labels: Tensor,
-    transform: LogitTransform,
-    hidden_states: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-) -> tuple[str, float, float] | None:
-    """Return which of `NEIGHBOURS` log-probabilities fit better, with both mean differences in nats; None: none.
-
-    Args:
-        values: [B, T] log-probabilities in nats, NaN where nothing is compared.
-        labels: [B, T] shifted.
-        transform: of the logits.
-        hidden_states: [B, T, D].
-        head_weight: [V, D].
-        head_bias: [V] or None.
-    """
-    is_scored = values.isfinite()
-    follows = is_scored[..., :-1] & is_scored[..., 1:]
-    here = torch.nn.functional.pad(follows, (0, 1)).reshape(-1).nonzero().squeeze(-1)[:COMPARED]
-    if len(here) < FEWEST:
-        return None
-    flat, label, value = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1), values.reshape(-1)
-
-    def score(position: Tensor, of: Tensor) -> Tensor:
-        """Return the log-probabilities [n] of the labels at `of` by the states at `position`, [n] each."""
-        logits = transform(wide_logits(flat[position], head_weight, head_bias))
-        return logits.log_softmax(-1).gather(-1, label[of].unsqueeze(-1)).squeeze(-1)
-
-    after, at = here + 1, score(here, here)
-    pairs = {
-        "": (value[here], at),
-        "by_token": (value[after], at),
-        "too_far": (value[here], score(after, after)),
-        "hidden_ahead": (value[after], score(here, after)),
-        "hidden_behind": (value[here], score(after, here)),
-    }
-    off = torch.stack([(one - other).abs().mean() for one, other in pairs.values()]).tolist()
-    by_name = dict(zip(pairs, off, strict=True))
-    usual = by_name.pop("")
-    best = min(by_name, key=lambda name: by_name[name])
-    return (best, usual, by_name[best]) if usual > ROUNDING and by_name[best] < CLOSER * usual else None
 
 
 def warn_of_mismatch(numbers: Mapping[str, float]) -> None:

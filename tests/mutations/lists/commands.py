@@ -182,7 +182,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="a-neighbour-is-not-compared",
-        file="toolkit/runner/suspicions.py",
+        file="toolkit/runner/neighbours.py",
         line='"by_token": (value[after], at),',
         becomes='"by_token": (value[here], at),',
         tests=("tests/test_runner_inputs.py::test_log_probabilities_of_a_neighbour_are_noticed",),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeAlias, get_args
 
-from toolkit.errors import DataError
+from toolkit.errors import DataError, a_type
 from toolkit.functional.names import check_choice, check_name, check_needs
 from toolkit.functional.registry import Registered, Registry
 
@@ -59,7 +59,7 @@ class Advantage(Registered):
         from toolkit.functional.rewards import RewardTerms  # loads torch
 
         if not isinstance(terms, RewardTerms):
-            raise DataError(f"advantage {self.name!r} got a {type(terms).__name__}; {HOW.format(self.name)}")
+            raise DataError(f"advantage {self.name!r} got {a_type(terms)}; {HOW.format(self.name)}")
         for need in self.needs:
             if getattr(terms, need) is None and not (need == "lengths" and terms.mask is not None):
                 raise DataError(f"advantage {self.name!r} needs {need}; give RewardTerms({need}=...)")
@@ -75,6 +75,7 @@ ADVANTAGES = Registry(
     entry=Advantage,
     package="toolkit.functional.advantages",
     key="advantage",
+    usage="options go to compute: write advantage({!r}).compute(RewardTerms(...), {})",
     how="register_advantage of toolkit.functional.advantages",
     reserved=("estimator", "options"),
 )

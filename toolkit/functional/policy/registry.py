@@ -51,6 +51,7 @@ POLICY_LOSSES = Registry(
     entry=PolicyLoss,
     package="toolkit.functional.policy",
     key="loss_type",
+    usage="write GRPOLossConfig(policy_loss_cfg=dict(loss_type={!r}, {}))",
     how="toolkit.register_policy_loss",
     reserved=("loss_type",),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from toolkit.errors import ConfigError
 from toolkit.losses.config.aggregation import PER_COMPONENT, AggregationConfig, aggregation_from
@@ -38,6 +38,15 @@ class LossTerm:
     use_correction: bool = False
     """Whether ``importance`` of the kwargs multiplies it: policy losses fill it from rollout corrections, your context
     in `fields_of`."""
+
+    def __new__(cls, *by_position: Any, **fields: Any) -> Self:
+        """Raise `ConfigError` if a field is given by position."""
+        if by_position:
+            raise ConfigError(
+                f"LossTerm takes its fields by name; write LossTerm(name={by_position[0]!r}, coef=..., "
+                "aggregation=..., token_filter=..., use_correction=...)"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import sp_split
-from toolkit.errors import ConfigError, DataError, described
+from toolkit.errors import ConfigError, DataError, a_type, described
 from toolkit.functional.aggregation import BY_TOKEN, Share
 from toolkit.losses.config.aggregation import AggregationConfig
 from toolkit.losses.config.term import LossTerm, weight_columns
@@ -335,7 +335,7 @@ def step_weights(
         raise ConfigError(f"gradient_reduction={gradient_reduction!r} must be 'mean' or 'sum'")
     if not isinstance(aggregation, (str, Mapping, AggregationConfig)):
         raise ConfigError(
-            f"aggregation is a {type(aggregation).__name__}; give a name such as 'token_mean', or an AggregationConfig"
+            f"aggregation is {a_type(aggregation)}; give a name such as 'token_mean', or an AggregationConfig"
         )
 
     def checked() -> list[LossContextInputItem]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import world_size
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError, DataError, a_type
 from toolkit.functional.aggregation import Share, share
 from toolkit.functional.segments import NO_SEQUENCE, sequence_ids
 from toolkit.metrics import Sum
@@ -33,7 +33,7 @@ def check_config(loss_cfg: Any, cfg_cls: type) -> None:
     """Raise `ConfigError` if the config is that of another loss."""
     if not isinstance(loss_cfg, cfg_cls):
         is_class = isinstance(loss_cfg, type)
-        what = f"the class {loss_cfg.__name__}" if is_class else f"a {type(loss_cfg).__name__}"
+        what = f"the class {loss_cfg.__name__}" if is_class else a_type(loss_cfg)
         hint = f"; make one: {loss_cfg.__name__}()" if is_class else ""
         raise ConfigError(f"this loss takes a {cfg_cls.__name__}, not {what}{hint}")
 
@@ -45,12 +45,10 @@ def checked_items(data_batches: Any, item_cls: type[ItemT]) -> list[ItemT]:
         DataError: `data_batches` is not a list or tuple, or an item has another type.
     """
     if not isinstance(data_batches, (list, tuple)):
-        raise DataError(
-            f"data_batches is a {type(data_batches).__name__}; give a list with one item for each micro-batch"
-        )
+        raise DataError(f"data_batches is {a_type(data_batches)}; give a list with one item for each micro-batch")
     for index, item in enumerate(data_batches):
         if not isinstance(item, item_cls):
-            raise DataError(f"data_batches[{index}] is a {type(item).__name__}; this loss takes {item_cls.__name__}")
+            raise DataError(f"data_batches[{index}] is {a_type(item)}; this loss takes {item_cls.__name__}")
     return list(data_batches)
 
 

@@ -93,7 +93,10 @@ def _check_unread(parsed: Iterable[Override], cfg: DictConfig, known: Sequence[s
         if group == "advantage" and issubclass(target, (OPDLossConfig, CELossConfig)):
             raise ConfigError(f"{override.input_line} has no effect: {target.__name__} does not read advantages")
         if group in READ_BY and READ_BY[group] not in fields and override.value() not in ("none", None):
+            of_a_term = f"; or write in your config: terms = (LossTerm(aggregation={override.value()!r}),)"
+            is_custom = group == "aggregation" and not cfg.loss._target_.startswith("toolkit.")
             raise ConfigError(
                 f"{override.input_line} has no effect: {cfg.loss._target_.rpartition('.')[2]} has no "
                 f"{READ_BY[group]}; remove it, or choose a loss that has it, such as loss=grpo"
+                + (of_a_term if is_custom else "")
             )

@@ -135,7 +135,6 @@ class Step:
         columns = self._columns()
         by_prompt = _by_prompt(columns)
         numbers = {name: size for name, size in extra.items() if size is not None}
-        has_tables = bool(by_prompt) or len(numbers) < len(extra)
         shares: list[list[Share]] = []
 
         def count_here() -> Counts:
@@ -159,7 +158,7 @@ class Step:
         total = exchange_counts(
             count_here,
             num_numbers=size + len(columns),
-            has_tables=has_tables,
+            has_tables=bool(by_prompt) or len(numbers) < len(extra),
             device=device,
             settings=self._settings,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Collection, Sequence
@@ -120,7 +121,9 @@ class RewardSet:
         self._show(failures)
         if totals and all(map(math.isnan, totals)) and not self._has_warned:
             self._has_warned = True
-            logger.warning("no reward applies to any of %d completions: all returned None", len(totals))
+            logger.warning(
+                "no reward applies to any of %d completions: all returned None; did you forget return?", len(totals)
+            )
         return Scores(totals, parts, weights, failures, sum(has_failed))
 
     def _values(
@@ -153,8 +156,8 @@ class RewardSet:
             **dict.fromkeys(self.columns),  # None where a row lacks a column
             **self.settings,
             **({"answer": each.example.answer} if each.example.answer else {}),
-            **each.example.columns,
-            "prompt": prompt,
+            **copy.deepcopy(each.example.columns),  # a reward may change what it gets
+            "prompt": copy.deepcopy(prompt),
             "completion": each.text,
             "num_tokens": each.num_tokens,
             "finished": each.finished,

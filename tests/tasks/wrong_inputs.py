@@ -194,8 +194,14 @@ REWARDS = [
     ("broken.py:score", r"cannot be loaded: ModuleNotFoundError: No module named 'not_there' \(.*broken\.py:2\)"),
     ("typo.py:score", r"cannot be loaded: SyntaxError: .*\(.*typo\.py:1\)"),
     ("not_there.reward:score", r"no module 'not_there'; .* write the file: task\.reward=path/to/reward\.py:score"),
-    ("r:score", r"no module 'r'; for a function in a file write the file: task\.reward=path/to/r\.py:score$"),
-    ("r.score", r"no module 'r'; for a function in a file write the file: task\.reward=path/to/r\.py:score$"),
+    (
+        "elsewhere:score",
+        r"no module 'elsewhere'; for a function in a file write the file: task\.reward=path/to/elsewhere\.py:score$",
+    ),
+    (
+        "elsewhere.score",
+        r"no module 'elsewhere'; for a function in a file write the file: task\.reward=path/to/elsewhere\.py:score$",
+    ),
     ("json.r:score", r"cannot be loaded: ModuleNotFoundError: No module named 'json\.r'$"),
     ("math.nothing", "math has no function 'nothing'"),
     ("regex", r"needs 'pattern', .*set task\.pattern to a regular expression"),

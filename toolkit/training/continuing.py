@@ -21,10 +21,10 @@ def overrides_of(run_dir: Path) -> list[str] | None:
     folder = run_dir / HYDRA
     if not (folder / "overrides.yaml").is_file() or not (folder / "hydra.yaml").is_file():
         return None
-    given = [str(override) for override in OmegaConf.load(folder / "overrides.yaml")]
+    of_run = [str(override) for override in OmegaConf.load(folder / "overrides.yaml")]
     of_hydra = OmegaConf.select(OmegaConf.load(folder / "hydra.yaml"), "hydra.overrides.hydra") or []
     searched = [str(override) for override in of_hydra if str(override).lstrip("+").startswith("hydra.searchpath=")]
-    return [override for override in given if override.lstrip("+").partition("=")[0] not in NOT_AGAIN] + searched
+    return [override for override in of_run if override.lstrip("+").partition("=")[0] not in NOT_AGAIN] + searched
 
 
 def command_to_continue(run_dir: Path) -> str | None:

@@ -283,7 +283,10 @@ def test_the_command_of_a_dry_run_leaves_no_run_behind(tmp_path: Path) -> None:
         done = train(tmp_path / "run", "debug=dry_run", "task.num_heldout=20")
         assert done.returncode == 0, done.stderr
         assert "dry run: nothing was trained" in done.stdout
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", ".hydra"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", ".hydra", "dry_run.txt"}
+    written = (tmp_path / "run/dry_run.txt").read_text()
+    assert written
+    assert done.stdout.startswith(written)
 
 
 # ---------------------------------------------------------------- commands

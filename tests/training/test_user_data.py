@@ -206,10 +206,15 @@ def test_another_task_is_named_before_its_rows_with_the_command_that_continues(t
 def test_a_reward_may_change_what_it_gets() -> None:
     rows = [{**row, "tests": [1, 2]} for row in SUMS]
     Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Path("my.py").write_text("def pops(completion, tests): return tests.pop()\n")
-    trainer = trainer_of("my.py:pops")
+    Path("my.py").write_text(
+        "def pops(completion, tests): return tests.pop()\n"
+        "def batch(completions, tests): return [each.pop() for each in tests]\n"
+    )
+    trainer = trainer_of("[my.py:pops,my.py:batch]")
     for _ in range(3):
-        assert trainer.evaluate().reward == 2
+        assert trainer.evaluate().reward == 4
+    metrics = trainer.run_step(trainer.main_phase())  # the completions of a group have one row
+    assert metrics["reward"] == 4
 
 
 def test_coin_flips_need_no_reward_of_the_user() -> None:

@@ -15,7 +15,7 @@ import inspect
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -73,7 +73,7 @@ class Reward:
     required: tuple[str, ...] = ()
     """Those without a default."""
 
-    def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of `values` that the function accepts."""
         return {name: value for name, value in values.items() if self.accepts is None or name in self.accepts}
 

@@ -135,7 +135,7 @@ class RewardSet:
             return [task.reward(each.example, each.text, finished=each.finished) for each in written]
         if reward.is_batched:
             return self._batch(reward, written)
-        calls = [reward.arguments(self._arguments_of(each)) for each in written]
+        calls = [reward.arguments(self._arguments_of(each, reward)) for each in written]
         if reward.is_async:
             return [_checked(result) for result in call_together(reward.function, calls, self.timeout_s)]
         workers = self._workers.get(reward.name)
@@ -150,13 +150,14 @@ class RewardSet:
                 values.append(_checked(call(reward.function, arguments, self.timeout_s)))
         return values
 
-    def _arguments_of(self, each: Written) -> dict[str, Any]:
+    def _arguments_of(self, each: Written, reward: Reward) -> dict[str, Any]:
+        """Return what rewards can get, with copies of the row's columns that this one takes: it may change them."""
         prompt = each.example.prompt if each.example.source is None else each.example.source
         return {
             **dict.fromkeys(self.columns),  # None where a row lacks a column
             **self.settings,
             **({"answer": each.example.answer} if each.example.answer else {}),
-            **copy.deepcopy(each.example.columns),  # a reward may change what it gets
+            **copy.deepcopy(reward.arguments(each.example.columns)),
             "prompt": copy.deepcopy(prompt),
             "completion": each.text,
             "num_tokens": each.num_tokens,
@@ -166,7 +167,7 @@ class RewardSet:
     def _batch(self, reward: Reward, written: Sequence[Written]) -> Sequence[Value | Failure]:
         if not written:
             return []
-        rows = [self._arguments_of(each) for each in written]
+        rows = [self._arguments_of(each, reward) for each in written]
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
         columns |= {"prompts": columns.pop("prompt"), "completions": columns.pop("completion")}

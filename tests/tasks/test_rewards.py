@@ -43,7 +43,7 @@ REWARDS = """
             try: time.sleep(1)
             except Exception: pass
         return 1
-    def exits(completion): sys.exit(3)
+    def exits(completion): return sys.exit(3)
     def not_a_number(completion): return math.nan
     def text(completion): return "0.5"
     def pair(completion): return np.zeros(2)
@@ -285,5 +285,5 @@ def test_that_no_reward_applies_to_anything_is_said_once(caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         assert all(map(math.isnan, scores_of("nothing").totals))
     assert [record.getMessage() for record in caplog.records] == [
-        "no reward applies to any of 3 completions: all returned None"
+        "no reward applies to any of 3 completions: all returned None; did you forget return?"
     ]

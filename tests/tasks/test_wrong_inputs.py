@@ -117,7 +117,11 @@ def test_what_is_missing_in_rows_is_said(recwarn: pytest.WarningsRecorder) -> No
         ),
         ("data.jsonl", "reward.py:score", "takes: it gets None; the first is data.jsonl, line 21"),
         ("data.jsonl", "clash.py:score", "gets the completion's 'finished', not the column; rename the column"),
-        ("one.jsonl", "numeric", "nothing is held out, so nothing is measured: all rows have the same prompt"),
+        (
+            "one.jsonl",
+            "numeric",
+            "nothing is held out, so nothing is measured: all rows have the same prompt (task.heldout_path",
+        ),
     ):
         recwarn.clear()
         DatasetConfig(path=path, reward=reward).check_data(0, with_completions=False)

@@ -15,6 +15,9 @@ FILES = {
         def of_verl(data_source, solution_str, ground_truth, extra_info=None): return 1.0
         def mixed(prompt, completions): return [1.0]
         def yields(completion): yield 1.0
+        def forgets(completion):
+            def inner(): return 1.0
+            value = inner()
         number = 3
         class Judge: pass
         """,
@@ -93,6 +96,16 @@ DATA = [
         "line 2: it has no 'q', which task.prompt_templ",
     ),
     (GOOD, (REWARD, "task.system_prompt=Think"), r"has no effect on prompts that are text; set task\.as_chat=true"),
+    (
+        GOOD,
+        (REWARD, "task.answer_column=ans"),
+        r"no column 'ans', which task\.answer_column names \(did you mean 'answer'",
+    ),
+    (
+        GOOD,
+        (REWARD, "task.tools_column=functions"),
+        r"no column 'functions', which task\.tools_column names; the columns",
+    ),
     (GOOD, (REWARD, "task.heldout_column=splt"), r"task\.heldout_column=splt is not a column"),
     (GOOD, (REWARD, "task.heldout_column=kind"), "its kind is 'sum'; write true or false, or test or train"),
     (GOOD, (REWARD, "task.heldout_column=answer", "task.heldout_path=data.jsonl"), "set one of task.heldout_path and"),
@@ -126,7 +139,7 @@ DATA = [
         ("loss=grpo",),
         r"task\.reward is missing: RL needs one; name a built-in reward .* or fine-tune on completions with loss=ce",
     ),
-    (GOOD, ("loss=ce",), r"supervised learning needs rows with a column 'completion'.*'answer' and 'kind'"),
+    (GOOD, ("loss=ce",), r"supervised learning needs rows with a column 'completion'.*'prompt', 'answer' and 'kind'"),
     (GOOD, ("loss=ce", "task=sft"), r"needs a column 'completion' beside the prompt .* 'prompt', 'answer' and 'kind'"),
     ('{"prompt": "a", "completion": "b"}\n{"prompt": "c"}', ("loss=ce", "task=sft"), "line 2: it has no 'completion'"),
     (
@@ -175,17 +188,29 @@ REWARDS = [
     ),
     ("reward.py:mixed", r"takes 'completions' and 'prompt'; a reward takes 'prompt' and 'completion', or for all"),
     ("reward.py:yields", "yields; a reward returns a number, so write return"),
+    ("reward.py:forgets", "reward.py:forgets has no return, so every reward would be None; write return"),
     ("sibling.py:score", r"sibling\.py:1; the folder of the file is searched: write import name instead of"),
     ("program.py:score", r"SystemExit: 2 \(.*program\.py:2; put what belongs to a program under if __name__"),
     ("broken.py:score", r"cannot be loaded: ModuleNotFoundError: No module named 'not_there' \(.*broken\.py:2\)"),
     ("typo.py:score", r"cannot be loaded: SyntaxError: .*\(.*typo\.py:1\)"),
-    ("not_there.reward:score", "cannot be loaded: ModuleNotFoundError: No module named 'not_there'"),
+    ("not_there.reward:score", r"no module 'not_there'; .* write the file: task\.reward=path/to/reward\.py:score"),
+    (
+        "elsewhere:score",
+        r"no module 'elsewhere'; for a function in a file write the file: task\.reward=path/to/elsewhere\.py:score$",
+    ),
+    (
+        "elsewhere.score",
+        r"no module 'elsewhere'; for a function in a file write the file: task\.reward=path/to/elsewhere\.py:score$",
+    ),
+    ("json.r:score", r"cannot be loaded: ModuleNotFoundError: No module named 'json\.r'$"),
     ("math.nothing", "math has no function 'nothing'"),
     ("regex", r"needs 'pattern', .*set task\.pattern to a regular expression"),
     ("length", r"needs 'target_length', .*set task\.target_length in tokens"),
     ("[exact_match,exact_match]", "names 'exact_match' twice; give it a larger weight"),
     ("[] loss=grpo", "task.reward is missing: RL needs one"),
     ("exact_match task.reward_weights=[1,2]", "has 2 numbers for 1 rewards; give one for each"),
+    ("exact_match task.reward_weights=[0]", r"task\.reward_weights=\[0\.0\]: no reward counts"),
+    ("regex task.pattern=''", r"task\.pattern='' is not allowed: it is empty, so it matches anything"),
     ("regex task.pattern='(a'", r"task\.pattern='\(a' is not allowed: it is not a regular expression"),
     ("exact_match task.reward_timeout_s=0", "greater than 0"),
     ("exact_match task.max_reward_failures=2", "less than or equal to 1"),

@@ -15,7 +15,7 @@ from toolkit.models.config import PretrainedConfig, TinyLlamaConfig
 from toolkit.tasks.config import SpellBackwardConfig
 from toolkit.training.config import SchedulerConfig
 from toolkit.training.phase import learning_rate_schedule
-from toolkit.training.report import Summary, draw_curves
+from toolkit.training.report import Summary, draw_curves, why_nothing_was_learnt
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,24 @@ def test_curves_of_a_short_run_mark_whole_steps(monkeypatch: pytest.MonkeyPatch)
     ticks = [tick for axes in figures[0].axes for tick in axes.get_xticks()]
     assert ticks
     assert all(tick == round(tick) for tick in ticks)
+
+
+def test_curves_of_a_run_without_values_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self))
+    measured: dict[str, Any] = dict.fromkeys((field.name for field in fields(Summary)), None)
+    draw_curves(Summary(**measured), [{"phase": "main", "step": 0, "reward": None, "lr": 0.1}], Path("curves.png"))
+    assert "no step has measured anything" in figures[0].texts[0].get_text()
+
+
+def test_a_run_that_has_learnt_nothing_says_why() -> None:
+    equal = {"phase": "main", "step": 0, "reward": 1.0, "uniform_groups": 1.0}
+    warmup = {"phase": "warmup", "step": 0, "grad_norm": 1.0}
+    assert "the rewards were equal in every group" in (why_nothing_was_learnt([warmup, equal]) or "")
+    assert "no reward applied to any completion" in (why_nothing_was_learnt([{**equal, "reward": None}]) or "")
+    for row in ({**equal, "grad_norm": 0.5}, {"phase": "main", "step": 0}, {**equal, "uniform_groups": 0.9}):
+        assert why_nothing_was_learnt([equal, row]) is None  # an update; supervised learning; another reason
+    assert why_nothing_was_learnt([warmup]) is None
 
 
 def test_task_keeps_held_out_words_apart() -> None:

@@ -102,6 +102,8 @@ def test_interrupted_and_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Pat
         assert process.returncode == 130
         assert "Traceback" not in errors
         assert "interrupted; the checkpoint is saved" in rest
+        command = shlex.split(rest.partition("Continue with: ")[2])
+        assert command == ["toolkit-train", *settings, f"training.resume={run_dir}"]
         assert summary(run_dir)["interrupted"]
         assert (run_dir / "model/config.json").is_file()
         done = train(resumed_dir, *settings, f"training.resume={run_dir}")

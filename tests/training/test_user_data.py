@@ -23,9 +23,11 @@ from tests.test_mixed_precision import _fresh_state, trainer_with  # noqa: F401
 from tests.training.test_data_to_model import two_digit_sums
 from tests.training.test_train import lines, summary, train
 from toolkit.compose.build import build_config
+from toolkit.compose.overrides import parse
 from toolkit.compose.tree import compose_config
 from toolkit.errors import ConfigError, DataError
 from toolkit.tasks.base import Example
+from toolkit.training.continuing import command_to_continue
 from toolkit.training.dry_run import _quoted, show_dry_run
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.experience import IGNORED, rows_from_answers
@@ -160,6 +162,61 @@ def test_a_run_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
         read_state(str(tmp_path), config)
 
 
+def test_a_run_does_not_go_on_with_another_reward_in_the_same_file(tmp_path: Path) -> None:
+    config = build_config(compose_config(["task=jsonl", "task.path=sums.jsonl", "task.reward=my.py:digits"]))
+    config.task.check_data(0, with_completions=False)
+    earlier = identity(config)
+    (tmp_path / "state.json").write_text(json.dumps({"identity": earlier}))
+    Path("my.py").write_text(REWARDS.replace("a == b", "a != b"))
+    assert identity(config) == earlier  # a run keeps what it has loaded
+    config.task.check_data(0, with_completions=False)
+    with pytest.raises(ConfigError, match=r"task\.reward is in my\.py, which has changed since the earlier run"):
+        read_state(str(tmp_path), config)
+    (tmp_path / "state.json").write_text(json.dumps({"identity": {**earlier, "reward_files": {}}}))
+    read_state(str(tmp_path), config)
+
+
+def test_the_command_that_continues_a_run_has_its_overrides(tmp_path: Path) -> None:
+    run_dir = tmp_path / "it's run=9"
+    assert command_to_continue(run_dir) is None
+    overrides = ["task=jsonl", "task.path=my sums.jsonl", "+training.resume=old", "training.overwrite=true", "seed=1"]
+    (run_dir / ".hydra").mkdir(parents=True)
+    (run_dir / ".hydra/overrides.yaml").write_text(json.dumps(overrides))
+    of_hydra = ["hydra.run.dir=there", "hydra.searchpath=['file:///conf']"]
+    (run_dir / ".hydra/hydra.yaml").write_text(json.dumps({"hydra": {"overrides": {"hydra": of_hydra}}}))
+    command = shlex.split(command_to_continue(run_dir) or "")
+    assert command[:-1] == ["toolkit-train", "task=jsonl", "task.path=my sums.jsonl", "seed=1", of_hydra[1]]
+    (resume,) = parse(command[-1:])
+    assert (resume.key_or_group, resume.value()) == ("training.resume", str(run_dir))
+
+
+def test_another_task_is_named_before_its_rows_with_the_command_that_continues(tmp_path: Path) -> None:
+    config = build_config(compose_config(["task=jsonl", "task.path=sums.jsonl", "task.reward=my.py:digits"]))
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/state.json").write_text(json.dumps({"identity": identity(config)}))
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/overrides.yaml").write_text('["task=jsonl"]')
+    (tmp_path / ".hydra/hydra.yaml").write_text("hydra: {}")
+    said = rf"had task\.class='DatasetConfig', .*: toolkit-train task=jsonl training\.resume={tmp_path}, or start"
+    for given in (tmp_path, tmp_path / "checkpoint"):
+        with pytest.raises(ConfigError, match=said):
+            read_state(str(given), build_config(compose_config([])))
+
+
+def test_a_reward_may_change_what_it_gets() -> None:
+    rows = [{**row, "tests": [1, 2]} for row in SUMS]
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("my.py").write_text(
+        "def pops(completion, tests): return tests.pop()\n"
+        "def batch(completions, tests): return [each.pop() for each in tests]\n"
+    )
+    trainer = trainer_of("[my.py:pops,my.py:batch]")
+    for _ in range(3):
+        assert trainer.evaluate().reward == 4
+    metrics = trainer.run_step(trainer.main_phase())  # the completions of a group have one row
+    assert metrics["reward"] == 4
+
+
 def test_coin_flips_need_no_reward_of_the_user() -> None:
     trainer = trainer_of("coin_flip")
     assert 0 <= trainer.evaluate().reward <= 1
@@ -231,7 +288,10 @@ def test_the_command_of_a_dry_run_leaves_no_run_behind(tmp_path: Path) -> None:
         done = train(tmp_path / "run", "debug=dry_run", "task.num_heldout=20")
         assert done.returncode == 0, done.stderr
         assert "dry run: nothing was trained" in done.stdout
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", ".hydra"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", ".hydra", "dry_run.txt"}
+    written = (tmp_path / "run/dry_run.txt").read_text()
+    assert written
+    assert done.stdout.startswith(written)
 
 
 # ---------------------------------------------------------------- commands

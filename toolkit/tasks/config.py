@@ -64,6 +64,8 @@ class TaskConfig(Config):
     @field_validator("pattern")
     @classmethod
     def _pattern_compiles(cls, pattern: str | None) -> str | None:
+        if pattern == "":
+            raise ValueError("it is empty, so it matches anything")
         try:
             re.compile(pattern or "")
         except re.error as error:
@@ -86,6 +88,8 @@ class TaskConfig(Config):
             raise ConfigError(
                 f"task.reward_weights has {len(weights)} numbers for {len(self.rewards)} rewards; give one for each"
             )
+        if weights and not any(weights):
+            raise ConfigError(f"task.reward_weights={list(weights)}: no reward counts; give one another weight than 0")
         return self
 
     @abstractmethod
@@ -103,6 +107,12 @@ class TaskConfig(Config):
     def data_digest(self, seed: int) -> str | None:
         """Return a digest of rows that may change between a run and its continuation; None: there are none."""
         return None
+
+    def reward_digests(self) -> dict[str, str]:
+        """Return the files that rewards are in, as they are written, with a digest of what was loaded of each."""
+        from toolkit.tasks.rewards import file_digests
+
+        return file_digests(self.rewards)
 
     def build_rewards(self, seed: int) -> RewardSet:
         """Return the rewards, loaded; the seed is that of `build`."""
@@ -286,8 +296,7 @@ class DatasetConfig(TaskConfig):
                 f"task.path={self.path}: supervised learning needs rows with a column {self.completion_column!r} "
                 f"(another name: task.completion_column=...) or {self.messages_column!r}"
                 f"{completion_remedy(loaded.columns)}; the columns are "
-                f"{listed(loaded.columns, 'and') if loaded.columns else 'the prompt alone'} (warmup.steps=0 skips a "
-                "warm-up, which needs them, too)"
+                f"{listed(loaded.all_columns, 'and')} (warmup.steps=0 skips a warm-up, which needs them, too)"
             )
         self._say_what_is_missing(self.build_rewards(seed), loaded)
 

@@ -7,12 +7,15 @@ arguments that its signature accepts.
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +39,8 @@ OF_COMPLETION = ("num_tokens", "finished")
 """Arguments that say more of a completion: its tokens, and whether it ended by itself."""
 _loaded: dict[tuple[Path, int], ModuleType] = {}
 """Files loaded in this process, by path and modification time in ns."""
+_digests: dict[Path, str] = {}
+"""Files loaded in this process -> a digest of what was in them."""
 COMPLETIONS = (
     "response",
     "solution_str",
@@ -68,7 +73,7 @@ class Reward:
     required: tuple[str, ...] = ()
     """Those without a default."""
 
-    def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of `values` that the function accepts."""
         return {name: value for name, value in values.items() if self.accepts is None or name in self.accepts}
 
@@ -167,6 +172,7 @@ def _load_file(path: Path, spec: str) -> ModuleType:
     version = path, path.stat().st_mtime_ns
     if version in _loaded:
         return _loaded[version]
+    _digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     name = f"toolkit_reward_{len(_loaded)}_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None
@@ -180,9 +186,21 @@ def _load_file(path: Path, spec: str) -> ModuleType:
     return module
 
 
+def file_digests(specs: Sequence[str]) -> dict[str, str]:
+    """Return the files among the modules of rewards, as they are written, each with a digest of what was loaded."""
+    files = dict.fromkeys(where for where, _ in map(_split, specs) if where.endswith(".py"))
+    return {file: digest for file in files if (digest := _digests.get(Path(file).resolve())) is not None}
+
+
 def _import(name: str, spec: str) -> ModuleType:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # which a console script does not search
+    top = name.partition(".")[0]
+    if top not in sys.modules and importlib.util.find_spec(top) is None:
+        raise ConfigError(
+            f"task.reward={spec} cannot be loaded: there is no module {top!r}; for a function in a file write the "
+            f"file: task.reward=path/to/{name.rpartition('.')[2]}.py:{_split(spec)[1]}"
+        )
     return _executed(lambda: importlib.import_module(name), spec)
 
 
@@ -200,7 +218,8 @@ def _executed(load: Callable[[], Any], spec: str) -> Any:
             where += "; the folder of the file is searched: write import name instead of from .name import"
         if isinstance(error, SyntaxError):
             where = f"{error.filename}:{error.lineno}"
-        raise ConfigError(f"task.reward={spec} cannot be loaded: {type(error).__name__}: {error} ({where})") from None
+        shown = "" if where.startswith("<frozen ") else f" ({where})"  # a module that is not there
+        raise ConfigError(f"task.reward={spec} cannot be loaded: {type(error).__name__}: {error}{shown}") from None
 
 
 def _checked(
@@ -232,6 +251,8 @@ def _checked(
         )
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise ConfigError(f"task.reward={spec} yields; a reward returns a number, so write return")
+    if _never_returns(function):
+        raise ConfigError(f"task.reward={spec} has no return, so every reward would be None; write return")
     available = [*text, *OF_COMPLETION, *columns, *settings]
     missing = [p.name for p in named.values() if p.default is p.empty and p.name not in available]
     if missing and is_batched and f"{missing[0]}s" in text:
@@ -253,3 +274,21 @@ def _checked(
     accepts = None if takes_any else frozenset(named)
     required = tuple(p.name for p in named.values() if p.default is p.empty)
     return Reward(spec, name, function, is_batched, is_async, accepts, required)
+
+
+def _never_returns(function: Callable[..., Any]) -> bool:
+    """Whether the source of a function has no return with a value, and it does not end by raising."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, ValueError, SyntaxError):  # no source, or one that cannot be read by itself
+        return False
+    if not isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)) or isinstance(tree.body[-1], ast.Raise):
+        return False
+    inside: list[ast.AST] = [*tree.body]
+    while inside:
+        node = inside.pop()
+        if isinstance(node, ast.Return) and node.value is not None:
+            return False
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            inside += ast.iter_child_nodes(node)
+    return True

@@ -69,6 +69,8 @@ class Loaded:
     heldout: list[Row]
     columns: tuple[str, ...]
     """Names that rewards can take."""
+    all_columns: tuple[str, ...] = ()
+    """Names in the data."""
 
 
 def load(source: Source, seed: int) -> Loaded:
@@ -108,7 +110,10 @@ def _load(source: Source, seed: int, stamps: tuple[Any, ...]) -> Loaded:
     if not train:
         raise ConfigError(f"task.path={source.path}: no row is left to train on{_why_none(source, rows, heldout)}")
     if not heldout and source.heldout > 0 and source.heldout_path is None and source.heldout_column is None:
-        note("nothing is held out, so nothing is measured: all rows have the same prompt")
+        note(
+            "nothing is held out, so nothing is measured: all rows have the same prompt (task.heldout_path=... "
+            "names others)"
+        )
     if not heldout and (source.heldout_path is not None or source.heldout_column is not None):
         raise ConfigError("no row is held out; for a run without a measurement leave it out and set task.heldout=0")
     if source.heldout_path is not None or source.heldout_column is not None:
@@ -120,7 +125,7 @@ def _load(source: Source, seed: int, stamps: tuple[Any, ...]) -> Loaded:
     columns = [name for name in names if name not in hidden or name == source.answer_column]
     if any("answer" in row.columns for row in rows) and "answer" not in columns:
         columns.append("answer")
-    return Loaded(train, heldout, tuple(columns))
+    return Loaded(train, heldout, tuple(columns), tuple(names))
 
 
 def _why_none(source: Source, rows: Sequence[Row], heldout: Sequence[Row]) -> str:
@@ -180,6 +185,15 @@ def _rows(source: Source, records: Sequence[Record], problems: Problems, key: st
             f"task.completion_column=...), or a column {source.messages_column!r} with whole conversations"
             f"{completion_remedy(columns)}; {_there_are(columns)}"
         )
+    for setting, name, default in (
+        ("task.answer_column", source.answer_column, "answer"),
+        ("task.tools_column", source.tools_column, "tools"),
+    ):
+        if name not in columns and name != default:
+            raise ConfigError(
+                f"{key}: there is no column {name!r}, which {setting} names{did_you_mean(name, columns)}; "
+                f"{_there_are(columns)}"
+            )
     rows: list[Row] = []
     for record in records:
         try:

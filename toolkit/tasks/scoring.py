@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Collection, Sequence
@@ -120,7 +121,9 @@ class RewardSet:
         self._show(failures)
         if totals and all(map(math.isnan, totals)) and not self._has_warned:
             self._has_warned = True
-            logger.warning("no reward applies to any of %d completions: all returned None", len(totals))
+            logger.warning(
+                "no reward applies to any of %d completions: all returned None; did you forget return?", len(totals)
+            )
         return Scores(totals, parts, weights, failures, sum(has_failed))
 
     def _values(
@@ -132,7 +135,7 @@ class RewardSet:
             return [task.reward(each.example, each.text, finished=each.finished) for each in written]
         if reward.is_batched:
             return self._batch(reward, written)
-        calls = [reward.arguments(self._arguments_of(each)) for each in written]
+        calls = [reward.arguments(self._arguments_of(each, reward)) for each in written]
         if reward.is_async:
             return [_checked(result) for result in call_together(reward.function, calls, self.timeout_s)]
         workers = self._workers.get(reward.name)
@@ -147,14 +150,15 @@ class RewardSet:
                 values.append(_checked(call(reward.function, arguments, self.timeout_s)))
         return values
 
-    def _arguments_of(self, each: Written) -> dict[str, Any]:
+    def _arguments_of(self, each: Written, reward: Reward) -> dict[str, Any]:
+        """Return what rewards can get, with copies of the row's columns that this one takes: it may change them."""
         prompt = each.example.prompt if each.example.source is None else each.example.source
         return {
             **dict.fromkeys(self.columns),  # None where a row lacks a column
             **self.settings,
             **({"answer": each.example.answer} if each.example.answer else {}),
-            **each.example.columns,
-            "prompt": prompt,
+            **copy.deepcopy(reward.arguments(each.example.columns)),
+            "prompt": copy.deepcopy(prompt),
             "completion": each.text,
             "num_tokens": each.num_tokens,
             "finished": each.finished,
@@ -163,7 +167,7 @@ class RewardSet:
     def _batch(self, reward: Reward, written: Sequence[Written]) -> Sequence[Value | Failure]:
         if not written:
             return []
-        rows = [self._arguments_of(each) for each in written]
+        rows = [self._arguments_of(each, reward) for each in written]
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
         columns |= {"prompts": columns.pop("prompt"), "completions": columns.pop("completion")}

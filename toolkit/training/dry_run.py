@@ -19,6 +19,8 @@ from toolkit.training.experience import IGNORED, rows_from_answers
 from toolkit.training.sharding import unwrapped
 from toolkit.training.trainer import Trainer
 
+DRY_RUN = "dry_run.txt"
+"""What a dry run has printed, in its output directory; another run may go there."""
 NUM_PROMPTS = 3
 NUM_MEASURED = 1000
 """Demonstrations whose length is measured."""

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.tasks.base import Example
+from toolkit.training.continuing import how_to_continue
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.output_dir import MODEL
 
@@ -116,8 +117,9 @@ def write_report(
     (output_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     draw_curves(summary, rows, output_dir / "curves.png")
     if summary.interrupted:
-        message = f"\ninterrupted; the checkpoint is saved. Continue with: training.resume={output_dir}"
-        console.print(message, soft_wrap=True)
+        launcher = " (under the same launcher)" if summary.num_processes > 1 else ""
+        message = f"\ninterrupted; the checkpoint is saved. Continue with{launcher}: {how_to_continue(output_dir)}"
+        console.print(message, soft_wrap=True, markup=False)
         return
     if examples:
         table = Table("prompt", "before", "after", "answer", title="held-out examples (greedy)")
@@ -127,9 +129,27 @@ def write_report(
     measured = f"held-out {before.shown()} -> {after.shown().partition(' ')[2]} " if after.shown() else ""
     took = f"in {summary.wall_seconds:.1f} s (imports included), seed {summary.seed}"
     console.print(f"{measured}{took}", style="bold", soft_wrap=True)
+    reason = why_nothing_was_learnt(rows)
+    if reason is not None:
+        console.print(f"nothing was learnt: all updates were skipped, because {reason}", style="bold", soft_wrap=True)
     model = f", {MODEL}/" if (output_dir / MODEL).is_dir() else ""
     files = f"metrics.jsonl, summary.json, curves.png, config.yaml, checkpoint/{model}"
     console.print(f"{files} in {output_dir}", soft_wrap=True)
+
+
+def why_nothing_was_learnt(rows: Sequence[dict[str, Any]]) -> str | None:
+    """Return why RL has made no update, from the lines of metrics.jsonl; None: it has, or there was another reason."""
+    main = [row for row in rows if row["phase"] == "main"]
+    if not main or any("grad_norm" in row or "uniform_groups" not in row for row in main):
+        return None
+    if all(row.get("reward") is None for row in main):
+        return "no reward applied to any completion: all returned None"
+    if all(row["uniform_groups"] in (None, 1) for row in main):
+        return (
+            "the rewards were equal in every group; debug=dry_run shows completions with their rewards: a reward in "
+            "finer steps, easier prompts, a larger rollout.group_size or a warm-up may tell them apart"
+        )
+    return None
 
 
 def _asked(example: Example) -> str:
@@ -165,6 +185,8 @@ def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) ->
     ]
     panels = [panel for panel in panels if any(row.get(panel[0]) is not None for row in main)]
     figure = Figure(figsize=(10, 6.2), layout="constrained")
+    if not panels:
+        figure.text(0.5, 0.5, "no step has measured anything: see metrics.jsonl", ha="center")
     grid = figure.add_gridspec(2, max(len(panels) - 1, 1), height_ratios=[1.6, 1])
     for index, (name, label) in enumerate(panels):
         axes = figure.add_subplot(grid[0, :] if index == 0 else grid[1, index - 1])

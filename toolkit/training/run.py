@@ -31,7 +31,7 @@ from toolkit.metrics import Max
 from toolkit.training import checkpoint
 from toolkit.training.agreement import agree
 from toolkit.training.config import TrainingConfig
-from toolkit.training.dry_run import show_dry_run
+from toolkit.training.dry_run import DRY_RUN, show_dry_run
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.export import check_export
 from toolkit.training.failures import stop_together
@@ -123,7 +123,8 @@ def _job(
     output_dir: Path,
 ) -> Summary:
     """Set up, train, evaluate and report."""
-    console = Console(quiet=not accelerator.is_main_process, highlight=False)
+    dry_run = config.training.dry_run
+    console = Console(quiet=not accelerator.is_main_process, highlight=False, record=dry_run)
     if config.model.cpu_threads is not None:
         torch.set_num_threads(config.model.cpu_threads)
     set_seed(config.seed)
@@ -132,8 +133,11 @@ def _job(
     policy, tokenizer = config.model.build(task.alphabet)
     trainer = Trainer(config, accelerator, task, policy, tokenizer)
     check_export(trainer)
-    if config.training.dry_run:
+    if dry_run:
         show_dry_run(trainer, console)
+        if accelerator.is_main_process:
+            (output_dir / DRY_RUN).write_text(console.export_text())
+            console.print(f"{DRY_RUN} in {output_dir}", soft_wrap=True)
         return Summary.of_dry_run(trainer, wall_seconds=time.time() - started, output_dir=output_dir)
     if accelerator.is_main_process:
         (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))

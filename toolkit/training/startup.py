@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ConfigError, LaunchError
+from toolkit.training.continuing import command_to_continue
 from toolkit.training.run_config import RunConfig
 
 CHECKPOINT = "checkpoint"
@@ -30,6 +31,8 @@ SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")
 """What a resumed run must share with the run that it continues: data, weights and objective."""
 DATA = "data"
 """Key of the digest of a user's rows."""
+REWARDS = "reward_files"
+"""Key of the digests of the files that a user's rewards are in."""
 MAY_CHANGE = {"reward_timeout_s", "reward_workers", "max_reward_failures"}
 """Settings of the task that do not change what is learnt."""
 EXTRA = ("matplotlib", "reasoning_gym", "rich", "safetensors", "tokenizers", "transformers")
@@ -110,29 +113,43 @@ def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
         state = json.loads((folder / "state.json").read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"training.resume: {folder / 'state.json'} cannot be read: {error}") from None
-    for name, value in identity(config).items():
-        if name == DATA and state["identity"].get(name, value) != value:
-            raise ConfigError(
-                "training.resume: the rows of task.path are not those of the earlier run; resume with the same data, "
-                "or start a new run"
-            )
-        if state["identity"].get(name) != value:
-            raise ConfigError(
-                f"training.resume: the earlier run had {_difference(name, state['identity'].get(name), value)}; resume "
-                "with its settings, or start a new run"
-            )
+    _check_same(state["identity"], identity(config), folder.parent if folder.name.startswith(CHECKPOINT) else root)
     return folder, state
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Return what a resumed run must share with the first one, as JSON values."""
-    parts: dict[str, Any] = {DATA: config.task.data_digest(config.seed)}
+    """Return what a resumed run must share with the first one, as JSON values: settings, then contents of files."""
+    parts: dict[str, Any] = {}
     for name in SAME_WHEN_RESUMED:
         part = getattr(config, name)
         is_config = not isinstance(part, int)
         fields = part.model_dump(mode="json", exclude=MAY_CHANGE) if is_config else {}
         parts[name] = {"class": type(part).__name__, **fields} if is_config else part
-    return parts
+    return {**parts, DATA: config.task.data_digest(config.seed), REWARDS: config.task.reward_digests()}
+
+
+def _check_same(earlier: dict[str, Any], current: dict[str, Any], run_dir: Path) -> None:
+    """Raise if a run in `run_dir`, of which `earlier` is the identity, cannot be continued by one with `current`."""
+    command = command_to_continue(run_dir)
+    remedy = f"give its overrides again: {command}" if command else "resume with its settings"
+    for name in SAME_WHEN_RESUMED:
+        if earlier.get(name) != current[name]:
+            raise ConfigError(
+                f"training.resume: the earlier run had {_difference(name, earlier.get(name), current[name])}; "
+                f"{remedy}, or start a new run"
+            )
+    if earlier.get(DATA, current[DATA]) != current[DATA]:
+        raise ConfigError(
+            "training.resume: the rows of task.path are not those of the earlier run; resume with the same data, "
+            "or start a new run"
+        )
+    digests = earlier.get(REWARDS, current[REWARDS])  # checkpoints of versions before have none
+    changed = next((file for file, digest in current[REWARDS].items() if digests.get(file, digest) != digest), None)
+    if changed is not None:
+        raise ConfigError(
+            f"training.resume: task.reward is in {changed}, which has changed since the earlier run, so its "
+            "rewards are others; restore the file, or start a new run"
+        )
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

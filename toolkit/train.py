@@ -47,7 +47,7 @@ EXAMPLES = {
     "toolkit-train policy_loss=gspo --help": "the settings of a choice",
     "toolkit-explain --list": "all choices with one line each, including presets",
     "toolkit-train --cfg job --resolve": "print the configuration and stop",
-    "toolkit-train training.resume=outputs/...": "continue from a checkpoint",
+    "toolkit-train kl=k3 training.resume=outputs/...": "continue a run, given its overrides",
 }
 PATIENCE = 8.0
 """Seconds that another process waits for the main one to print the same error, so it is printed once."""

@@ -121,6 +121,8 @@ def test_clamps(action: str, lower: float | None, upper: float | None, weights: 
 def test_bounds_are_inclusive() -> None:
     bounds = mask(statistic="k1", lower=-1.0, upper=0.5)
     assert corrected([bounds], terms_of([1.0, 1.25, -0.5, -0.75])).is_kept.tolist() == [True, False, True, False]
+    clamp = CorrectionConfig(action="clamp_upper", upper=1.0)
+    assert corrected([clamp], terms_of([0.0, 1.0])).is_hit[0].tolist() == [False, True]
 
 
 def test_one_wild_token_can_be_kept_from_deciding_alone() -> None:

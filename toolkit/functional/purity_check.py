@@ -41,11 +41,12 @@ def check_purity(loss: PolicyLoss, options: Mapping[str, Any]) -> None:
     key = key_of(loss, options)
     if key in _passed:
         return
-    why = (
-        changes_inputs(loss, options)
-        or changes_when_repeated(loss, options)  # first: NaN and random numbers look like any other fault
-        or divides_by_number(loss, options)
-    )
+    with torch.random.fork_rng(devices=[]):  # what a run draws afterwards must not depend on whether this was the first
+        why = (
+            changes_inputs(loss, options)
+            or changes_when_repeated(loss, options)  # first: NaN and random numbers look like any other fault
+            or divides_by_number(loss, options)
+        )
     if why is not None:
         raise ConfigError(f"policy loss {loss.name!r}: {why}")
     _passed.add(key)

@@ -127,8 +127,8 @@ def _job(
     console = Console(quiet=not accelerator.is_main_process, highlight=False, record=dry_run)
     if config.model.cpu_threads is not None:
         torch.set_num_threads(config.model.cpu_threads)
-    set_seed(config.seed)
     rehearse(config.loss)
+    set_seed(config.seed)  # after all checks: what they draw must not change a run
     task = config.task.build(config.seed)
     policy, tokenizer = config.model.build(task.alphabet)
     trainer = Trainer(config, accelerator, task, policy, tokenizer)

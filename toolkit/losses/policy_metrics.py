@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toolkit.functional.kl import kl_estimate
+from toolkit.functional.kl import k3
+from toolkit.functional.kl_facts import MAX_K3, MAX_LOG_DIFF
 from toolkit.functional.terms import PolicyTerms
 from toolkit.metrics import Mean, Metric, Sum, extremes
 
@@ -17,15 +18,15 @@ def policy_metrics(terms: PolicyTerms, rollout_logprobs: Tensor | None) -> dict[
     `rollout_logprobs` [N] are as the sampler gave them, NaN or infinite where it did not report a token.
     """
     difference = terms.logprobs - terms.old_logprobs
-    log_ratio = terms.bounded(difference)
+    log_ratio, back = terms.bounded(difference), -difference
     ratio = log_ratio.exp()
     means = Mean.of_each(
         {
             **terms.reported_means,
             "ratio": ratio,
             "log_ratio_clamped": difference != log_ratio,
-            "kl_old": kl_estimate(terms.old_logprobs, terms.logprobs, "k3"),
-            "kl_old_k1": -difference,
+            "kl_old": k3(back.clamp(-MAX_LOG_DIFF, MAX_LOG_DIFF)).clamp(max=MAX_K3),  # as `kl_estimate` bounds it
+            "kl_old_k1": back,
             "log_ratio_abs": difference.abs(),
             "non_finite_tokens": (terms.logprobs - terms.logprobs) != 0,  # inf - inf is NaN, too
         }

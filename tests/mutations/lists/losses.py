@@ -234,8 +234,8 @@ MUTATIONS = (
     Mutation(
         name="kl-metric-from-the-wrong-side",
         file="toolkit/losses/policy_metrics.py",
-        line='"kl_old": kl_estimate(terms.old_logprobs, terms.logprobs, "k3"),',
-        becomes='"kl_old": kl_estimate(terms.logprobs, terms.old_logprobs, "k3"),',
+        line='"kl_old": k3(back.clamp(-MAX_LOG_DIFF, MAX_LOG_DIFF)).clamp(max=MAX_K3),  # as `kl_estimate` bounds it',
+        becomes='"kl_old": k3(difference.clamp(-MAX_LOG_DIFF, MAX_LOG_DIFF)).clamp(max=MAX_K3),',
         tests=("tests/losses/test_grpo.py::test_by_hand",),
     ),
     Mutation(

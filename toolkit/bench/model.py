@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit.bench.config import BenchConfig
-from toolkit.bench.problem import Step, changed, device_of
+from toolkit.bench.problem import Step, changed, context_of, device_of
 from toolkit.head import TokenScores
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.items import RLLossContextInputItem
@@ -46,9 +46,7 @@ class ModelProblem:
 
     def context(self, **changes: Any) -> Any:
         """Return a fresh context of the loss, with some fields of its config changed."""
-        loss_cfg = changed(self.loss_cfg, **changes)
-        (kwargs,) = loss_cfg.loss_ctx_cls.build_batches_loss_kwargs([self.item], loss_cfg)
-        return loss_cfg.loss_ctx_cls(loss_cfg, kwargs)
+        return context_of(changed(self.loss_cfg, **changes), self.item)
 
     def with_our_loss(self, logprobs: Callable[[], Tensor]) -> Step:
         """Return forward and backward of the loss, given a function for the log-probabilities of the second halves."""

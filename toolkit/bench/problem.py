@@ -29,6 +29,12 @@ def changed(config: C, **changes: Any) -> C:
     return type(config)(**{**config.model_dump(), **changes})
 
 
+def context_of(loss_cfg: BaseLossConfig, item: LossContextInputItem) -> Any:
+    """Return a fresh context of a loss for a step of one item."""
+    (kwargs,) = loss_cfg.loss_ctx_cls.build_batches_loss_kwargs([item], loss_cfg)
+    return loss_cfg.loss_ctx_cls(loss_cfg, kwargs)
+
+
 @dataclass(frozen=True)
 class Problem:
     """Tensors and a loss; every variant computes the same from it."""
@@ -46,9 +52,7 @@ class Problem:
 
     def context(self, **changes: Any) -> Any:
         """Return a fresh context of the loss, with some fields of its config changed."""
-        loss_cfg = changed(self.loss_cfg, **changes)
-        (kwargs,) = loss_cfg.loss_ctx_cls.build_batches_loss_kwargs([self.item], loss_cfg)
-        return loss_cfg.loss_ctx_cls(loss_cfg, kwargs)
+        return context_of(changed(self.loss_cfg, **changes), self.item)
 
     def with_our_loss(self, logprobs: Callable[[], Tensor]) -> Step:
         """Return forward and backward of the loss, given a function for the log-probabilities of the scored tokens."""

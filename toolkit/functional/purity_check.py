@@ -85,7 +85,6 @@ def changes_when_repeated(loss: PolicyLoss, options: Mapping[str, Any]) -> str |
                     f"of about {spread:g} nats; clamp what log and sqrt are taken of (advantages are negative, too), "
                     "and select with .where instead of multiplying by 0"
                 )
-        torch.rand(7)
         if not all(torch.equal(a, b) for a, b in zip(first, values_and_grads(loss, options, terms), strict=True)):
             return (
                 "two calls with the same tensors give different losses; draw random tokens with "

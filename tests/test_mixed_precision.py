@@ -139,7 +139,7 @@ def test_an_overflow_is_counted_and_moves_nothing() -> None:
     trainer.accelerator.backward = lambda loss: scaler.scale(1e4 * loss).backward()
     before = [parameter.clone() for parameter in trainer.policy.parameters()]
     metrics = trainer.run_step(trainer.warmup_phase())
-    assert trainer.num_overflows == 1
+    assert trainer.updater.num_overflows == 1
     assert "grad_norm" not in metrics
     assert metrics["nll"] > 0
     assert scaler.get_scale() == 2.0**126

@@ -88,7 +88,7 @@ def _train(rank: int, world: int, folder: str, names: list[str], steps: int) -> 
             rows += [trainer.run_step(phase) for _ in range(steps)]
         size = sum(float(p.detach().double().square().sum()) for p in policy.parameters())
         accuracy = trainer.accuracy(task.heldout, batch_size=2)
-        found[name] = [*rows, {"accuracy": accuracy, "size": size, "skipped": float(trainer.num_skipped)}]
+        found[name] = [*rows, {"accuracy": accuracy, "size": size, "skipped": float(trainer.updater.num_skipped)}]
     if rank == 0:
         Path(folder, f"{world}.json").write_text(json.dumps(found))
 

@@ -12,8 +12,8 @@ pytest.importorskip("reasoning_gym")
 
 from tests.test_mixed_precision import _fresh_state, trainer_with  # noqa: F401
 from toolkit.metrics import Mean, Sum, merge_metrics, to_floats
-from toolkit.training import trainer as module
-from toolkit.training.layout import share_of
+from toolkit.training import generation
+from toolkit.training.layout import Shares
 from toolkit.training.rewarding import Rewarded
 from toolkit.training.step import per_update
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("_fresh_state")
 def test_advantages_are_made_of_rewards_less_kl() -> None:
     trainer = trainer_with(None, "kl=k1_in_reward", "kl_control.reward_coef=0.5", "rollout.temperature=0.8")
     seen: list[torch.Tensor] = []
-    kept = trainer._advantages
-    trainer._advantages = lambda rewards, *others: seen.append(rewards) or kept(rewards, *others)
+    kept = trainer.rollouts.advantages
+    trainer.rollouts.advantages = lambda rewards, *others: seen.append(rewards) or kept(rewards, *others)
     phase = trainer.main_phase()
     with torch.no_grad():
         for parameter in trainer.reference.parameters():
@@ -42,19 +42,19 @@ def test_a_process_rewards_and_samples_its_own_prompts(monkeypatch: pytest.Monke
     trainer = trainer_with(None, *settings, "rollout.temperature=0.8")
     rewarded: list[tuple[str, int]] = []
     seeds: list[str] = []
-    draw = module.row_uniforms
+    draw = generation.row_uniforms
 
     def rewarder(examples: Any, completions: Any, seeds: Any) -> Rewarded:
         numbers = [int(seed.rpartition("/")[2]) for seed in seeds]
         rewarded.extend((example.prompt, number) for example, number in zip(examples, numbers, strict=True))
         return Rewarded(torch.tensor(numbers, dtype=torch.float32), {})
 
-    monkeypatch.setattr(module, "row_uniforms", lambda own, number: seeds.extend(own) or draw(own, number))
-    monkeypatch.setattr(trainer, "rewarder", Mock(side_effect=rewarder))
-    trainer._share = lambda number, rank=None: share_of(number, 1 if rank is None else rank, 2)
-    trainer._advantages = lambda *_: torch.arange(8.0).unsqueeze(-1)
+    monkeypatch.setattr(generation, "row_uniforms", lambda own, number: seeds.extend(own) or draw(own, number))
+    monkeypatch.setattr(trainer.rollouts, "rewarder", Mock(side_effect=rewarder))
+    trainer.rollouts.shares = Shares(rank=1, world=2)
+    trainer.rollouts.advantages = lambda *_: torch.arange(8.0).unsqueeze(-1)
     prompts = trainer.task.heldout[:4]
-    rows, _, _ = trainer._experience(prompts, step=6)
+    rows = trainer.rollouts.of_prompts(prompts, 6, None).rows
     assert rewarded == [(prompts[2].prompt, 4), (prompts[2].prompt, 5), (prompts[3].prompt, 6), (prompts[3].prompt, 7)]
     assert seeds == [f"{trainer.config.seed}/main/6/sample/{prompt}/{sample}" for prompt in (2, 3) for sample in (0, 1)]
     assert rows.advantages[:, 0].tolist() == [4.0, 5.0, 6.0, 7.0]

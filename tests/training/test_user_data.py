@@ -74,7 +74,7 @@ def test_a_step_on_data_of_a_user_reports_each_reward() -> None:
 
 def test_the_standard_error_is_that_of_the_mean() -> None:
     trainer = trainer_of("my.py:length", "task.heldout=0.5")
-    texts = trainer._complete([example.prompt for example in trainer.task.heldout]).texts
+    texts = trainer.generator.greedy(trainer.task.heldout).texts
     rewards = torch.tensor([len(text) / 8 for text in texts], dtype=torch.float64)
     evaluation = trainer.evaluate()
     assert evaluation.reward == pytest.approx(float(rewards.mean()), rel=1e-6)
@@ -119,7 +119,7 @@ def test_unknown_rewards_teach_nothing_and_do_not_count() -> None:
 
 def test_a_process_without_completions_and_a_reward_that_never_applies(tmp_path: Path) -> None:
     trainer = trainer_of("my.py:parts")
-    nothing = trainer._complete(["1+1="]).first(0)
+    nothing = trainer.generator.greedy([Example("1+1=", "2")]).first(0)
     rewarded = trainer.rewarder([], nothing, [])
     assert rewarded.totals.shape == (0,)
     assert rewarded.metrics["reward_failures"].value() == 0
@@ -128,7 +128,7 @@ def test_a_process_without_completions_and_a_reward_that_never_applies(tmp_path:
     evaluation = trainer.evaluate()
     assert (evaluation.reward, evaluation.reward_se, evaluation.shown()) == (None, None, "")
     assert trainer.run_step(trainer.main_phase())["reward_failures"] == 0
-    assert trainer.num_skipped == 4  # minibatches, none of which has anything to learn from
+    assert trainer.updater.num_skipped == 4  # minibatches, none of which has anything to learn from
 
 
 def test_nothing_held_out_is_nothing_measured() -> None:

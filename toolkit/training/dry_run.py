@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 
 from toolkit.losses.config.ce import CELossConfig
-from toolkit.rollout.sampler import row_uniforms
 from toolkit.tasks.base import Example
 from toolkit.training.experience import IGNORED, rows_from_answers
 from toolkit.training.sharding import unwrapped
@@ -56,7 +55,7 @@ class Memory:
 
 def show_dry_run(trainer: Trainer, console: Console) -> None:
     """Print what a run would do, and train nothing; all processes call it together."""
-    prompts = trainer.task.draw_at(0, NUM_PROMPTS, trainer._rng("main", 0, "data"))
+    prompts = trainer.task.draw_at(0, NUM_PROMPTS, trainer.draws.rng("main", 0, "data"))
     if isinstance(trainer.config.loss, CELossConfig):
         _show_demonstrations(trainer, console)
     else:
@@ -70,7 +69,7 @@ def show_dry_run(trainer: Trainer, console: Console) -> None:
 
 def _show_demonstrations(trainer: Trainer, console: Console) -> None:
     """Show demonstrations with the tokens that are scored in marks."""
-    examples = trainer.task.demonstrate_at(0, NUM_PROMPTS, trainer._rng("main", 0, "data"))
+    examples = trainer.task.demonstrate_at(0, NUM_PROMPTS, trainer.draws.rng("main", 0, "data"))
     rows = rows_from_answers(examples, trainer.tokenizer, trainer.accelerator.device)
     for number, (ids, mask, labels) in enumerate(
         zip(rows.input_ids, rows.attention_mask, rows.shifted_labels, strict=True), 1
@@ -85,13 +84,8 @@ def _show_demonstrations(trainer: Trainer, console: Console) -> None:
 
 def _show_completions(trainer: Trainer, prompts: list[Example], console: Console) -> None:
     """Show a completion of each prompt as it is sampled in training, and its rewards."""
-    seeds = [trainer._seed("main", 0, "sample", index, 0) for index in range(len(prompts))]
-    completions = trainer._complete(
-        [example.prompt for example in prompts],
-        temperature=trainer.config.rollout.temperature,
-        uniforms=row_uniforms(seeds, trainer.max_new_tokens),
-    )
-    flips = [trainer._seed("main", 0, "reward", index) for index in range(len(prompts))]
+    completions = trainer.generator.sample(prompts, range(len(prompts)), 0, group_size=1)
+    flips = [trainer.draws.key("main", 0, "reward", index) for index in range(len(prompts))]
     rewarded = trainer.rewarder(prompts, completions, flips)
     scores = rewarded.scores
     assert scores is not None
@@ -100,7 +94,7 @@ def _show_completions(trainer: Trainer, prompts: list[Example], console: Console
         is_prompt = completions.attention_mask[index].bool() & ~is_new
         values = {name: values[index] for name, values in scores.parts.items() if not math.isnan(values[index])}
         parts = [f"{name} {value:.3f}" for name, value in values.items() if len(scores.parts) > 1]
-        end = "" if completions.finished[index] else f"  (cut after {trainer.max_new_tokens} tokens)"
+        end = "" if completions.finished[index] else f"  (cut after {trainer.generator.max_new_tokens} tokens)"
         _print(
             console,
             f"prompt {index + 1}: {int(is_prompt.sum())} tokens",
@@ -143,11 +137,11 @@ def _size(trainer: Trainer) -> list[str]:
         number = in_step * config.rollout.group_size
         texts = [example.prompt for example in trainer.task.train]
         prompt = [len(ids) for ids in trainer.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        longest = max(prompt) + trainer.max_new_tokens
+        longest = max(prompt) + trainer.generator.max_new_tokens
         what = (
             f"{config.rollout.prompts_per_step} prompts x {config.rollout.group_size} completions of at most "
-            f"{trainer.max_new_tokens} tokens; prompts have {sum(prompt) / len(prompt):.0f} on average, at most "
-            f"{max(prompt)}"
+            f"{trainer.generator.max_new_tokens} tokens; prompts have {sum(prompt) / len(prompt):.0f} on average, "
+            f"at most {max(prompt)}"
         )
     rows = min(config.training.micro_batch_size, -(-number // world))
     memory = expected_memory(trainer, rows * longest)

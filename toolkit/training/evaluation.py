@@ -11,11 +11,9 @@ import torch
 from toolkit.distributed import reduce_metrics
 from toolkit.losses.config.ce import CELossConfig
 from toolkit.metrics import Mean, Metric, Sum, merge_metrics
-from toolkit.models.policy import Policy
 from toolkit.tasks.base import Example
 from toolkit.training.experience import IGNORED, rows_from_answers
 from toolkit.training.rewarding import FAILURES, SCORED
-from toolkit.training.sharding import unwrapped
 
 BATCH = 512
 """Prompts that are completed at a time."""
@@ -61,14 +59,14 @@ def evaluate(trainer: Any, examples: Sequence[Example]) -> Evaluation:
 
 def rewarded_greedily(trainer: Any, examples: Sequence[Example], batch_size: int = BATCH) -> Evaluation:
     """Complete the prompts greedily and reward the completions, over all processes; all call it together."""
-    local_share = trainer._share(len(examples))
+    local_share = trainer.shares.of(len(examples))
     local_examples = examples[local_share]
     parts: list[dict[str, Metric]] = []
     last = None
-    for start in range(0, trainer._largest(len(examples)), batch_size):
+    for start in range(0, trainer.shares.largest(len(examples)), batch_size):
         batch = local_examples[start : start + batch_size]
-        prompts = [example.prompt for example in batch or examples[:1]]  # all must generate equally often
-        completions = trainer._complete(prompts).first(len(batch))
+        # All must generate equally often.
+        completions = trainer.generator.greedy(batch or examples[:1]).first(len(batch))
         seeds = [f"heldout/{local_share.start + start + row}" for row in range(len(batch))]
         last = trainer.rewarder(batch, completions, seeds, by_verifier=True)
         totals = last.totals[~last.totals.isnan()].double()
@@ -94,8 +92,7 @@ def _nll(trainer: Any, examples: Sequence[Example]) -> float | None:
     """Return the mean negative log-likelihood of the completions in the data; None if there are none."""
     if not examples:
         return None
-    local_examples = examples[trainer._share(len(examples))]
+    local_examples = examples[trainer.shares.of(len(examples))]
     rows = rows_from_answers(local_examples, trainer.tokenizer, trainer.accelerator.device)
-    policy: Policy = unwrapped(trainer.policy)
-    logprobs = trainer._score(policy, rows, trainer._largest(len(examples)))
+    logprobs = trainer.updater.score(rows, trainer.shares.largest(len(examples)))
     return reduce_metrics({"nll": Mean.of(-logprobs[rows.shifted_labels != IGNORED])})["nll"].value()

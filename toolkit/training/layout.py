@@ -20,6 +20,24 @@ def share_of(number: int, rank: int, num_processes: int) -> slice:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """The processes that share the work, as one of them sees them."""
+
+    rank: int
+    """This process."""
+    world: int
+    """How many there are."""
+
+    def of(self, number: int, rank: int | None = None) -> slice:
+        """Return which of `number` consecutive items a process takes; None: this process."""
+        return share_of(number, self.rank if rank is None else rank, self.world)
+
+    def largest(self, number: int) -> int:
+        """Return how many of `number` items the process with most of them takes."""
+        return -(-number // self.world)
+
+
+@dataclass(frozen=True)
 class Minibatch:
     """The rows of one optimizer step."""
 

@@ -97,8 +97,8 @@ class Summary:
             seed=trainer.config.seed,
             loss=type(loss).__name__ + (f"/{policy_loss}" if policy_loss else ""),
             num_processes=trainer.accelerator.num_processes,
-            skipped_updates=trainer.num_skipped,
-            overflowed_updates=trainer.num_overflows,
+            skipped_updates=trainer.updater.num_skipped,
+            overflowed_updates=trainer.updater.num_overflows,
             interrupted=interrupted,
             output_dir=str(output_dir),
         )

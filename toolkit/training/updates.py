@@ -1,0 +1,121 @@
+"""Optimizer steps: rows in, one calibrated update of the policy out, on any number of processes.
+
+Legend: R rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from toolkit.distributed import reduce_metrics
+from toolkit.losses.config.base import BaseLossConfig
+from toolkit.losses.config.policy import BaseRLLossConfig
+from toolkit.losses.step.weights import loss_metric
+from toolkit.metrics import Max, Mean, Metric, Sum, merge_metrics, metrics_in
+from toolkit.training.experience import Rows
+from toolkit.training.layout import Shares
+from toolkit.training.phase import Phase
+from toolkit.training.reference import Reference
+from toolkit.training.run_config import RunConfig
+from toolkit.training.sharding import accumulating, clip_grad_norm, local_parameters, unwrapped
+from toolkit.training.step import on_host, per_update, router_weights
+
+NUM_LEARNING = "num_learning"
+"""Name of the number of tokens to learn from, reduced with the metrics of a step."""
+
+
+class Updater:
+    """Makes optimizers for the policy and takes their steps."""
+
+    def __init__(self, config: RunConfig, policy: Any, accelerator: Accelerator, shares: Shares) -> None:
+        """Take a policy from `prepare_policy`."""
+        self.config, self.policy, self.accelerator, self.shares = config, policy, accelerator, shares
+        self.num_skipped = 0
+        """Updates with nothing to learn from."""
+        self.num_overflows = 0
+        """Updates that the loss scale of fp16 made too large."""
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether the loss compares the completions of a prompt, which must then stay together."""
+        loss_cfg = self.config.loss
+        return isinstance(loss_cfg, BaseRLLossConfig) and loss_cfg.scope == "group"
+
+    def optimizer(self, lr: float) -> Any:
+        """Return a fresh optimizer of what is trained."""
+        cfg = self.config.optimizer
+        # The phases share parameters, and clip_grad_norm_ removes the loss scale for each optimizer that it knows.
+        self.accelerator._optimizers.clear()
+        trained = [parameter for parameter in local_parameters(self.policy) if parameter.requires_grad]
+        return self.accelerator.prepare_optimizer(
+            torch.optim.AdamW(trained, lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+        )
+
+    @torch.no_grad()
+    def score(self, rows: Rows, most: int, policy: Reference | None = None) -> Tensor:
+        """Return the log-probabilities of the rows, [R, T - 1], by the policy as it is now or by another one.
+
+        Args:
+            rows: of this process, perhaps none.
+            most: rows of the process that has most of them.
+            policy: the reference; None: the policy that is trained.
+        """
+        scorer = unwrapped(self.policy) if policy is None else policy
+        scorer.eval()
+        temperature, size = self.config.loss.temperature, self.config.training.micro_batch_size
+        pieces = rows.split(size, max(1, -(-most // size)))
+        return torch.cat([scorer(p.input_ids, p.attention_mask, temperature=temperature) for p in pieces])[: len(rows)]
+
+    def step(self, phase: Phase, rows: Rows, loss_cfg: BaseLossConfig, most: int) -> dict[str, Metric]:
+        """Take one calibrated step on this process's rows, perhaps none; return its reduced metrics, on the host."""
+        accelerator, loss_cfg = self.accelerator, unwrapped(self.policy).fitted(loss_cfg)
+        for group in phase.optimizer.param_groups:
+            group["lr"] = phase.learning_rate(phase.num_updates)
+        phase.num_updates += 1
+        size = self.config.training.micro_batch_size
+        if self.needs_groups:  # RunConfig has made sure that a micro-batch holds a group
+            size -= size % self.config.rollout.group_size
+        number = max(1, -(-most // size))
+        if loss_cfg.needs_current(number * self.shares.world):
+            rows = replace(rows, current_logprobs=self.score(rows, most))
+        micro_batches = rows.split(size, number)
+        context, items = loss_cfg.loss_ctx_cls, [r.item(loss_cfg.ignore_idx) for r in micro_batches]
+        batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg)
+        contexts = [context(loss_cfg, kwargs) for kwargs in batches_kwargs]
+        routers = router_weights(unwrapped(self.policy), micro_batches, loss_cfg.gradient_reduction)
+        parts: list[dict[str, Metric]] = []
+        self.policy.train()
+        for index, (batch, loss_ctx, router) in enumerate(zip(micro_batches, contexts, routers, strict=True)):
+            # Gradients are exchanged once, in the last backward; until then they add up locally.
+            with accumulating(self.policy, is_last=index == number - 1):
+                loss, metrics = self.policy(batch.input_ids, batch.attention_mask, loss_ctx, auxiliary_weight=router)
+                accelerator.backward(loss)
+            summed = loss_metric(loss, loss_cfg.gradient_reduction)
+            parts.append({**metrics_in(metrics), "loss": summed, NUM_LEARNING: Sum(loss_ctx.num_learning())})
+        grad_norm = clip_grad_norm(self.policy, self.config.optimizer.max_grad_norm, accelerator)
+        norms = {"grad_norm": Mean.of(grad_norm), "grad_norm_max": Max.of(grad_norm)}
+        # One wait for the device, after the last backward: what the host needs to step, and all that is reported.
+        reduced = on_host(per_update(reduce_metrics({**merge_metrics(parts), **norms})))
+        if not self._apply(phase.optimizer, num_learning=reduced.pop(NUM_LEARNING).value()):
+            reduced = {name: metric for name, metric in reduced.items() if name not in norms}
+        phase.optimizer.zero_grad()
+        return reduced
+
+    def _apply(self, optimizer: Any, *, num_learning: float) -> bool:
+        """Take the step of the gradients that are there, and return whether the weights moved."""
+        if num_learning == 0:
+            self.num_skipped += 1  # no rank has a token to learn from: Adam's momentum must not move the weights
+            scaler = self.accelerator.scaler
+            if scaler is not None:
+                scaler.update(scaler.get_scale())  # it expects a step after unscaling
+            return False
+        optimizer.step()
+        if optimizer.step_was_skipped:  # the loss scale was too large: the gradient is not finite
+            self.num_overflows += 1
+            return False
+        return True

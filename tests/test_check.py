@@ -24,7 +24,7 @@ from toolkit.functional import scope_check
 from toolkit.functional.policy import registry
 from toolkit.functional.policy.registry import policy_loss, policy_loss_names, register_policy_loss
 from toolkit.functional.scope_check import undeclared
-from toolkit.training.run import rehearse
+from toolkit.training.rehearsal import rehearse
 
 NAMES = slow_unless(lambda _, name: name in spread.REPRESENTATIVE, policy_loss_names())
 """All built-in losses; without -m slow one of each scope."""

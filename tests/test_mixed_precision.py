@@ -176,7 +176,7 @@ def test_the_reference_is_not_the_policy_under_autocast() -> None:
 def test_settings_that_would_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
     from toolkit.training.config import TrainingConfig
-    from toolkit.training.run import _mixed_precision
+    from toolkit.training.devices import _mixed_precision
 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     with pytest.raises(ConfigError, match="fp16 needs a GPU; choose bf16 or no"):

@@ -29,7 +29,7 @@ from toolkit import (
 from toolkit.explain.formula import explain_loss
 from toolkit.functional.policy import registry
 from toolkit.testing import assert_layout_invariant, random_batch
-from toolkit.training.run import rehearse
+from toolkit.training.rehearsal import rehearse
 
 # ------------------------------------------------------------------------ the example of tutorials/reference/losses.md
 

@@ -8,7 +8,7 @@ import torch
 
 from toolkit import GRPOLossConfig
 from toolkit.training.experience import Rows
-from toolkit.training.run import rehearse
+from toolkit.training.rehearsal import rehearse
 from toolkit.training.step import router_weights
 
 SURVIVORS = {"between": "current_old", "action": "mask", "lower": 0.9, "upper": 1.1, "denominator": "survivors"}

@@ -278,22 +278,22 @@ def test_the_loss_of_the_run_decides_the_reduction(monkeypatch: pytest.MonkeyPat
     pytest.importorskip("accelerate")
     from accelerate import Accelerator
 
-    from toolkit.training import run
+    from toolkit.training import devices
 
     seen: list[CELossConfig] = []
-    monkeypatch.setattr(run, "check_gradient_scale", lambda *args, loss_cfg, **rest: seen.append(loss_cfg))
-    run.probe_accelerator(Accelerator(cpu=True), GRPOLossConfig(gradient_reduction="sum"))
+    monkeypatch.setattr(devices, "check_gradient_scale", lambda *args, loss_cfg, **rest: seen.append(loss_cfg))
+    devices.probe_accelerator(Accelerator(cpu=True), GRPOLossConfig(gradient_reduction="sum"))
     assert seen[0].gradient_reduction == "sum"
 
 
 def under_the_sharding_of_the_run(rank: int, world: int) -> None:
     from accelerate import Accelerator
 
-    from toolkit.training import run, sharding
+    from toolkit.training import devices, sharding
 
     accelerator, cfg = Accelerator(cpu=True), GRPOLossConfig()
     for kind in ("none", "fsdp2"):
-        run.probe_accelerator(accelerator, cfg, kind)
+        devices.probe_accelerator(accelerator, cfg, kind)
     kept = sharding.fully_shard
 
     def adding(module: Any, **options: Any) -> Any:
@@ -304,13 +304,15 @@ def under_the_sharding_of_the_run(rank: int, world: int) -> None:
 
     sharding.fully_shard = adding  # type: ignore[assignment]
     with pytest.raises(LaunchError, match="2 is the number of processes: the back-end sums"):
-        run.probe_accelerator(accelerator, cfg, "fsdp2")
-    run.probe_accelerator(accelerator, GRPOLossConfig(gradient_reduction="sum"), "fsdp2")
+        devices.probe_accelerator(accelerator, cfg, "fsdp2")
+    devices.probe_accelerator(accelerator, GRPOLossConfig(gradient_reduction="sum"), "fsdp2")
     sharding.fully_shard = kept
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "no_sync", lambda module: sharding.accumulating(module, is_last=False))  # and never after it
+        patch.setattr(
+            devices, "no_sync", lambda module: sharding.accumulating(module, is_last=False)
+        )  # and never after it
         with pytest.raises(LaunchError):
-            run.probe_accelerator(accelerator, cfg, "fsdp2")
+            devices.probe_accelerator(accelerator, cfg, "fsdp2")
 
 
 @pytest.mark.dist

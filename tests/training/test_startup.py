@@ -17,7 +17,7 @@ from toolkit import train as command
 from toolkit.compose.build import build_config
 from toolkit.compose.tree import compose_config
 from toolkit.errors import LaunchError
-from toolkit.training import run
+from toolkit.training import stopping
 from toolkit.training.startup import EXTRA, check_environment, launched_rank
 
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
@@ -33,7 +33,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_extra_is_named_before_a_folder_is_made(
     config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = Path(run.__file__).parents[2]
+    root = Path(stopping.__file__).parents[2]
     listed = (root / "pyproject.toml").read_text().partition("\ntrain = [")[2].partition("]")[0]
     assert sorted(name.replace("_", "-") for name in EXTRA) == sorted(
         line.strip().strip('",').partition(">")[0] for line in listed.splitlines() if line.strip()
@@ -90,8 +90,8 @@ def test_the_command_with_such_a_variable(tmp_path: Path) -> None:
 
 def test_the_same_signal_within_seconds_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
-    with run.StopFlag() as flag:
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    with stopping.StopFlag() as flag:
         try:
             for _ in range(3):
                 signal.raise_signal(signal.SIGTERM)
@@ -101,7 +101,7 @@ def test_the_same_signal_within_seconds_is_one_request(monkeypatch: pytest.Monke
         assert flag.is_set
         with pytest.raises(KeyboardInterrupt):  # 6 s after the first one
             signal.raise_signal(signal.SIGTERM)
-    with run.StopFlag():
+    with stopping.StopFlag():
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):  # another signal is another request
             signal.raise_signal(signal.SIGINT)

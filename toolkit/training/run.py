@@ -2,87 +2,34 @@
 
 from __future__ import annotations
 
-import math
-import os
-import signal
-import threading
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from toolkit.distributed import check_world_size, rank, reduce_metrics
-from toolkit.errors import ConfigError, LaunchError, ToolkitError, described, first_line
-from toolkit.functional.scope_check import error_location, fields_declared, undeclared
-from toolkit.losses.config.base import BaseLossConfig
-from toolkit.losses.config.ce import CELossConfig
-from toolkit.losses.config.policy import BaseRLLossConfig
-from toolkit.losses.items import RLLossContextInputItem
-from toolkit.losses.samples import sample_fields
-from toolkit.metrics import Max
+from toolkit.distributed import check_world_size
 from toolkit.training import checkpoint
 from toolkit.training.agreement import agree
-from toolkit.training.config import TrainingConfig
+from toolkit.training.devices import make_accelerator, probe_accelerator
 from toolkit.training.dry_run import DRY_RUN, show_dry_run
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.export import check_export
 from toolkit.training.failures import stop_together
 from toolkit.training.phase import Phase
-from toolkit.training.probe import check_gradient_scale
 from toolkit.training.progress import PhaseProgress
+from toolkit.training.rehearsal import rehearse
 from toolkit.training.report import Summary, write_report
 from toolkit.training.run_config import RunConfig
-from toolkit.training.sharding import Sharding, no_sync, prepare_probe
 from toolkit.training.startup import check_environment
+from toolkit.training.stopping import StopFlag
 from toolkit.training.tracking import Tracker
 from toolkit.training.trainer import Trainer
-
-REPEATED_S = 5.0
-"""Seconds in which the same signal again is the same request: launchers pass on what the process got itself."""
-
-
-class StopFlag:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag that the loop reads between steps; a later one kills.
-
-    The same signal within `REPEATED_S` seconds of the first one is the same request. A context manager that restores
-    the earlier handlers. Only the main thread may set handlers.
-    """
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self._last: dict[int, float] = {}
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        is_repeated = now - self._last.get(number, -math.inf) < REPEATED_S
-        self._last.setdefault(number, now)
-        if self.is_set and not is_repeated:
-            signal.signal(number, signal.SIG_DFL)
-            raise KeyboardInterrupt
-        self.is_set = True
-
-    def agreed(self) -> bool:
-        """Return whether any process received a signal; all must leave the loop after the same step."""
-        return reduce_metrics({"stop": Max.of(torch.tensor([float(self.is_set)]))})["stop"].value() > 0
 
 
 def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) -> Summary:
@@ -234,93 +181,3 @@ def _run_phase(loop: _Loop, phase: Phase, title: str, record: dict[str, Any]) ->
     if phase.name == "main":
         checkpoint.save_checkpoint(output_dir, trainer, phase, record)
     return True
-
-
-def rehearse(loss_cfg: BaseLossConfig) -> None:
-    """Call a loss once on two made-up tokens, so bugs in your loss surface before the warm-up."""
-    if isinstance(loss_cfg, CELossConfig):
-        return
-    policy = (loss_cfg.policy, loss_cfg.policy_options) if isinstance(loss_cfg, BaseRLLossConfig) else None
-    name = f"policy loss {policy[0].name!r}" if policy else f"loss {type(loss_cfg).__name__}"
-    try:
-        _rehearse(loss_cfg)
-    except Exception as error:  # the user's function or context may raise anything
-        reason = undeclared(*policy) if policy else None
-        if reason is None and isinstance(error, ToolkitError):
-            raise
-        location = error_location(error, policy[0]) if policy else ""
-        reason = reason or f"it raised {described(error)}{location}"
-        raise ConfigError(f"{name}: {reason}") from (None if policy else error)
-
-
-def _rehearse(loss_cfg: BaseLossConfig) -> None:
-    """Run forward and backward with the declared fields only: others that it reads may be missing later."""
-    wanted = {"old_logprobs", "rollout_logprobs", "group_ids"}  # a custom loss: all that the trainer makes
-    if isinstance(loss_cfg, BaseRLLossConfig):
-        declared = fields_declared(loss_cfg.policy, loss_cfg.policy_options)
-        wanted = {"old_logprobs", *loss_cfg.required_fields, *declared}
-    if loss_cfg.needs_current(num_parts=2):  # the trainer computes them, too
-        wanted.add("current_logprobs")
-    logprobs = torch.full((1, 2), -1.0)
-    draw = torch.Generator().manual_seed(0)
-    fields: dict[str, Any] = sample_fields(RLLossContextInputItem, logprobs, draw=draw, names=wanted - {"advantages"})
-    if "group_ids" in fields:
-        fields["group_ids"] += rank()  # they are numbered over all processes
-    labels, advantages = torch.tensor([[0, 1]]), torch.tensor([1.0, -1.0])
-    item = RLLossContextInputItem(shifted_labels=labels, advantages=advantages, **fields)
-    hidden, weight = torch.zeros(1, 2, 2, requires_grad=True), torch.eye(2)
-    context = loss_cfg.loss_ctx_cls
-    batches_kwargs = context.build_batches_loss_kwargs([item], loss_cfg)
-    context(loss_cfg, batches_kwargs[0]).forward(hidden, weight)[0].backward()
-
-
-def make_accelerator(config: TrainingConfig, log_with: str | None, project_dir: str) -> Accelerator:
-    """Return the accelerator of this process; the toolkit accumulates gradients, so accelerate divides none."""
-    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    precision = _mixed_precision(config, on_cpu=on_cpu)
-    waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
-    try:
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=precision,
-            log_with=log_with,
-            project_dir=project_dir,
-            kwargs_handlers=[waiting],
-        )
-    except torch.distributed.DistError as error:
-        raise LaunchError(
-            f"the processes did not find each other within training.timeout_s={config.timeout_s} s: {first_line(error)}"
-        ) from None
-    if accelerator.gradient_accumulation_steps != 1:  # set by the launcher or its environment variable
-        raise LaunchError(
-            f"accelerate is set to accumulate gradients over {accelerator.gradient_accumulation_steps} steps and would "
-            "divide every loss by that; leave it at 1 and set training.micro_batch_size, which does not change the "
-            "loss"
-        )
-    return accelerator
-
-
-def _mixed_precision(config: TrainingConfig, *, on_cpu: bool) -> str | None:
-    """Return the setting for accelerate, which with fp16 and without a GPU would silently train in fp32."""
-    wanted, launched = config.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if wanted is not None and launched not in (None, wanted):
-        raise LaunchError(
-            f"accelerate was launched with mixed_precision={launched}, but training.mixed_precision={wanted}; remove "
-            "one of them"
-        )
-    if on_cpu and "fp16" in (wanted, launched):
-        raise ConfigError("training.mixed_precision=fp16 needs a GPU; choose bf16 or no on a CPU")
-    return wanted
-
-
-def probe_accelerator(accelerator: Accelerator, loss_cfg: BaseLossConfig, sharding: Sharding = "none") -> None:
-    """Send a known gradient through accelerator and sharding as the loop does; see `check_gradient_scale`."""
-    check_gradient_scale(
-        accelerator.backward,
-        lambda module: prepare_probe(module, accelerator, sharding),
-        no_sync=no_sync,
-        scaler=accelerator.scaler,
-        loss_cfg=CELossConfig(gradient_reduction=loss_cfg.gradient_reduction),
-        device=accelerator.device,
-    )
-    accelerator.free_memory()  # it would keep the probe's module among its models

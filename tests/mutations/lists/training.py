@@ -250,7 +250,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="a-relayed-signal-kills",
-        file="toolkit/training/run.py",
+        file="toolkit/training/stopping.py",
         line="if self.is_set and not is_repeated:",
         becomes="if self.is_set:",
         tests=("tests/training/test_startup.py::test_the_same_signal_within_seconds_is_one_request",),
@@ -278,7 +278,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="probe-of-another-reduction",
-        file="toolkit/training/run.py",
+        file="toolkit/training/devices.py",
         line="loss_cfg=CELossConfig(gradient_reduction=loss_cfg.gradient_reduction),",
         becomes="loss_cfg=CELossConfig(),",
         tests=("tests/training/test_probe.py::test_the_loss_of_the_run_decides_the_reduction",),

@@ -1,0 +1,54 @@
+"""Signals that ask a run to stop: all processes leave the loop after the same step."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any, Self
+
+import torch
+
+from toolkit.distributed import reduce_metrics
+from toolkit.metrics import Max
+
+REPEATED_S = 5.0
+"""Seconds in which the same signal again is the same request: launchers pass on what the process got itself."""
+
+
+class StopFlag:
+    """Turns the first Ctrl-C (or SIGTERM) into a flag that the loop reads between steps; a later one kills.
+
+    The same signal within `REPEATED_S` seconds of the first one is the same request. A context manager that restores
+    the earlier handlers. Only the main thread may set handlers.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._last: dict[int, float] = {}
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        is_repeated = now - self._last.get(number, -math.inf) < REPEATED_S
+        self._last.setdefault(number, now)
+        if self.is_set and not is_repeated:
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.is_set = True
+
+    def agreed(self) -> bool:
+        """Return whether any process received a signal; all must leave the loop after the same step."""
+        return reduce_metrics({"stop": Max.of(torch.tensor([float(self.is_set)]))})["stop"].value() > 0

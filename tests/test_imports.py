@@ -31,6 +31,7 @@ LAYERS = [
     {"testing"},
     {"check"},
     {"runner"},
+    {"report"},
     {"bench", "scale"},
     {"train"},
 ]

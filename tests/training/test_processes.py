@@ -46,8 +46,9 @@ def test_shares_by_hand() -> None:
 @pytest.mark.parametrize("unit", [1, 2])
 def test_minibatches_are_those_of_one_process(unit: int) -> None:
     rows_of = [6, 0, 8, 2]
-    alone = minibatches([16], 0, 3, Random(5), unit=unit)
-    cuts = [minibatches(rows_of, rank, 3, Random(5), unit=unit) for rank in range(4)]
+    owners = torch.arange(4).repeat_interleave(torch.tensor(rows_of))
+    alone = minibatches(torch.zeros(16, dtype=torch.int64), 0, 3, Random(5), unit=unit)
+    cuts = [minibatches(owners, rank, 3, Random(5), unit=unit) for rank in range(4)]
     starts = [0, 6, 6, 14]
     for number, whole in enumerate(alone):
         own = [(cuts[rank][number].local_rows + starts[rank]).tolist() for rank in range(4)]
@@ -56,7 +57,7 @@ def test_minibatches_are_those_of_one_process(unit: int) -> None:
         assert {cut[number].largest for cut in cuts} == {max(map(len, own))}
         assert whole.local_rows.view(-1, unit)[:, 0].remainder(unit).eq(0).all()
     assert sorted(torch.cat([cut.local_rows for cut in alone]).tolist()) == list(range(16))
-    assert [cut.local_rows.tolist() for cut in minibatches([0, 0], 1, 2, Random(0))] == [[], []]
+    assert [cut.local_rows.tolist() for cut in minibatches(torch.arange(0), 1, 2, Random(0))] == [[], []]
 
 
 def close(ours: dict[str, float], theirs: dict[str, float], *, rel: float, abs_: float) -> None:

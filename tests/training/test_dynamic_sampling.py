@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -112,13 +111,13 @@ REFILLING = (
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[int]]]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[int]]:
     """A trainer whose rewards are coin flips, and the batches that its task is asked for."""
     trainer = trainer_with(None, *REFILLING)
     batches: list[int] = []
     draw = trainer.task.draw_at
     monkeypatch.setattr(trainer.task, "draw_at", lambda step, *args: batches.append(step) or draw(step, *args))
-    yield trainer, batches
+    return trainer, batches
 
 
 @pytest.mark.usefixtures("_fresh_state")

@@ -32,6 +32,16 @@ RUNS: dict[str, list[str]] = {
     "rewards with KL": [*WIDE, "kl=k1_in_reward", "advantage=reinforce_pp", "rollout.skip_uniform_groups=false"],
     "order of prompts": [*WIDE, "advantage=pass_at_k", "advantage.k=2", "kl=k2", "kl_control=adaptive"],
     "nothing to learn": [*WIDE, "advantage=pass_at_k", "loss.temperature=0.7", "rollout.temperature=0.7"],
+    "refilled": [
+        *WIDE,
+        *("rollout.prompts_per_step=7", "rollout.group_size=2", "rollout.max_sampling_rounds=3", "training.epochs=2"),
+        *("advantage.level=batch", "kl=k3", "training.refresh_reference_every=2", "training.reference_mixup=0.5"),
+    ],
+    "refilled groups": [
+        *WIDE,
+        *("policy_loss=real", "aggregation=seq_mean_token_mean", "rollout.group_size=2"),
+        *("rollout.max_sampling_rounds=2", "rollout.truncated=mask", "rollout.overlong_buffer=2"),
+    ],
     "per_component": [*WIDE, "aggregation=per_component", "loss.entropy_coef=0.01"],
     "float32": UNEVEN,
 }

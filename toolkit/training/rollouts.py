@@ -113,8 +113,9 @@ class Rollouts:
         terms, is_masked = self._of_all_processes(rewards, completions, rewarded)
         advantages = self._advantages(terms)
         owners = self.shares.owners(len(prompts))
-        local_masked = is_masked[(owners == self.shares.rank).repeat_interleave(size)].to(rows.shifted_labels.device)
-        rows = replace(rows, shifted_labels=rows.shifted_labels.masked_fill(local_masked.unsqueeze(-1), IGNORED))
+        labels, is_local = rows.shifted_labels, (owners == self.shares.rank).repeat_interleave(size)
+        labels = labels.masked_fill(is_masked[is_local].unsqueeze(-1).to(labels.device), IGNORED)
+        rows = replace(rows, shifted_labels=labels)
         metrics = reduce_metrics(rewarded.metrics | _measured(rewards, completions))
         self.rewarder.check_failures(metrics, rewarded.scores)
         teaches = (advantages != 0).any(-1) & ~is_masked

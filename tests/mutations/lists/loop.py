@@ -1,4 +1,4 @@
-"""Breakages of what a step does with a rollout: epochs, old log-probabilities, refilling, long completions, reference."""
+"""Breakages of what a step does with a rollout: epochs, old log-probabilities, refills, long texts, the reference."""
 
 from tests.mutations.mutation import Mutation
 
@@ -109,7 +109,7 @@ MUTATIONS = (
     Mutation(
         name="masked-completions-are-scored",
         file="toolkit/training/rollouts.py",
-        line="rows = replace(rows, shifted_labels=rows.shifted_labels.masked_fill(local_masked.unsqueeze(-1), IGNORED))",
+        line="labels = labels.masked_fill(is_masked[is_local].unsqueeze(-1).to(labels.device), IGNORED)",
         becomes="pass",
         tests=(f"{OVERLONG}::test_a_masked_completion_counts_in_its_group_but_not_in_the_loss",),
     ),

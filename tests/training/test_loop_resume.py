@@ -19,7 +19,12 @@ SETTINGS = [
     *("debug=smoke", "seed=3", "warmup=none", "training.steps=5", "task.num_heldout=4"),
     *("model.hidden_size=16", "model.num_layers=1", "rollout.prompts_per_step=4", "rollout.group_size=2"),
     *("training.minibatches=2", "training.epochs=2", "rollout.max_sampling_rounds=3", "kl=k2"),
-    *("training.refresh_reference_every=2", "training.reference_mixup=0.5", "rollout.overlong_buffer=2"),
+    *(
+        "training.refresh_reference_every=2",
+        "training.reference_mixup=0.5",
+        "rollout.overlong_buffer=2",
+        "rollout.max_new_tokens=6",
+    ),
 ]
 TIMED = ("seconds", "tokens_per_second")
 

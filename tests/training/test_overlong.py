@@ -35,7 +35,7 @@ def test_the_punishment_of_the_paper_by_hand() -> None:
 
 def test_it_is_part_of_the_reward_and_a_part_by_itself() -> None:
     # L_max 10 and L_cache 4: 6 tokens lose nothing, 7 a quarter, 10 all.
-    overlong = Overlong(RolloutConfig(overlong_buffer=4, overlong_penalty=2.0), 10)
+    overlong = Overlong(RolloutConfig(max_new_tokens=10, overlong_buffer=4, overlong_penalty=2.0))
     written = completions([6, 7, 10, 10], [True, True, True, False])
     rewards = torch.tensor([1.0, 1.0, 0.0, torch.nan])
     found = overlong.penalised(Rewarded(rewards, {}), written)
@@ -48,13 +48,13 @@ def test_it_is_part_of_the_reward_and_a_part_by_itself() -> None:
     assert overlong.penalised(both, written).parts[1].tolist() == [1.0, 0.0, -0.25]
     assert overlong.penalised(both, written).weights.tolist() == [1.0, 3.0, 2.0]
     unchanged = Rewarded(rewards, {})
-    assert Overlong(RolloutConfig(), 10).penalised(unchanged, written) is unchanged
+    assert Overlong(RolloutConfig()).penalised(unchanged, written) is unchanged
 
 
 def test_cut_completions_are_masked_if_asked() -> None:
     written = completions([3, 10, 10], [True, False, True])
-    assert Overlong(RolloutConfig(truncated="mask"), 10).masked(written).tolist() == [False, True, False]
-    assert Overlong(RolloutConfig(), 10).masked(written).tolist() == [False, False, False]
+    assert Overlong(RolloutConfig(truncated="mask")).masked(written).tolist() == [False, True, False]
+    assert Overlong(RolloutConfig()).masked(written).tolist() == [False, False, False]
 
 
 @pytest.mark.usefixtures("_fresh_state")
@@ -102,11 +102,10 @@ class Rewards:
 
 @pytest.mark.usefixtures("_fresh_state")
 def test_the_penalty_reaches_the_advantages() -> None:
-    trainer = trainer_with(None, "rollout.overlong_buffer=5", "rollout.overlong_penalty=0.5", "rollout.group_size=8")
+    settings = ("rollout.max_new_tokens=5", "rollout.overlong_buffer=5", "rollout.overlong_penalty=0.5")
+    trainer = trainer_with(None, *settings, "rollout.group_size=8")
     trainer.rollouts.rewarder = Rewards(torch.zeros(64))
     found = trainer.run_step(trainer.main_phase())
-    longest = trainer.generator.max_new_tokens
-    assert longest == 5
     assert found[PENALTY] == pytest.approx(-0.5 * found["completion_tokens"] / 5)  # from the first token on
     assert found["uniform_groups"] < 1
 
@@ -115,18 +114,19 @@ def test_the_penalty_reaches_the_advantages() -> None:
     ("overrides", "message"),
     [
         (["rollout.overlong_penalty=2"], "rollout.overlong_penalty=2.0 has no effect without rollout.overlong_buffer"),
-        (["rollout.overlong_buffer=9", "rollout.max_new_tokens=8"], "which has at most 8 tokens"),
-        (["rollout.overlong_buffer=2", "loss=ce"], "rollout.overlong_buffer=2 has no effect with loss=ce"),
+        (["rollout.overlong_buffer=9", "rollout.max_new_tokens=8"], "which has at most rollout.max_new_tokens=8"),
+        (["rollout.overlong_buffer=2"], "rollout.overlong_buffer=2 needs rollout.max_new_tokens"),
+        (
+            ["rollout.overlong_buffer=2", "rollout.max_new_tokens=8", "loss=ce"],
+            "rollout.overlong_buffer=2 has no effect with loss=ce",
+        ),
         (["rollout.truncated=mask", "loss=ce"], "rollout.truncated=mask has no effect with loss=ce"),
-        (["rollout.overlong_buffer=2", "advantage=gdpo", "kl=k1_in_reward"], "would not see the KL in the reward"),
+        (
+            ["rollout.overlong_buffer=2", "rollout.max_new_tokens=8", "advantage=gdpo", "kl=k1_in_reward"],
+            "would not see the KL in the reward",
+        ),
     ],
 )
 def test_settings_that_do_nothing_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config(compose_config(overrides))
-
-
-@pytest.mark.usefixtures("_fresh_state")
-def test_a_buffer_longer_than_the_longest_answer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="which has at most 5 tokens"):
-        trainer_with(None, "rollout.overlong_buffer=6")

@@ -40,7 +40,12 @@ RUNS: dict[str, list[str]] = {
     "refilled groups": [
         *WIDE,
         *("policy_loss=real", "aggregation=seq_mean_token_mean", "rollout.group_size=2", "training.micro_batch_size=2"),
-        *("rollout.max_sampling_rounds=2", "rollout.truncated=mask", "rollout.overlong_buffer=2"),
+        *(
+            "rollout.max_sampling_rounds=2",
+            "rollout.truncated=mask",
+            "rollout.overlong_buffer=2",
+            "rollout.max_new_tokens=6",
+        ),
     ],
     "per_component": [*WIDE, "aggregation=per_component", "loss.entropy_coef=0.01"],
     "float32": UNEVEN,

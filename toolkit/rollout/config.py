@@ -46,18 +46,17 @@ class RolloutConfig(Config):
                 f"rollout.overlong_penalty={self.overlong_penalty} has no effect without rollout.overlong_buffer; "
                 "set both, or remove it"
             )
-        if self.max_new_tokens is not None:
-            self.check_longest(self.max_new_tokens)
-        return self
-
-    def check_longest(self, max_length: int) -> None:
-        """Raise if the buffer does not fit into completions of at most `max_length` tokens.
-
-        Raises:
-            ConfigError: it is longer.
-        """
-        if self.overlong_buffer is not None and self.overlong_buffer > max_length:
+        if self.overlong_buffer is None:
+            return self
+        if self.max_new_tokens is None:
+            raise ConfigError(
+                f"rollout.overlong_buffer={self.overlong_buffer} needs rollout.max_new_tokens: by default completions "
+                "are cut where the longest answer ends, which would be penalised; set it to the longest answer plus "
+                "the buffer, or more"
+            )
+        if self.overlong_buffer > self.max_new_tokens:
             raise ConfigError(
                 f"rollout.overlong_buffer={self.overlong_buffer} is longer than a completion, which has at most "
-                f"{max_length} tokens (rollout.max_new_tokens); give fewer tokens"
+                f"rollout.max_new_tokens={self.max_new_tokens} tokens; give fewer tokens"
             )
+        return self

@@ -36,22 +36,17 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor
 class Overlong:
     """What a run does about long completions."""
 
-    def __init__(self, config: RolloutConfig, max_length: int) -> None:
-        """Take the longest completion in tokens, which the config may leave to the task.
-
-        Raises:
-            ConfigError: the buffer is longer.
-        """
-        self.config, self.max_length = config, max_length
-        config.check_longest(max_length)
+    def __init__(self, config: RolloutConfig) -> None:
+        self.config = config
 
     def penalised(self, rewarded: Rewarded, completions: Completions) -> Rewarded:
         """Add the penalty of this process's completions to their rewards, as one more part of them."""
-        buffer, coef = self.config.overlong_buffer, self.config.overlong_penalty
+        buffer, coef, max_length = self.config.overlong_buffer, self.config.overlong_penalty, self.config.max_new_tokens
         if buffer is None:
             return rewarded
+        assert max_length is not None  # RolloutConfig has made sure
         lengths = completions.is_new.sum(-1).cpu()
-        penalty = overlong_penalty(lengths, max_length=self.max_length, buffer=buffer)
+        penalty = overlong_penalty(lengths, max_length=max_length, buffer=buffer)
         totals = rewarded.totals
         parts = totals.unsqueeze(-1) if rewarded.parts is None else rewarded.parts
         weights = totals.new_ones(1) if rewarded.weights is None else rewarded.weights

@@ -54,14 +54,10 @@ class Rollouts:
         draws: Draws,
         shares: Shares,
     ) -> None:
-        """Take the parts of a `Trainer`.
-
-        Raises:
-            ConfigError: ``rollout.overlong_buffer`` is longer than a completion.
-        """
+        """Take the parts of a `Trainer`."""
         self.config, self.task, self.generator, self.rewarder = config, task, generator, rewarder
         self.updater, self.kl_penalty, self.draws, self.shares = updater, kl_penalty, draws, shares
-        self.overlong = Overlong(config.rollout, generator.max_new_tokens)
+        self.overlong = Overlong(config.rollout)
         self.old_logprobs = OldLogprobs(config, updater)
         self.num_refills = 0
         """Batches of prompts drawn so far beside the first of each step."""

@@ -146,7 +146,13 @@ class TrainingConfig(Config):
     steps: NonNegativeInt = 80
     """Rollouts in the RL phase (batches of demonstrations with loss=ce)."""
     minibatches: PositiveInt = 4
-    """Optimizer steps per rollout; after the first one they are off-policy, which the clipping is for."""
+    """Optimizer steps per rollout and epoch; after the first one they are off-policy, which the clipping is for."""
+    epochs: PositiveInt = 1
+    """Passes over each rollout, each divided anew into minibatches."""
+    refresh_reference_every: PositiveInt | None = None
+    """RL steps after which the reference policy is replaced by the policy as it is then; None: never."""
+    reference_mixup: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of the policy in a refreshed reference; the rest is the reference before. 1: replaced entirely."""
     micro_batch_size: PositiveInt = 1024
     """Sequences per forward on one process; the loss does not depend on it."""
     checkpoint_every: NonNegativeInt = 0
@@ -180,6 +186,15 @@ class TrainingConfig(Config):
     def _export_has_an_effect(self) -> TrainingConfig:
         if self.export_merged and self.export == "never":
             raise ConfigError("training.export_merged has no effect with training.export=never; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _mixup_has_an_effect(self) -> TrainingConfig:
+        if self.reference_mixup != 1 and self.refresh_reference_every is None:
+            raise ConfigError(
+                f"training.reference_mixup={self.reference_mixup} has no effect without "
+                "training.refresh_reference_every; set both, or remove it"
+            )
         return self
 
 

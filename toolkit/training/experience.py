@@ -6,7 +6,7 @@ Legend: R rows, T tokens of a row; per-token fields have T - 1 positions; positi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from toolkit.tasks.base import Example
 IGNORED = -100
 NO_GROUP = -1
 """Group of a row without a prompt."""
+PADDING = {"shifted_labels": IGNORED, "rollout_logprobs": float("nan"), "group_ids": NO_GROUP}
+"""Values of positions behind a row, where they are not 0."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,20 @@ class Rows:
             name: value.new_full((1, *value.shape[1:]), fill.get(name, 0)) for name, value in parts.items()
         }
         return replace(self, **unscored)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """Concatenate rows with the same fields; shorter ones are padded on the right with positions not scored."""
+        widths = [part.input_ids.shape[1] for part in parts]
+        tensors: dict[str, Any] = {}
+        for name, value in vars(parts[0]).items():
+            if isinstance(value, Tensor):
+                columns = [
+                    pad(getattr(part, name), (0, max(widths) - width), value=PADDING.get(name, 0))
+                    for part, width in zip(parts, widths, strict=True)
+                ]
+                tensors[name] = torch.cat(columns)
+        return replace(parts[0], **tensors)
 
     def item(self, ignore_idx: int) -> LossContextInputItem:
         """Return the input item of a loss: a policy loss's when there are advantages, else cross-entropy's."""
@@ -142,6 +158,12 @@ def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
         rewards_multi=torch.cat([part.require("rewards_multi") for part in parts]) if has_several else None,
         reward_weights=parts[0].reward_weights,
     )
+
+
+def selected_terms(terms: RewardTerms, index: Tensor) -> RewardTerms:
+    """Return the terms of some completions: `index` [S] bool."""
+    values = {field.name: getattr(terms, field.name) for field in fields(terms) if field.name != "reward_weights"}
+    return replace(terms, **{name: value[index] for name, value in values.items() if value is not None})
 
 
 def rows_from_answers(examples: Sequence[Example], tokenizer: Any, device: torch.device) -> Rows:

@@ -125,9 +125,7 @@ def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Ev
     folder, state = resumed or (None, {"phase": "warmup"})
     if folder is not None:
         checkpoint.load_weights(folder, trainer)
-        trainer.updater.num_skipped = state["num_skipped"]
-        trainer.updater.num_overflows = state.get("num_overflows", 0)
-        trainer.kl_penalty.restore(state["kl_control"])
+        trainer.restore(state)
         tracker.restore(folder.parent, state["phase"], state["next_step"])
         console.print(f"resumed from {folder}: {state['phase']} step {state['next_step']}", soft_wrap=True)
     if state["phase"] == "warmup":

@@ -62,6 +62,7 @@ class RunConfig(Config):
         self._rate_fits_the_model()
         self._kl_control_has_a_kl()
         self._loss_can_be_served()
+        self._loop_settings_have_an_effect()
         sampled_at, scored_at = self.rollout.temperature, self.loss.temperature
         if not isinstance(self.loss, CELossConfig) and sampled_at != scored_at:
             raise ConfigError(
@@ -92,7 +93,8 @@ class RunConfig(Config):
                 "task.reward is missing: RL needs one; name a built-in reward (task.reward=exact_match) or your "
                 "function (task.reward=my_reward.py:score), or fine-tune on completions with loss=ce"
             )
-        if len(rewards) > 1 and self.advantage.estimator == "gdpo" and self.kl_control.reward_type is not None:
+        has_parts = len(rewards) > 1 or self.rollout.overlong_buffer is not None
+        if has_parts and self.advantage.estimator == "gdpo" and self.kl_control.reward_type is not None:
             raise ConfigError(
                 "advantage=gdpo takes each reward by itself, so it would not see the KL in the reward; put the KL into "
                 "the loss (kl=k3)"
@@ -163,4 +165,33 @@ class RunConfig(Config):
             raise ConfigError(
                 f"policy loss {name!r} needs the {size} completions of a prompt in one micro-batch; set "
                 f"training.micro_batch_size={size} or more"
+            )
+
+    def _loop_settings_have_an_effect(self) -> None:
+        rollout, training = self.rollout, self.training
+        if isinstance(self.loss, CELossConfig):
+            without = "loss=ce, which samples nothing; remove it"
+            for part, name in (
+                ("training", "epochs"),
+                ("training", "refresh_reference_every"),
+                ("rollout", "max_sampling_rounds"),
+                ("rollout", "truncated"),
+                ("rollout", "overlong_buffer"),
+                ("rollout", "old_logprobs"),
+            ):
+                config = getattr(self, part)
+                value = getattr(config, name)
+                if value != type(config).model_fields[name].default:
+                    raise ConfigError(f"{part}.{name}={value} has no effect with {without}")
+            return
+        if rollout.max_sampling_rounds > 1 and not rollout.skip_uniform_groups:
+            raise ConfigError(
+                f"rollout.max_sampling_rounds={rollout.max_sampling_rounds} has no effect with "
+                "rollout.skip_uniform_groups=false: no group is skipped; remove one of them"
+            )
+        in_loss = isinstance(self.loss, BaseRLLossConfig) and self.loss.needs_reference
+        if training.refresh_reference_every is not None and not in_loss and self.kl_control.reward_type is None:
+            raise ConfigError(
+                f"training.refresh_reference_every={training.refresh_reference_every} has no effect: nothing reads a "
+                "reference policy; add a KL to it (kl=k3 in the loss, kl=k1_in_reward in the reward), or remove it"
             )

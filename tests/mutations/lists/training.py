@@ -10,8 +10,8 @@ MUTATIONS = (
     Mutation(
         name="kl-in-reward-after-advantages",
         file="toolkit/training/rollouts.py",
-        line="rewards, kl_metrics = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)",
-        becomes="_, kl_metrics = self.kl_penalty.off_rewards(rewards, old, ref, rows.shifted_labels != IGNORED)",
+        line="rewards, kl_metrics = self.kl_penalty.off_rewards(",
+        becomes="rewards, (_, kl_metrics) = rewarded.totals.unsqueeze(-1), self.kl_penalty.off_rewards(",
         tests=(f"{STEPS}::test_advantages_are_made_of_rewards_less_kl",),
     ),
     Mutation(
@@ -37,9 +37,9 @@ MUTATIONS = (
     ),
     Mutation(
         name="advantages-of-the-first-process",
-        file="toolkit/training/rollouts.py",
-        line="local_advantages = advantages[share.start * size : share.stop * size, : rows.shifted_labels.shape[1]]",
-        becomes="local_advantages = advantages[: (share.stop - share.start) * size, : rows.shifted_labels.shape[1]]",
+        file="toolkit/training/dynamic_sampling.py",
+        line="local = advantages[(self.owners == rank).repeat_interleave(self.size), : labels.shape[1]]",
+        becomes="local = advantages[: len(labels), : labels.shape[1]]",
         tests=(f"{STEPS}::test_a_process_rewards_and_samples_its_own_prompts",),
     ),
     Mutation(
@@ -109,15 +109,15 @@ MUTATIONS = (
     Mutation(
         name="rows-of-the-neighbour",
         file="toolkit/training/layout.py",
-        line="owner = torch.bucketize(rows, ends, right=True)",
-        becomes="owner = torch.bucketize(rows, ends)",
+        line="local_index = is_local.cumsum(0) - 1",
+        becomes="local_index = (is_local.cumsum(0) - 2).clamp(min=0)",
         tests=("tests/training/test_processes.py::test_minibatches_are_those_of_one_process",),
     ),
     Mutation(
         name="as-many-forwards-as-own-rows",
         file="toolkit/training/layout.py",
-        line="batches.append(Minibatch(local_rows, int(sizes.max())))",
-        becomes="batches.append(Minibatch(local_rows, len(local_rows)))",
+        line="batches.append(Minibatch(local_index[rows[is_local[rows]]], most_of_one(owners[rows])))",
+        becomes="batches.append(Minibatch(local_index[rows[is_local[rows]]], int(is_local[rows].sum())))",
         tests=("tests/training/test_processes.py::test_minibatches_are_those_of_one_process",),
     ),
     Mutation(
@@ -186,15 +186,15 @@ MUTATIONS = (
     ),
     Mutation(
         name="resume-forgets-the-kl-coefficient",
-        file="toolkit/training/run.py",
-        line='trainer.kl_penalty.restore(state["kl_control"])',
+        file="toolkit/training/trainer.py",
+        line='self.kl_penalty.restore(state["kl_control"])',
         becomes="pass",
         tests=(RESUMED,),
     ),
     Mutation(
         name="resume-forgets-skipped-updates",
-        file="toolkit/training/run.py",
-        line='trainer.updater.num_skipped = state["num_skipped"]',
+        file="toolkit/training/trainer.py",
+        line='self.updater.num_skipped = state["num_skipped"]',
         becomes="pass",
         tests=(RESUMED,),
     ),

@@ -32,6 +32,7 @@ RUNS: dict[str, list[str]] = {
     "rewards with KL": [*WIDE, "kl=k1_in_reward", "advantage=reinforce_pp", "rollout.skip_uniform_groups=false"],
     "order of prompts": [*WIDE, "advantage=pass_at_k", "advantage.k=2", "kl=k2", "kl_control=adaptive"],
     "nothing to learn": [*WIDE, "advantage=pass_at_k", "loss.temperature=0.7", "rollout.temperature=0.7"],
+    "packed": [*WIDE[:-1], "training.micro_batch_tokens=40", "policy_loss=real", "aggregation=prompt_mean", "kl=k3"],
     "per_component": [*WIDE, "aggregation=per_component", "loss.entropy_coef=0.01"],
     "float32": UNEVEN,
 }

@@ -110,9 +110,9 @@ def compare_with_single(
         raise ConfigError(
             f"training.micro_batch_tokens={budget}: {name} fails on a packed row ({described(error)}); {PADDED_INSTEAD}"
         ) from error
-    alone = [
-        MicroBatch(rows.select(slice(number, number + 1))).forward(policy, **options) for number in numbers
-    ] + [_idle(policy, rows, **options) for _ in range(NUM_COMPARED - len(numbers))]
+    alone = [MicroBatch(rows.select(slice(number, number + 1))).forward(policy, **options) for number in numbers] + [
+        _idle(policy, rows, **options) for _ in range(NUM_COMPARED - len(numbers))
+    ]
     difference = largest = together.new_zeros(())
     if numbers:
         tokens = tokens_of(rows, numbers)

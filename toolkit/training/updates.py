@@ -108,9 +108,7 @@ class Updater:
         boundaries = [b.cu_seq_lens for b in micro_batches] if isinstance(plan, PackedPlan) else None
         batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg, boundaries)
         contexts = [context(loss_cfg, kwargs) for kwargs in batches_kwargs]
-        routers = router_weights(
-            unwrapped(self.policy), [b.rows for b in micro_batches], loss_cfg.gradient_reduction
-        )
+        routers = router_weights(unwrapped(self.policy), [b.rows for b in micro_batches], loss_cfg.gradient_reduction)
         parts: list[dict[str, Metric]] = []
         self.policy.train()
         for index, (batch, loss_ctx, router) in enumerate(zip(micro_batches, contexts, routers, strict=True)):

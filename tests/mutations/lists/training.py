@@ -374,8 +374,8 @@ MUTATIONS = (
     Mutation(
         name="padding-takes-positions",
         file="toolkit/models/policy.py",
-        line='"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0),',
-        becomes='"position_ids": torch.ones_like(mask).long().cumsum(-1) - 1,',
+        line='"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0) if packed is None else packed,',
+        becomes='"position_ids": torch.ones_like(mask).long().cumsum(-1) - 1 if packed is None else packed,',
         tests=("tests/models/test_policy.py::test_r12d_padding_changes_no_logprob",),
     ),
     Mutation(

@@ -47,6 +47,7 @@ RUNS: dict[str, list[str]] = {
             "rollout.max_new_tokens=6",
         ),
     ],
+    "packed": [*WIDE[:-1], "training.micro_batch_tokens=40", "policy_loss=real", "aggregation=prompt_mean", "kl=k3"],
     "per_component": [*WIDE, "aggregation=per_component", "loss.entropy_coef=0.01"],
     "float32": UNEVEN,
 }

@@ -155,6 +155,9 @@ class TrainingConfig(Config):
     """Part of the policy in a refreshed reference; the rest is the reference before. 1: replaced entirely."""
     micro_batch_size: PositiveInt = 1024
     """Sequences per forward on one process; the loss does not depend on it."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens per forward on one process: sequences are packed end to end up to this many, without padding, and the loss
+    does not depend on it; None: padded rows, `micro_batch_size` at a time."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
     export: Literal["end", "checkpoints", "never"] = "end"
@@ -181,6 +184,17 @@ class TrainingConfig(Config):
     None: the launcher's setting, otherwise no."""
     timeout_s: PositiveInt = 600
     """Seconds that a process waits for the others in a collective before the run ends."""
+
+    @model_validator(mode="after")
+    def _one_size_of_micro_batches(self) -> TrainingConfig:
+        usual = type(self).model_fields["micro_batch_size"].default
+        if self.micro_batch_tokens is not None and self.micro_batch_size != usual:
+            raise ConfigError(
+                f"training.micro_batch_size={self.micro_batch_size} has no effect with "
+                f"training.micro_batch_tokens={self.micro_batch_tokens}, which counts tokens instead of sequences; "
+                "remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _export_has_an_effect(self) -> TrainingConfig:

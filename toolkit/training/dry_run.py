@@ -143,22 +143,25 @@ def _size(trainer: Trainer) -> list[str]:
             f"{trainer.generator.max_new_tokens} tokens; prompts have {sum(prompt) / len(prompt):.0f} on average, "
             f"at most {max(prompt)}"
         )
-    rows = min(config.training.micro_batch_size, -(-number // world))
-    memory = expected_memory(trainer, rows * longest)
+    rows, budget = min(config.training.micro_batch_size, -(-number // world)), config.training.micro_batch_tokens
+    tokens = rows * longest if budget is None else min(budget, -(-number // world) * longest)
+    size = f"{rows:,} sequences, at most" if budget is None else "sequences packed without padding,"
+    setting = "micro_batch_size" if budget is None else "micro_batch_tokens"
+    memory = expected_memory(trainer, tokens)
     steps, examples = config.training.steps, max(1, len(trainer.task.train))
     lines = [
         f"a run: {steps:,} steps of {in_step:,} examples, each {steps * in_step / examples:,.1f} times on average; "
         f"learning rate {config.optimizer.lr:g}",
         f"a step: {what}: at most {number * longest:,} tokens",
-        f"a micro-batch on one process: {rows:,} sequences, at most {rows * longest:,} tokens "
-        f"(training.micro_batch_size={config.training.micro_batch_size})",
+        f"a micro-batch on one process: {size} {tokens:,} tokens "
+        f"(training.{setting}={getattr(config.training, setting)})",
         f"memory: about {memory}; without attention probabilities and the sampler's keys and values",
     ]
     free = free_memory(trainer.accelerator.device)
     if memory.total > free:
         lines.append(
             f"that is more than the {free / MEBIBYTE:,.0f} MiB that are free for each process; lower "
-            "training.micro_batch_size (the loss does not depend on it), or set model.gradient_checkpointing=true"
+            f"training.{setting} (the loss does not depend on it), or set model.gradient_checkpointing=true"
         )
     return lines
 

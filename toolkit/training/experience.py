@@ -185,6 +185,6 @@ def rows_from_answers(examples: Sequence[Example], tokenizer: Any, device: torch
     for row, (text, scored) in enumerate(zip(map(torch.tensor, tokens), map(torch.tensor, is_scored), strict=True)):
         first = width - len(text)
         input_ids[row, first:] = text
-        labels[row, first:] = text.where(scored, IGNORED)
+        labels[row, first + 1 :] = text.where(scored, IGNORED)[1:]  # nothing precedes the first token
         mask[row, first:] = 1
     return Rows(input_ids.to(device), mask.to(device), labels[:, 1:].to(device))

@@ -161,7 +161,8 @@ class RunConfig(Config):
             # Presets of other projects' losses set it as part of their definition.
             warn_once("loss.aggregation.count_empty=true has no effect here: every completion has a token")
         size = self.rollout.group_size
-        if chosen.scope == "group" and self.training.micro_batch_size < size:
+        is_padded = self.training.micro_batch_tokens is None  # packed, the groups are scored before the step
+        if chosen.scope == "group" and is_padded and self.training.micro_batch_size < size:
             raise ConfigError(
                 f"policy loss {name!r} needs the {size} completions of a prompt in one micro-batch; set "
                 f"training.micro_batch_size={size} or more"

@@ -25,6 +25,7 @@ from toolkit.training.experience import rows_from_answers
 from toolkit.training.generation import Generator
 from toolkit.training.kl_penalty import KLPenalty
 from toolkit.training.layout import Shares, minibatches
+from toolkit.training.packing_checks import check_budget
 from toolkit.training.phase import Phase, learning_rate_schedule
 from toolkit.training.reference import Reference, reference_of, refresh_reference
 from toolkit.training.rewarding import Rewarder
@@ -57,6 +58,7 @@ class Trainer:
         self.rewarder = Rewarder(config.task, task, config.seed)
         self.policy = prepare_policy(policy, accelerator, config.training.sharding)
         longest = config.rollout.max_new_tokens or task.longest_completion(self.context)
+        check_budget(config, task, tokenizer, longest)
         self.generator = Generator(config.rollout, self.policy, tokenizer, self.draws, longest)
         self.updater = Updater(config, self.policy, accelerator, self.shares)
         self.rollouts = Rollouts(

@@ -19,6 +19,8 @@ from toolkit.losses.step.weights import loss_metric
 from toolkit.metrics import Max, Mean, Metric, Sum, merge_metrics, metrics_in
 from toolkit.training.experience import Rows
 from toolkit.training.layout import Shares
+from toolkit.training.packing import PackedPlan, PaddedPlan, Plan
+from toolkit.training.packing_checks import check_model, compare_with_single
 from toolkit.training.phase import Phase
 from toolkit.training.reference import Reference
 from toolkit.training.run_config import RunConfig
@@ -39,6 +41,8 @@ class Updater:
         """Updates with nothing to learn from."""
         self.num_overflows = 0
         """Updates that the loss scale of fp16 made too large."""
+        self.is_packing_checked = False
+        check_model(unwrapped(policy), config.training.micro_batch_tokens)
 
     @property
     def needs_groups(self) -> bool:
@@ -67,9 +71,28 @@ class Updater:
         """
         scorer = unwrapped(self.policy) if policy is None else policy
         scorer.eval()
-        temperature, size = self.config.loss.temperature, self.config.training.micro_batch_size
-        pieces = rows.split(size, max(1, -(-most // size)))
-        return torch.cat([scorer(p.input_ids, p.attention_mask, temperature=temperature) for p in pieces])[: len(rows)]
+        plan, temperature = self._plan(rows, most), self.config.loss.temperature
+        return plan.in_place([batch.forward(scorer, temperature=temperature) for batch in plan.cut(rows)], rows)
+
+    def _plan(self, rows: Rows, most: int, unit: int = 1) -> Plan:
+        """Return how these rows are cut into micro-batches, as many on every process; all call it together.
+
+        Args:
+            rows: of this process.
+            most: rows of the process that has most of them.
+            unit: rows that stay in one micro-batch of padded rows; packed ones need not, see `needs_current`.
+        """
+        size, budget = self.config.training.micro_batch_size, self.config.training.micro_batch_tokens
+        if budget is None:
+            size -= size % unit  # RunConfig has made sure that a micro-batch holds a group
+            return PaddedPlan(size, max(1, -(-most // size)))
+        plan = PackedPlan.agreed(rows, budget)
+        if plan.most_together > 1 and not self.is_packing_checked:
+            precision, temperature = self.accelerator.mixed_precision, self.config.loss.temperature
+            policy = unwrapped(self.policy)
+            compare_with_single(policy, rows, plan, budget=budget, precision=precision, temperature=temperature)
+            self.is_packing_checked = True
+        return plan
 
     def step(self, phase: Phase, rows: Rows, loss_cfg: BaseLossConfig, most: int) -> dict[str, Metric]:
         """Take one calibrated step on this process's rows, perhaps none; return its reduced metrics, on the host."""
@@ -77,23 +100,21 @@ class Updater:
         for group in phase.optimizer.param_groups:
             group["lr"] = phase.learning_rate(phase.num_updates)
         phase.num_updates += 1
-        size = self.config.training.micro_batch_size
-        if self.needs_groups:  # RunConfig has made sure that a micro-batch holds a group
-            size -= size % self.config.rollout.group_size
-        number = max(1, -(-most // size))
-        if loss_cfg.needs_current(number * self.shares.world):
+        plan = self._plan(rows, most, unit=self.config.rollout.group_size if self.needs_groups else 1)
+        if loss_cfg.needs_current(plan.number * self.shares.world):
             rows = replace(rows, current_logprobs=self.score(rows, most))
-        micro_batches = rows.split(size, number)
-        context, items = loss_cfg.loss_ctx_cls, [r.item(loss_cfg.ignore_idx) for r in micro_batches]
-        batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg)
+        micro_batches = plan.cut(rows)
+        context, items = loss_cfg.loss_ctx_cls, [b.rows.item(loss_cfg.ignore_idx) for b in micro_batches]
+        boundaries = [b.cu_seq_lens for b in micro_batches] if isinstance(plan, PackedPlan) else None
+        batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg, boundaries)
         contexts = [context(loss_cfg, kwargs) for kwargs in batches_kwargs]
-        routers = router_weights(unwrapped(self.policy), micro_batches, loss_cfg.gradient_reduction)
+        routers = router_weights(unwrapped(self.policy), [b.rows for b in micro_batches], loss_cfg.gradient_reduction)
         parts: list[dict[str, Metric]] = []
         self.policy.train()
         for index, (batch, loss_ctx, router) in enumerate(zip(micro_batches, contexts, routers, strict=True)):
             # Gradients are exchanged once, in the last backward; until then they add up locally.
-            with accumulating(self.policy, is_last=index == number - 1):
-                loss, metrics = self.policy(batch.input_ids, batch.attention_mask, loss_ctx, auxiliary_weight=router)
+            with accumulating(self.policy, is_last=index == plan.number - 1):
+                loss, metrics = batch.forward(self.policy, loss_ctx, auxiliary_weight=router)
                 accelerator.backward(loss)
             summed = loss_metric(loss, loss_cfg.gradient_reduction)
             parts.append({**metrics_in(metrics), "loss": summed, NUM_LEARNING: Sum(loss_ctx.num_learning())})

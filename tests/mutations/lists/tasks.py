@@ -153,8 +153,8 @@ MUTATIONS = (
     Mutation(
         name="what-the-user-writes-is-scored",
         file="toolkit/training/experience.py",
-        line="labels[row, first:] = text.where(scored, IGNORED)",
-        becomes="labels[row, first:] = text",
+        line="labels[row, first + 1 :] = text.where(scored, IGNORED)[1:]  # nothing precedes the first token",
+        becomes="labels[row, first + 1 :] = text[1:]",
         tests=(f"{COMMAND}::test_a_demonstration_scores_what_the_assistant_writes",),
     ),
     Mutation(

@@ -2,10 +2,75 @@
 
 from tests.mutations.mutation import Mutation
 
+PACKING = "tests/training/test_packing.py"
 RESUMED = "tests/training/test_resume.py::test_a_stopped_run_goes_on_as_if_it_had_not_been"
 STEPS = "tests/training/test_trainer_steps.py"
 
 MUTATIONS = (
+    # ---------------------------------------------------------------- packed micro-batches
+    Mutation(
+        name="packed-label-of-the-neighbour",
+        file="toolkit/training/packing.py",
+        line='packed["shifted_labels"] = packed["shifted_labels"].masked_fill(~tokens.follows, IGNORED)',
+        becomes='packed["shifted_labels"] = packed["shifted_labels"].masked_fill(tokens.follows & False, IGNORED)',
+        tests=(f"{PACKING}::test_a_packed_row_by_hand",),
+    ),
+    Mutation(
+        name="packed-positions-go-on",
+        file="toolkit/training/packing.py",
+        line="position_ids=tokens.position.unsqueeze(0),",
+        becomes="position_ids=torch.arange(len(tokens.position)).unsqueeze(0),",
+        tests=(f"{PACKING}::test_a_packed_row_by_hand",),
+    ),
+    Mutation(
+        name="packed-rows-without-boundaries",
+        file="toolkit/training/updates.py",
+        line="boundaries = [b.cu_seq_lens for b in micro_batches] if isinstance(plan, PackedPlan) else None",
+        becomes="boundaries = None",
+        tests=(f"{PACKING}::test_loss_and_gradient_are_those_of_padded_rows[gspo]",),
+    ),
+    Mutation(
+        name="packed-scores-out-of-place",
+        file="toolkit/training/packing.py",
+        line="at = tokens.row[1:][tokens.follows], tokens.column[1:][tokens.follows] - 1",
+        becomes="at = tokens.row[1:][tokens.follows], tokens.column[:-1][tokens.follows] - 1",
+        tests=(f"{PACKING}::test_values_return_to_the_token_that_they_are_about",),
+    ),
+    Mutation(
+        name="packed-attention-left-to-the-model",
+        file="toolkit/models/policy.py",
+        line="attended = mask if packed is None else attention_masks(head.trunk, packed)",
+        becomes="attended = mask if packed is None else None",
+        tests=(f"{PACKING}::test_architectures[gpt_oss]",),
+    ),
+    Mutation(
+        name="mixed-sequences-pass",
+        file="toolkit/training/packing_checks.py",
+        line="if not deviation <= allowed * max(1.0, scale):  # NaN, too",
+        becomes="if not deviation <= 1e9:",
+        tests=(f"{PACKING}::test_a_model_that_mixes_sequences_is_found_out",),
+    ),
+    Mutation(
+        name="no-comparison-before-packing",
+        file="toolkit/training/updates.py",
+        line="if plan.most_together > 1 and not self.is_packing_checked:",
+        becomes="if plan.most_together > 1e9:",
+        tests=(f"{PACKING}::test_loss_and_gradient_are_those_of_padded_rows[vanilla]",),
+    ),
+    Mutation(
+        name="router-counts-what-the-trunk-does-not-see",
+        file="toolkit/training/packing.py",
+        line='packed["attention_mask"] = (tokens.column <= last).to(rows.attention_mask).unsqueeze(0)',
+        becomes='packed["attention_mask"] = (tokens.column >= 0).to(rows.attention_mask).unsqueeze(0)',
+        tests=(f"{PACKING}::test_a_router_loss_counts_the_tokens_of_padded_rows",),
+    ),
+    Mutation(
+        name="first-token-scored-from-padding",
+        file="toolkit/training/experience.py",
+        line="labels[row, first + 1 :] = text.where(scored, IGNORED)[1:]  # nothing precedes the first token",
+        becomes="labels[row, first:] = text.where(scored, IGNORED)",
+        tests=("tests/training/test_experience.py::test_the_first_token_of_a_text_is_never_scored",),
+    ),
     # ---------------------------------------------------------------- steps
     Mutation(
         name="kl-in-reward-after-advantages",
@@ -17,8 +82,8 @@ MUTATIONS = (
     Mutation(
         name="scored-at-temperature-one",
         file="toolkit/training/updates.py",
-        line="temperature, size = self.config.loss.temperature, self.config.training.micro_batch_size",
-        becomes="temperature, size = 1.0, self.config.training.micro_batch_size",
+        line="plan, temperature = self._plan(rows, most), self.config.loss.temperature",
+        becomes="plan, temperature = self._plan(rows, most), 1.0",
         tests=(f"{STEPS}::test_advantages_are_made_of_rewards_less_kl",),
     ),
     Mutation(
@@ -309,8 +374,8 @@ MUTATIONS = (
     Mutation(
         name="padding-takes-positions",
         file="toolkit/models/policy.py",
-        line='"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0),',
-        becomes='"position_ids": torch.ones_like(mask).long().cumsum(-1) - 1,',
+        line='"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0) if packed is None else packed,',
+        becomes='"position_ids": torch.ones_like(mask).long().cumsum(-1) - 1 if packed is None else packed,',
         tests=("tests/models/test_policy.py::test_r12d_padding_changes_no_logprob",),
     ),
     Mutation(

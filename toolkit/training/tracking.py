@@ -10,6 +10,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from toolkit.training.config import TrackerConfig
+from toolkit.training.disk import write_whole
+from toolkit.training.metrics_file import read_rows
 
 
 class Tracker:
@@ -31,7 +33,7 @@ class Tracker:
         source = run_dir / self.path.name
         if not source.is_file():
             return
-        lines = [json.loads(line) for line in source.read_text().splitlines()]
+        lines = read_rows(source)
         order = ("warmup", "main")
         resumed_at = (order.index(phase), next_step)
         self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) < resumed_at]
@@ -50,7 +52,7 @@ class Tracker:
     def _begin(self) -> None:
         """Start a new file with the restored lines: the folder may hold the file of another run."""
         if not self._has_begun and self._accelerator.is_main_process:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._has_begun = True
 
     def close(self) -> None:

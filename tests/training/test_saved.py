@@ -35,7 +35,14 @@ def test_a_checkpoint_is_complete_or_says_what_it_lacks(tmp_path: Path) -> None:
         assert damage(folder) == f"{state} has {len(wrong)} of {len(text)} bytes"
     state.unlink()
     assert damage(folder) == f"{state} is missing"
-    for wrong_bytes in (b"", b"{}", b"[]", b"\x80\xff", b'{"phase": "main"}', b'{"phase": 1, "next_step": 1, "files": {}}'):
+    for wrong_bytes in (
+        b"",
+        b"{}",
+        b"[]",
+        b"\x80\xff",
+        b'{"phase": "main"}',
+        b'{"phase": 1, "next_step": 1, "files": {}}',
+    ):
         manifest.write_bytes(wrong_bytes)
         assert damage(folder) == f"{manifest} cannot be read"
     manifest.unlink()

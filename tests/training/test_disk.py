@@ -68,9 +68,10 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_a_file_is_the_earlier_one_or_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     write_whole(path, "1")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fails(FULL))
-        write_whole(path, "22")
+        with pytest.raises(OSError, match="No space"):
+            write_whole(path, "22")
     assert path.read_text() == "1"
     write_whole(path, "333")
     assert path.read_text() == "333"
@@ -87,8 +88,8 @@ def test_what_is_said_of_a_disk(tmp_path: Path) -> None:
     with pytest.raises(ToolkitError) as caught, in_one_line(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert re.fullmatch(
-        rf"{tmp_path} cannot be written: No space left on device \([\d.]+ \w+ free\); no checkpoint was written before; "
-        rf"make room, then continue: the same overrides and training\.resume={tmp_path}",
+        rf"{tmp_path} cannot be written: No space left on device \([\d.]+ \w+ free\); no checkpoint was written "
+        rf"before; make room, then continue: the same overrides and training\.resume={tmp_path}",
         str(caught.value),
     )
     a_checkpoint(tmp_path / "checkpoint", 7)
@@ -113,16 +114,12 @@ def test_a_disk_that_fills_up_in_a_checkpoint(tmp_path: Path, monkeypatch: pytes
     phase = trainer.main_phase()
     checkpoint.save_checkpoint(tmp_path, trainer, phase, {})
     phase.next_step = 5
-    with monkeypatch.context() as patch, pytest.raises(ToolkitError, match=r"\(main step 0\); make room"):
-        patch.setattr(checkpoint, where, fails(FULL))
-        with in_one_line(tmp_path):
-            checkpoint.save_checkpoint(tmp_path, trainer, phase, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]
-    with monkeypatch.context() as patch, pytest.raises(ToolkitError, match=r"\(main step 5\); make room"):
-        patch.setattr(export, "_write", fails(FULL))
-        with in_one_line(tmp_path):
-            checkpoint.save_checkpoint(tmp_path, trainer, phase, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]
+    for module, name, step in ((checkpoint, where, 0), (export, "_write", 5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fails(FULL))
+            with pytest.raises(ToolkitError, match=rf"\(main step {step}\); make room"), in_one_line(tmp_path):
+                checkpoint.save_checkpoint(tmp_path, trainer, phase, {})
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]
 
 
 def test_room_is_measured_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,9 @@ from toolkit.training import checkpoint
 
 def trainer_whose_gradients(factors: Iterator[float], most: int = 5) -> Any:
     """Multiply the gradient of the head by the next factor in each update."""
-    trainer = trainer_with(None, "loss=ce", "warmup.batch_size=4", f"optimizer.max_nonfinite_updates={most}")
+    trainer = trainer_with(
+        None, "loss=ce", "warmup.batch_size=4", "training.steps=9", f"optimizer.max_nonfinite_updates={most}"
+    )
     weight = next(trainer.policy.parameters())
     weight.register_hook(lambda gradient: gradient * next(factors))
     return trainer

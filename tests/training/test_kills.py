@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,12 @@ def killed(moments: random.Random, processes: list[Any], log: Path) -> bool:
 
 def ended(processes: list[Any]) -> list[int]:
     for process in processes:
-        process.join(120)
+        process.join(60)
     return [process.exitcode for process in processes]
 
 
-def started(folder: Path, *words: str, world: int = 1) -> list[Any]:
+def started(folder: Path, *words: str, world: int = 1, settings: Sequence[str] = SETTINGS) -> list[Any]:
+    """Start a run in `folder`, which continues what is there, in processes that a launcher would start."""
     streams = [[folder.parent / f"{folder.name}.{name}.{rank}" for name in ("out", "err")] for rank in range(world)]
     for each in streams:
         for stream in each:
@@ -67,7 +69,7 @@ def started(folder: Path, *words: str, world: int = 1) -> list[Any]:
     if world > 1:
         joined = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
         environments = [{**ENV, **joined, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-    words = (*SETTINGS, *words, f"hydra.run.dir={folder}", "training.resume=auto")
+    words = (*settings, *words, f"hydra.run.dir={folder}", "training.resume=auto")
     return [
         start_module("toolkit.train", *words, streams=each, cwd=folder.parent, env=env)
         for each, env in zip(streams, environments, strict=True)

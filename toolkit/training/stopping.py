@@ -36,7 +36,8 @@ class StopFlag:
     def __init__(self) -> None:
         self.is_set = False
         self.signal = 0
-        """Number of the signal; after `agreed` that of any process, SIGTERM before Ctrl-C; 0: none."""
+        """Number of the signal that `agreed` has found on any process, SIGTERM before Ctrl-C; 0: none."""
+        self._received = 0
         self._last: dict[int, float] = {}
         self._before: dict[int, Any] = {}
 
@@ -57,11 +58,12 @@ class StopFlag:
         if self.is_set and not is_repeated:
             signal.signal(number, signal.SIG_DFL)
             raise Killed(number)
-        self.is_set, self.signal = True, max(self.signal, number)
+        self.is_set, self._received = True, max(self._received, number)
 
     def agreed(self) -> bool:
         """Return whether any process received a signal; all must leave the loop after the same step."""
-        self.signal = int(reduce_metrics({"stop": Max.of(torch.tensor([float(self.signal)]))})["stop"].value())
+        # A signal may come during the exchange: its handler writes to another attribute.
+        self.signal = int(reduce_metrics({"stop": Max.of(torch.tensor([float(self._received)]))})["stop"].value())
         return self.signal > 0
 
 

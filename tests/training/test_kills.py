@@ -55,7 +55,7 @@ def killed(moments: random.Random, processes: list[Any], log: Path) -> bool:
 
 def ended(processes: list[Any]) -> list[int]:
     for process in processes:
-        process.join(60)
+        process.join(600)
     return [process.exitcode for process in processes]
 
 

@@ -33,7 +33,7 @@ from toolkit import train as command
 from toolkit.tasks import spell_backward
 from toolkit.training import checkpoint, report, run
 from toolkit.training.export import check_export, export_model
-from toolkit.training.full_state import load_weights
+from toolkit.training.full_state import load_weights, read_optimizer_state
 from toolkit.training.reference import SharedReference, refresh_reference
 
 SMALL = [
@@ -277,7 +277,7 @@ def test_a_checkpoint_holds_the_adapters_alone(tmp_path: Path, saved: Path) -> N
     stored = load_file(tmp_path / "checkpoint/model.safetensors")
     assert stored
     assert all(".lora_" in name for name in stored)
-    state = torch.load(tmp_path / "checkpoint/state.pt", weights_only=True)["optimizer"]
+    state = read_optimizer_state(str(tmp_path / "checkpoint/optimizer.safetensors"))
     assert len(state["state"]) == len(stored) == len(state["param_groups"][0]["params"])
     other = trainer_with(None, "loss=ce", *model(saved, *LORA, "model.lora.target_modules=[q_proj]"))
     with pytest.raises(ConfigError, match=r"do not fit .* weights are not those that this policy trains"):

@@ -64,7 +64,8 @@ def test_smoke(tmp_path: Path) -> None:
     config = (run_dir / "config.yaml").read_text()
     assert "chunk_size: 7" in config
     assert "${" not in config
-    assert {"model.safetensors", "reference.safetensors", "state.pt", "state.json", "tokenizer"} == {
+    weights = {f"{name}.safetensors" for name in ("model", "reference", "optimizer")}
+    assert weights | {"random_states.json", "state.json", "manifest.json", "tokenizer"} == {
         path.name for path in (run_dir / "checkpoint").iterdir()
     }
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

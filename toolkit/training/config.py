@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from toolkit.functional.rewards import RewardTerms
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+AUTO = "auto"
+"""Value of `TrainingConfig.resume`: what is in the output directory."""
 TRAINING_HAS = ("lengths", "mask")
 """What the training command gives to an advantage estimator besides rewards and groups."""
 
@@ -111,6 +113,8 @@ class OptimizerConfig(Config):
     """Decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients of a larger norm are scaled down to it."""
+    max_nonfinite_updates: PositiveInt = 5
+    """Updates in a row with a gradient that is NaN or infinite before the run stops; each of them is skipped."""
 
 
 class SchedulerConfig(Config):
@@ -167,8 +171,11 @@ class TrainingConfig(Config):
     """Merge LoRA adapters into the model that is exported, instead of writing the adapters alone."""
     log_every: PositiveInt = 10
     """Steps between progress lines when the output is not a terminal."""
+    keep_last: PositiveInt = 1
+    """Checkpoints that are kept: the current one, and older ones as checkpoint-<phase>-<step>."""
     resume: str | None = None
-    """Output directory of an earlier run to continue."""
+    """Output directory of an earlier run to continue; auto: that of this run, if it holds a checkpoint (otherwise the
+    run starts anew)."""
     overwrite: bool = False
     """Replace the run that the output directory holds; its files are removed first."""
     dry_run: bool = False
@@ -197,9 +204,14 @@ class TrainingConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _export_has_an_effect(self) -> TrainingConfig:
+    def _settings_have_an_effect(self) -> TrainingConfig:
         if self.export_merged and self.export == "never":
             raise ConfigError("training.export_merged has no effect with training.export=never; remove one of them")
+        if self.keep_last > 1 and self.checkpoint_every == 0:
+            raise ConfigError(
+                f"training.keep_last={self.keep_last} has no effect with one checkpoint, at the end; set "
+                "training.checkpoint_every too"
+            )
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.tasks.base import Example
 from toolkit.training.continuing import how_to_continue
+from toolkit.training.disk import write_whole
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.output_dir import MODEL
 
@@ -54,7 +56,11 @@ class Summary:
     """Optimizer steps without a single scored token."""
     overflowed_updates: int
     """Optimizer steps skipped because the loss scale of fp16 was too large."""
+    nonfinite_updates: int
+    """Optimizer steps skipped because the gradient was NaN or infinite."""
     interrupted: bool
+    stopped_by: str | None
+    """Signal that asked the run to stop, e.g. SIGTERM."""
     output_dir: str
 
     @property
@@ -80,6 +86,7 @@ class Summary:
         wall_seconds: float,
         output_dir: Path,
         interrupted: bool,
+        signal_number: int = 0,
     ) -> Summary:
         """Return the summary of a finished or interrupted run."""
         loss = trainer.config.loss
@@ -99,7 +106,9 @@ class Summary:
             num_processes=trainer.accelerator.num_processes,
             skipped_updates=trainer.updater.num_skipped,
             overflowed_updates=trainer.updater.num_overflows,
+            nonfinite_updates=trainer.updater.num_nonfinite,
             interrupted=interrupted,
+            stopped_by=signal.Signals(signal_number).name if signal_number else None,
             output_dir=str(output_dir),
         )
 
@@ -114,7 +123,7 @@ def write_report(
 ) -> None:
     """Write summary.json and curves.png, and print the results."""
     output_dir = Path(summary.output_dir)
-    (output_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    write_whole(output_dir / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
     draw_curves(summary, rows, output_dir / "curves.png")
     if summary.interrupted:
         launcher = " (under the same launcher)" if summary.num_processes > 1 else ""

@@ -17,6 +17,8 @@ from toolkit.distributed import check_world_size
 from toolkit.training import checkpoint
 from toolkit.training.agreement import agree
 from toolkit.training.devices import make_accelerator, probe_accelerator
+from toolkit.training.disk import write_whole
+from toolkit.training.disk_errors import in_one_line
 from toolkit.training.dry_run import DRY_RUN, show_dry_run
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.export import check_export
@@ -45,6 +47,7 @@ def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) 
         LaunchError: the number of processes is not the one asked for, their settings differ, the gradient of the
             start-up probe comes out changed, or another process failed.
         ConfigError: a checkpoint to resume from, a model or a tracker is missing.
+        ToolkitError: the disk is full, or the gradient is never finite.
     """
     resumed = check_environment(config)
     accelerator = make_accelerator(config.training, config.tracker.log_with, output_dir)
@@ -52,7 +55,7 @@ def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) 
         folder = Path(agree(output_dir, cfg))
         check_world_size(accelerator.num_processes, config.training.num_processes)
         probe_accelerator(accelerator, config.loss, config.training.sharding)
-        with StopFlag() as flag:
+        with StopFlag() as flag, in_one_line(folder):
             summary = _job(config, cfg, accelerator, flag, resumed, started, folder)
         accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
@@ -87,7 +90,8 @@ def _job(
             console.print(f"{DRY_RUN} in {output_dir}", soft_wrap=True)
         return Summary.of_dry_run(trainer, wall_seconds=time.time() - started, output_dir=output_dir)
     if accelerator.is_main_process:
-        (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        checkpoint.check_room_for(output_dir, trainer)
+        write_whole(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     tracker = Tracker(config.tracker, accelerator, output_dir, config.model_dump())
     total, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad or both) for both in (True, False))
     parameters = f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
@@ -98,10 +102,20 @@ def _job(
     loop = _Loop(trainer, tracker, console, flag, output_dir)
     before, is_done = _train(loop, resumed)
     after = trainer.evaluate() if is_done else Evaluation()
+    if is_done:
+        flag.agreed()  # the jobs of a multirun that come after it must not start
     tracker.close()
     seconds = time.time() - started
     trainer.rewarder.close()
-    summary = Summary.of(trainer, before, after, wall_seconds=seconds, output_dir=output_dir, interrupted=not is_done)
+    summary = Summary.of(
+        trainer,
+        before,
+        after,
+        wall_seconds=seconds,
+        output_dir=output_dir,
+        interrupted=not is_done,
+        signal_number=flag.signal,
+    )
     if accelerator.is_main_process:
         examples = task.heldout[: len(before.completions)]
         write_report(summary, tracker.rows, examples, before, after, console)
@@ -160,7 +174,7 @@ def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Ev
 
 
 def _run_phase(loop: _Loop, phase: Phase, title: str, record: dict[str, Any]) -> bool:
-    """Run the remaining steps of a phase; return False if Ctrl-C stopped it early."""
+    """Run the remaining steps of a phase; return False if a signal stopped it early."""
     trainer, output_dir, cfg = loop.trainer, loop.output_dir, loop.trainer.config.training
     with PhaseProgress(loop.console, title, phase.num_steps, phase.next_step, cfg.log_every) as progress:
         while phase.next_step < phase.num_steps:

@@ -138,16 +138,20 @@ class Trainer:
         return {
             "num_skipped": self.updater.num_skipped,
             "num_overflows": self.updater.num_overflows,
+            "num_nonfinite": self.updater.num_nonfinite,
+            "nonfinite_in_a_row": self.updater.nonfinite_in_a_row,
             "kl_control": self.kl_penalty.state(),
             "rollouts": self.rollouts.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` returned, perhaps among other values; earlier versions kept less."""
+        """Take what `state` returned, perhaps among other values."""
         self.updater.num_skipped = state["num_skipped"]
-        self.updater.num_overflows = state.get("num_overflows", 0)
+        self.updater.num_overflows = state["num_overflows"]
+        self.updater.num_nonfinite = state["num_nonfinite"]
+        self.updater.nonfinite_in_a_row = state["nonfinite_in_a_row"]
         self.kl_penalty.restore(state["kl_control"])
-        self.rollouts.restore(state.get("rollouts", {}))
+        self.rollouts.restore(state["rollouts"])
 
     # ---------------------------------------------------------------- evaluation
 

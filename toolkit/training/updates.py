@@ -5,6 +5,7 @@ Legend: R rows, T tokens of a row.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
+from toolkit.errors import ToolkitError
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.step.weights import loss_metric
@@ -27,6 +29,8 @@ from toolkit.training.run_config import RunConfig
 from toolkit.training.sharding import accumulating, clip_grad_norm, local_parameters, unwrapped
 from toolkit.training.step import on_host, per_update, router_weights
 
+NONFINITE = "nonfinite_updates"
+"""Name of the number of updates of a step that were skipped because the gradient was NaN or infinite."""
 NUM_LEARNING = "num_learning"
 """Name of the number of tokens to learn from, reduced with the metrics of a step."""
 
@@ -43,6 +47,8 @@ class Updater:
         """Updates that the loss scale of fp16 made too large."""
         self.is_packing_checked = False
         check_model(unwrapped(policy), config.training.micro_batch_tokens)
+        self.num_nonfinite = self.nonfinite_in_a_row = 0
+        """Updates with a gradient that is NaN or infinite: all, and since the last one that was not."""
 
     @property
     def needs_groups(self) -> bool:
@@ -122,12 +128,16 @@ class Updater:
         norms = {"grad_norm": Mean.of(grad_norm), "grad_norm_max": Max.of(grad_norm)}
         # One wait for the device, after the last backward: what the host needs to step, and all that is reported.
         reduced = on_host(per_update(reduce_metrics({**merge_metrics(parts), **norms})))
-        if not self._apply(phase.optimizer, num_learning=reduced.pop(NUM_LEARNING).value()):
+        num_learning, norm = reduced.pop(NUM_LEARNING).value(), reduced["grad_norm_max"].value()
+        if not self._apply(phase.optimizer, num_learning=num_learning, grad_norm=norm):
             reduced = {name: metric for name, metric in reduced.items() if name not in norms}
+            if self.nonfinite_in_a_row and num_learning:
+                reduced[NONFINITE] = Sum(torch.tensor(1.0, dtype=torch.float64))
+                self._check_finite(phase)
         phase.optimizer.zero_grad()
         return reduced
 
-    def _apply(self, optimizer: Any, *, num_learning: float) -> bool:
+    def _apply(self, optimizer: Any, *, num_learning: float, grad_norm: float) -> bool:
         """Take the step of the gradients that are there, and return whether the weights moved."""
         if num_learning == 0:
             self.num_skipped += 1  # no rank has a token to learn from: Adam's momentum must not move the weights
@@ -135,8 +145,27 @@ class Updater:
             if scaler is not None:
                 scaler.update(scaler.get_scale())  # it expects a step after unscaling
             return False
+        if self.accelerator.scaler is None and not math.isfinite(grad_norm):  # the norm is the same on all ranks
+            self.num_nonfinite += 1
+            self.nonfinite_in_a_row += 1
+            return False
+        self.nonfinite_in_a_row = 0
         optimizer.step()
         if optimizer.step_was_skipped:  # the loss scale was too large: the gradient is not finite
             self.num_overflows += 1
             return False
         return True
+
+    def _check_finite(self, phase: Phase) -> None:
+        """Raise if the gradient has not been finite in too many updates in a row; on all ranks or on none.
+
+        Raises:
+            ToolkitError: it has not.
+        """
+        most = self.config.optimizer.max_nonfinite_updates
+        if self.nonfinite_in_a_row >= most:
+            raise ToolkitError(
+                f"the gradient was NaN or infinite in {most} updates in a row, the last in {phase.name} step "
+                f"{phase.next_step}; none of them changed the weights; lower optimizer.lr (warmup.lr) and continue "
+                "from an earlier checkpoint, or raise optimizer.max_nonfinite_updates"
+            )

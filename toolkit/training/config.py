@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    FiniteFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -173,6 +174,8 @@ class TrainingConfig(Config):
     """Steps between progress lines when the output is not a terminal."""
     keep_last: PositiveInt = 1
     """Checkpoints that are kept: the current one, and older ones as checkpoint-<phase>-<step>."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best evaluation, too, as checkpoint-best; needs evaluation.every."""
     resume: str | None = None
     """Output directory of an earlier run to continue; auto: that of this run, if it holds a checkpoint (otherwise the
     run starts anew)."""
@@ -222,6 +225,43 @@ class TrainingConfig(Config):
                 "training.refresh_reference_every; set both, or remove it"
             )
         return self
+
+
+class EvaluationConfig(Config):
+    """What is measured on held-out prompts, and how often: always before and after the main phase."""
+
+    every: NonNegativeInt = 0
+    """Steps of the main phase between two more evaluations; 0: none."""
+    max_prompts: PositiveInt | None = None
+    """Most held-out prompts of an evaluation, the first ones; None: all."""
+    samples: NonNegativeInt = 0
+    """Sampled completions of each prompt, besides the greedy one; 0: none."""
+    ks: tuple[PositiveInt, ...] | None = None
+    """The k of each pass@k, the chance that one of k sampled completions passes; None: 1 and `samples`."""
+    temperature: PositiveFloat | None = None
+    """Temperature of the sampled completions; None: that of the rollouts."""
+    passing_reward: FiniteFloat | None = None
+    """Reward from which a completion passes, for accuracy and pass@k. None: 1 with the task's verifier; with other
+    rewards nothing passes or fails, and their means alone are measured."""
+
+    @model_validator(mode="after")
+    def _samples_serve_the_rest(self) -> EvaluationConfig:
+        for name in ("ks", "temperature"):
+            if getattr(self, name) is not None and not self.samples:
+                raise ConfigError(
+                    f"evaluation.{name} has no effect without sampled completions; set evaluation.samples=8"
+                )
+        if self.ks is not None and (not self.ks or max(self.ks) > self.samples):
+            raise ConfigError(
+                f"evaluation.ks={list(self.ks)} needs numbers from 1 to evaluation.samples={self.samples}; "
+                "pass@k is estimated from k samples or more"
+            )
+        return self
+
+    @property
+    def pass_at(self) -> tuple[int, ...]:
+        """The k of each pass@k, in order and each once."""
+        return tuple(sorted({1, self.samples} if self.ks is None else set(self.ks)))
 
 
 class TrackerConfig(Config):

@@ -25,21 +25,32 @@ class Generator:
         """Return the most probable completion of each prompt, token by token."""
         return self._complete([example.prompt for example in prompts])
 
-    def sample(self, prompts: Sequence[Example], indices: range, step: int, *, group_size: int) -> Completions:
-        """Return `group_size` samples of each prompt, each token drawn from (seed, step, prompt, sample, position).
+    def sample(
+        self,
+        prompts: Sequence[Example],
+        indices: range,
+        step: int,
+        *,
+        group_size: int,
+        purpose: str = "main",
+        temperature: float | None = None,
+    ) -> Completions:
+        """Return samples of each prompt, each token drawn from (seed, purpose, step, prompt, sample, position).
 
         Args:
             prompts: of this process; all must sample, so a process without prompts gives any one of them.
             indices: number of each prompt in the step, over all processes; empty for a process without prompts.
             step: of the main phase.
             group_size: samples of each prompt.
+            purpose: what the samples are for; those for one purpose do not depend on those for another.
+            temperature: None: that of the rollouts.
         """
         samples = [(prompt, sample) for prompt in indices for sample in range(group_size)]
-        seeds = [self.draws.key("main", step, "sample", *sample) for sample in samples]
+        seeds = [self.draws.key(purpose, step, "sample", *sample) for sample in samples]
         completions = self._complete(
             [example.prompt for example in prompts],
             group_size=group_size,
-            temperature=self.config.temperature,
+            temperature=self.config.temperature if temperature is None else temperature,
             uniforms=row_uniforms(seeds or [""] * group_size, self.max_new_tokens),
         )
         return completions.first(len(samples))

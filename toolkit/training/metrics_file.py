@@ -22,7 +22,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or not {"phase", "step"} <= row.keys():
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "phase" not in row:
                 raise ValueError("not the metrics of a step")
         except ValueError as error:  # of JSON or of the encoding
             if number < len(lines):

@@ -46,8 +46,6 @@ class Rewarder:
         self._rewards = config.build_rewards(seed)
         self._has_verifier = config.has_verifier
         self._most_failures = config.max_reward_failures
-        self.measures_accuracy = config.has_verifier and set(config.rewards) <= {"verifier", "coin_flip"}
-        """Whether held-out rewards are the verifier's, of which 1 is a right answer."""
         self.has_rewards = bool(config.rewards)
 
     def __call__(

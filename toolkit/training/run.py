@@ -23,6 +23,7 @@ from toolkit.training.dry_run import DRY_RUN, show_dry_run
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.export import check_export
 from toolkit.training.failures import stop_together
+from toolkit.training.heldout import Evaluations
 from toolkit.training.phase import Phase
 from toolkit.training.progress import PhaseProgress
 from toolkit.training.rehearsal import rehearse
@@ -93,18 +94,21 @@ def _job(
         checkpoint.check_room_for(output_dir, trainer)
         write_whole(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     tracker = Tracker(config.tracker, accelerator, output_dir, config.model_dump())
+    if resumed is not None:
+        folder, state = resumed
+        tracker.restore(folder.parent, state["phase"], state["next_step"])
     total, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad or both) for both in (True, False))
     parameters = f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
     console.print(
         f"{accelerator.num_processes} process(es) on {accelerator.device}, {parameters}; output: {output_dir}",
         soft_wrap=True,
     )
-    loop = _Loop(trainer, tracker, console, flag, output_dir)
-    before, is_done = _train(loop, resumed)
-    after = trainer.evaluate() if is_done else Evaluation()
-    if is_done:
+    with tracker:
+        loop = _Loop(trainer, tracker, Evaluations(trainer, tracker, console), console, flag, output_dir)
+        before, last = _train(loop, resumed)
+    if last is not None:
         flag.agreed()  # the jobs of a multirun that come after it must not start
-    tracker.close()
+    after = last or Evaluation()
     seconds = time.time() - started
     trainer.rewarder.close()
     summary = Summary.of(
@@ -113,7 +117,7 @@ def _job(
         after,
         wall_seconds=seconds,
         output_dir=output_dir,
-        interrupted=not is_done,
+        interrupted=last is None,
         signal_number=flag.signal,
     )
     if accelerator.is_main_process:
@@ -128,31 +132,33 @@ class _Loop:
 
     trainer: Trainer
     tracker: Tracker
+    evaluations: Evaluations
     console: Console
     flag: StopFlag
     output_dir: Path
 
 
-def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Evaluation, bool]:
-    """Run both phases, from the start or from a checkpoint; return the state before RL and whether both are done."""
-    trainer, tracker, console = loop.trainer, loop.tracker, loop.console
+def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Evaluation, Evaluation | None]:
+    """Run both phases, from the start or from a checkpoint; return the evaluations before and after RL.
+
+    The second is None if Ctrl-C stopped the run before its end.
+    """
+    trainer, console = loop.trainer, loop.console
     folder, state = resumed or (None, {"phase": "warmup"})
     if folder is not None:
         checkpoint.load_weights(folder, trainer)
         trainer.restore(state)
-        tracker.restore(folder.parent, state["phase"], state["next_step"])
         console.print(f"resumed from {folder}: {state['phase']} step {state['next_step']}", soft_wrap=True)
     if state["phase"] == "warmup":
         phase = trainer.warmup_phase()
         if folder is not None:
             checkpoint.load_phase(folder, state, phase, trainer)
         if not _run_phase(loop, phase, "warm-up", {}):
-            return Evaluation(), False
-        before = trainer.evaluate()
-        if before.shown():
-            console.print(f"held-out {before.shown(' before:')}")
+            return Evaluation(), None
+        before = loop.evaluations.at(0)
+        loop.evaluations.say(before, " before:")
     else:
-        before = Evaluation(state["accuracy_before"], state["completions_before"], **state.get("measured_before", {}))
+        before = Evaluation.restored(state["before"])
     phase = trainer.main_phase()
     if folder is not None and state["phase"] == "main":
         checkpoint.load_reference(folder, trainer)
@@ -164,13 +170,12 @@ def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Ev
                 soft_wrap=True,
             )
     title = type(trainer.config.loss).__name__.removesuffix("LossConfig").lower()
-    measured = {name: getattr(before, name) for name in ("reward", "reward_se", "nll")}
-    record = {
-        "accuracy_before": before.accuracy,
-        "completions_before": before.completions,
-        "measured_before": measured,
-    }
-    return before, _run_phase(loop, phase, title, record)
+    record = {"before": before._asdict()}
+    if not _run_phase(loop, phase, title, record):
+        return before, None
+    last = loop.evaluations.at(phase.next_step)
+    _keep_best(loop, phase, record, last)
+    return before, last
 
 
 def _run_phase(loop: _Loop, phase: Phase, title: str, record: dict[str, Any]) -> bool:
@@ -188,8 +193,15 @@ def _run_phase(loop: _Loop, phase: Phase, title: str, record: dict[str, Any]) ->
             progress.step(step, metrics, is_last=is_warm or phase.next_step == phase.num_steps)
             if is_warm:
                 break
+            _keep_best(loop, phase, record, loop.evaluations.after_step(phase))
             if cfg.checkpoint_every and phase.next_step % cfg.checkpoint_every == 0:
                 checkpoint.save_checkpoint(output_dir, trainer, phase, record, is_last=False)
     if phase.name == "main":
         checkpoint.save_checkpoint(output_dir, trainer, phase, record)
     return True
+
+
+def _keep_best(loop: _Loop, phase: Phase, record: dict[str, Any], evaluation: Evaluation | None) -> None:
+    """Keep a checkpoint if this evaluation is the best of the run so far, and the run keeps that one."""
+    if loop.trainer.config.training.keep_best and evaluation is not None and evaluation.objective is not None:
+        checkpoint.save_best(loop.output_dir, loop.trainer, phase, record, evaluation.objective)

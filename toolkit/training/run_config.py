@@ -13,9 +13,10 @@ from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.models.config import CausalLMConfig, ModelConfig
 from toolkit.rollout.config import RolloutConfig
 from toolkit.schema import Config
-from toolkit.tasks.config import TaskConfig
+from toolkit.tasks.config import DatasetConfig, TaskConfig
 from toolkit.training.config import (
     AdvantageConfig,
+    EvaluationConfig,
     KLControlConfig,
     OptimizerConfig,
     SchedulerConfig,
@@ -42,6 +43,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     training: TrainingConfig
+    evaluation: EvaluationConfig
     tracker: TrackerConfig
 
     @model_validator(mode="after")
@@ -59,6 +61,7 @@ class RunConfig(Config):
         if not isinstance(self.loss, CELossConfig):
             self.advantage.check_training(self.rollout.group_size)
         self._rewards_are_served()
+        self._evaluation_measures()
         self._rate_fits_the_model()
         self._kl_control_has_a_kl()
         self._loss_can_be_served()
@@ -98,6 +101,34 @@ class RunConfig(Config):
             raise ConfigError(
                 "advantage=gdpo takes each reward by itself, so it would not see the KL in the reward; put the KL into "
                 "the loss (kl=k3)"
+            )
+
+    @property
+    def tells_right_from_wrong(self) -> bool:
+        """Whether a held-out completion passes or fails, so accuracy and pass@k can be measured."""
+        by_verifier = self.task.has_verifier and set(self.task.rewards) <= {"verifier", "coin_flip"}
+        return bool(self.task.rewards) and (by_verifier or self.evaluation.passing_reward is not None)
+
+    def _evaluation_measures(self) -> None:
+        cfg, task = self.evaluation, self.task
+        if self.training.keep_best and not cfg.every:
+            raise ConfigError(
+                "training.keep_best has no effect without evaluations on the way; set evaluation.every=10, for example"
+            )
+        if not task.rewards:
+            for name in ("samples", "passing_reward"):
+                if getattr(cfg, name):
+                    raise ConfigError(f"evaluation.{name} has no effect without a reward; set task.reward")
+        elif cfg.ks is not None and not self.tells_right_from_wrong:
+            raise ConfigError(
+                f"evaluation.ks: task.reward={task.reward} does not say which completions pass; set "
+                "evaluation.passing_reward, e.g. 1 for rewards of 0 and 1"
+            )
+        holds_out = not isinstance(task, DatasetConfig) or task.heldout or task.heldout_path or task.heldout_column
+        if cfg.every and not holds_out:
+            raise ConfigError(
+                f"evaluation.every={cfg.every} has no effect with task.heldout=0; set task.heldout=0.1 or "
+                "task.heldout_path, or remove it"
             )
 
     def _rate_fits_the_model(self) -> None:

@@ -20,7 +20,7 @@ from toolkit.models.policy import Policy
 from toolkit.tasks.base import Example, Task
 from toolkit.training.config import SchedulerConfig
 from toolkit.training.draws import Draws
-from toolkit.training.evaluation import BATCH, NUM_SHOWN, Evaluation, evaluate, rewarded_greedily
+from toolkit.training.evaluation import BATCH, Evaluation, evaluate, rewarded_greedily
 from toolkit.training.experience import rows_from_answers
 from toolkit.training.generation import Generator
 from toolkit.training.kl_penalty import KLPenalty
@@ -169,11 +169,9 @@ class Trainer:
         value = measured.reward if measured.accuracy is None else measured.accuracy
         return float("nan") if value is None else value
 
-    def evaluate(self) -> Evaluation:
-        """Return what the policy makes of the held-out examples, and the completions of the first three."""
-        examples = list(self.task.heldout)
-        shown = self.generator.greedy(examples[:NUM_SHOWN]).texts if examples else ()
-        return evaluate(self, examples)._replace(completions=shown)
+    def evaluate(self, step: int = 0) -> Evaluation:
+        """Return what the policy makes of the held-out examples, after `step` steps of the main phase."""
+        return evaluate(self, list(self.task.heldout)[: self.config.evaluation.max_prompts], step)
 
 
 def context_length(lm: Any) -> int | None:

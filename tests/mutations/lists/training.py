@@ -110,8 +110,8 @@ MUTATIONS = (
     Mutation(
         name="every-step-draws-the-same",
         file="toolkit/training/generation.py",
-        line='seeds = [self.draws.key("main", step, "sample", *sample) for sample in samples]',
-        becomes='seeds = [self.draws.key("main", "sample", *sample) for sample in samples]',
+        line='seeds = [self.draws.key(purpose, step, "sample", *sample) for sample in samples]',
+        becomes='seeds = [self.draws.key(purpose, "sample", *sample) for sample in samples]',
         tests=(f"{STEPS}::test_a_process_rewards_and_samples_its_own_prompts",),
     ),
     Mutation(

@@ -72,7 +72,7 @@ class Updater:
         scorer = unwrapped(self.policy) if policy is None else policy
         scorer.eval()
         plan, temperature = self._plan(rows, most), self.config.loss.temperature
-        return plan.in_place([batch.forward(scorer, temperature=temperature) for batch in plan.cut(rows)], rows)
+        return plan.put_back([batch.forward(scorer, temperature=temperature) for batch in plan.cut(rows)], rows)
 
     def _plan(self, rows: Rows, most: int, unit: int = 1) -> Plan:
         """Return how these rows are cut into micro-batches, as many on every process; all call it together.

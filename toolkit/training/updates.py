@@ -42,6 +42,7 @@ class Updater:
         self.num_overflows = 0
         """Updates that the loss scale of fp16 made too large."""
         self.is_packing_checked = False
+        """Whether a packed row has been compared with its sequences one by one."""
         check_model(unwrapped(policy), config.training.micro_batch_tokens)
 
     @property

@@ -101,10 +101,10 @@ def test_values_return_to_the_token_that_they_are_about() -> None:
     assert sorted(number for pack in plan.packs for number in pack) == list(range(12))
     assert len(plan.packs) < 12
     batches = plan.cut(rows)
-    placed = plan.in_place([batch.rows.input_ids[:, 1:] for batch in batches], rows)
+    placed = plan.put_back([batch.rows.input_ids[:, 1:] for batch in batches], rows)
     is_about = (rows.attention_mask[:, 1:] * rows.attention_mask[:, :-1]).bool()
     assert torch.equal(placed, rows.input_ids[:, 1:].where(is_about, 0))
-    again = plan.in_place([batch.rows.old_logprobs for batch in batches], rows)
+    again = plan.put_back([batch.rows.old_logprobs for batch in batches], rows)
     assert torch.equal(again, rows.old_logprobs.where(is_about, 0)), "to the bit"
 
 
@@ -117,7 +117,7 @@ def test_rows_without_sequences_score_nothing() -> None:
     assert batch.rows.input_ids.shape == (1, 2)
     assert (batch.rows.shifted_labels == IGNORED).all()
     assert (batch.rows.group_ids < 0).all()
-    assert plan.in_place([torch.ones(1, 1)], none).shape == (0, WIDTH - 1)
+    assert plan.put_back([torch.ones(1, 1)], none).shape == (0, WIDTH - 1)
     assert unscored(rows).cu_seq_lens.tolist() == [0, 1]
 
 
@@ -216,7 +216,7 @@ def test_with_adapters_and_their_reference(tmp_path: Path) -> None:
 def test_scores_return_to_their_rows() -> None:
     rows, updater = made_up_rows(3 * GROUP), trainer_with(None, *WIDE, *PACKED).updater
     packed = updater.score(rows, 12)
-    padded = PaddedPlan(3, 4).in_place([b.forward(updater.policy) for b in PaddedPlan(3, 4).cut(rows)], rows)
+    padded = PaddedPlan(3, 4).put_back([b.forward(updater.policy) for b in PaddedPlan(3, 4).cut(rows)], rows)
     is_scored = rows.shifted_labels != IGNORED
     torch.testing.assert_close(packed[is_scored], padded[is_scored], rtol=1e-12, atol=1e-12)
     assert not packed[rows.attention_mask[:, 1:] == 0].any()
@@ -312,7 +312,7 @@ def test_architectures(name: str) -> None:
     plan = PackedPlan.agreed(rows, 64)
     compare_with_single(policy, rows, plan, budget=64, precision="no")
     with torch.no_grad():
-        packed = plan.in_place([batch.forward(policy) for batch in plan.cut(rows)], rows)
+        packed = plan.put_back([batch.forward(policy) for batch in plan.cut(rows)], rows)
         padded = policy(rows.input_ids, rows.attention_mask)
     is_scored = rows.shifted_labels != IGNORED
     torch.testing.assert_close(packed[is_scored], padded[is_scored], rtol=0, atol=5e-5)
@@ -344,7 +344,8 @@ def test_every_process_runs_the_same_forwards_of_the_comparison() -> None:
     rows, policy = made_up_rows(2 * GROUP), Policy(build("llama"))
     counts = []
     policy.register_forward_hook(lambda *_: counts.append(1))
-    for mine in (rows, rows.select(slice(0, 2)), rows.select(slice(0, 0))):
+    single = replace(rows.select(slice(0, 1)), attention_mask=torch.eye(1, WIDTH).long())
+    for mine in (rows, rows.select(slice(0, 2)), rows.select(slice(0, 0)), single):
         counts.clear()
         compare_with_single(policy, mine, PackedPlan.agreed(mine, 64), budget=64, precision="no")
         assert len(counts) == 1 + NUM_COMPARED

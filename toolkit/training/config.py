@@ -202,7 +202,7 @@ class TrainingConfig(Config):
             raise ConfigError(
                 f"training.micro_batch_size={self.micro_batch_size} has no effect with "
                 f"training.micro_batch_tokens={self.micro_batch_tokens}, which counts tokens instead of sequences; "
-                "remove one of them"
+                f"remove one of them (training.micro_batch_size={usual} where an experiment sets it)"
             )
         return self
 

@@ -53,8 +53,8 @@ class PaddedPlan:
         """Return the micro-batches of these rows; without rows they score nothing."""
         return [MicroBatch(piece) for piece in rows.split(self.size, self.number)]
 
-    def in_place(self, values: Sequence[Tensor], rows: Rows) -> Tensor:
-        """Return the values of the rows' positions, [R, T - 1], from those of each micro-batch."""
+    def put_back(self, values: Sequence[Tensor], rows: Rows) -> Tensor:
+        """Return the values of all rows, [R, T - 1], from `values` [B, T - 1] of each micro-batch."""
         return torch.cat(list(values))[: len(rows)]
 
 
@@ -92,10 +92,10 @@ class PackedPlan:
         packed = [pack(rows, numbers) for numbers in self.packs]
         return packed + [unscored(rows)] * (self.number - len(packed))
 
-    def in_place(self, values: Sequence[Tensor], rows: Rows) -> Tensor:
-        """Return the values of the rows' positions, [R, T - 1], from those of each packed row; 0 at padding."""
+    def put_back(self, values: Sequence[Tensor], rows: Rows) -> Tensor:
+        """Return the values of all rows, [R, T - 1], 0 at padding, from `values` [1, N - 1] of each packed row."""
         placed = values[0].new_zeros(rows.shifted_labels.shape)
-        for numbers, packed in zip(self.packs, values, strict=False):  # unscored rows have no place
+        for numbers, packed in zip(self.packs, values, strict=False):  # unscored rows belong to nobody
             tokens = tokens_of(rows, numbers)
             if len(tokens.row) > 1:
                 at = tokens.row[1:][tokens.follows], tokens.column[1:][tokens.follows] - 1

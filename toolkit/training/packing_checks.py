@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from toolkit.distributed import reduce_metrics
 from toolkit.errors import ConfigError, ToolkitError, described
@@ -103,25 +102,23 @@ def compare_with_single(
     numbers = max(plan.packs, key=len, default=[])[:NUM_COMPARED]
     name = type(policy.head.lm).__name__
     try:
-        together = pack(rows, numbers).forward(policy, **options)[0] if numbers else _idle(policy, rows, **options)[0]
+        together = pack(rows, numbers).forward(policy, **options)[0]
     except ToolkitError:
         raise
     except Exception as error:  # the model may raise anything
         raise ConfigError(
             f"training.micro_batch_tokens={budget}: {name} fails on a packed row ({described(error)}); {PADDED_INSTEAD}"
         ) from error
-    alone = [MicroBatch(rows.select(slice(number, number + 1))).forward(policy, **options) for number in numbers] + [
-        _idle(policy, rows, **options) for _ in range(NUM_COMPARED - len(numbers))
-    ]
-    difference = largest = together.new_zeros(())
-    if numbers:
-        tokens = tokens_of(rows, numbers)
-        place = torch.tensor(numbers, device=tokens.row.device)
-        single = torch.cat(alone[: len(numbers)])
-        at = torch.searchsorted(place, tokens.row[1:][tokens.follows]), tokens.column[1:][tokens.follows] - 1
-        expected, found = single[at], together[tokens.follows]
-        if len(expected):
-            difference, largest = (found - expected).abs().max(), expected.abs().max()
+    singles = [rows.select(slice(number, number + 1)) for number in numbers]
+    singles += [rows.unscored_row()] * (NUM_COMPARED - len(numbers))  # every forward may be a collective
+    alone = torch.cat([MicroBatch(each).forward(policy, **options) for each in singles])
+    tokens = tokens_of(rows, numbers)
+    of_single = torch.searchsorted(torch.tensor(numbers, device=tokens.row.device), tokens.row[1:])
+    expected = alone[of_single, tokens.column[1:] - 1][tokens.follows]
+    difference = largest = alone.new_zeros(())
+    if len(expected):
+        difference = (together[tokens.follows] - expected).abs().max()
+        largest = expected.abs().max()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, next(policy.parameters()).dtype)
     allowed = TOLERANCE.get(dtype, 1e-4)
     measured = reduce_metrics({"difference": Max.of(difference), "largest": Max.of(largest)})
@@ -131,8 +128,3 @@ def compare_with_single(
             f"training.micro_batch_tokens={budget}: {name} does not keep the sequences of a packed row apart, their "
             f"log-probabilities differ by {deviation:.2g} nats from those of each sequence alone; {PADDED_INSTEAD}"
         )
-
-
-def _idle(policy: Policy, rows: Rows, **options: Any) -> Tensor:
-    """Run the forward that other processes expect."""
-    return MicroBatch(rows.unscored_row()).forward(policy, **options)

@@ -46,6 +46,7 @@ class Updater:
         self.num_overflows = 0
         """Updates that the loss scale of fp16 made too large."""
         self.is_packing_checked = False
+        """Whether a packed row has been compared with its sequences one by one."""
         check_model(unwrapped(policy), config.training.micro_batch_tokens)
         self.num_nonfinite = self.nonfinite_in_a_row = 0
         """Updates with a gradient that is NaN or infinite: all, and since the last one that was not."""
@@ -78,7 +79,7 @@ class Updater:
         scorer = unwrapped(self.policy) if policy is None else policy
         scorer.eval()
         plan, temperature = self._plan(rows, most), self.config.loss.temperature
-        return plan.in_place([batch.forward(scorer, temperature=temperature) for batch in plan.cut(rows)], rows)
+        return plan.put_back([batch.forward(scorer, temperature=temperature) for batch in plan.cut(rows)], rows)
 
     def _plan(self, rows: Rows, most: int, unit: int = 1) -> Plan:
         """Return how these rows are cut into micro-batches, as many on every process; all call it together.

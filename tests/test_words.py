@@ -35,9 +35,11 @@ from toolkit.peers import COMPUTED, VALUE, counterpart, in_python, projects, wor
 from toolkit.rollout.config import RolloutConfig
 from toolkit.tasks.config import DatasetConfig
 from toolkit.training.config import (
+    EvaluationConfig,
     KLControlConfig,
     OptimizerConfig,
     SchedulerConfig,
+    TrackerConfig,
     TrainingConfig,
     WarmupConfig,
 )
@@ -203,6 +205,8 @@ SECTIONS = {
     "optimizer": OptimizerConfig,
     "scheduler": SchedulerConfig,
     "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
+    "tracker": TrackerConfig,
     "warmup": WarmupConfig,
     "kl_control": KLControlConfig,
     "model": PretrainedConfig,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -21,7 +23,9 @@ pytest.importorskip("reasoning_gym")
 from tests.training.test_evaluation import TINY
 from tests.training.test_train import all_lines, environment, train
 from toolkit import ConfigError
+from toolkit.training.config import TrackerConfig
 from toolkit.training.metrics_file import read_rows
+from toolkit.training.tracking import Tracker
 
 SETTINGS = [*TINY, "training.steps=4", "evaluation.every=2"]
 EXPECTED = [("warmup", 0), ("warmup", 1), ("evaluation", 0), ("main", 0), ("main", 1), ("evaluation", 2),
@@ -233,14 +237,63 @@ def test_an_error_ends_the_run_of_the_tracker(tmp_path: Path) -> None:
     check_axis(steps, all_lines(run_dir))
 
 
-def test_a_tracker_that_does_not_start_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unittest.mock import Mock
+def tracker_of(accelerator: Mock, folder: Path, name: str) -> Tracker:
+    return Tracker(TrackerConfig(log_with=name), accelerator, folder, {"seed": 0})
 
-    from toolkit.training.config import TrackerConfig
-    from toolkit.training.tracking import Tracker
 
+@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
+def test_the_axis_is_the_line(tmp_path: Path, name: str) -> None:
+    """A stand-in for the packages, which have their tests above: what is sent, at which number, to which run."""
+    earlier, later, fork = (tmp_path / each for each in ("earlier", "later", "fork"))
+    sent: list[list[tuple[int, dict[str, Any]]]] = []
+
+    def used(folder: Path, resumed_at: int | None, known: int = 0, of: Path = earlier) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        package = Mock(tracker=Mock(starting_step=known, _next_step=known), **{"log.side_effect": log})
+        accelerator = Mock(is_main_process=True, trackers=[package])
+        sent.append([])
+        tracker = tracker_of(accelerator, folder, name)
+        if resumed_at is not None:
+            tracker.restore(of, "main", resumed_at)
+        with tracker:
+            if resumed_at is None:
+                tracker.log("warmup", 0, {"nll": 2.0, "grad_norm": math.nan})
+                tracker.log_evaluation(0, {"accuracy": 0.5, "seconds": 1.0})
+            for step in range(resumed_at or 0, 3):
+                tracker.log("main", step, {"reward": float(step)})
+        package.finish.assert_called_once_with()
+        return accelerator.init_trackers.call_args.kwargs["init_kwargs"][name]
+
+    def log(values: dict[str, Any], step: int) -> None:
+        sent[-1].append((step, values))
+
+    first = used(earlier, None)
+    assert sent[-1] == [
+        (0, {"warmup/step": 0, "warmup/nll": 2.0}),
+        (1, {"evaluation/step": 0, "evaluation/accuracy": 0.5, "evaluation/seconds": 1.0}),
+        *((2 + step, {"main/step": step, "main/reward": float(step)}) for step in range(3)),
+    ]
+    whole = sent[-1]
+    same = used(earlier, 1, known=0 if name == "tensorboard" else 5)  # its checkpoint is at step 1; it has 5 rows
+    assert sent[-1] == ([] if name != "tensorboard" else whole[3:])
+    if name == "tensorboard":
+        assert (first["purge_step"], same["purge_step"]) == (0, 3)
+        used(later, 1)
+        assert sent[-1] == whole  # in files of its own
+        return
+    key = "id" if name == "wandb" else "name"
+    moved = used(later, 1, known=4)  # the last row had not arrived
+    assert first[key] == same[key] == moved[key]
+    assert moved["resume"] == "allow"
+    assert sent[-1] == whole[4:]
+    forked = used(fork, 1)  # the run is that of `later` now
+    assert forked[key] != first[key]
+    assert sent[-1] == whole
+
+
+def test_a_tracker_that_does_not_start_says_what_to_do(tmp_path: Path) -> None:
     accelerator = Mock(is_main_process=True, init_trackers=Mock(side_effect=RuntimeError("no API key\nmore")))
-    tracker = Tracker(TrackerConfig(log_with="wandb"), accelerator, tmp_path, {})
+    tracker = tracker_of(accelerator, tmp_path, "wandb")
     with pytest.raises(
         ConfigError, match=r"tracker=wandb does not start: no API key; run wandb login, or set WANDB_MODE"
     ):

@@ -86,11 +86,11 @@ class Evaluation(NamedTuple):
 
     def shown_samples(self) -> str:
         """Return what sampled completions gave, in words."""
-        return ", ".join(f"{name} {self.sampled[name]:.3f}{self.shown_interval(name)}" for name in self.told)
+        return ", ".join(f"{name} {self.sampled[name]:.3f}{self.shown_interval(name)}" for name in self.notable)
 
     @property
-    def told(self) -> list[str]:
-        """Names of `sampled` that are worth a word: the mean reward only where nothing passes or fails."""
+    def notable(self) -> list[str]:
+        """Names of `sampled` that are worth showing: the mean reward only where nothing passes or fails."""
         passing = [name for name in self.sampled if name.startswith("pass@")]
         return passing or list(self.sampled)
 

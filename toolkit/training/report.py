@@ -145,7 +145,7 @@ def write_report(
         for example, old, new in zip(examples, before.completions, after.completions, strict=True):
             table.add_row(_in_cell(_asked(example), keep_end=True), *map(_in_cell, (old, new, example.answer)))
         console.print(table)
-    for name in after.told:
+    for name in after.notable:
         earlier = f"{before.sampled[name]:.3f} -> " if name in before.sampled else ""
         sampled = f"held-out {name} {earlier}{after.sampled[name]:.3f}{after.shown_interval(name)}"
         console.print(sampled, soft_wrap=True, markup=False)

@@ -5,6 +5,8 @@ from tests.mutations.mutation import Mutation
 PACKING = "tests/training/test_packing.py"
 RESUMED = "tests/training/test_resume.py::test_a_stopped_run_goes_on_as_if_it_had_not_been"
 STEPS = "tests/training/test_trainer_steps.py"
+EVALUATION = "tests/training/test_evaluation.py"
+TRACKING = "tests/training/test_tracking.py"
 
 MUTATIONS = (
     # ---------------------------------------------------------------- packed micro-batches
@@ -440,5 +442,69 @@ MUTATIONS = (
         line="self.train = pool[num_heldout:]",
         becomes="self.train = pool",
         tests=("tests/training/test_parts.py::test_task_keeps_held_out_words_apart",),
+    ),
+    # ---------------------------------------------------------------- evaluation and trackers
+    Mutation(
+        name="pass-at-k-with-replacement",
+        file="toolkit/functional/estimates.py",
+        line="return (subsets - math.comb(num_samples - num_passed, k)) / subsets",
+        becomes="return 1 - (1 - num_passed / num_samples) ** k",
+        tests=("tests/functional/test_estimates.py::test_pass_at_k_by_hand",),
+    ),
+    Mutation(
+        name="every-evaluation-samples-the-same",
+        file="toolkit/training/evaluation.py",
+        line="completions = trainer.generator.sample(prompts, indices, step, **options)",
+        becomes="completions = trainer.generator.sample(prompts, indices, 0, **options)",
+        tests=(f"{EVALUATION}::test_numbers_by_hand",),
+    ),
+    Mutation(
+        name="evaluation-draws-as-the-rollouts",
+        file="toolkit/training/evaluation.py",
+        line='options = {"group_size": size, "purpose": EVALUATION, "temperature": cfg.temperature}',
+        becomes='options = {"group_size": size, "temperature": cfg.temperature}',
+        tests=(f"{EVALUATION}::test_numbers_by_hand",),
+    ),
+    Mutation(
+        name="evaluation-of-the-first-prompts-on-every-process",
+        file="toolkit/training/evaluation.py",
+        line="indices = range(share.start + start, share.start + start + len(batch))",
+        becomes="indices = range(start, start + len(batch))",
+        tests=(f"{EVALUATION}::test_a_process_completes_its_share_and_has_the_rewards_of_its_prompts",),
+    ),
+    Mutation(
+        name="evaluation-moves-the-random-state",
+        file="toolkit/training/evaluation.py",
+        line="random.setstate(states[0])",
+        becomes="pass",
+        tests=(f"{EVALUATION}::test_an_evaluation_changes_nothing_of_the_training",),
+    ),
+    Mutation(
+        name="an-evaluation-twice-after-a-resume",
+        file="toolkit/training/tracking.py",
+        line='return bool(row["step"] < next_step + (row["phase"] != "main"))',
+        becomes='return bool(row["step"] < next_step)',
+        tests=(f"{EVALUATION}::test_a_resumed_run_has_every_evaluation_once",),
+    ),
+    Mutation(
+        name="a-cut-line-blocks-a-resume",
+        file="toolkit/training/tracking.py",
+        line="if number == len(lines):  # nothing follows, not even the end of the line",
+        becomes="if not lines:",
+        tests=(f"{TRACKING}::test_a_cut_last_line_is_left_out",),
+    ),
+    Mutation(
+        name="each-phase-has-its-axis",
+        file="toolkit/training/tracking.py",
+        line="self._run.log(len(self.rows) - 1, row, shown)",
+        becomes="self._run.log(step, row, shown)",
+        tests=(f"{TRACKING}::test_the_axis_is_the_line",),
+    ),
+    Mutation(
+        name="a-known-row-is-sent-again",
+        file="toolkit/training/tracker_run.py",
+        line="if index < self._num_known:",
+        becomes="if index < 0:",
+        tests=(f"{TRACKING}::test_the_axis_is_the_line",),
     ),
 )

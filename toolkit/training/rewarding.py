@@ -16,8 +16,8 @@ from toolkit.errors import DataError
 from toolkit.metrics import Mean, Metric, Sum
 from toolkit.rollout.sampler import Completions
 from toolkit.tasks.base import Example, Task
-from toolkit.tasks.config import TaskConfig
 from toolkit.tasks.scoring import Scores, Written
+from toolkit.tasks.task_config import TaskConfig
 
 FAILURES, SCORED = "reward_failures", "num_rewarded"
 """Metrics: completions with a reward that failed, and all of them."""

@@ -14,6 +14,7 @@ from toolkit.tasks.task_config import TaskConfig
 
 if TYPE_CHECKING:
     from toolkit.tasks.base import Task
+    from toolkit.tasks.episodes import Environment
     from toolkit.tasks.rows import Loaded, Source
     from toolkit.tasks.scoring import RewardSet
 
@@ -74,7 +75,7 @@ class ReasoningGymConfig(TaskConfig):
         return self.names if self.name is None else (self.name,)
 
     def check_data(self, seed: int, *, with_completions: bool) -> None:
-        """Check the names and load the rewards."""
+        """Check the names, and load rewards and environment."""
         from toolkit.tasks.gym import check_names
 
         check_names(self._names)
@@ -171,7 +172,7 @@ class DatasetConfig(TaskConfig):
         return Source(**fields, with_completions=self.needs_completions)
 
     def check_data(self, seed: int, *, with_completions: bool) -> None:
-        """Read the data and load the rewards."""
+        """Read the data, and load rewards and environment."""
         from toolkit.tasks.rows import completion_remedy, load
 
         loaded = load(self._source, seed)
@@ -183,6 +184,7 @@ class DatasetConfig(TaskConfig):
                 f"{listed(loaded.all_columns, 'and')} (warmup.steps=0 skips a warm-up, which needs them, too)"
             )
         self._say_what_is_missing(self.build_rewards(seed), loaded)
+        self.build_environment(seed)
 
     @staticmethod
     def _say_what_is_missing(rewards: RewardSet, loaded: Loaded) -> None:
@@ -216,6 +218,12 @@ class DatasetConfig(TaskConfig):
         from toolkit.tasks.rows import load
 
         return self._load_rewards(load(self._source, seed).columns)
+
+    def build_environment(self, seed: int) -> Environment | None:
+        """Return the environment, loaded."""
+        from toolkit.tasks.rows import load
+
+        return None if self.environment is None else self._load_environment(load(self._source, seed).columns)
 
     def build(self, seed: int) -> Task:
         """Return the task."""

@@ -57,7 +57,7 @@ class RunConfig(Config):
                 "without them; leave both at their defaults"
             )
         if not isinstance(self.loss, CELossConfig):
-            self.advantage.check_training(self.rollout.group_size)
+            self.advantage.check_training(self.rollout.group_size, with_turns=self.task.environment is not None)
         self._rewards_are_served()
         self._rate_fits_the_model()
         self._kl_control_has_a_kl()
@@ -87,12 +87,13 @@ class RunConfig(Config):
         rewards = self.task.rewards
         if isinstance(self.loss, CELossConfig):
             return
-        if not rewards:
+        if not rewards and self.task.environment is None:
             raise ConfigError(
                 "task.reward is missing: RL needs one; name a built-in reward (task.reward=exact_match) or your "
                 "function (task.reward=my_reward.py:score), or fine-tune on completions with loss=ce"
             )
-        if len(rewards) > 1 and self.advantage.estimator == "gdpo" and self.kl_control.reward_type is not None:
+        number = len(rewards) + (self.task.environment is not None)
+        if number > 1 and self.advantage.estimator == "gdpo" and self.kl_control.reward_type is not None:
             raise ConfigError(
                 "advantage=gdpo takes each reward by itself, so it would not see the KL in the reward; put the KL into "
                 "the loss (kl=k3)"

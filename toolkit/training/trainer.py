@@ -57,7 +57,10 @@ class Trainer:
         self.rewarder = Rewarder(config.task, task, config.seed)
         self.policy = prepare_policy(policy, accelerator, config.training.sharding)
         longest = config.rollout.max_new_tokens or task.longest_completion(self.context)
-        self.generator = Generator(config.rollout, self.policy, tokenizer, self.draws, longest)
+        environment = self.rewarder.environment
+        self.generator = Generator(
+            config.rollout, self.policy, tokenizer, self.draws, longest, environment=environment, context=self.context
+        )
         self.updater = Updater(config, self.policy, accelerator, self.shares)
         self.rollouts = Rollouts(
             config, task, self.generator, self.rewarder, self.updater, self.kl_penalty, self.draws, self.shares
@@ -144,7 +147,7 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Return what the policy makes of the held-out examples, and the completions of the first three."""
         examples = list(self.task.heldout)
-        shown = self.generator.greedy(examples[:NUM_SHOWN]).texts if examples else ()
+        shown = self.generator.greedy(examples[:NUM_SHOWN]).transcripts if examples else ()
         return evaluate(self, examples)._replace(completions=shown)
 
 

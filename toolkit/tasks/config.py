@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from toolkit.errors import ConfigError, listed
 from toolkit.schema import FrozenDict
-from toolkit.tasks.task_config import TaskConfig
+from toolkit.tasks.task_config import TaskConfig as TaskConfig
 
 if TYPE_CHECKING:
     from toolkit.tasks.base import Task

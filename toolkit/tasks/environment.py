@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.errors import ConfigError, did_you_mean, listed
+from toolkit.errors import ConfigError, a_type, did_you_mean, listed
 from toolkit.tasks.calls import Failure, checked_number
 from toolkit.tasks.chat import Message, wrong_with_messages
 from toolkit.tasks.functions import Kind, is_async, load_function, named_parameters, never_returns, split_spec, yields
@@ -72,7 +72,7 @@ class Reply:
     observation: str | list[Message] | None = None
     """What the policy reads before its next turn; None: the episode is over."""
     reward: float | None = None
-    """Of this turn; None: it has none."""
+    """Of this turn; None: it has none, which counts as 0."""
 
 
 def load_environment(spec: str, *, columns: Collection[str]) -> Step:
@@ -146,7 +146,7 @@ def checked_reply(result: Any) -> Reply | Failure:
         observation = _observation(result)
         return observation if isinstance(observation, Failure) else Reply(observation)
     if not isinstance(result, Mapping):
-        return Failure(f"it returned a {type(result).__name__}; {RETURNS}")
+        return Failure(f"it returned {a_type(result)}; {RETURNS}")
     unknown = next((key for key in result if key not in PARTS), None)
     if unknown is not None:
         meant = OTHER_NAMES.get(str(unknown))
@@ -154,10 +154,10 @@ def checked_reply(result: Any) -> Reply | Failure:
         return Failure(f"it returned a dict with {unknown!r}{hint}; its keys are {listed(PARTS, 'and')}")
     reward = None if result.get("reward") is None else checked_number(result["reward"])
     if isinstance(reward, str):
-        return Failure(f"its reward {reward.replace('returned', 'is', 1)}")
+        return Failure(f"its reward {reward.replace('returned', 'is', 1).replace('a dict of numbers, ', '')}")
     value, done = result.get("observation"), result.get("done")
     if not isinstance(done, (bool, type(None))):
-        return Failure(f"its done is a {type(done).__name__}; write True or False")
+        return Failure(f"its done is {a_type(done)}; write True or False")
     if done or value is None:
         return Failure("it is not done and has no observation") if done is False else Reply(None, reward)
     observation = _observation(value)
@@ -168,7 +168,7 @@ def _observation(value: Any) -> str | list[Message] | Failure:
     if isinstance(value, str):
         return value or Failure("its observation is empty; return None when the episode is over")
     if not isinstance(value, list):
-        return Failure(f"its observation is a {type(value).__name__}; it is a text or a list of chat messages")
+        return Failure(f"its observation is {a_type(value)}; it is a text or a list of chat messages")
     wrong = wrong_with_messages(value)
     if wrong is None and any(message["role"] == "assistant" for message in value):
         wrong = "a message has the role 'assistant', which is the policy's"

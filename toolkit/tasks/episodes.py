@@ -42,15 +42,14 @@ class Episode:
     """Of the environment's class."""
 
     @property
-    def turn_rewards(self) -> list[float | None]:
-        """The rewards of its turns; none has one if the environment failed."""
-        return [None] * len(self.rewards) if self.failure else self.rewards
+    def turn_rewards(self) -> list[float]:
+        """The rewards of its turns, 0 for those without; all 0 if the environment failed."""
+        return [0.0 if self.failure or reward is None else reward for reward in self.rewards]
 
     @property
-    def reward(self) -> float | None:
-        """The sum of the rewards of its turns; None if no turn has one."""
-        known = [reward for reward in self.turn_rewards if reward is not None]
-        return sum(known) if known else None
+    def reward(self) -> float:
+        """The sum of the rewards of its turns."""
+        return sum(self.turn_rewards)
 
     @property
     def so_far(self) -> dict[str, Any]:

@@ -136,9 +136,8 @@ class RewardSet:
             if each.episode.failure is not None:  # no reward has been asked: it would judge half an episode
                 failures.append((ENVIRONMENT, each.episode.failure))
                 has_failed[index] = True
-                add(index, ENVIRONMENT, 1.0, 0.0)
-            elif each.episode.reward is not None:
-                add(index, ENVIRONMENT, 1.0, each.episode.reward)
+            # Also 0: an environment that rewards at the end must not leave out episodes that never get there.
+            add(index, ENVIRONMENT, 1.0, each.episode.reward)
         if totals and all(map(math.isnan, totals)) and not self._has_warned:
             self._has_warned = True
             logger.warning(

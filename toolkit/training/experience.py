@@ -148,7 +148,7 @@ def _turn_rewards(rewards: Tensor, ends: Tensor, episodes: Sequence[Episode]) ->
     """
     token_rewards = torch.zeros(ends.shape, dtype=rewards.dtype)
     for row, (is_end, episode) in enumerate(zip(ends, episodes, strict=True)):
-        values = torch.tensor([reward or 0.0 for reward in episode.turn_rewards], dtype=rewards.dtype)
+        values = torch.tensor(episode.turn_rewards, dtype=rewards.dtype)
         values[-1] += rewards[row] - values.sum()
         token_rewards[row, is_end] = values
     return token_rewards

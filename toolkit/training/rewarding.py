@@ -16,9 +16,9 @@ from toolkit.errors import DataError
 from toolkit.metrics import Mean, Metric, Sum
 from toolkit.rollout.sampler import Completions
 from toolkit.tasks.base import Example, Task
+from toolkit.tasks.config import TaskConfig
 from toolkit.tasks.episodes import Episode
 from toolkit.tasks.scoring import ENVIRONMENT, Scores, Written
-from toolkit.tasks.task_config import TaskConfig
 
 FAILURES, SCORED = "reward_failures", "num_rewarded"
 """Metrics: completions with a reward that failed (or whose environment did), and all of them."""

@@ -13,7 +13,7 @@ from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.models.config import CausalLMConfig, ModelConfig
 from toolkit.rollout.config import RolloutConfig
 from toolkit.schema import Config
-from toolkit.tasks.task_config import TaskConfig
+from toolkit.tasks.config import TaskConfig
 from toolkit.training.config import (
     AdvantageConfig,
     KLControlConfig,

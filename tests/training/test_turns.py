@@ -22,12 +22,13 @@ from tests.test_mixed_precision import _fresh_state, trainer_with  # noqa: F401
 from toolkit.errors import ConfigError, DataError
 from toolkit.functional.advantages import register_advantage
 from toolkit.models.tiny import character_tokenizer
-from toolkit.rollout.sampler import Completions
+from toolkit.rollout.sampler import Completions, row_uniforms
 from toolkit.rollout.turns import play, read_text
 from toolkit.tasks import chat
 from toolkit.tasks.base import Example
 from toolkit.tasks.environment import load_environment
 from toolkit.tasks.episodes import Environment
+from toolkit.training import generation
 from toolkit.training.config import AdvantageConfig
 from toolkit.training.dry_run import show_dry_run
 from toolkit.training.experience import IGNORED, joined_terms, reward_terms, rows_from_completions
@@ -39,6 +40,8 @@ def hint(completion, turn, secret):
     if completion == secret:
         return {"reward": 1.0, "done": True}
     return {"reward": 0.0, "done": True} if turn == 2 else f"no:{secret}"
+def again(completion, turn, secret):
+    return f"no:{secret}" if turn == 1 else {"reward": float(completion == secret), "done": True}
 def rewards(completion, turn):
     return {"observation": "no:", "reward": 0.25 * turn}
 def raises(completion, turn):
@@ -260,9 +263,15 @@ def test_a_conversation_goes_on_in_the_templates_form(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- by a policy
 
 
-def test_log_probabilities_are_those_of_the_policy_and_first_turns_those_without_an_environment() -> None:
+def test_log_probabilities_are_those_of_the_policy_and_first_turns_those_without_an_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     trainer = game("rewards", "task.max_turns=3")
     ends_often(trainer)
+    keys: list[str] = []
+    monkeypatch.setattr(
+        generation, "row_uniforms", lambda each, number: keys.extend(each) or row_uniforms(each, number)
+    )
     sample: Callable[..., Completions] = trainer.generator.sample
     prompts = trainer.task.train[:3]
     found = sample(prompts, range(3), 0, group_size=8)
@@ -274,6 +283,7 @@ def test_log_probabilities_are_those_of_the_policy_and_first_turns_those_without
     torch.testing.assert_close(found.logprobs[:, 1:][is_new], again[is_new], rtol=0, atol=1e-5)
     assert found.logprobs[~found.is_new].isnan().all()
     # No two turns are drawn from the same numbers, and the rows beside one do not matter.
+    assert len(set(keys)) == len(keys) == sum(len(episode.texts) for episode in found.episodes)
     alone = sample(prompts[1:2], range(1, 2), 0, group_size=8)
     assert [each.texts for each in alone.episodes or ()] == [each.texts for each in found.episodes[8:16]]
     assert len({tuple(each.texts) for each in found.episodes}) > 12
@@ -367,7 +377,7 @@ TIMED = ("seconds", "tokens_per_second")
 
 
 def _run(rank: int, world: int, folder: str) -> None:
-    """Run three steps, with prompts for one process in the last; the first process writes the metrics."""
+    """Run three steps, with prompts for all processes, for one, and sharded; the first process writes the metrics."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -377,7 +387,7 @@ def _run(rank: int, world: int, folder: str) -> None:
 
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {}
-    for number in (5, 1):
+    for number, sharding in ((5, "none"), (1, "none"), (3, "fsdp2" if world > 1 else "none")):
         overrides = [
             *("task=jsonl", f"task.path={folder}/game.jsonl", f"task.environment={folder}/env.py:hint"),
             *(
@@ -388,6 +398,7 @@ def _run(rank: int, world: int, folder: str) -> None:
                 "task.num_heldout=7",
             ),
             *(f"rollout.prompts_per_step={number}", "rollout.group_size=4", "advantage=reinforce_pp"),
+            f"training.sharding={sharding}",
         ]
         config = build_config(compose_config(["debug=smoke", *overrides]))
         set_seed(config.seed)
@@ -399,8 +410,7 @@ def _run(rank: int, world: int, folder: str) -> None:
             phase = make()
             rows += [trainer.run_step(phase) for _ in range(3)]
         evaluation = trainer.evaluate()
-        size = sum(float(p.detach().double().square().sum()) for p in policy.parameters())
-        found[str(number)] = [*rows, {"reward": evaluation.reward, "size": size}]
+        found[str(number)] = [*rows, {"reward": evaluation.reward}]
         assert rows[-1]["num_turns"] >= 1
     if rank == 0:
         Path(folder, f"{world}.json").write_text(json.dumps(found))
@@ -421,27 +431,16 @@ def test_episodes_are_the_same_on_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_policy_learns_to_use_what_it_reads() -> None:
-    """The digits are random, so a second guess is right more often than one in four only if the hint is read."""
+    """The digits are random, so more than one second guess in four is right only if the hint is read."""
     trainer = game(
-        "hint",
+        "again",
         *("task.num_heldout=200", "task.heldout=0.3", "rollout.max_new_tokens=2", "rollout.prompts_per_step=32"),
-        *(
-            "rollout.group_size=8",
-            "optimizer.lr=3e-3",
-            "training.minibatches=2",
-            "training.steps=40",
-            "warmup.steps=15",
-        ),
-        *(
-            "training.micro_batch_size=256",
-            "model.hidden_size=64",
-            "model.intermediate_size=128",
-            "scheduler.shape=linear",
-        ),
+        *("rollout.group_size=8", "training.minibatches=2", "training.steps=40", "warmup.steps=15"),
+        *("optimizer.lr=3e-3", "training.micro_batch_size=256"),
     )
     for phase in (trainer.warmup_phase(), trainer.main_phase()):
         before = trainer.evaluate()
         for _ in range(phase.num_steps):
             trainer.run_step(phase)
     after = trainer.evaluate()
-    assert after.reward - before.reward > 2 * (before.reward_se**2 + after.reward_se**2) ** 0.5
+    assert after.reward - max(before.reward, 0.25) > 2 * (before.reward_se**2 + after.reward_se**2) ** 0.5

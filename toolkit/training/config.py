@@ -30,6 +30,8 @@ AUTO = "auto"
 """Value of `TrainingConfig.resume`: what is in the output directory."""
 TRAINING_HAS = ("lengths", "mask")
 """What the training command gives to an advantage estimator besides rewards and groups."""
+OF_TURNS = ("token_rewards", "input_lengths", "num_turns")
+"""What it also gives with an environment."""
 
 
 class AdvantageConfig(Config):
@@ -63,14 +65,19 @@ class AdvantageConfig(Config):
         """
         return advantage(self.estimator).compute(terms, **self.options)
 
-    def check_training(self, group_size: int) -> None:
-        """Raise if the training command cannot serve the estimator.
+    def check_training(self, group_size: int, *, with_turns: bool = False) -> None:
+        """Raise if the training command cannot serve the estimator; `with_turns` if there is an environment.
 
         Raises:
             ConfigError: it needs fields that a run does not have, or several completions per prompt, but there is one.
         """
         estimator = advantage(self.estimator)
-        missing = [need for need in estimator.needs if need not in TRAINING_HAS]
+        missing = [need for need in estimator.needs if need not in TRAINING_HAS + OF_TURNS * with_turns]
+        if missing and set(missing) <= set(OF_TURNS):
+            raise ConfigError(
+                f"advantage={self.estimator} needs {listed(missing, 'and')}, which only episodes have; set "
+                "task.environment=my_environment.py:step"
+            )
         if missing:
             raise ConfigError(
                 f"advantage={self.estimator} needs {listed(missing, 'and')}, which the training command does not "

@@ -117,7 +117,7 @@ def evaluate(trainer: Any, examples: Sequence[Example], step: int = 0) -> Evalua
         if trainer.rewarder.has_rewards:
             measured = rewarded_greedily(trainer, examples)
         else:
-            measured = Evaluation(completions=trainer.generator.greedy(examples[:NUM_SHOWN]).texts)
+            measured = Evaluation(completions=trainer.generator.greedy(examples[:NUM_SHOWN]).transcripts)
         if trainer.config.evaluation.samples:
             measured = _with_samples(measured, trainer, examples, step)
         if isinstance(trainer.config.loss, CELossConfig):
@@ -217,7 +217,7 @@ def _completed(
         rewarded = trainer.rewarder(answers, completions, seeds, by_verifier=True)
         parts.append({name: metric for name, metric in rewarded.metrics.items() if name in (FAILURES, SCORED)})
         rewards += rewarded.totals.double().view(-1, size).tolist()
-        texts += completions.texts[::size][: NUM_SHOWN - len(texts)]
+        texts += completions.transcripts[::size][: NUM_SHOWN - len(texts)]
     reduced = reduce_metrics(merge_metrics(parts))
     trainer.rewarder.check_failures(reduced, rewarded.scores if rewarded is not None else None)
     gathered = all_gather_objects((texts, rewards))

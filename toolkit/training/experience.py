@@ -18,6 +18,7 @@ from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
 from toolkit.rollout.sampler import Completions
 from toolkit.tasks.base import Example
+from toolkit.tasks.episodes import Episode
 
 IGNORED = -100
 NO_GROUP = -1
@@ -124,6 +125,8 @@ def reward_terms(
 ) -> RewardTerms:
     """Return what an advantage estimator sees of completions, on the CPU.
 
+    With an environment, a turn's reward is at its last token, and the rest of the reward at that of the row.
+
     Args:
         rewards: [P, G] of G completions of each of P prompts.
         completions: P x G rows of T tokens.
@@ -132,6 +135,14 @@ def reward_terms(
     """
     groups = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1])
     mask = completions.is_new[:, 1:].cpu()
+    of_turns: dict[str, Tensor] = {}
+    if completions.episodes is not None:
+        ends = mask & ~pad(mask[:, 1:], (0, 1))
+        of_turns = {
+            "token_rewards": _turn_rewards(rewards.flatten(), ends, completions.episodes),
+            "input_lengths": completions.attention_mask.sum(-1).cpu() - mask.sum(-1),
+            "num_turns": ends.sum(-1),
+        }
     return RewardTerms(
         rewards=rewards.flatten(),
         group_ids=groups,
@@ -139,12 +150,35 @@ def reward_terms(
         mask=mask,
         rewards_multi=parts,
         reward_weights=None if parts is None else weights,
+        **of_turns,
     )
+
+
+def _turn_rewards(rewards: Tensor, ends: Tensor, episodes: Sequence[Episode]) -> Tensor:
+    """Return the reward of each token, [R, T - 1]: they add up to `rewards` [R].
+
+    Args:
+        rewards: [R] of each episode, NaN where unknown.
+        ends: [R, T - 1] bool, True at the last token of each turn; an observation is between two turns.
+        episodes: R of them.
+    """
+    token_rewards = torch.zeros(ends.shape, dtype=rewards.dtype)
+    for row, (is_end, episode) in enumerate(zip(ends, episodes, strict=True)):
+        values = torch.tensor(episode.turn_rewards, dtype=rewards.dtype)
+        values[-1] += rewards[row] - values.sum()
+        token_rewards[row, is_end] = values
+    return token_rewards
 
 
 def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
     """Concatenate the terms of several processes in order; their groups stay separate, short rows are padded."""
     width = max(part.require("mask").shape[1] for part in parts)
+
+    def joined(name: str) -> Tensor | None:
+        values: list[Tensor | None] = [getattr(part, name) for part in parts]
+        known = [value for value in values if value is not None]
+        return torch.cat([pad(v, (0, width - v.shape[1])) if v.dim() == 2 else v for v in known]) if known else None
+
     has_several = parts[0].rewards_multi is not None
     first_group, groups = 0, []
     for part in parts:
@@ -154,7 +188,10 @@ def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
         rewards=torch.cat([part.rewards for part in parts]),
         group_ids=torch.cat(groups),
         lengths=torch.cat([part.require("lengths") for part in parts]),
-        mask=torch.cat([pad(part.require("mask"), (0, width - part.require("mask").shape[1])) for part in parts]),
+        mask=joined("mask"),
+        token_rewards=joined("token_rewards"),
+        input_lengths=joined("input_lengths"),
+        num_turns=joined("num_turns"),
         rewards_multi=torch.cat([part.require("rewards_multi") for part in parts]) if has_several else None,
         reward_weights=parts[0].reward_weights,
     )

@@ -59,7 +59,7 @@ class RunConfig(Config):
                 "without them; leave both at their defaults"
             )
         if not isinstance(self.loss, CELossConfig):
-            self.advantage.check_training(self.rollout.group_size)
+            self.advantage.check_training(self.rollout.group_size, with_turns=self.task.environment is not None)
         self._rewards_are_served()
         self._evaluation_measures()
         self._rate_fits_the_model()
@@ -91,12 +91,13 @@ class RunConfig(Config):
         rewards = self.task.rewards
         if isinstance(self.loss, CELossConfig):
             return
-        if not rewards:
+        if not rewards and self.task.environment is None:
             raise ConfigError(
                 "task.reward is missing: RL needs one; name a built-in reward (task.reward=exact_match) or your "
                 "function (task.reward=my_reward.py:score), or fine-tune on completions with loss=ce"
             )
-        has_parts = len(rewards) > 1 or self.rollout.overlong_buffer is not None
+        shaping = (self.task.environment is not None) + (self.rollout.overlong_buffer is not None)
+        has_parts = len(rewards) + shaping > 1
         if has_parts and self.advantage.estimator == "gdpo" and self.kl_control.reward_type is not None:
             raise ConfigError(
                 "advantage=gdpo takes each reward by itself, so it would not see the KL in the reward; put the KL into "
@@ -107,7 +108,12 @@ class RunConfig(Config):
     def tells_right_from_wrong(self) -> bool:
         """Whether a held-out completion passes or fails, so accuracy and pass@k can be measured."""
         by_verifier = self.task.has_verifier and set(self.task.rewards) <= {"verifier", "coin_flip"}
-        return bool(self.task.rewards) and (by_verifier or self.evaluation.passing_reward is not None)
+        by_itself = by_verifier and bool(self.task.rewards) and self.task.environment is None
+        return by_itself or (self._has_rewards and self.evaluation.passing_reward is not None)
+
+    @property
+    def _has_rewards(self) -> bool:
+        return bool(self.task.rewards) or self.task.environment is not None
 
     def _evaluation_measures(self) -> None:
         cfg, task = self.evaluation, self.task
@@ -115,7 +121,7 @@ class RunConfig(Config):
             raise ConfigError(
                 "training.keep_best has no effect without evaluations on the way; set evaluation.every=10, for example"
             )
-        if not task.rewards:
+        if not self._has_rewards:
             for name in ("samples", "passing_reward"):
                 if getattr(cfg, name):
                     raise ConfigError(f"evaluation.{name} has no effect without a reward; set task.reward")

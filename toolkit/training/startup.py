@@ -34,7 +34,7 @@ SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")
 DATA = "data"
 """Key of the digest of a user's rows."""
 REWARDS = "reward_files"
-"""Key of the digests of the files that a user's rewards are in."""
+"""Key of the digests of the files that a user's rewards and environment are in."""
 MAY_CHANGE = {"reward_timeout_s", "reward_workers", "max_reward_failures"}
 """Settings of the task that do not change what is learnt."""
 NEEDED = ("phase", "next_step", "num_updates", "num_skipped", "kl_control", "identity")
@@ -176,9 +176,10 @@ def _check_same(earlier: dict[str, Any], current: dict[str, Any], run_dir: Path)
     digests = earlier.get(REWARDS, current[REWARDS])  # checkpoints of versions before have none
     changed = next((file for file, digest in current[REWARDS].items() if digests.get(file, digest) != digest), None)
     if changed is not None:
+        key = next(key for key in ("reward", "environment") if changed in str(current["task"][key]))
         raise ConfigError(
-            f"training.resume: task.reward is in {changed}, which has changed since the earlier run, so its "
-            "rewards are others; restore the file, or start a new run"
+            f"training.resume: task.{key} is in {changed}, which has changed "
+            "since the earlier run, so its rewards are others; restore the file, or start a new run"
         )
 
 

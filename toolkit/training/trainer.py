@@ -59,7 +59,10 @@ class Trainer:
         self.policy = prepare_policy(policy, accelerator, config.training.sharding)
         longest = config.rollout.max_new_tokens or task.longest_completion(self.context)
         check_budget(config, task, tokenizer, longest)
-        self.generator = Generator(config.rollout, self.policy, tokenizer, self.draws, longest)
+        environment = self.rewarder.environment
+        self.generator = Generator(
+            config.rollout, self.policy, tokenizer, self.draws, longest, environment=environment, context=self.context
+        )
         self.updater = Updater(config, self.policy, accelerator, self.shares)
         self.rollouts = Rollouts(
             config, task, self.generator, self.rewarder, self.updater, self.kl_penalty, self.draws, self.shares

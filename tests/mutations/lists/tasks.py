@@ -146,9 +146,9 @@ MUTATIONS = (
     ),
     Mutation(
         name="standard-error-of-one-prompt",
-        file="toolkit/training/evaluation.py",
-        line="reward_se=None if variance is None else math.sqrt(variance / number),",
-        becomes="reward_se=None if variance is None else math.sqrt(variance),",
+        file="toolkit/functional/estimates.py",
+        line="return MeanEstimate(mean, math.sqrt(variance / number))",
+        becomes="return MeanEstimate(mean, math.sqrt(variance))",
         tests=(f"{COMMAND}::test_the_standard_error_is_that_of_the_mean",),
     ),
     Mutation(

@@ -268,8 +268,8 @@ MUTATIONS = (
     Mutation(
         name="resume-repeats-a-line",
         file="toolkit/training/tracking.py",
-        line='self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) < resumed_at]',
-        becomes='self.rows = [row for row in lines if (order.index(row["phase"]), row["step"]) <= resumed_at]',
+        line='return phase != "warmup" or row["step"] < next_step',
+        becomes='return phase != "warmup" or row["step"] <= next_step',
         tests=(RESUMED,),
     ),
     Mutation(

@@ -140,9 +140,9 @@ def test_fewer_prompts_and_another_temperature(monkeypatch: pytest.MonkeyPatch) 
     trainer = trainer_with(None, "task.num_heldout=5", "evaluation.max_prompts=2", "evaluation.samples=3",
                            "evaluation.temperature=0.5")  # fmt: skip
     asked: list[Any] = []
-    complete = type(trainer.generator)._complete
+    generate = type(trainer.generator)._generate
     monkeypatch.setattr(
-        type(trainer.generator), "_complete", lambda self, p, **o: asked.append((p, o)) or complete(self, p, **o)
+        type(trainer.generator), "_generate", lambda self, f, p, **o: asked.append((p, o)) or generate(self, f, p, **o)
     )
     trainer.evaluate()
     prompts = [example.prompt for example in trainer.task.heldout[:2]]

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from toolkit.training.config import TrackerConfig
-from toolkit.training.disk import write_whole
+from toolkit.training.disk import write_atomically
 from toolkit.training.metrics_file import read_rows
 
 
@@ -56,7 +56,7 @@ class Tracker:
     def _begin(self) -> None:
         """Start a new file with the restored lines: the folder may hold the file of another run."""
         if not self._has_begun and self._accelerator.is_main_process:
-            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self._restored))
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self._restored))
             self._restored = []
         self._has_begun = True
 

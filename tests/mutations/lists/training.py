@@ -244,7 +244,7 @@ MUTATIONS = (
     Mutation(
         name="a-gradient-of-nan-moves-the-weights",
         file="toolkit/training/updates.py",
-        line="if self.accelerator.scaler is None and not math.isfinite(grad_norm):  # the norm is the same on all ranks",
+        line="if self.accelerator.scaler is None and not math.isfinite(grad_norm):  # the same on all ranks",
         becomes="if self.accelerator.scaler is None and grad_norm == math.inf:",
         tests=("tests/training/test_nonfinite.py::test_such_an_update_changes_nothing_and_is_counted",),
     ),
@@ -265,8 +265,8 @@ MUTATIONS = (
     Mutation(
         name="a-signal-in-the-exchange-is-lost",
         file="toolkit/training/stopping.py",
-        line='self.signal = int(reduce_metrics({"stop": Max.of(torch.tensor([float(self._received)]))})["stop"].value())',
-        becomes='self.signal = self._received = int(reduce_metrics({"s": Max.of(torch.tensor([1.0 * self._received]))})["s"].value())',
+        line='self.signal = int(reduce_metrics({"stop": asked})["stop"].value())',
+        becomes='self.signal = self._received = int(reduce_metrics({"stop": asked})["stop"].value())',
         tests=("tests/training/test_signals.py::test_a_signal_within_the_exchange_is_not_lost",),
     ),
     Mutation(

@@ -23,7 +23,7 @@ from tests.training.test_output_dir import ENV
 from toolkit import ConfigError, ToolkitError
 from toolkit.training import checkpoint, export, output_dir
 from toolkit.training.config import TrainingConfig
-from toolkit.training.disk import shown_size, write_whole
+from toolkit.training.disk import shown_size, write_atomically
 from toolkit.training.disk_errors import in_one_line
 from toolkit.training.output_dir import claim, release
 from toolkit.training.saved import newest, position
@@ -67,13 +67,13 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 def test_a_file_is_the_earlier_one_or_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
-    write_whole(path, "1")
+    write_atomically(path, "1")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fails(FULL))
         with pytest.raises(OSError, match="No space"):
-            write_whole(path, "22")
+            write_atomically(path, "22")
     assert path.read_text() == "1"
-    write_whole(path, "333")
+    write_atomically(path, "333")
     assert path.read_text() == "333"
     assert [path] == list(tmp_path.iterdir())
 

@@ -176,7 +176,7 @@ def test_a_state_that_is_none(tmp_path: Path, wrong: str) -> None:
     folder = a_checkpoint(tmp_path / "checkpoint")
     (folder / "state.json").write_text(wrong)
     write_manifest(folder, "main", 1)
-    with pytest.raises(ConfigError, match=r"checkpoint/state\.json is no state of a run; restore it, or"):
+    with pytest.raises(ConfigError, match=r"checkpoint/state\.json is not the state of a run; restore it"):
         read_state(str(tmp_path), config)
 
 

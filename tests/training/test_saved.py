@@ -13,7 +13,7 @@ from toolkit import ConfigError
 from toolkit.training import saved
 from toolkit.training.config import TrainingConfig
 from toolkit.training.metrics_file import read_rows
-from toolkit.training.saved import damage, newest, position, put_in_place
+from toolkit.training.saved import damage, make_current, newest, position
 
 
 def names(folder: Path) -> list[str]:
@@ -22,7 +22,7 @@ def names(folder: Path) -> list[str]:
 
 def save(folder: Path, step: int, keep_last: int = 1, phase: str = "main") -> None:
     a_checkpoint(folder / "checkpoint.writing", step, phase)
-    put_in_place(folder, keep_last)
+    make_current(folder, keep_last)
 
 
 def test_a_checkpoint_is_complete_or_says_what_it_lacks(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_crash_anywhere_leaves_the_new_one_or_the_one_before(
                 real = getattr(owner, name)
                 patch.setattr(owner, name, lambda *a, real=real, alive=alive, **k: (alive(), real(*a, **k))[1])
             try:
-                put_in_place(folder, keep_last)
+                make_current(folder, keep_last)
             except SystemExit:
                 done = False
             else:

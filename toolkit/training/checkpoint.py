@@ -34,8 +34,8 @@ from toolkit.training.saved import (
     STATE,
     WRITING,
     damage,
+    make_current,
     position,
-    put_in_place,
     read_manifest,
     remove,
     write_manifest,
@@ -61,10 +61,10 @@ def save_checkpoint(
     """
     keep_last, fresh = trainer.config.training.keep_last, output_dir / WRITING
     if trainer.accelerator.is_main_process and damage(fresh) is None:  # a crash came before its rename
-        put_in_place(output_dir, keep_last)
+        make_current(output_dir, keep_last)
     _write(fresh, trainer, phase, record)
     if trainer.accelerator.is_main_process:
-        put_in_place(output_dir, keep_last)
+        make_current(output_dir, keep_last)
     trainer.accelerator.wait_for_everyone()
     export = trainer.config.training.export
     if export == "checkpoints" or (export == "end" and is_last):
@@ -80,8 +80,8 @@ def save_best(output_dir: Path, trainer: Trainer, phase: Phase, record: dict[str
     is_better = True
     if trainer.accelerator.is_main_process:
         earlier = best if damage(best) is None else best.with_name(f"{BEST}.old")  # a crash between two renames
-        is_whole = damage(earlier) is None
-        old = (read_manifest(earlier) or {}).get("value") if is_whole else None
+        is_complete = damage(earlier) is None
+        old = (read_manifest(earlier) or {}).get("value") if is_complete else None
         is_better = old is None or value > old or position(earlier) > (PHASES.index(phase.name), phase.next_step)
     if not all_gather_objects(is_better)[0]:
         return False

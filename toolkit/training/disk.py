@@ -32,7 +32,7 @@ def flush_tree(folder: Path) -> None:
     flush(folder)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a text file that is either the earlier one or complete, whenever the process dies."""
     fresh = path.with_name(f"{path.name}.writing")
     try:

@@ -51,8 +51,8 @@ def _number_of(error: BaseException) -> int:
     """Return the number that the system gave an error, 0 if none; safetensors has it in its text."""
     if isinstance(error, OSError):
         return error.errno or 0
-    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return int(found[1]) if found else 0
+    match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(match[1]) if match else 0
 
 
 def _what_is_left(output_dir: Path) -> str:

@@ -32,7 +32,7 @@ def random_states() -> list[dict[str, Any]]:
 
 
 def restore_random_state(states: list[dict[str, Any]], draws: Draws) -> None:
-    """Restore the state of this process; one that was not there gets a state of its own from the run's seed."""
+    """Restore the state of this process; one that was not there gets another state, from the run's seed."""
     numpy = sys.modules.get("numpy")
     if rank() >= len(states):
         draw = draws.rng("random_state", rank())

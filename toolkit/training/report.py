@@ -17,7 +17,7 @@ from rich.table import Table
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.tasks.base import Example
 from toolkit.training.continuing import how_to_continue
-from toolkit.training.disk import write_whole
+from toolkit.training.disk import write_atomically
 from toolkit.training.evaluation import EVALUATION, Evaluation
 from toolkit.training.output_dir import MODEL
 
@@ -133,7 +133,7 @@ def write_report(
 ) -> None:
     """Write summary.json and curves.png, and print the results."""
     output_dir = Path(summary.output_dir)
-    write_whole(output_dir / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
+    write_atomically(output_dir / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
     draw_curves(summary, rows, output_dir / "curves.png")
     if summary.interrupted:
         launcher = " (under the same launcher)" if summary.num_processes > 1 else ""

@@ -17,7 +17,7 @@ from toolkit.distributed import check_world_size
 from toolkit.training import checkpoint
 from toolkit.training.agreement import agree
 from toolkit.training.devices import make_accelerator, probe_accelerator
-from toolkit.training.disk import write_whole
+from toolkit.training.disk import write_atomically
 from toolkit.training.disk_errors import in_one_line
 from toolkit.training.dry_run import DRY_RUN, show_dry_run
 from toolkit.training.evaluation import Evaluation
@@ -92,7 +92,7 @@ def _job(
         return Summary.of_dry_run(trainer, wall_seconds=time.time() - started, output_dir=output_dir)
     if accelerator.is_main_process:
         checkpoint.check_room_for(output_dir, trainer)
-        write_whole(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_atomically(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     tracker = Tracker(config.tracker, accelerator, output_dir, config.model_dump())
     if resumed is not None:
         folder, state = resumed

@@ -83,9 +83,9 @@ def num_bytes(folder: Path) -> int:
 
 def numbered(output_dir: Path) -> list[Path]:
     """Return the older checkpoints that are kept, the newest first."""
-    found = [(match, path) for path in output_dir.glob(f"{CHECKPOINT}-*") if (match := _NUMBERED.fullmatch(path.name))]
-    found.sort(key=lambda each: (PHASES.index(each[0][1]), int(each[0][2])), reverse=True)
-    return [path for _, path in found]
+    matches = [(_NUMBERED.fullmatch(path.name), path) for path in output_dir.glob(f"{CHECKPOINT}-*")]
+    steps = [((PHASES.index(match[1]), int(match[2])), path) for match, path in matches if match is not None]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def all_in(output_dir: Path) -> list[Path]:
@@ -114,7 +114,7 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, lacking
 
 
-def put_in_place(output_dir: Path, keep_last: int) -> None:
+def make_current(output_dir: Path, keep_last: int) -> None:
     """Make the checkpoint that has just been written the current one, and remove all but `keep_last`.
 
     Nothing is removed before. Those of later steps go too: the run has been continued from before them.
@@ -137,7 +137,7 @@ def put_in_place(output_dir: Path, keep_last: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder; its manifest first, so what a crash leaves is no checkpoint."""
+    """Remove a folder; its manifest first, so what a crash leaves does not count as a checkpoint."""
     if folder.is_dir():
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

@@ -122,7 +122,7 @@ def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
     except ValueError as error:  # of JSON or of the encoding
         raise ConfigError(f"training.resume: {folder / STATE} cannot be read: {error}") from None
     if not isinstance(state, dict) or not set(NEEDED) <= state.keys() or state["phase"] not in PHASES:
-        raise ConfigError(f"training.resume: {folder / STATE} is no state of a run; restore it, or start a new run")
+        raise ConfigError(f"training.resume: {folder / STATE} is not the state of a run; restore it")
     run = folder.parent if folder.name.startswith(CHECKPOINT) else folder
     _check_same(state["identity"], identity(config), run)
     return folder, state

@@ -63,7 +63,8 @@ class StopFlag:
     def agreed(self) -> bool:
         """Return whether any process received a signal; all must leave the loop after the same step."""
         # A signal may come during the exchange: its handler writes to another attribute.
-        self.signal = int(reduce_metrics({"stop": Max.of(torch.tensor([float(self._received)]))})["stop"].value())
+        asked = Max.of(torch.tensor([float(self._received)]))
+        self.signal = int(reduce_metrics({"stop": asked})["stop"].value())
         return self.signal > 0
 
 

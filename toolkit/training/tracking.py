@@ -16,7 +16,7 @@ from typing import Any, Self
 from accelerate import Accelerator
 
 from toolkit.training.config import TrackerConfig
-from toolkit.training.disk import write_whole
+from toolkit.training.disk import write_atomically
 from toolkit.training.evaluation import EVALUATION
 from toolkit.training.metrics_file import read_rows
 from toolkit.training.tracker_run import Shown, TrackerRun
@@ -69,7 +69,7 @@ class Tracker:
             ConfigError: the tracker does not start.
         """
         if self._is_main:
-            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self._restored))
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self._restored))
         if self._run is not None:
             self._run.start(self._restored, self._earlier_dir)
         self._number = len(self._restored)

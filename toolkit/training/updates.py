@@ -146,7 +146,7 @@ class Updater:
             if scaler is not None:
                 scaler.update(scaler.get_scale())  # it expects a step after unscaling
             return False
-        if self.accelerator.scaler is None and not math.isfinite(grad_norm):  # the norm is the same on all ranks
+        if self.accelerator.scaler is None and not math.isfinite(grad_norm):  # the same on all ranks
             self.num_nonfinite += 1
             self.nonfinite_in_a_row += 1
             return False

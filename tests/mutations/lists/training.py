@@ -4,6 +4,7 @@ from tests.mutations.mutation import Mutation
 
 PACKING = "tests/training/test_packing.py"
 RESUMED = "tests/training/test_resume.py::test_a_stopped_run_goes_on_as_if_it_had_not_been"
+SAVED = "tests/training/test_saved.py"
 STEPS = "tests/training/test_trainer_steps.py"
 EVALUATION = "tests/training/test_evaluation.py"
 TRACKING = "tests/training/test_tracking.py"
@@ -226,14 +227,14 @@ MUTATIONS = (
     Mutation(
         name="resume-forgets-the-optimizer",
         file="toolkit/training/checkpoint.py",
-        line='load_full_optimizer_state(trainer.policy, phase.optimizer, stored["optimizer"])',
+        line="load_full_optimizer_state(trainer.policy, phase.optimizer, stored)",
         becomes="pass",
         tests=(RESUMED,),
     ),
     Mutation(
         name="resume-forgets-torch-s-rng",
-        file="toolkit/training/checkpoint.py",
-        line='torch.set_rng_state(stored["torch_rng"])',
+        file="toolkit/training/random_state.py",
+        line='torch.set_rng_state(_tensor(state["torch"]))',
         becomes="pass",
         tests=("tests/training/test_resume.py::test_random_numbers_go_on",),
     ),
@@ -274,10 +275,66 @@ MUTATIONS = (
     ),
     Mutation(
         name="old-checkpoint-goes-first",
-        file="toolkit/training/output_dir.py",
-        line="os.replace(final, old)",
-        becomes="shutil.rmtree(final)",
-        tests=("tests/training/test_resume.py::test_a_crash_while_writing_leaves_a_whole_checkpoint",),
+        file="toolkit/training/saved.py",
+        line="os.replace(final, target)",
+        becomes="remove(final)",
+        tests=(f"{SAVED}::test_the_last_ones_are_kept",),
+    ),
+    Mutation(
+        name="a-checkpoint-of-another-size-is-complete",
+        file="toolkit/training/saved.py",
+        line="if file.stat().st_size != size:",
+        becomes="if file.stat().st_size > size:",
+        tests=(f"{SAVED}::test_a_checkpoint_is_complete_or_says_what_it_lacks",),
+    ),
+    Mutation(
+        name="old-checkpoint-goes-before-the-rename",
+        file="toolkit/training/saved.py",
+        line="os.replace(fresh, final)",
+        becomes="remove(old), os.replace(fresh, final)",
+        tests=(f"{SAVED}::test_a_crash_anywhere_leaves_the_new_one_or_the_one_before",),
+    ),
+    Mutation(
+        name="resume-keeps-old-settings-of-the-optimizer",
+        file="toolkit/training/full_state.py",
+        line="group.update(kept)",
+        becomes="pass",
+        tests=("tests/training/test_resume.py::test_settings_of_the_optimizer_that_may_change_are_applied",),
+    ),
+    Mutation(
+        name="every-process-has-the-numbers-of-the-first",
+        file="toolkit/training/random_state.py",
+        line="state = states[rank()]",
+        becomes="state = states[0]",
+        tests=("tests/training/test_resume.py::test_random_numbers_of_each_process",),
+    ),
+    Mutation(
+        name="a-gradient-of-nan-moves-the-weights",
+        file="toolkit/training/updates.py",
+        line="if self.accelerator.scaler is None and not math.isfinite(grad_norm):  # the same on all ranks",
+        becomes="if self.accelerator.scaler is None and grad_norm == math.inf:",
+        tests=("tests/training/test_nonfinite.py::test_such_an_update_changes_nothing_and_is_counted",),
+    ),
+    Mutation(
+        name="a-full-disk-leaves-half-a-checkpoint",
+        file="toolkit/training/export.py",
+        line="except BaseException:  # a full disk",
+        becomes="except KeyError:",
+        tests=("tests/training/test_disk.py::test_a_disk_that_fills_up_in_a_checkpoint",),
+    ),
+    Mutation(
+        name="auto-removes-a-model",
+        file="toolkit/training/elastic.py",
+        line="is_finished = any((Path(folder) / name).exists() for name in RESULTS)",
+        becomes="is_finished = False",
+        tests=("tests/training/test_output_dir.py::test_auto_continues_what_is_there_and_removes_no_result",),
+    ),
+    Mutation(
+        name="a-signal-in-the-exchange-is-lost",
+        file="toolkit/training/stopping.py",
+        line='self.signal = int(reduce_metrics({"stop": asked})["stop"].value())',
+        becomes='self.signal = self._received = int(reduce_metrics({"stop": asked})["stop"].value())',
+        tests=("tests/training/test_signals.py::test_a_signal_within_the_exchange_is_not_lost",),
     ),
     Mutation(
         name="another-run-is-resumed",
@@ -488,15 +545,15 @@ MUTATIONS = (
     ),
     Mutation(
         name="a-cut-line-blocks-a-resume",
-        file="toolkit/training/tracking.py",
-        line="if number == len(lines):  # nothing follows, not even the end of the line",
-        becomes="if not lines:",
-        tests=(f"{TRACKING}::test_a_cut_last_line_is_left_out",),
+        file="toolkit/training/metrics_file.py",
+        line="if number < len(lines):",
+        becomes="if number <= len(lines):",
+        tests=("tests/training/test_saved.py::test_a_log_that_was_cut",),
     ),
     Mutation(
         name="each-phase-has-its-axis",
         file="toolkit/training/tracking.py",
-        line="self._run.log(len(self.rows) - 1, row, shown)",
+        line="self._run.log(self._number, row, shown)",
         becomes="self._run.log(step, row, shown)",
         tests=(f"{TRACKING}::test_the_axis_is_the_line",),
     ),

@@ -114,7 +114,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint(tmp_path: Path, monkeypatch: pytes
     phase = trainer.main_phase()
     checkpoint.save_checkpoint(tmp_path, trainer, phase, {})
     phase.next_step = 5
-    for module, name, step in ((checkpoint, where, 0), (export, "_write", 5)):
+    for module, name, step in ((checkpoint, where, 0), (export, "flush_tree", 5)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fails(FULL))
             with pytest.raises(ToolkitError, match=rf"\(main step {step}\); make room"), in_one_line(tmp_path):

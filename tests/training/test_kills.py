@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 pytest.importorskip("reasoning_gym")
 
 from tests.processes import free_port, start_module
+from tests.training.test_launch import numbers
 from tests.training.test_output_dir import ENV
+from tests.training.test_processes import close
 from tests.training.test_train import lines, summary
 
 SETTINGS = [
@@ -31,6 +33,8 @@ SETTINGS = [
     *("training.checkpoint_every=1", "training.keep_last=2", "training.export=checkpoints"),
 ]
 TIMED = ("seconds", "tokens_per_second")
+SOON = 15.0
+"""Seconds from the death of a process to the end of the others."""
 NOT_COMPARED = ("wall_seconds", "output_dir")
 
 
@@ -50,6 +54,9 @@ def killed(moments: random.Random, processes: list[Any], log: Path) -> bool:
     chosen = moments.choice(processes)
     chosen.kill()
     chosen.join()
+    for process in processes:  # one that still waits to meet the other is ended by a launcher
+        process.join(SOON)
+        process.kill()
     return chosen.exitcode == -signal.SIGKILL
 
 
@@ -124,3 +131,25 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: 
 def lines_so_far(folder: Path) -> list[str]:
     log = folder / "metrics.jsonl"
     return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_continues_on_another_number_of_processes(tmp_path: Path, before: int, after: int) -> None:
+    steps, exact = ["warmup.steps=2", "training.steps=5"], ["model.dtype=float64"]
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    assert ended(started(whole, *steps, *exact)) == [0], errors(whole)
+    processes = started(folder, *steps, *exact, world=before)
+    while len(lines_so_far(folder)) < 4:
+        assert all(process.is_alive() for process in processes), errors(folder)
+        time.sleep(0.002)
+    processes[-1].kill()
+    ended(processes)
+    assert ended(started(folder, *steps, *exact, world=after)) == [0] * after, errors(folder)
+    assert summary(folder)["num_processes"] == after
+    for mine, other in zip(lines(folder), lines(whole), strict=True):
+        close(numbers(mine), numbers(other), rel=1e-6, abs_=1e-12)
+    first, second = (load_file(each / "checkpoint/model.safetensors") for each in (folder, whole))
+    for name, tensor in second.items():
+        torch.testing.assert_close(first[name], tensor, rtol=1e-6, atol=1e-9)

@@ -127,6 +127,13 @@ def test_a_crash_anywhere_leaves_the_new_one_or_the_one_before(
     assert number > 1
 
 
+def test_a_removal_that_did_not_end_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_checkpoint(tmp_path / "checkpoint-main-1")
+    monkeypatch.setattr(saved.shutil, "rmtree", lambda *_, **__: None)
+    saved.remove(folder)
+    assert newest(tmp_path) == (None, [])
+
+
 def test_a_number_of_checkpoints_without_checkpoints() -> None:
     with pytest.raises(ConfigError, match=r"training\.keep_last=2 has no effect with one checkpoint, at the end; set"):
         TrainingConfig(keep_last=2)

@@ -288,11 +288,11 @@ MUTATIONS = (
         tests=(f"{SAVED}::test_a_checkpoint_is_complete_or_says_what_it_lacks",),
     ),
     Mutation(
-        name="old-checkpoint-goes-before-the-rename",
+        name="a-half-removed-checkpoint-is-complete",
         file="toolkit/training/saved.py",
-        line="os.replace(fresh, final)",
-        becomes="remove(old), os.replace(fresh, final)",
-        tests=(f"{SAVED}::test_a_crash_anywhere_leaves_the_new_one_or_the_one_before",),
+        line="(folder / MANIFEST).unlink(missing_ok=True)",
+        becomes="pass",
+        tests=(f"{SAVED}::test_a_removal_that_did_not_end_leaves_no_checkpoint",),
     ),
     Mutation(
         name="resume-keeps-old-settings-of-the-optimizer",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,7 @@ def run_module(
     command = (sys.executable, "-m", module, *arguments)
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = START.Process(
-            target=_as_main, args=(module, list(arguments), str(cwd), dict(env or os.environ), list(map(str, streams)))
-        )
-        process.start()
+        process = start_module(module, *arguments, cwd=cwd, env=env, streams=streams)
         process.join(timeout)
         if process.is_alive():
             process.kill()
@@ -81,6 +78,21 @@ def run_module(
             raise subprocess.TimeoutExpired(command, timeout)
         out, err = (stream.read_text() for stream in streams)
     return subprocess.CompletedProcess(command, process.exitcode or 0, out, err)
+
+
+def start_module(
+    module: str,
+    *arguments: str,
+    streams: Sequence[Path],
+    cwd: str | os.PathLike[str] = ".",
+    env: Mapping[str, str] | None = None,
+) -> Any:
+    """Start what `run_module` runs and return the process; `streams`: files for its stdout and stderr."""
+    process = START.Process(
+        target=_as_main, args=(module, list(arguments), str(cwd), dict(env or os.environ), list(map(str, streams)))
+    )
+    process.start()
+    return process
 
 
 def _as_main(module: str, arguments: list[str], cwd: str, env: dict[str, str], streams: list[str]) -> None:

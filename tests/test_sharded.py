@@ -312,6 +312,10 @@ def check_copies(rank: int, world: int, accelerator: Any) -> None:
             now = policy(ids, mask)
             assert torch.equal(reference(ids, mask), then)
             assert not torch.equal(now, then)
+            shards = [[p.to_local().clone() for p in local_parameters(each)] for each in (reference, policy)]
+            copy_weights(policy, reference, 0.25)
+            for mixed, before, source in zip(local_parameters(reference), *shards, strict=True):
+                torch.testing.assert_close(mixed.to_local(), 0.75 * before + 0.25 * source)
             copy_weights(policy, reference)
             assert torch.equal(reference(ids, mask), now)
 

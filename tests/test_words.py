@@ -35,9 +35,11 @@ from toolkit.peers import COMPUTED, VALUE, counterpart, in_python, projects, wor
 from toolkit.rollout.config import RolloutConfig
 from toolkit.tasks.config import DatasetConfig
 from toolkit.training.config import (
+    EvaluationConfig,
     KLControlConfig,
     OptimizerConfig,
     SchedulerConfig,
+    TrackerConfig,
     TrainingConfig,
     WarmupConfig,
 )
@@ -107,7 +109,7 @@ def diagnosis_of(override: str) -> str:
         ("kl_loss_type=k3+", "try: kl=k3_straight_through (kl_loss_type of verl)"),
         ("kl=k3+", "kl=k3+ is not a choice of kl; try: kl=k3_straight_through (k3+ of verl)"),
         ("advantage=group_norm", "try: advantage=grpo (group_norm of OpenRLHF)"),
-        ("sync_ref_model=true", "sync_ref_model of TRL has no counterpart: the reference is the policy before RL"),
+        ("sync_ref_model=true", "try: kl=k3 training.refresh_reference_every=512 training.reference_mixup=0.6"),
         ("loss_type=unheard_of", "it depends on its value: python -m toolkit.explain --from trl"),
     ],
 )
@@ -203,6 +205,8 @@ SECTIONS = {
     "optimizer": OptimizerConfig,
     "scheduler": SchedulerConfig,
     "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
+    "tracker": TrackerConfig,
     "warmup": WarmupConfig,
     "kl_control": KLControlConfig,
     "model": PretrainedConfig,
@@ -359,7 +363,7 @@ def test_the_words_of_a_project_are_printed(
     assert text.startswith("TRL 1.16.0: trl/trainer/grpo_config.py")
     assert re.search(r"^  epsilon +policy_loss.cliprange_low=... policy_loss.cliprange_high=...$", text, re.MULTILINE)
     assert re.search(r"^  loss_type=dapo +loss=preset/trl/dapo\n +or aggregation=token_mean$", text, re.MULTILINE)
-    assert "(no counterpart: the reference is the policy before RL, and stays so)" in text
+    assert "(no counterpart: the entropy bonus is a fixed loss.entropy_coef)" in text
     assert printed("--from", "prime-rl", capsys=capsys, monkeypatch=monkeypatch).startswith("prime-rl main")
     every = printed("--from", "all", capsys=capsys, monkeypatch=monkeypatch)
     for project in projects().values():

@@ -404,7 +404,7 @@ COMMANDS = [
     ("train advantage=none", "try: advantage=grpo advantage.baseline=none advantage.std=none"),
     ("train advantage=null", "try: advantage=grpo advantage.baseline=none advantage.std=none"),
     ("train algorithm=gspo", "try: policy_loss=gspo aggregation=seq_mean_token_mean"),
-    ("train epochs=3", "set training.steps"),
+    ("train epochs=3", "passes over a rollout are training.epochs"),
     ("train gpus=2", "torchrun --nproc_per_node N"),
     ("train precision=bf16", "try: training.mixed_precision=bf16"),
     ("train policy_loss.clip=0.2", "try: policy_loss.cliprange_low=0.2 policy_loss.cliprange_high=0.2"),

@@ -13,6 +13,7 @@ STARTED = time.time()
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,10 +28,11 @@ from toolkit.compose.build import build_config
 from toolkit.compose.grammar import quoted
 from toolkit.compose.overrides import config_folders_in, options_first, parse, with_folder
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
-from toolkit.compose.tree import TRAIN, CommandLine, check_command_line, compose_config, compose_run
+from toolkit.compose.tree import TRAIN, CommandLine, Folder, check_command_line, compose_config, compose_run
 from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, say_warnings_plainly
 from toolkit.explain.lint import warnings_for
-from toolkit.training.elastic import restarted
+from toolkit.training.config import AUTO
+from toolkit.training.elastic import check_named, continued
 from toolkit.training.output_dir import check_free, claim, new_dir, release
 from toolkit.training.run_config import RunConfig
 from toolkit.training.startup import INTERRUPTED, check_environment, launched_rank
@@ -58,6 +60,9 @@ def _job(cfg: DictConfig) -> float | None:
     try:
         config = build_config(cfg)
         hydra_cfg = HydraConfig.get()
+        if config.training.resume == AUTO:  # a job of a multirun
+            training = continued(config.training, hydra_cfg.runtime.output_dir)
+            config = config.model_copy(update={"training": training})
         if launched_rank() == 0:  # a job of a multirun, or a folder that only Hydra could name
             claim(hydra_cfg.runtime.output_dir, config.training)
         from toolkit.training.run import run  # loads torch
@@ -68,8 +73,9 @@ def _job(cfg: DictConfig) -> float | None:
         summary = run(config, cfg, started=started, output_dir=hydra_cfg.runtime.output_dir)
     except ToolkitError as error:
         _stop(error)
-    if summary.interrupted:
-        sys.exit(INTERRUPTED)
+    # After a signal no further job of a multirun may start.
+    if summary.interrupted or (summary.stopped_by and hydra_cfg.mode == RunMode.MULTIRUN):
+        sys.exit(128 + signal.Signals[summary.stopped_by or "SIGINT"])
     return summary.objective
 
 
@@ -95,9 +101,9 @@ def main() -> None:
         sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
     try:
         _job()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted before the loop could write a checkpoint", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(getattr(error, "code", INTERRUPTED)) from None
 
 
 def train(overrides: Sequence[str] = ()) -> Summary:
@@ -122,6 +128,7 @@ def train(overrides: Sequence[str] = ()) -> Summary:
     if folder.path is None:
         raise ConfigError("hydra.run.dir names what only the command line knows; give train() a plain folder")
     output_dir = folder.path
+    config, _ = _continued(config, folder)
     if launched_rank() == 0:  # the others receive its path
         output_dir = new_dir(output_dir) if folder.is_dated else output_dir
         claim(output_dir, config.training)
@@ -153,9 +160,13 @@ def _checked(arguments: argparse.Namespace) -> list[str]:
     instead = dict(zip(overrides, checked.overrides, strict=True))
     taken = [instead.get(word, word) for word in sys.argv[1:]]
     if check is not None:
-        if checked.folder.path is not None and not checked.folder.is_dated and not arguments.multirun:
-            checked, continued = _continued(checked, checked.folder.path)
-            taken += continued
+        if arguments.multirun:
+            if checked.folder.is_dated:
+                for config in checked.configs:
+                    check_named(config.training, "hydra.sweep.dir")
+        else:
+            config, texts = _continued(checked.configs[0], checked.folder)
+            checked, taken = checked._replace(configs=[config]), taken + texts
         for config in checked.configs:
             check_environment(config)
         if launched_rank() == 0:
@@ -164,14 +175,26 @@ def _checked(arguments: argparse.Namespace) -> list[str]:
     return taken
 
 
-def _continued(checked: CommandLine, folder: str) -> tuple[CommandLine, list[str]]:
-    """Return what a command asks for that torchrun has started again, and the overrides that say so to Hydra."""
-    (config,) = checked.configs
-    training = restarted(config.training, folder)
+def _continued(config: RunConfig, folder: Folder) -> tuple[RunConfig, list[str]]:
+    """Return a run that continues what its output directory holds, if asked to, and overrides that say so to Hydra."""
+    if folder.path is None or folder.is_dated:
+        note = check_named(config.training)
+        if note is not None and launched_rank() == 0:
+            print(f"note: {note}", file=sys.stderr)
+        return config, []
+    training = continued(config.training, folder.path)
+    if config.training.resume == AUTO and training.resume is None and launched_rank() == 0:
+        print(f"note: training.resume=auto: no checkpoint in {folder.path}, so the run starts anew", file=sys.stderr)
     changed = {name: value for name, value in training if value != getattr(config.training, name)}
-    configs = [config.model_copy(update={"training": training})]
-    texts = [f"training.{name}={quoted(value) if isinstance(value, str) else value}" for name, value in changed.items()]
-    return checked._replace(configs=configs), texts
+    texts = [f"training.{name}={_written(value)}" for name, value in changed.items()]
+    return config.model_copy(update={"training": training}), texts
+
+
+def _written(value: object) -> str:
+    """Return a value of a setting as Hydra reads it."""
+    if value is None:
+        return "null"
+    return quoted(value) if isinstance(value, str) else str(value).lower()
 
 
 def _claimed(checked: CommandLine, *, multirun: bool) -> list[str]:
@@ -182,7 +205,8 @@ def _claimed(checked: CommandLine, *, multirun: bool) -> list[str]:
     path = new_dir(path) if is_dated else path
     if multirun:  # each job claims its own folder
         for number, config in enumerate(checked.configs):
-            check_free(os.path.join(path, str(number)), config.training)
+            job = os.path.join(path, str(number))
+            check_free(job, continued(config.training, job))
         return [f"hydra.sweep.dir={quoted(path)}"]
     claim(path, checked.configs[0].training)
     return [f"hydra.run.dir={quoted(path)}"]

@@ -87,6 +87,14 @@ def test_rows_of_answers_score_the_answer_and_the_end(model) -> None:
     assert rows.attention_mask.sum(-1).tolist() == [6, 4]
 
 
+def test_the_first_token_of_a_text_is_never_scored(model) -> None:
+    """Nothing precedes it: in a padded row its prediction would be made from padding."""
+    _, tokenizer = model
+    rows = rows_from_answers([Example("", "ba"), Example("abc=", "cba")], tokenizer, torch.device("cpu"))
+    a, end = tokenizer("a", add_special_tokens=False)["input_ids"][0], tokenizer.eos_token_id
+    assert rows.shifted_labels[0].tolist() == [IGNORED] * 5 + [a, end]
+
+
 def test_left_padding_does_not_change_a_row(model) -> None:
     policy, tokenizer = model
     both = rows_from_answers([Example("abc=", "cba"), Example("a=", "a")], tokenizer, torch.device("cpu"))

@@ -33,8 +33,8 @@ from toolkit import train as command
 from toolkit.tasks import spell_backward
 from toolkit.training import checkpoint, report, run
 from toolkit.training.export import check_export, export_model
-from toolkit.training.full_state import load_weights
-from toolkit.training.reference import SharedReference
+from toolkit.training.full_state import load_weights, read_optimizer_state
+from toolkit.training.reference import SharedReference, refresh_reference
 
 SMALL = [
     *("debug=smoke", "warmup.steps=2", "warmup.stop_accuracy=null", "training.steps=2", "task.num_heldout=4"),
@@ -250,6 +250,16 @@ def test_the_reference_is_the_policy_as_it_was(tmp_path: Path, saved: Path) -> N
         assert torch.equal(policy(IDS, mask), now), "the policy is as before"
         reference.save(str(tmp_path / "reference"))
         assert torch.equal(policy(IDS, mask), now)
+        refresh_reference(reference, policy)
+        assert torch.equal(reference(IDS, mask), now)
+        kept = [each.clone() for each in reference._kept]
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
+        refresh_reference(reference, policy, 0.5)
+        for ours, before in zip(reference._kept, kept, strict=True):
+            torch.testing.assert_close(ours, before + 0.25, rtol=0, atol=1e-6)
+        now = policy(IDS, mask)
         other = SharedReference(policy)
         assert torch.equal(other(IDS, mask), now)
         other.load(str(tmp_path / "reference"))
@@ -267,7 +277,7 @@ def test_a_checkpoint_holds_the_adapters_alone(tmp_path: Path, saved: Path) -> N
     stored = load_file(tmp_path / "checkpoint/model.safetensors")
     assert stored
     assert all(".lora_" in name for name in stored)
-    state = torch.load(tmp_path / "checkpoint/state.pt", weights_only=True)["optimizer"]
+    state = read_optimizer_state(str(tmp_path / "checkpoint/optimizer.safetensors"))
     assert len(state["state"]) == len(stored) == len(state["param_groups"][0]["params"])
     other = trainer_with(None, "loss=ce", *model(saved, *LORA, "model.lora.target_modules=[q_proj]"))
     with pytest.raises(ConfigError, match=r"do not fit .* weights are not those that this policy trains"):

@@ -16,7 +16,7 @@ from tests.training.test_train import environment
 from toolkit import ConfigError
 from toolkit.compose.tree import compose_run
 from toolkit.training.config import TrainingConfig
-from toolkit.training.elastic import restarted
+from toolkit.training.elastic import check_named, continued
 from toolkit.training.output_dir import check_free, claim, new_dir, release
 
 ENV = environment(PYTHONPATH=str(Path(toolkit.__file__).parents[1]))
@@ -142,9 +142,38 @@ def test_a_restart_by_torchrun_continues_its_run(
     if count is not None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
     (tmp_path / "a" / saved).mkdir(parents=True)
-    if saved:
-        (tmp_path / "a" / saved / "state.json").write_text("{}")
-    assert restarted(PLAIN, "a") == PLAIN.model_copy(update=changed)
+    assert continued(PLAIN, "a") == PLAIN.model_copy(update=changed)
+
+
+def test_auto_continues_what_is_there_and_removes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    auto, folder = TrainingConfig(resume="auto"), tmp_path / "a"
+    assert continued(TrainingConfig(resume="b"), str(folder)) == TrainingConfig(resume="b")
+    assert continued(auto, str(folder)) == REPLACING
+    (folder / "checkpoint.writing").mkdir(parents=True)  # ended within its first checkpoint
+    assert continued(auto, str(folder)) == REPLACING
+    for name in ("checkpoint", "checkpoint-main-3"):  # complete or not: to say what is damaged is for later
+        (folder / name).mkdir()
+        assert continued(auto, str(folder)) == TrainingConfig(resume=str(folder))
+        (folder / name).rmdir()
+    (folder / "model").mkdir()  # somebody has removed the checkpoint and kept the model
+    assert continued(auto, str(folder)) == PLAIN
+    with pytest.raises(ConfigError, match=r"holds an earlier run \(checkpoint\.writing, model\)"):
+        claim(str(folder), continued(auto, str(folder)))
+
+
+def test_a_folder_that_is_new_each_time_cannot_be_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("RESTART_COUNT", "MAX_RESTARTS"):
+        monkeypatch.setenv(f"TORCHELASTIC_{variable}", "0")
+    with pytest.raises(
+        ConfigError, match=r"auto continues .* new one each time; name it, e\.g\. hydra\.run\.dir=runs/"
+    ):
+        check_named(TrainingConfig(resume="auto"))
+    assert check_named(PLAIN) is None
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert "a restart by torchrun would start anew" in str(check_named(PLAIN))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "torchrun has started the run again, but" in str(check_named(PLAIN))
 
 
 @pytest.mark.slow

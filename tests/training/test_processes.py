@@ -32,6 +32,22 @@ RUNS: dict[str, list[str]] = {
     "rewards with KL": [*WIDE, "kl=k1_in_reward", "advantage=reinforce_pp", "rollout.skip_uniform_groups=false"],
     "order of prompts": [*WIDE, "advantage=pass_at_k", "advantage.k=2", "kl=k2", "kl_control=adaptive"],
     "nothing to learn": [*WIDE, "advantage=pass_at_k", "loss.temperature=0.7", "rollout.temperature=0.7"],
+    "refilled": [
+        *WIDE,
+        *("rollout.prompts_per_step=7", "rollout.group_size=2", "rollout.max_sampling_rounds=3", "training.epochs=2"),
+        *("advantage.level=batch", "kl=k3", "training.refresh_reference_every=2", "training.reference_mixup=0.5"),
+    ],
+    "refilled groups": [
+        *WIDE,
+        *("policy_loss=real", "aggregation=seq_mean_token_mean", "rollout.group_size=2", "training.micro_batch_size=2"),
+        *(
+            "rollout.max_sampling_rounds=2",
+            "rollout.truncated=mask",
+            "rollout.overlong_buffer=2",
+            "rollout.max_new_tokens=6",
+        ),
+    ],
+    "packed": [*WIDE[:-1], "training.micro_batch_tokens=40", "policy_loss=real", "aggregation=prompt_mean", "kl=k3"],
     "per_component": [*WIDE, "aggregation=per_component", "loss.entropy_coef=0.01"],
     "float32": UNEVEN,
 }
@@ -46,8 +62,9 @@ def test_shares_by_hand() -> None:
 @pytest.mark.parametrize("unit", [1, 2])
 def test_minibatches_are_those_of_one_process(unit: int) -> None:
     rows_of = [6, 0, 8, 2]
-    alone = minibatches([16], 0, 3, Random(5), unit=unit)
-    cuts = [minibatches(rows_of, rank, 3, Random(5), unit=unit) for rank in range(4)]
+    owners = torch.arange(4).repeat_interleave(torch.tensor(rows_of))
+    alone = minibatches(torch.zeros(16, dtype=torch.int64), 0, 3, Random(5), unit=unit)
+    cuts = [minibatches(owners, rank, 3, Random(5), unit=unit) for rank in range(4)]
     starts = [0, 6, 6, 14]
     for number, whole in enumerate(alone):
         own = [(cuts[rank][number].local_rows + starts[rank]).tolist() for rank in range(4)]
@@ -56,7 +73,7 @@ def test_minibatches_are_those_of_one_process(unit: int) -> None:
         assert {cut[number].largest for cut in cuts} == {max(map(len, own))}
         assert whole.local_rows.view(-1, unit)[:, 0].remainder(unit).eq(0).all()
     assert sorted(torch.cat([cut.local_rows for cut in alone]).tolist()) == list(range(16))
-    assert [cut.local_rows.tolist() for cut in minibatches([0, 0], 1, 2, Random(0))] == [[], []]
+    assert [cut.local_rows.tolist() for cut in minibatches(torch.arange(0), 1, 2, Random(0))] == [[], []]
 
 
 def close(ours: dict[str, float], theirs: dict[str, float], *, rel: float, abs_: float) -> None:

@@ -17,6 +17,7 @@ from tests.processes import free_port, start
 from tests.training.test_launch import numbers
 from tests.training.test_processes import close
 from tests.training.test_train import lines, summary
+from toolkit.training.full_state import read_optimizer_state
 
 RUN = [
     "model.dtype=float64", "task.reward=coin_flip", "task.num_heldout=11", "warmup.steps=3",
@@ -59,7 +60,7 @@ def test_sharded_run_is_that_of_ddp(tmp_path: Path) -> None:
     after, exact, before = (load_file(run / "checkpoint/model.safetensors") for run in (sharded, ddp, at_start))
     same(after, exact)
     assert not [name for name in after if torch.equal(before[name], after[name])], "embedding, norm and head learn, too"
-    states = [torch.load(run / "checkpoint/state.pt", weights_only=True)["optimizer"] for run in (sharded, ddp)]
+    states = [read_optimizer_state(str(run / "checkpoint/optimizer.safetensors")) for run in (sharded, ddp)]
     assert states[0]["state"].keys() == states[1]["state"].keys()
     for key, found in states[0]["state"].items():
         same(found, states[1]["state"][key])

@@ -40,8 +40,17 @@ def train(
     )  # fmt: skip
 
 
-def lines(run_dir: Path) -> list[dict]:
+def all_lines(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def lines(run_dir: Path) -> list[dict]:
+    """The steps; `evaluations` are the other lines."""
+    return [row for row in all_lines(run_dir) if row["phase"] != "evaluation"]
+
+
+def evaluations(run_dir: Path) -> list[dict]:
+    return [row for row in all_lines(run_dir) if row["phase"] == "evaluation"]
 
 
 def summary(run_dir: Path) -> dict:
@@ -60,11 +69,16 @@ def test_smoke(tmp_path: Path) -> None:
     found = lines(run_dir)
     assert [row["phase"] for row in found] == ["warmup"] * 8 + ["main"] * 3
     assert {"reward", "kl_ref", "entropy", "clip_fraction", "grad_norm", "tokens_per_second"} <= found[-1].keys()
+    assert [row["phase"] for row in all_lines(run_dir)] == ["warmup"] * 8 + ["evaluation"] + ["main"] * 3 + [
+        "evaluation"
+    ]
+    assert [row["step"] for row in evaluations(run_dir)] == [0, 3]
     assert (run_dir / "curves.png").read_bytes()[:4] == b"\x89PNG"
     config = (run_dir / "config.yaml").read_text()
     assert "chunk_size: 7" in config
     assert "${" not in config
-    assert {"model.safetensors", "reference.safetensors", "state.pt", "state.json", "tokenizer"} == {
+    weights = {f"{name}.safetensors" for name in ("model", "reference", "optimizer")}
+    assert weights | {"random_states.json", "state.json", "manifest.json", "tokenizer"} == {
         path.name for path in (run_dir / "checkpoint").iterdir()
     }
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -12,7 +12,7 @@ pytest.importorskip("reasoning_gym")
 
 from tests.test_mixed_precision import _fresh_state, trainer_with  # noqa: F401
 from toolkit.metrics import Mean, Sum, merge_metrics, to_floats
-from toolkit.training import generation
+from toolkit.training import generation, rollouts
 from toolkit.training.layout import Shares
 from toolkit.training.rewarding import Rewarded
 from toolkit.training.step import per_update
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("_fresh_state")
 def test_advantages_are_made_of_rewards_less_kl() -> None:
     trainer = trainer_with(None, "kl=k1_in_reward", "kl_control.reward_coef=0.5", "rollout.temperature=0.8")
     seen: list[torch.Tensor] = []
-    kept = trainer.rollouts.advantages
-    trainer.rollouts.advantages = lambda rewards, *others: seen.append(rewards) or kept(rewards, *others)
+    kept = trainer.rollouts._advantages
+    trainer.rollouts._advantages = lambda terms: seen.append(terms.rewards) or kept(terms)
     phase = trainer.main_phase()
     with torch.no_grad():
         for parameter in trainer.reference.parameters():
@@ -52,9 +52,10 @@ def test_a_process_rewards_and_samples_its_own_prompts(monkeypatch: pytest.Monke
     monkeypatch.setattr(generation, "row_uniforms", lambda own, number: seeds.extend(own) or draw(own, number))
     monkeypatch.setattr(trainer.rollouts, "rewarder", Mock(side_effect=rewarder))
     trainer.rollouts.shares = Shares(rank=1, world=2)
-    trainer.rollouts.advantages = lambda *_: torch.arange(8.0).unsqueeze(-1)
+    monkeypatch.setattr(rollouts, "all_gather_objects", lambda part: [part, part])
+    trainer.rollouts._advantages = lambda _: torch.arange(8.0).unsqueeze(-1)
     prompts = trainer.task.heldout[:4]
-    rows = trainer.rollouts.of_prompts(prompts, 6, None).rows
+    rows = trainer.rollouts.sample_round(prompts, 6, 0, None).groups.rows
     assert rewarded == [(prompts[2].prompt, 4), (prompts[2].prompt, 5), (prompts[3].prompt, 6), (prompts[3].prompt, 7)]
     assert seeds == [f"{trainer.config.seed}/main/6/sample/{prompt}/{sample}" for prompt in (2, 3) for sample in (0, 1)]
     assert rows.advantages[:, 0].tolist() == [4.0, 5.0, 6.0, 7.0]

@@ -20,6 +20,7 @@ pytest.importorskip("reasoning_gym")
 import toolkit
 from tests.tasks.models import CHAT, save_model, tokenizer_of
 from tests.test_mixed_precision import _fresh_state, trainer_with  # noqa: F401
+from tests.training.made_up import a_checkpoint
 from tests.training.test_data_to_model import two_digit_sums
 from tests.training.test_train import lines, summary, train
 from toolkit.compose.build import build_config
@@ -152,8 +153,7 @@ def test_rows_with_completions_can_be_imitated_before_rl() -> None:
 
 def test_a_run_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
     config = build_config(compose_config(["task=jsonl", "task.path=sums.jsonl", "task.reward=my.py:digits"]))
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint/state.json").write_text(json.dumps({"identity": identity(config)}))
+    a_checkpoint(tmp_path / "checkpoint", identity=identity(config))
     assert read_state(str(tmp_path), config)[0] == tmp_path / "checkpoint"
     longer = config.model_copy(update={"task": config.task.model_copy(update={"reward_timeout_s": 99.0})})
     read_state(str(tmp_path), longer)
@@ -166,13 +166,13 @@ def test_a_run_does_not_go_on_with_another_reward_in_the_same_file(tmp_path: Pat
     config = build_config(compose_config(["task=jsonl", "task.path=sums.jsonl", "task.reward=my.py:digits"]))
     config.task.check_data(0, with_completions=False)
     earlier = identity(config)
-    (tmp_path / "state.json").write_text(json.dumps({"identity": earlier}))
+    a_checkpoint(tmp_path / "checkpoint", identity=earlier)
     Path("my.py").write_text(REWARDS.replace("a == b", "a != b"))
     assert identity(config) == earlier  # a run keeps what it has loaded
     config.task.check_data(0, with_completions=False)
     with pytest.raises(ConfigError, match=r"task\.reward is in my\.py, which has changed since the earlier run"):
         read_state(str(tmp_path), config)
-    (tmp_path / "state.json").write_text(json.dumps({"identity": {**earlier, "reward_files": {}}}))
+    a_checkpoint(tmp_path / "checkpoint", identity={**earlier, "reward_files": {}})
     read_state(str(tmp_path), config)
 
 
@@ -192,8 +192,7 @@ def test_the_command_that_continues_a_run_has_its_overrides(tmp_path: Path) -> N
 
 def test_another_task_is_named_before_its_rows_with_the_command_that_continues(tmp_path: Path) -> None:
     config = build_config(compose_config(["task=jsonl", "task.path=sums.jsonl", "task.reward=my.py:digits"]))
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint/state.json").write_text(json.dumps({"identity": identity(config)}))
+    a_checkpoint(tmp_path / "checkpoint", identity=identity(config))
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra/overrides.yaml").write_text('["task=jsonl"]')
     (tmp_path / ".hydra/hydra.yaml").write_text("hydra: {}")

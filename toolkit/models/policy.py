@@ -25,6 +25,7 @@ from toolkit.losses.context import BaseLossContext
 from toolkit.metrics import Mean
 from toolkit.models import router
 from toolkit.models.fit import difference, fitted_transform
+from toolkit.models.packed import attention_masks
 
 Result = TypeVar("Result")
 AnyLossConfig = TypeVar("AnyLossConfig", bound=BaseLossConfig)
@@ -72,6 +73,7 @@ class Policy(nn.Module):
         score_chunk: int = 4096,
         temperature: float = 1.0,
         auxiliary_weight: Tensor | float | None = None,
+        position_ids: Tensor | None = None,
     ) -> Any:
         """Return ``(loss, metrics)`` of `loss_ctx`, or without one the log-probabilities of the text.
 
@@ -83,6 +85,9 @@ class Policy(nn.Module):
             temperature: temperature of the softmax when there is no `loss_ctx`.
             auxiliary_weight: factor of this micro-batch's router loss (`toolkit.losses.auxiliary.auxiliary_weights`),
                 0-dim, besides the model's coefficient; only read if the model's config asks for a router loss.
+            position_ids: [1, T] for a packed row, sequences end to end: the position of each token in its sequence,
+                starting again at 0 in each. Attention then stays within a sequence, and `attention_mask` only says
+                which tokens a router loss counts. None: a row is a sequence.
 
         Returns:
             What ``loss_ctx.forward`` returns, the router loss added to both; or [B, T - 1] log-probabilities of tokens
@@ -91,6 +96,7 @@ class Policy(nn.Module):
         Raises:
             ConfigError: `loss_ctx` scales or caps logits differently from the model, or the policy is wrapped in
                 DataParallel.
+            DataError: `position_ids` are not those of one row.
         """
         if getattr(self, "_is_replica", False):
             raise ConfigError("torch.nn.DataParallel is not supported; use torchrun --nproc_per_node N and DDP")
@@ -98,7 +104,8 @@ class Policy(nn.Module):
         if loss_ctx is not None:
             self._check_transform(loss_ctx.loss_cfg)
         has_router_loss = loss_ctx is not None and self.training and router.wants_router_loss(head.lm)
-        output = self._trunk_output(head, input_ids[:, :-1], mask, with_router=has_router_loss)
+        positions = None if position_ids is None else _of_one_row(position_ids, input_ids)[:, :-1]
+        output = self._trunk_output(head, input_ids[:, :-1], mask, positions, with_router=has_router_loss)
         hidden, weight, bias = head.inputs(output.last_hidden_state)
         if loss_ctx is None:
             return token_logprobs(
@@ -154,9 +161,12 @@ class Policy(nn.Module):
         head = self.head
         return F.linear(*head.inputs(self._trunk_output(head, input_ids, attention_mask).last_hidden_state))
 
-    def _trunk_output(self, head: Head, input_ids: Tensor, mask: Tensor, *, with_router: bool = False) -> Any:
+    def _trunk_output(
+        self, head: Head, input_ids: Tensor, mask: Tensor, packed: Tensor | None = None, *, with_router: bool = False
+    ) -> Any:
+        """Return what the trunk makes of a batch; `packed` are the positions of a packed row."""
         options: dict[str, Any] = {
-            "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0),
+            "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0) if packed is None else packed,
             "use_cache": False,  # nothing is generated, so keys and values are not needed
         }
         if with_router:
@@ -164,7 +174,17 @@ class Policy(nn.Module):
         accepted = inspect.signature(getattr(head.trunk, "forward", head.trunk)).parameters
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
         options = {name: value for name, value in options.items() if takes_any or name in accepted}
-        return head.trunk(input_ids=input_ids, attention_mask=mask, **options)
+        attended = mask if packed is None else attention_masks(head.trunk, packed)
+        return head.trunk(input_ids=input_ids, attention_mask=attended, **options)
+
+
+def _of_one_row(position_ids: Tensor, input_ids: Tensor) -> Tensor:
+    if len(input_ids) != 1 or position_ids.shape != input_ids.shape:
+        raise DataError(
+            f"position_ids has shape {list(position_ids.shape)}, but input_ids has {list(input_ids.shape)}; packed "
+            "sequences lie end to end in one row, so both must be [1, T]"
+        )
+    return position_ids
 
 
 def _with_router_loss(

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from toolkit.metrics import wide_dtype
+
+if TYPE_CHECKING:
+    from toolkit.tasks.episodes import Episode
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,19 @@ class Completions:
     """The R continuations, special tokens removed."""
     finished: list[bool]
     """Whether each continuation ended by itself."""
+    episodes: list[Episode] | None = None
+    """With an environment: the R episodes. A row is then prompt, turn, observation, turn ..., `texts` are the last
+    turns, and `finished` is about these. Every turn has a token, and so has every observation."""
 
     def first(self, number: int) -> Completions:
         """Return the first rows."""
-        return Completions(**{name: value[:number] for name, value in vars(self).items()})
+        parts = {name: value[:number] for name, value in vars(self).items() if value is not None}
+        return Completions(**parts)
+
+    @property
+    def transcripts(self) -> list[str]:
+        """The R continuations with the observations between their turns, special tokens removed."""
+        return self.texts if self.episodes is None else [episode.transcript for episode in self.episodes]
 
 
 class _Chooser(LogitsProcessor):
@@ -92,17 +104,8 @@ def end_ids(lm: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
 
 
-@torch.no_grad()
 def complete(
-    lm: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    group_size: int = 1,
-    temperature: float | None = None,
-    uniforms: Tensor | None = None,
-    synced_gpus: bool = False,
+    lm: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, group_size: int = 1, **options: Any
 ) -> Completions:
     """Continue each prompt `group_size` times: R = len(prompts) x group_size rows.
 
@@ -112,14 +115,39 @@ def complete(
         prompts: texts; the completions of one prompt are consecutive.
         max_new_tokens: where an unfinished continuation is cut.
         group_size: completions of each prompt.
+        options: of `continued`.
+    """
+    device = next(lm.parameters()).device
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False).to(device)
+    ids, mask = (encoded[name].repeat_interleave(group_size, 0) for name in ("input_ids", "attention_mask"))
+    return continued(lm, tokenizer, ids, mask, max_new_tokens=max_new_tokens, **options)
+
+
+@torch.no_grad()
+def continued(
+    lm: Any,
+    tokenizer: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float | None = None,
+    uniforms: Tensor | None = None,
+    synced_gpus: bool = False,
+) -> Completions:
+    """Continue rows of tokens.
+
+    Args:
+        lm: a transformers causal language model, not wrapped.
+        tokenizer: of the model.
+        input_ids: [R, P] padded on the left.
+        attention_mask: [R, P] 1 at tokens.
+        max_new_tokens: where an unfinished continuation is cut.
         temperature: sampling temperature; None takes the most probable token (greedy).
         uniforms: [R, max_new_tokens] numbers in [0, 1) that choose the tokens; None: from torch's global generator.
         synced_gpus: continue until all processes have finished; needed if each forward gathers weights over processes.
     """
-    device = next(lm.parameters()).device
-    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False).to(device)
-    input_ids = encoded["input_ids"].repeat_interleave(group_size, 0)
-    prompt_mask = encoded["attention_mask"].repeat_interleave(group_size, 0)
+    device = input_ids.device
     if temperature is None:
         chooser = _Chooser(1.0, None)
     else:
@@ -131,7 +159,7 @@ def complete(
     lm.eval()
     sequences = lm.generate(
         input_ids=input_ids,
-        attention_mask=prompt_mask,
+        attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
@@ -143,12 +171,12 @@ def complete(
     new = sequences[:, input_ids.shape[1] :]
     is_end = torch.isin(new, torch.tensor(ends, device=device)).int()
     written = (is_end.cumsum(-1) - is_end) == 0  # up to and including the first end
-    is_new = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), written], -1)
-    not_sampled = torch.full_like(prompt_mask, torch.nan, dtype=chooser.chosen[0].dtype)
+    is_new = torch.cat([torch.zeros_like(attention_mask, dtype=torch.bool), written], -1)
+    not_sampled = torch.full_like(attention_mask, torch.nan, dtype=chooser.chosen[0].dtype)
     logprobs = torch.cat([not_sampled, *chooser.chosen[: new.shape[1]]], -1)
     return Completions(
         input_ids=sequences,
-        attention_mask=torch.cat([prompt_mask, written.to(prompt_mask.dtype)], -1),
+        attention_mask=torch.cat([attention_mask, written.to(attention_mask.dtype)], -1),
         is_new=is_new,
         logprobs=logprobs.where(is_new, torch.nan),
         texts=tokenizer.batch_decode(new.where(written, tokenizer.pad_token_id), skip_special_tokens=True),

@@ -1,4 +1,4 @@
-"""Calls of reward functions that may raise, hang or return anything; no torch here.
+"""Calls of reward functions and environments that may raise, hang or return anything; no torch here.
 
 A call in this process is interrupted by a signal when its time is up, which stops Python code and waiting, but not a
 loop inside a C extension: for these there are worker processes (`toolkit.tasks.workers`).
@@ -24,7 +24,10 @@ REPEAT_S = 0.5
 """Seconds until the signal comes again, for a function that catches everything."""
 MOST_AT_ONCE = 64
 """Calls of an async reward that wait at the same time."""
-OURS = tuple(os.path.join(*file) for file in (("tasks", "calls.py"), ("tasks", "workers.py"), ("asyncio", "tasks.py")))
+OURS = tuple(
+    os.path.join(*file)
+    for file in (("tasks", "calls.py"), ("tasks", "workers.py"), ("tasks", "episodes.py"), ("asyncio", "tasks.py"))
+)
 """Ends of the files whose steps a traceback of a reward leaves out."""
 MOST_IN_A_ROW = 8
 """Calls in a row that time out or end their process, after which a step makes no more: all of them would take hours."""
@@ -58,17 +61,17 @@ def checked_value(result: Any) -> Value | Failure:
     if isinstance(result, Mapping):
         parts: dict[str, float | None] = {}
         for name, part in result.items():
-            number = None if part is None else _number(part)
+            number = None if part is None else checked_number(part)
             if isinstance(number, str):
                 return Failure(f"its part {name!r} {number}")
             parts[str(name)] = number
         return parts or Failure("it returned an empty dict; return a number, or None where it does not apply")
-    number = _number(result)
+    number = checked_number(result)
     return Failure(f"it {number}") if isinstance(number, str) else number
 
 
-def _number(value: Any) -> float | str:
-    """Return a finite float, or what is wrong."""
+def checked_number(value: Any) -> float | str:
+    """Return a finite float, or what is wrong: a clause that follows the name of what returned it."""
     if hasattr(value, "item") and not isinstance(value, numbers.Number):
         try:
             value = value.item()  # of numpy or torch
@@ -160,6 +163,21 @@ def _call_in_thread(function: Callable[..., Any], arguments: dict[str, Any], sec
     thread.start()
     thread.join(seconds)
     return results[0] if results else timed_out(seconds)
+
+
+def call_each(function: Callable[..., Any], calls: list[dict[str, Any]], seconds: float) -> list[Any]:
+    """Return the results of a function for each of `calls`, one after the other, or failures.
+
+    After `MOST_IN_A_ROW` calls in a row that ran out of time, the others fail like them.
+    """
+    results: list[Any] = []
+    for arguments in calls:
+        last = results[-MOST_IN_A_ROW:]
+        if len(last) == MOST_IN_A_ROW and all(isinstance(r, Failure) and r.costs_time for r in last):
+            results.append(results[-1])
+        else:
+            results.append(call(function, arguments, seconds))
+    return results
 
 
 def call_together(function: Callable[..., Any], calls: list[dict[str, Any]], seconds: float) -> list[Any]:

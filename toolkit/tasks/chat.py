@@ -9,6 +9,8 @@ from toolkit.errors import ConfigError, first_line, listed
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of chat messages."""
+TURN = "assistant-turn"
+"""Stands for what the assistant has written."""
 
 Message = dict[str, Any]
 
@@ -79,6 +81,27 @@ def turns_of(tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> 
         pieces += [(before[len(done) :], False), (turn[:length], True)]
         done = before + turn[:length]
     return pieces
+
+
+def between_turns(tokenizer: Any, messages: Sequence[Message], end: str) -> str:
+    """Return what the template writes from the end of the assistant's turn on, with `messages`, up to its next turn.
+
+    The conversation before is a made-up one: a template may change earlier turns, which have been sampled.
+
+    Args:
+        tokenizer: of the model.
+        messages: what is read.
+        end: the text of the token that has ended the turn; it is not written again.
+
+    Raises:
+        ValueError: the chat template does not accept them, or writes nothing of the assistant's turn.
+    """
+    before = [{"role": "user", "content": "question"}, {"role": "assistant", "content": TURN}]
+    _, turn, rest = rendered(tokenizer, [*before, *messages]).partition(TURN)
+    if not turn:
+        raise ValueError("the chat template leaves out the assistant's turn before it")
+    bare = rest.lstrip()
+    return bare[len(end) :] if bare.startswith(end) else rest
 
 
 def start_of_text(tokenizer: Any) -> str:

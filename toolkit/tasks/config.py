@@ -3,135 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from toolkit.errors import ConfigError, listed
-from toolkit.schema import Config, FrozenDict
+from toolkit.schema import FrozenDict
+from toolkit.tasks.task_config import TaskConfig as TaskConfig
 
 if TYPE_CHECKING:
     from toolkit.tasks.base import Task
+    from toolkit.tasks.episodes import Environment
     from toolkit.tasks.rows import Loaded, Source
     from toolkit.tasks.scoring import RewardSet
-
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class TaskConfig(Config):
-    """Base config of a task."""
-
-    columns: ClassVar[tuple[str, ...]] = ("answer",)
-    """What the task has for rewards besides prompt and completion."""
-    has_verifier: ClassVar[bool] = True
-    """Whether `Task.score` gives a reward."""
-    demonstrates: ClassVar[bool] = True
-    """Whether the task makes demonstrations for the warm-up by itself."""
-
-    reward: str | tuple[str, ...] | None = "verifier"
-    """verifier: 1 for a right and finished answer, else 0. coin_flip: a control that must not learn. A built-in reward
-    (exact_match, numeric, regex, format, length, math_verify), a function file.py:name or package.module:name, or a
-    list of them."""
-    reward_weights: tuple[FiniteFloat, ...] | None = None
-    """Weight of each reward in their sum; None: 1."""
-    reward_timeout_s: PositiveFloat = 30.0
-    """Seconds for a call of a reward; then the completion's reward is 0, and a metric counts it."""
-    reward_workers: NonNegativeInt = 0
-    """Processes that call each reward, for every training process; 0: called in the training process."""
-    max_reward_failures: Share = 0.5
-    """Share of a step's completions whose reward may raise, run out of time or be no number; more ends the run."""
-    pattern: str | None = None
-    """Regular expression of the rewards regex (somewhere in the completion) and format (all of it)."""
-    target_length: PositiveInt | None = None
-    """Tokens up to which the reward length is 1; at twice as many it is 0."""
-
-    @property
-    def rewards(self) -> tuple[str, ...]:
-        """The rewards as a tuple."""
-        if self.reward is None:
-            return ()
-        return (self.reward,) if isinstance(self.reward, str) else self.reward
-
-    @property
-    def reward_settings(self) -> dict[str, Any]:
-        """Arguments of built-in rewards that are set."""
-        settings = {"pattern": self.pattern, "target_length": self.target_length}
-        return {name: value for name, value in settings.items() if value is not None}
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern_compiles(cls, pattern: str | None) -> str | None:
-        if pattern == "":
-            raise ValueError("it is empty, so it matches anything")
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"it is not a regular expression: {error}") from None
-        return pattern
-
-    @model_validator(mode="after")
-    def _rewards_fit(self) -> TaskConfig:
-        from toolkit.tasks.rewards import check_name
-
-        for spec in self.rewards:
-            check_name(spec)
-            if spec == "verifier" and not self.has_verifier:
-                raise ConfigError(
-                    "task.reward=verifier: data has no verifier; name a built-in reward, such as exact_match, or your "
-                    "function: task.reward=my_reward.py:score"
-                )
-        weights = self.reward_weights
-        if weights is not None and len(weights) != len(self.rewards):
-            raise ConfigError(
-                f"task.reward_weights has {len(weights)} numbers for {len(self.rewards)} rewards; give one for each"
-            )
-        if weights and not any(weights):
-            raise ConfigError(f"task.reward_weights={list(weights)}: no reward counts; give one another weight than 0")
-        return self
-
-    @abstractmethod
-    def build(self, seed: int) -> Task:
-        """Return the task; the same seed gives the same prompts."""
-
-    def check_data(self, seed: int, *, with_completions: bool) -> None:
-        """Read and check what needs no model, and load the rewards; `with_completions` if a run imitates answers.
-
-        Raises:
-            ConfigError: the data or a reward is wrong.
-        """
-        self.build_rewards(seed)
-
-    def data_digest(self, seed: int) -> str | None:
-        """Return a digest of rows that may change between a run and its continuation; None: there are none."""
-        return None
-
-    def reward_digests(self) -> dict[str, str]:
-        """Return the files that rewards are in, as they are written, with a digest of what was loaded of each."""
-        from toolkit.tasks.rewards import file_digests
-
-        return file_digests(self.rewards)
-
-    def build_rewards(self, seed: int) -> RewardSet:
-        """Return the rewards, loaded; the seed is that of `build`."""
-        return self._load_rewards(self.columns)
-
-    def _load_rewards(self, columns: tuple[str, ...]) -> RewardSet:
-        from toolkit.tasks.rewards import load_rewards
-        from toolkit.tasks.scoring import RewardSet
-
-        settings = self.reward_settings
-        rewards = load_rewards(self.rewards, columns=columns, settings=settings) if self.rewards else []
-        return RewardSet(
-            rewards,
-            self.reward_weights,
-            timeout_s=self.reward_timeout_s,
-            num_workers=self.reward_workers,
-            columns=columns,
-            settings=settings,
-        )
 
 
 class SpellBackwardConfig(TaskConfig):
@@ -190,7 +75,7 @@ class ReasoningGymConfig(TaskConfig):
         return self.names if self.name is None else (self.name,)
 
     def check_data(self, seed: int, *, with_completions: bool) -> None:
-        """Check the names and load the rewards."""
+        """Check the names, and load rewards and environment."""
         from toolkit.tasks.gym import check_names
 
         check_names(self._names)
@@ -287,7 +172,7 @@ class DatasetConfig(TaskConfig):
         return Source(**fields, with_completions=self.needs_completions)
 
     def check_data(self, seed: int, *, with_completions: bool) -> None:
-        """Read the data and load the rewards."""
+        """Read the data, and load rewards and environment."""
         from toolkit.tasks.rows import completion_remedy, load
 
         loaded = load(self._source, seed)
@@ -299,6 +184,7 @@ class DatasetConfig(TaskConfig):
                 f"{listed(loaded.all_columns, 'and')} (warmup.steps=0 skips a warm-up, which needs them, too)"
             )
         self._say_what_is_missing(self.build_rewards(seed), loaded)
+        self.build_environment(seed)
 
     @staticmethod
     def _say_what_is_missing(rewards: RewardSet, loaded: Loaded) -> None:
@@ -332,6 +218,12 @@ class DatasetConfig(TaskConfig):
         from toolkit.tasks.rows import load
 
         return self._load_rewards(load(self._source, seed).columns)
+
+    def build_environment(self, seed: int) -> Environment | None:
+        """Return the environment, loaded."""
+        from toolkit.tasks.rows import load
+
+        return None if self.environment is None else self._load_environment(load(self._source, seed).columns)
 
     def build(self, seed: int) -> Task:
         """Return the task."""

@@ -1,4 +1,7 @@
-"""All rewards of a run together: each completion's total, its parts by name, and what went wrong. No torch here."""
+"""All rewards of a run together: each completion's total, its parts by name, and what went wrong. No torch here.
+
+With an environment a completion is an episode: the rewards of its turns are one more reward.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ from random import Random
 from typing import Any
 
 from toolkit.tasks.base import Example, Task
-from toolkit.tasks.calls import MOST_IN_A_ROW, Failure, Value, call, call_together, checked_list, checked_value
+from toolkit.tasks.calls import Failure, Value, call, call_each, call_together, checked_list, checked_value
+from toolkit.tasks.episodes import Episode
 from toolkit.tasks.rewards import Reward
 from toolkit.tasks.workers import Workers
 
 logger = logging.getLogger(__name__)
 
+ENVIRONMENT = "environment"
+"""Name of the reward that is the sum of the rewards of an episode's turns."""
 UNKNOWN = math.nan
 """Reward of a completion that no reward applies to, and part that a completion does not have."""
 
@@ -32,6 +38,8 @@ class Written:
     num_tokens: int
     seed: str
     """Of the coin flip, the same on every process."""
+    episode: Episode | None = None
+    """With an environment: its turns, of which `text` is the last."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Scores:
     failures: list[tuple[str, Failure]] = field(default_factory=list)
     """Name of the reward, and why it gave none."""
     num_failed: int = 0
-    """Completions with a reward that failed."""
+    """Completions with a reward that failed, or whose environment did."""
 
 
 class RewardSet:
@@ -102,23 +110,34 @@ class RewardSet:
         totals, parts, weights = [UNKNOWN] * len(written), dict[str, list[float]](), dict[str, float]()
         failures: list[tuple[str, Failure]] = []
         has_failed = [False] * len(written)
+        asked = [index for index, each in enumerate(written) if each.episode is None or not each.episode.failure]
+
+        def add(index: int, name: str, weight: float, number: float) -> None:
+            parts.setdefault(name, [UNKNOWN] * len(written))[index] = number
+            weights[name] = weight
+            before = totals[index]
+            totals[index] = weight * number + (0.0 if math.isnan(before) else before)
+
         for reward in self.rewards:
-            weight = self.weights[reward.name]
-            for index, value in enumerate(self._values(reward, task, written, by_verifier)):
+            values = self._values(reward, task, [written[index] for index in asked], by_verifier)
+            for index, value in zip(asked, values, strict=True):
                 if isinstance(value, Failure):
                     failures.append((reward.name, value))
                     has_failed[index] = True
                     value = 0.0
-                named = value.items() if isinstance(value, dict) else [("", value)]
-                for part, number in named:
+                for part, number in value.items() if isinstance(value, dict) else [("", value)]:
                     if number is None:
                         continue
-                    name = f"{reward.name}/{part}" if part else reward.name
-                    parts.setdefault(name, [UNKNOWN] * len(written))[index] = number
-                    weights[name] = weight
-                    before = totals[index]
-                    totals[index] = weight * number + (0.0 if math.isnan(before) else before)
+                    add(index, f"{reward.name}/{part}" if part else reward.name, self.weights[reward.name], number)
         self._show(failures)
+        for index, each in enumerate(written):
+            if each.episode is None:
+                continue
+            if each.episode.failure is not None:  # no reward has been asked: it would judge half an episode
+                failures.append((ENVIRONMENT, each.episode.failure))
+                has_failed[index] = True
+            # Also 0: an environment that rewards at the end must not leave out episodes that never get there.
+            add(index, ENVIRONMENT, 1.0, each.episode.reward)
         if totals and all(map(math.isnan, totals)) and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -141,14 +160,7 @@ class RewardSet:
         workers = self._workers.get(reward.name)
         if workers is not None:
             return workers.call_each(calls, self.timeout_s)
-        values: list[Value | Failure] = []
-        for arguments in calls:
-            last = values[-MOST_IN_A_ROW:]
-            if len(last) == MOST_IN_A_ROW and all(isinstance(v, Failure) and v.costs_time for v in last):
-                values.append(values[-1])
-            else:
-                values.append(_checked(call(reward.function, arguments, self.timeout_s)))
-        return values
+        return [_checked(result) for result in call_each(reward.function, calls, self.timeout_s)]
 
     def _arguments_of(self, each: Written, reward: Reward) -> dict[str, Any]:
         """Return what rewards can get, with copies of the row's columns that this one takes: it may change them."""
@@ -162,6 +174,7 @@ class RewardSet:
             "completion": each.text,
             "num_tokens": each.num_tokens,
             "finished": each.finished,
+            **(each.episode.so_far if each.episode else {}),
         }
 
     def _batch(self, reward: Reward, written: Sequence[Written]) -> Sequence[Value | Failure]:

@@ -1,6 +1,6 @@
-"""Processes that call a reward: a call that hangs or crashes ends its process, and a new one takes over. No torch here.
+"""Processes that call a reward or environment: a call that hangs or crashes ends its process, and a new one takes over.
 
-``python -m toolkit.tasks.workers`` is such a process; it reads calls from a pipe and answers on it.
+No torch here. ``python -m toolkit.tasks.workers`` is such a process; it reads calls from a pipe and answers on it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 from toolkit.errors import ConfigError
 from toolkit.tasks.calls import MOST_IN_A_ROW, Failure, checked_list, checked_value, raised, timed_out
+from toolkit.tasks.environment import checked_reply, load_environment
 from toolkit.tasks.rewards import load_rewards
 
+Kind = Literal["reward", "environment"]
+"""What a process calls."""
 START_S = 120.0
 """Most seconds for a process to start and to import the reward."""
 EXIT_S = 5.0
@@ -30,15 +33,15 @@ POLL_S = 1.0
 
 
 class Worker:
-    """One process that calls one reward."""
+    """One process that calls one reward or environment."""
 
-    def __init__(self, spec: str, columns: list[str], settings: list[str]) -> None:
-        self._arguments = (spec, columns, settings)
+    def __init__(self, spec: str, columns: list[str], settings: list[str], kind: Kind) -> None:
+        self._arguments = (spec, columns, settings, kind)
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Any = None
 
     def call(self, arguments: dict[str, Any], seconds: float) -> Any:
-        """Return the checked reward of a call, or a `Failure`; several for a batched reward."""
+        """Return the checked result of a call, or a `Failure`; several for a batched reward."""
         try:
             self._start()
             self._pipe.send(arguments)
@@ -85,13 +88,15 @@ class Worker:
 
 
 class Workers:
-    """Several processes that share the calls of one reward."""
+    """Several processes that share the calls of one reward or environment."""
 
-    def __init__(self, number: int, spec: str, columns: list[str], settings: list[str]) -> None:
-        self._workers = [Worker(spec, columns, settings) for _ in range(number)]
+    def __init__(
+        self, number: int, spec: str, columns: list[str], settings: list[str], *, kind: Kind = "reward"
+    ) -> None:
+        self._workers = [Worker(spec, columns, settings, kind) for _ in range(number)]
 
     def call_each(self, calls: list[dict[str, Any]], seconds: float) -> list[Any]:
-        """Return the checked reward of each call, or a `Failure`, in order.
+        """Return the checked result of each call, or a `Failure`, in order.
 
         Raises:
             ConfigError: a process cannot load the reward.
@@ -135,22 +140,32 @@ class Workers:
 
 def _answers(pipe: Any) -> Iterator[Any]:
     """Yield what this process answers: None once it is ready, then the result of each call."""
-    spec, columns, settings = pipe.recv()
+    spec, columns, settings, kind = pipe.recv()
     try:
-        (reward,) = load_rewards([spec], columns=columns, settings=settings)
+        answer = _loaded(spec, columns, settings, kind)
     except ConfigError as error:
         yield str(error)
         return
     yield None
-    assert reward.function is not None
     while True:
         arguments = pipe.recv()
         try:
-            result = reward.function(**arguments)
-            number = len(arguments.get("completions", ()))
-            yield checked_list(result, number) if reward.is_batched else checked_value(result)
+            yield answer(arguments)
         except Exception as error:  # the user's function may raise anything
             yield raised(error)
+
+
+def _loaded(spec: str, columns: list[str], settings: list[str], kind: Kind) -> Callable[[dict[str, Any]], Any]:
+    """Return what answers a call: the function, and the check of what it returns."""
+    if kind == "environment":
+        step = load_environment(spec, columns=columns)
+        return lambda arguments: checked_reply(step.function(**arguments))
+    (reward,) = load_rewards([spec], columns=columns, settings=settings)
+    function = reward.function
+    assert function is not None
+    if reward.is_batched:
+        return lambda arguments: checked_list(function(**arguments), len(arguments.get("completions", ())))
+    return lambda arguments: checked_value(function(**arguments))
 
 
 def _end_with(parent: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    FiniteFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     from toolkit.functional.rewards import RewardTerms
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+AUTO = "auto"
+"""Value of `TrainingConfig.resume`: what is in the output directory."""
 TRAINING_HAS = ("lengths", "mask")
 """What the training command gives to an advantage estimator besides rewards and groups."""
+OF_TURNS = ("token_rewards", "input_lengths", "num_turns")
+"""What it also gives with an environment."""
 
 
 class AdvantageConfig(Config):
@@ -60,14 +65,19 @@ class AdvantageConfig(Config):
         """
         return advantage(self.estimator).compute(terms, **self.options)
 
-    def check_training(self, group_size: int) -> None:
-        """Raise if the training command cannot serve the estimator.
+    def check_training(self, group_size: int, *, with_turns: bool = False) -> None:
+        """Raise if the training command cannot serve the estimator; `with_turns` if there is an environment.
 
         Raises:
             ConfigError: it needs fields that a run does not have, or several completions per prompt, but there is one.
         """
         estimator = advantage(self.estimator)
-        missing = [need for need in estimator.needs if need not in TRAINING_HAS]
+        missing = [need for need in estimator.needs if need not in TRAINING_HAS + OF_TURNS * with_turns]
+        if missing and set(missing) <= set(OF_TURNS):
+            raise ConfigError(
+                f"advantage={self.estimator} needs {listed(missing, 'and')}, which only episodes have; set "
+                "task.environment=my_environment.py:step"
+            )
         if missing:
             raise ConfigError(
                 f"advantage={self.estimator} needs {listed(missing, 'and')}, which the training command does not "
@@ -111,6 +121,8 @@ class OptimizerConfig(Config):
     """Decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients of a larger norm are scaled down to it."""
+    max_nonfinite_updates: PositiveInt = 5
+    """Updates in a row with a gradient that is NaN or infinite before the run stops; each of them is skipped."""
 
 
 class SchedulerConfig(Config):
@@ -146,9 +158,18 @@ class TrainingConfig(Config):
     steps: NonNegativeInt = 80
     """Rollouts in the RL phase (batches of demonstrations with loss=ce)."""
     minibatches: PositiveInt = 4
-    """Optimizer steps per rollout; after the first one they are off-policy, which the clipping is for."""
+    """Optimizer steps per rollout and epoch; after the first one they are off-policy, which the clipping is for."""
+    epochs: PositiveInt = 1
+    """Passes over each rollout, each divided anew into minibatches."""
+    refresh_reference_every: PositiveInt | None = None
+    """RL steps after which the reference policy is replaced by the policy as it is then; None: never."""
+    reference_mixup: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of the policy in a refreshed reference; the rest is the reference before. 1: replaced entirely."""
     micro_batch_size: PositiveInt = 1024
     """Sequences per forward on one process; the loss does not depend on it."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens per forward on one process: sequences are packed end to end up to this many, without padding, and the loss
+    does not depend on it; None: padded rows, `micro_batch_size` at a time."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
     export: Literal["end", "checkpoints", "never"] = "end"
@@ -158,8 +179,13 @@ class TrainingConfig(Config):
     """Merge LoRA adapters into the model that is exported, instead of writing the adapters alone."""
     log_every: PositiveInt = 10
     """Steps between progress lines when the output is not a terminal."""
+    keep_last: PositiveInt = 1
+    """Checkpoints that are kept: the current one, and older ones as checkpoint-<phase>-<step>."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best evaluation, too, as checkpoint-best; needs evaluation.every."""
     resume: str | None = None
-    """Output directory of an earlier run to continue."""
+    """Output directory of an earlier run to continue; auto: that of this run, if it holds a checkpoint (otherwise the
+    run starts anew)."""
     overwrite: bool = False
     """Replace the run that the output directory holds; its files are removed first."""
     dry_run: bool = False
@@ -177,10 +203,72 @@ class TrainingConfig(Config):
     """Seconds that a process waits for the others in a collective before the run ends."""
 
     @model_validator(mode="after")
-    def _export_has_an_effect(self) -> TrainingConfig:
+    def _one_size_of_micro_batches(self) -> TrainingConfig:
+        usual = type(self).model_fields["micro_batch_size"].default
+        if self.micro_batch_tokens is not None and self.micro_batch_size != usual:
+            raise ConfigError(
+                f"training.micro_batch_size={self.micro_batch_size} has no effect with "
+                f"training.micro_batch_tokens={self.micro_batch_tokens}, which counts tokens instead of sequences; "
+                f"remove one of them (training.micro_batch_size={usual} where an experiment sets it)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> TrainingConfig:
         if self.export_merged and self.export == "never":
             raise ConfigError("training.export_merged has no effect with training.export=never; remove one of them")
+        if self.keep_last > 1 and self.checkpoint_every == 0:
+            raise ConfigError(
+                f"training.keep_last={self.keep_last} has no effect with one checkpoint, at the end; set "
+                "training.checkpoint_every too"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _mixup_has_an_effect(self) -> TrainingConfig:
+        if self.reference_mixup != 1 and self.refresh_reference_every is None:
+            raise ConfigError(
+                f"training.reference_mixup={self.reference_mixup} has no effect without "
+                "training.refresh_reference_every; set both, or remove it"
+            )
+        return self
+
+
+class EvaluationConfig(Config):
+    """What is measured on held-out prompts, and how often: always before and after the main phase."""
+
+    every: NonNegativeInt = 0
+    """Steps of the main phase between two more evaluations; 0: none."""
+    max_prompts: PositiveInt | None = None
+    """Most held-out prompts of an evaluation, the first ones; None: all."""
+    samples: NonNegativeInt = 0
+    """Sampled completions of each prompt, besides the greedy one; 0: none."""
+    ks: tuple[PositiveInt, ...] | None = None
+    """The k of each pass@k, the chance that one of k sampled completions passes; None: 1 and `samples`."""
+    temperature: PositiveFloat | None = None
+    """Temperature of the sampled completions; None: that of the rollouts."""
+    passing_reward: FiniteFloat | None = None
+    """Reward from which a completion passes, for accuracy and pass@k. None: 1 with the task's verifier; with other
+    rewards nothing passes or fails, and their means alone are measured."""
+
+    @model_validator(mode="after")
+    def _samples_serve_the_rest(self) -> EvaluationConfig:
+        for name in ("ks", "temperature"):
+            if getattr(self, name) is not None and not self.samples:
+                raise ConfigError(
+                    f"evaluation.{name} has no effect without sampled completions; set evaluation.samples=8"
+                )
+        if self.ks is not None and (not self.ks or max(self.ks) > self.samples):
+            raise ConfigError(
+                f"evaluation.ks={list(self.ks)} needs numbers from 1 to evaluation.samples={self.samples}; "
+                "pass@k is estimated from k samples or more"
+            )
+        return self
+
+    @property
+    def pass_at(self) -> tuple[int, ...]:
+        """The k of each pass@k, in order and each once."""
+        return tuple(sorted({1, self.samples} if self.ks is None else set(self.ks)))
 
 
 class TrackerConfig(Config):

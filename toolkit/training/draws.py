@@ -8,7 +8,7 @@ from random import Random
 
 @dataclass(frozen=True)
 class Draws:
-    """The source of all random draws of a run, so that neither processes nor a restart change them."""
+    """The source of all random draws of a run, which neither processes nor a restart change."""
 
     seed: int
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from rich.console import Console
 
 from toolkit.losses.config.ce import CELossConfig
+from toolkit.rollout.sampler import Completions
 from toolkit.tasks.base import Example
 from toolkit.training.experience import IGNORED, rows_from_answers
 from toolkit.training.sharding import unwrapped
@@ -90,23 +93,56 @@ def _show_completions(trainer: Trainer, prompts: list[Example], console: Console
     scores = rewarded.scores
     assert scores is not None
     for index, example in enumerate(prompts):
-        ids, is_new = completions.input_ids[index], completions.is_new[index]
-        is_prompt = completions.attention_mask[index].bool() & ~is_new
+        prompt, *pieces = _pieces(completions, index, trainer.tokenizer)
         values = {name: values[index] for name, values in scores.parts.items() if not math.isnan(values[index])}
         parts = [f"{name} {value:.3f}" for name, value in values.items() if len(scores.parts) > 1]
         end = "" if completions.finished[index] else f"  (cut after {trainer.generator.max_new_tokens} tokens)"
+        if completions.episodes is not None:
+            end += f"  (ended by: {completions.episodes[index].end})"
         _print(
             console,
-            f"prompt {index + 1}: {int(is_prompt.sum())} tokens",
-            f"  prompt      {_quoted(trainer.tokenizer.decode(ids[is_prompt].tolist()))}",
-            f"  completion  {_quoted(trainer.tokenizer.decode(ids[is_new].tolist()))}{end}",
+            f"prompt {index + 1}: {prompt.num_tokens} tokens",
+            f"  prompt      {_quoted(prompt.text)}",
+            *_shown_pieces(pieces, completions.episodes is not None, end),
             "  reward      "
             + ("none applies" if math.isnan(scores.totals[index]) else f"{scores.totals[index]:.3f}")
             + (f"  ({', '.join(parts)})" if parts else ""),
             *([f"  answer      {example.answer!r}"] if example.answer else []),
         )
     for name, failure in scores.failures[:1]:
-        _print(console, f"reward {name!r} failed: {failure.reason}")
+        _print(console, f"{trainer.rewarder.called(name)} failed: {failure.reason}")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Neighbouring tokens that are all scored or all read."""
+
+    text: str
+    num_tokens: int
+    is_scored: bool
+
+
+def _pieces(completions: Completions, index: int, tokenizer: Any) -> list[_Piece]:
+    """Return row `index` in pieces: the prompt, a turn, and with an environment what was read, a turn ..."""
+    is_there = completions.attention_mask[index].bool()
+    ids, is_new = completions.input_ids[index][is_there].tolist(), completions.is_new[index][is_there].tolist()
+    pieces = []
+    for is_scored, group in itertools.groupby(zip(ids, is_new, strict=True), key=lambda pair: pair[1]):
+        tokens = [token for token, _ in group]
+        pieces.append(_Piece(tokenizer.decode(tokens), len(tokens), is_scored))
+    return pieces
+
+
+def _shown_pieces(pieces: Sequence[_Piece], in_turns: bool, end: str) -> list[str]:
+    """Return the lines of all pieces but the prompt; those of a turn are scored."""
+    if not in_turns:
+        return [f"  completion  {_quoted(piece.text)}{end}" for piece in pieces]
+    lines = []
+    for number, piece in enumerate(pieces):
+        name = f"turn {number // 2 + 1}" if piece.is_scored else "read"
+        last = end if number == len(pieces) - 1 else ""
+        lines.append(f"  {name:<12}{_quoted(piece.text)}{last}")
+    return lines
 
 
 def _quoted(text: str) -> str:
@@ -137,28 +173,36 @@ def _size(trainer: Trainer) -> list[str]:
         number = in_step * config.rollout.group_size
         texts = [example.prompt for example in trainer.task.train]
         prompt = [len(ids) for ids in trainer.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        longest = max(prompt) + trainer.generator.max_new_tokens
+        environment = trainer.generator.environment
+        turns = 1 if environment is None else environment.max_turns
+        longest = max(prompt) + turns * trainer.generator.max_new_tokens
+        if trainer.context is not None:
+            longest = min(longest, trainer.context)
         what = (
-            f"{config.rollout.prompts_per_step} prompts x {config.rollout.group_size} completions of at most "
+            f"{config.rollout.prompts_per_step} prompts x {config.rollout.group_size} "
+            f"{'completions' if environment is None else f'episodes of at most {turns} turns'} of at most "
             f"{trainer.generator.max_new_tokens} tokens; prompts have {sum(prompt) / len(prompt):.0f} on average, "
-            f"at most {max(prompt)}"
+            f"at most {max(prompt)}{'' if environment is None else '; what the environment says is not counted'}"
         )
-    rows = min(config.training.micro_batch_size, -(-number // world))
-    memory = expected_memory(trainer, rows * longest)
+    rows, budget = min(config.training.micro_batch_size, -(-number // world)), config.training.micro_batch_tokens
+    tokens = rows * longest if budget is None else min(budget, -(-number // world) * longest)
+    size = f"{rows:,} sequences, at most" if budget is None else "sequences packed without padding,"
+    setting = "micro_batch_size" if budget is None else "micro_batch_tokens"
+    memory = expected_memory(trainer, tokens)
     steps, examples = config.training.steps, max(1, len(trainer.task.train))
     lines = [
         f"a run: {steps:,} steps of {in_step:,} examples, each {steps * in_step / examples:,.1f} times on average; "
         f"learning rate {config.optimizer.lr:g}",
         f"a step: {what}: at most {number * longest:,} tokens",
-        f"a micro-batch on one process: {rows:,} sequences, at most {rows * longest:,} tokens "
-        f"(training.micro_batch_size={config.training.micro_batch_size})",
+        f"a micro-batch on one process: {size} {tokens:,} tokens "
+        f"(training.{setting}={getattr(config.training, setting)})",
         f"memory: about {memory}; without attention probabilities and the sampler's keys and values",
     ]
     free = free_memory(trainer.accelerator.device)
     if memory.total > free:
         lines.append(
             f"that is more than the {free / MEBIBYTE:,.0f} MiB that are free for each process; lower "
-            "training.micro_batch_size (the loss does not depend on it), or set model.gradient_checkpointing=true"
+            f"training.{setting} (the loss does not depend on it), or set model.gradient_checkpointing=true"
         )
     return lines
 

@@ -6,7 +6,7 @@ Legend: R rows, T tokens of a row; per-token fields have T - 1 positions; positi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ from toolkit.losses.config.logprob_spec import LogprobSpec
 from toolkit.losses.items import CELossContextInputItem, LossContextInputItem, RLLossContextInputItem
 from toolkit.rollout.sampler import Completions
 from toolkit.tasks.base import Example
+from toolkit.tasks.episodes import Episode
 
 IGNORED = -100
 NO_GROUP = -1
 """Group of a row without a prompt."""
+PADDING = {"shifted_labels": IGNORED, "rollout_logprobs": float("nan"), "group_ids": NO_GROUP}
+"""Values of positions behind a row, where they are not 0."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,20 @@ class Rows:
         }
         return replace(self, **unscored)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """Concatenate rows with the same fields; shorter ones are padded on the right with positions not scored."""
+        widths = [part.input_ids.shape[1] for part in parts]
+        tensors: dict[str, Any] = {}
+        for name, value in vars(parts[0]).items():
+            if isinstance(value, Tensor):
+                columns = [
+                    pad(getattr(part, name), (0, max(widths) - width), value=PADDING.get(name, 0))
+                    for part, width in zip(parts, widths, strict=True)
+                ]
+                tensors[name] = torch.cat(columns)
+        return replace(parts[0], **tensors)
+
     def item(self, ignore_idx: int) -> LossContextInputItem:
         """Return the input item of a loss: a policy loss's when there are advantages, else cross-entropy's."""
         labels = self.shifted_labels.masked_fill(self.shifted_labels == IGNORED, ignore_idx)
@@ -108,6 +125,8 @@ def reward_terms(
 ) -> RewardTerms:
     """Return what an advantage estimator sees of completions, on the CPU.
 
+    With an environment, a turn's reward is at its last token, and the rest of the reward at that of the row.
+
     Args:
         rewards: [P, G] of G completions of each of P prompts.
         completions: P x G rows of T tokens.
@@ -116,6 +135,14 @@ def reward_terms(
     """
     groups = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1])
     mask = completions.is_new[:, 1:].cpu()
+    of_turns: dict[str, Tensor] = {}
+    if completions.episodes is not None:
+        ends = mask & ~pad(mask[:, 1:], (0, 1))
+        of_turns = {
+            "token_rewards": _turn_rewards(rewards.flatten(), ends, completions.episodes),
+            "input_lengths": completions.attention_mask.sum(-1).cpu() - mask.sum(-1),
+            "num_turns": ends.sum(-1),
+        }
     return RewardTerms(
         rewards=rewards.flatten(),
         group_ids=groups,
@@ -123,12 +150,35 @@ def reward_terms(
         mask=mask,
         rewards_multi=parts,
         reward_weights=None if parts is None else weights,
+        **of_turns,
     )
+
+
+def _turn_rewards(rewards: Tensor, ends: Tensor, episodes: Sequence[Episode]) -> Tensor:
+    """Return the reward of each token, [R, T - 1]: they add up to `rewards` [R].
+
+    Args:
+        rewards: [R] of each episode, NaN where unknown.
+        ends: [R, T - 1] bool, True at the last token of each turn; an observation is between two turns.
+        episodes: R of them.
+    """
+    token_rewards = torch.zeros(ends.shape, dtype=rewards.dtype)
+    for row, (is_end, episode) in enumerate(zip(ends, episodes, strict=True)):
+        values = torch.tensor(episode.turn_rewards, dtype=rewards.dtype)
+        values[-1] += rewards[row] - values.sum()
+        token_rewards[row, is_end] = values
+    return token_rewards
 
 
 def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
     """Concatenate the terms of several processes in order; their groups stay separate, short rows are padded."""
     width = max(part.require("mask").shape[1] for part in parts)
+
+    def joined(name: str) -> Tensor | None:
+        values: list[Tensor | None] = [getattr(part, name) for part in parts]
+        known = [value for value in values if value is not None]
+        return torch.cat([pad(v, (0, width - v.shape[1])) if v.dim() == 2 else v for v in known]) if known else None
+
     has_several = parts[0].rewards_multi is not None
     first_group, groups = 0, []
     for part in parts:
@@ -138,10 +188,19 @@ def joined_terms(parts: Sequence[RewardTerms]) -> RewardTerms:
         rewards=torch.cat([part.rewards for part in parts]),
         group_ids=torch.cat(groups),
         lengths=torch.cat([part.require("lengths") for part in parts]),
-        mask=torch.cat([pad(part.require("mask"), (0, width - part.require("mask").shape[1])) for part in parts]),
+        mask=joined("mask"),
+        token_rewards=joined("token_rewards"),
+        input_lengths=joined("input_lengths"),
+        num_turns=joined("num_turns"),
         rewards_multi=torch.cat([part.require("rewards_multi") for part in parts]) if has_several else None,
         reward_weights=parts[0].reward_weights,
     )
+
+
+def selected_terms(terms: RewardTerms, index: Tensor) -> RewardTerms:
+    """Return the terms of some completions: `index` [S] bool."""
+    values = {field.name: getattr(terms, field.name) for field in fields(terms) if field.name != "reward_weights"}
+    return replace(terms, **{name: value[index] for name, value in values.items() if value is not None})
 
 
 def rows_from_answers(examples: Sequence[Example], tokenizer: Any, device: torch.device) -> Rows:
@@ -163,6 +222,6 @@ def rows_from_answers(examples: Sequence[Example], tokenizer: Any, device: torch
     for row, (text, scored) in enumerate(zip(map(torch.tensor, tokens), map(torch.tensor, is_scored), strict=True)):
         first = width - len(text)
         input_ids[row, first:] = text
-        labels[row, first:] = text.where(scored, IGNORED)
+        labels[row, first + 1 :] = text.where(scored, IGNORED)[1:]  # nothing precedes the first token
         mask[row, first:] = 1
     return Rows(input_ids.to(device), mask.to(device), labels[:, 1:].to(device))

@@ -10,8 +10,9 @@ from typing import Any
 from toolkit.distributed import rank
 from toolkit.models import lora
 from toolkit.models.bars import without_bars
+from toolkit.training.disk import flush_tree, replace_folder
 from toolkit.training.full_state import full_weights
-from toolkit.training.output_dir import MODEL, replace_folder
+from toolkit.training.output_dir import MODEL
 from toolkit.training.sharding import is_sharded, unwrapped
 from toolkit.training.trainer import Trainer
 
@@ -38,12 +39,17 @@ def export_model(output_dir: Path, trainer: Trainer) -> None:
     if rank() == 0:
         fresh = output_dir / f"{MODEL}.writing"
         shutil.rmtree(fresh, ignore_errors=True)
-        with without_bars():
-            _write(policy, {name.removeprefix("lm."): tensor for name, tensor in weights.items()}, fresh, is_merged)
-        trainer.tokenizer.save_pretrained(fresh)
-        mode = (fresh / "tokenizer_config.json").stat().st_mode  # safetensors writes files that only the user may read
-        for file in fresh.iterdir():
-            file.chmod(mode)
+        try:
+            with without_bars():
+                _write(policy, {name.removeprefix("lm."): tensor for name, tensor in weights.items()}, fresh, is_merged)
+            trainer.tokenizer.save_pretrained(fresh)
+            mode = (fresh / "tokenizer_config.json").stat().st_mode  # safetensors writes for the user alone
+            for file in fresh.iterdir():
+                file.chmod(mode)
+            flush_tree(fresh)
+        except BaseException:  # a full disk
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
         replace_folder(fresh, output_dir / MODEL)
     trainer.accelerator.wait_for_everyone()
 

@@ -116,7 +116,7 @@ class _Watch:
             self._end(failure)
 
     def _end(self, failure: Failure) -> None:
-        _say(failure.message if failure.code == INTERRUPTED else f"error: {failure.message}")
+        _say(failure.message if failure.code >= INTERRUPTED else f"error: {failure.message}")
         self._linger()
         os._exit(failure.code)  # the main thread may be inside a collective that never returns
 
@@ -196,7 +196,7 @@ class _Watch:
         """
         if not self._claim():
             time.sleep(GRACE + LINGER)  # the thread is about to end this process
-        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        code = getattr(error, "code", INTERRUPTED) if isinstance(error, KeyboardInterrupt) else 1
         local_failure = Failure(self.rank, _message_of(error, self.rank), code)
         is_broken = _is_of_communication(error)
         is_consequence = is_broken or getattr(error, "is_from_elsewhere", False)

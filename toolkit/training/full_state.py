@@ -5,6 +5,7 @@ Under ``fully_shard`` they are gathered on rank 0 and distributed from there; ot
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -43,14 +44,47 @@ def full_optimizer_state(policy: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def load_full_optimizer_state(policy: Any, optimizer: Any, state: dict[str, Any]) -> None:
-    """Load what `full_optimizer_state` returned, sharded or not; under FSDP 2 only rank 0's `state` is read."""
+    """Load the moments that `full_optimizer_state` returned, sharded or not.
+
+    The learning rate, decays and other settings stay those that the optimizer has. Under FSDP 2 only rank 0's `state`
+    is read.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)
-    if not is_sharded(policy):
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in inner.param_groups]
+    if is_sharded(policy):
+        names = _names(policy, inner)
+        named = _keyed(state, dict(enumerate(names))) if rank() == 0 else {}
+        set_optimizer_state_dict(policy, inner, optim_state_dict=named, options=_DISTRIBUTED)
+    else:
         inner.load_state_dict(state)
-        return
-    names = _names(policy, inner)
-    named = _keyed(state, dict(enumerate(names))) if rank() == 0 else {}
-    set_optimizer_state_dict(policy, inner, optim_state_dict=named, options=_DISTRIBUTED)
+    for group, kept in zip(inner.param_groups, settings, strict=True):
+        group.update(kept)
+
+
+def save_optimizer_state(state: dict[str, Any], path: str) -> None:
+    """Write what `full_optimizer_state` returned as safetensors, which, unlike a pickle, cannot run code.
+
+    A tensor is named ``<index of the parameter>.<name>``; the settings of the groups are JSON in the metadata.
+    """
+    tensors = {f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()}
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(kept, path, metadata={"param_groups": json.dumps(state["param_groups"])})
+
+
+def read_optimizer_state(path: str) -> dict[str, Any]:
+    """Return what `save_optimizer_state` wrote.
+
+    Raises:
+        SafetensorError: the file is damaged.
+        KeyError, ValueError: it holds something else.
+    """
+    state: dict[int, dict[str, Any]] = {}
+    with safe_open(path, framework="pt") as file:
+        groups = json.loads((file.metadata() or {})["param_groups"])
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = file.get_tensor(key)
+    return {"state": state, "param_groups": groups}
 
 
 def _names(policy: Any, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -6,7 +6,6 @@ Minibatches are cut from the rows of all processes at once; each process takes i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -32,6 +31,11 @@ class Shares:
         """Return which of `number` consecutive items a process takes; None: this process."""
         return share_of(number, self.rank if rank is None else rank, self.world)
 
+    def owners(self, number: int) -> Tensor:
+        """Return the process that takes each of `number` consecutive items, [number] int64."""
+        sizes = [len(range(number)[self.of(number, rank)]) for rank in range(self.world)]
+        return torch.arange(self.world).repeat_interleave(torch.tensor(sizes))
+
     def largest(self, number: int) -> int:
         """Return how many of `number` items the process with most of them takes."""
         return -(-number // self.world)
@@ -47,25 +51,27 @@ class Minibatch:
     """Rows of the process that has most of them."""
 
 
-def minibatches(rows_of: Sequence[int], rank: int, number: int, rng: Random, *, unit: int = 1) -> list[Minibatch]:
+def minibatches(owners: Tensor, rank: int, number: int, rng: Random, *, unit: int = 1) -> list[Minibatch]:
     """Cut the rows of all processes into minibatches at random, the same way on every process.
 
     Args:
-        rows_of: for each process, how many rows it has.
+        owners: [N] int64, the process that has each of the N rows of all; a process has its rows in this order.
         rank: this process.
         number: of minibatches; their sizes differ by `unit` at most.
         rng: equal on all processes.
         unit: rows that stay together, side by side on one process: the completions of a prompt.
     """
-    total = sum(rows_of)
-    ends = torch.tensor(rows_of).cumsum(0)
+    is_local = owners == rank
+    local_index = is_local.cumsum(0) - 1
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    firsts = torch.randperm(total // unit, generator=generator).unsqueeze(-1) * unit
+    firsts = torch.randperm(len(owners) // unit, generator=generator).unsqueeze(-1) * unit
     batches = []
     for part in (firsts + torch.arange(unit)).tensor_split(number):
         rows = part.flatten()
-        owner = torch.bucketize(rows, ends, right=True)
-        sizes = torch.bincount(owner, minlength=len(rows_of))
-        local_rows = rows[owner == rank] - (int(ends[rank]) - rows_of[rank])
-        batches.append(Minibatch(local_rows, int(sizes.max())))
+        batches.append(Minibatch(local_index[rows[is_local[rows]]], most_of_one(owners[rows])))
     return batches
+
+
+def most_of_one(owners: Tensor) -> int:
+    """Return how many rows the process has that has most of them: `owners` [N] int64 is the process of each row."""
+    return int(torch.bincount(owners, minlength=1).max())

@@ -16,7 +16,8 @@ from typing import TextIO
 
 from toolkit.errors import ConfigError
 from toolkit.training.config import TrainingConfig
-from toolkit.training.startup import CHECKPOINT
+from toolkit.training.saved import CHECKPOINT, newest, num_bytes
+from toolkit.training.startup import check_room
 
 try:
     import fcntl
@@ -27,11 +28,13 @@ MODEL = "model"
 """Folder of the exported model in an output directory."""
 LOCK = ".lock"
 FILES = (
-    *(CHECKPOINT, f"{CHECKPOINT}.old", f"{CHECKPOINT}.writing"),
+    *(CHECKPOINT, f"{CHECKPOINT}.old", f"{CHECKPOINT}.writing", f"{CHECKPOINT}-*"),
     *(MODEL, f"{MODEL}.old", f"{MODEL}.writing"),
     *("metrics.jsonl", "summary.json", "curves.png", "config.yaml"),
 )
-"""What a run writes; a folder that holds one of them holds a run."""
+"""What a run writes, as patterns; a folder that holds one of them holds a run."""
+LEAST = 1 << 20
+"""Bytes that a run needs at least: its log, its settings and the figure."""
 
 _locks: dict[Path, TextIO] = {}
 """Locked directories of this process -> their lock files."""
@@ -70,13 +73,17 @@ def claim(path: str, config: TrainingConfig) -> None:
     try:
         _lock(lock, path)
         check_free(path, config)  # another run may have ended a moment ago
+        if config.overwrite and not _is_continued(folder, config):
+            with _explained(path):
+                for file in _files(folder):
+                    _remove(file)
+        _check_room(folder, config)
+        with _explained(path):
+            _sign(lock)
     except ConfigError:
         lock.close()
         raise
     _locks[folder] = lock
-    if config.overwrite and not _is_continued(folder, config):
-        for name in FILES:
-            _remove(folder / name)
 
 
 def release(path: str) -> None:
@@ -93,7 +100,7 @@ def check_free(path: str, config: TrainingConfig) -> None:
         ConfigError: it does.
     """
     folder = Path(path).resolve()
-    earlier = [name for name in FILES if (folder / name).exists()]
+    earlier = [file.name for file in _files(folder)]
     if earlier and not (config.overwrite or _is_continued(folder, config)):
         raise ConfigError(
             f"hydra.run.dir={path} holds an earlier run ({', '.join(earlier)}); give another folder, continue that run "
@@ -119,19 +126,25 @@ def _lock(lock: TextIO, path: str) -> None:
         ) from None
     except OSError:  # a file system without locks
         return
+
+
+def _sign(lock: TextIO) -> None:
+    """Write who holds the lock, for the message of another process."""
     lock.truncate(0)
     lock.write(f"process {os.getpid()} of {socket.gethostname()}\n")
     lock.flush()
 
 
-def replace_folder(fresh: Path, final: Path) -> None:
-    """Rename `fresh` to `final`, which may exist; a crash in between leaves the older one as ``<final>.old``."""
-    old = final.with_name(f"{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(fresh, final)
-    shutil.rmtree(old, ignore_errors=True)
+def _check_room(folder: Path, config: TrainingConfig) -> None:
+    """Raise if the disk is full, or cannot take another checkpoint like the one to continue from."""
+    earlier = newest(Path(config.resume))[0] if config.resume is not None else None
+    size = 0 if earlier is None else num_bytes(earlier)
+    check_room(folder, max(size, LEAST), "a run" if size < LEAST else "the next checkpoint")
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return what a run has written to a folder, in the order of `FILES`."""
+    return [file for pattern in FILES for file in sorted(folder.glob(pattern))]
 
 
 def _remove(path: Path) -> None:

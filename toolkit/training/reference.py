@@ -1,4 +1,4 @@
-"""The reference policy: the policy as it was when the main phase began, never trained."""
+"""The reference policy: the policy as it was when the main phase began, or at its last refresh; never trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from toolkit.models.lora import has_adapters
 from toolkit.models.policy import Policy
 from toolkit.training.full_state import load_weights, save_weights
-from toolkit.training.sharding import frozen_copy, is_sharded, unwrapped
+from toolkit.training.sharding import copy_weights, frozen_copy, is_sharded, mix_weight, unwrapped
 
 
 class SharedReference:
@@ -36,6 +36,11 @@ class SharedReference:
         """Return what the policy returned for these arguments then; without gradients, between optimizer steps."""
         with torch.no_grad(), self._in_force():
             return self.policy(*args, **kwargs)
+
+    def refresh(self, mixup: float) -> None:
+        """Replace this part of its weights by those of the policy now."""
+        for kept, current in zip(self._kept, self._trained(), strict=True):
+            mix_weight(kept, current.detach(), mixup)
 
     def save(self, path: str) -> None:
         """Write its weights as `save_weights` does."""
@@ -75,6 +80,14 @@ Reference = Policy | SharedReference
 def reference_of(policy: Any) -> Reference:
     """Return the policy as it is now; all ranks call it. A policy with adapters is not copied."""
     return SharedReference(policy) if has_adapters(unwrapped(policy).lm) else frozen_copy(policy)
+
+
+def refresh_reference(reference: Reference, policy: Any, mixup: float = 1.0) -> None:
+    """Replace a part of the reference's weights by those of the policy as it is now, 1 for all; all ranks call it."""
+    if isinstance(reference, SharedReference):
+        reference.refresh(mixup)
+    else:
+        copy_weights(policy, reference, mixup)
 
 
 def save_reference(reference: Reference, path: str) -> None:

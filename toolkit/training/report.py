@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import signal
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,13 +17,16 @@ from rich.table import Table
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.tasks.base import Example
 from toolkit.training.continuing import how_to_continue
-from toolkit.training.evaluation import Evaluation
+from toolkit.training.disk import write_atomically
+from toolkit.training.evaluation import EVALUATION, Evaluation
 from toolkit.training.output_dir import MODEL
 
 if TYPE_CHECKING:
     from toolkit.training.trainer import Trainer
 
 
+HELD_OUT = "#238b45"
+"""Colour of what was measured on held-out prompts."""
 MOST_SHOWN = 160
 """Characters of a prompt or completion in the printed table."""
 
@@ -45,6 +49,12 @@ class Summary:
     heldout_nll_before: float | None
     """Negative log-likelihood of the held-out completions in the data, in nats a token; with loss=ce."""
     heldout_nll_after: float | None
+    heldout_sampled_before: Mapping[str, float]
+    """Mean reward and pass@k of sampled completions of the held-out prompts, before the main phase."""
+    heldout_sampled_after: Mapping[str, float]
+    heldout_intervals_before: Mapping[str, tuple[float, float]]
+    """95% intervals of accuracy, reward and what `heldout_sampled_before` has."""
+    heldout_intervals_after: Mapping[str, tuple[float, float]]
     wall_seconds: float
     """From the start of the program to the end of the last evaluation, imports included."""
     seed: int
@@ -54,15 +64,17 @@ class Summary:
     """Optimizer steps without a single scored token."""
     overflowed_updates: int
     """Optimizer steps skipped because the loss scale of fp16 was too large."""
+    nonfinite_updates: int
+    """Optimizer steps skipped because the gradient was NaN or infinite."""
     interrupted: bool
+    stopped_by: str | None
+    """Signal that asked the run to stop, e.g. SIGTERM."""
     output_dir: str
 
     @property
     def objective(self) -> float | None:
         """What a sweeper may maximise: accuracy, else mean reward, else likelihood."""
-        likelihood = None if self.heldout_nll_after is None else -self.heldout_nll_after
-        measured = (self.accuracy_after, self.heldout_reward_after, likelihood)
-        return next((value for value in measured if value is not None), None)
+        return Evaluation(self.accuracy_after, (), self.heldout_reward_after, nll=self.heldout_nll_after).objective
 
     @classmethod
     def of_dry_run(cls, trainer: Trainer, *, wall_seconds: float, output_dir: Path) -> Summary:
@@ -80,6 +92,7 @@ class Summary:
         wall_seconds: float,
         output_dir: Path,
         interrupted: bool,
+        signal_number: int = 0,
     ) -> Summary:
         """Return the summary of a finished or interrupted run."""
         loss = trainer.config.loss
@@ -93,13 +106,19 @@ class Summary:
             heldout_reward_se_after=after.reward_se,
             heldout_nll_before=before.nll,
             heldout_nll_after=after.nll,
+            heldout_sampled_before=before.sampled,
+            heldout_sampled_after=after.sampled,
+            heldout_intervals_before=before.intervals,
+            heldout_intervals_after=after.intervals,
             wall_seconds=round(wall_seconds, 2),
             seed=trainer.config.seed,
             loss=type(loss).__name__ + (f"/{policy_loss}" if policy_loss else ""),
             num_processes=trainer.accelerator.num_processes,
             skipped_updates=trainer.updater.num_skipped,
             overflowed_updates=trainer.updater.num_overflows,
+            nonfinite_updates=trainer.updater.num_nonfinite,
             interrupted=interrupted,
+            stopped_by=signal.Signals(signal_number).name if signal_number else None,
             output_dir=str(output_dir),
         )
 
@@ -114,7 +133,7 @@ def write_report(
 ) -> None:
     """Write summary.json and curves.png, and print the results."""
     output_dir = Path(summary.output_dir)
-    (output_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    write_atomically(output_dir / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
     draw_curves(summary, rows, output_dir / "curves.png")
     if summary.interrupted:
         launcher = " (under the same launcher)" if summary.num_processes > 1 else ""
@@ -126,9 +145,14 @@ def write_report(
         for example, old, new in zip(examples, before.completions, after.completions, strict=True):
             table.add_row(_in_cell(_asked(example), keep_end=True), *map(_in_cell, (old, new, example.answer)))
         console.print(table)
-    measured = f"held-out {before.shown()} -> {after.shown().partition(' ')[2]} " if after.shown() else ""
+    for name in after.notable:
+        earlier = f"{before.sampled[name]:.3f} -> " if name in before.sampled else ""
+        sampled = f"held-out {name} {earlier}{after.sampled[name]:.3f}{after.shown_interval(name)}"
+        console.print(sampled, soft_wrap=True, markup=False)
+    first = before.shown(with_interval=False)
+    measured = f"held-out {first} -> {after.shown().partition(' ')[2]} " if after.shown() else ""
     took = f"in {summary.wall_seconds:.1f} s (imports included), seed {summary.seed}"
-    console.print(f"{measured}{took}", style="bold", soft_wrap=True)
+    console.print(f"{measured}{took}", style="bold", soft_wrap=True, markup=False)
     reason = why_nothing_was_learnt(rows)
     if reason is not None:
         console.print(f"nothing was learnt: all updates were skipped, because {reason}", style="bold", soft_wrap=True)
@@ -198,8 +222,8 @@ def draw_curves(summary: Summary, rows: Sequence[dict[str, Any]], path: Path) ->
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.tick_params(labelsize=8)
-        if index == 0 and is_rl:
-            _mark_accuracy(axes, summary)
+        if index == 0:
+            _draw_evaluations(axes, [row for row in rows if row["phase"] == EVALUATION], is_rl=is_rl)
     title = f"{summary.loss}, seed {summary.seed}"
     for name in ("accuracy", "heldout_reward", "heldout_nll"):
         first, last = getattr(summary, f"{name}_before"), getattr(summary, f"{name}_after")
@@ -218,17 +242,24 @@ def _draw_line(axes: Any, steps: list[int], values: list[float], *, is_main: boo
     axes.plot(steps, smooth, color="#08519c", linewidth=2.2 if is_main else 1.4)
 
 
-def _mark_accuracy(axes: Any, summary: Summary) -> None:
-    """Mark the held-out accuracies, or mean rewards, as horizontal lines on the reward panel."""
-    is_accuracy = summary.accuracy_before is not None or summary.accuracy_after is not None
-    name = "accuracy" if is_accuracy else "heldout_reward"
-    for when, color in (("before", "#b0b0b0"), ("after", "#238b45")):
-        value = getattr(summary, f"{name}_{when}")
-        if value is not None:
-            label = f"greedy held-out {name.removeprefix('heldout_')} {when}: {value:.3f}"
-            axes.axhline(value, color=color, linestyle="--", linewidth=1.2, label=label)
-    if is_accuracy:
-        axes.set_ylim(0, 1.02)
-    if getattr(summary, f"{name}_before") is None and getattr(summary, f"{name}_after") is None:
+def _draw_evaluations(axes: Any, rows: Sequence[dict[str, Any]], *, is_rl: bool) -> None:
+    """Draw what was measured on held-out prompts, with its 95% interval: points, or levels before and after."""
+    names = ("accuracy", "reward") if is_rl else ("nll",)
+    name = next((name for name in names if any(row.get(name) is not None for row in rows)), None)
+    if name is None:
         return
-    axes.legend(loc="lower right", fontsize=9, frameon=False)
+    rows = [row for row in rows if row.get(name) is not None]
+    steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+    label = f"held-out {name}" + (", greedy" if is_rl else "")
+    if len(rows) > 2:
+        low, high = ([row.get(f"{name}_{end}", row[name]) for row in rows] for end in ("low", "high"))
+        has_interval = any(f"{name}_low" in row for row in rows)
+        axes.plot(steps, values, color=HELD_OUT, marker="o", markersize=4, linewidth=1.4,
+                  label=f"{label}, with 95% interval" if has_interval else label)  # fmt: skip
+        axes.fill_between(steps, low, high, color=HELD_OUT, alpha=0.18, linewidth=0)
+    else:
+        for when, color, value in zip(("before", "after"), ("#b0b0b0", HELD_OUT), values, strict=False):
+            axes.axhline(value, color=color, linestyle="--", linewidth=1.2, label=f"{label}, {when}: {value:.3f}")
+    if name == "accuracy":
+        axes.set_ylim(0, 1.02)
+    axes.legend(loc="lower right" if is_rl else "upper right", fontsize=9, frameon=False)

@@ -17,10 +17,11 @@ from toolkit.metrics import Mean, Metric, Sum
 from toolkit.rollout.sampler import Completions
 from toolkit.tasks.base import Example, Task
 from toolkit.tasks.config import TaskConfig
-from toolkit.tasks.scoring import Scores, Written
+from toolkit.tasks.episodes import Episode
+from toolkit.tasks.scoring import ENVIRONMENT, Scores, Written
 
 FAILURES, SCORED = "reward_failures", "num_rewarded"
-"""Metrics: completions with a reward that failed, and all of them."""
+"""Metrics: completions with a reward that failed (or whose environment did), and all of them."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,8 @@ class Rewarder:
         self._rewards = config.build_rewards(seed)
         self._has_verifier = config.has_verifier
         self._most_failures = config.max_reward_failures
-        self.measures_accuracy = config.has_verifier and set(config.rewards) <= {"verifier", "coin_flip"}
-        """Whether held-out rewards are the verifier's, of which 1 is a right answer."""
-        self.has_rewards = bool(config.rewards)
+        self.environment = config.build_environment(seed)
+        self.has_rewards = bool(config.rewards) or self.environment is not None
 
     def __call__(
         self,
@@ -67,13 +67,17 @@ class Rewarder:
             by_verifier: ask the verifier where coins would be flipped.
         """
         lengths = completions.is_new.sum(-1).tolist()
-        rows = zip(examples, completions.texts, completions.finished, lengths, seeds, strict=True)
+        episodes = completions.episodes
+        each_episode = [None] * len(lengths) if episodes is None else episodes
+        rows = zip(examples, completions.texts, completions.finished, lengths, seeds, each_episode, strict=True)
         scores = self._rewards.score(
             self._task, [Written(*row) for row in rows], by_verifier=by_verifier and self._has_verifier
         )
         totals = torch.tensor(scores.totals)
         metrics: dict[str, Metric] = {"reward": Mean.of(totals[~totals.isnan()])}
-        if not self._rewards.has_functions:
+        if episodes is not None:
+            metrics |= _of_episodes(episodes)
+        elif not self._rewards.has_functions:
             return Rewarded(totals, metrics, scores=scores)
         # A part of a dict may be missing on a process; all need the same columns.
         weights = dict(sorted({k: v for each in all_gather_objects(scores.weights) for k, v in each.items()}.items()))
@@ -118,10 +122,31 @@ class Rewarder:
         reasons = all_gather_objects((failures[0][0], failures[0][1].reason) if failures else None)
         name, reason = next((each for each in reasons if each is not None), ("", "see above"))
         raise DataError(
-            f"reward {name!r} failed for {int(failed)} of {int(number)} completions: {reason}; fix it, or raise "
+            f"{self.called(name)} failed for {int(failed)} of {int(number)} completions: {reason}; fix it, or raise "
             f"task.max_reward_failures={self._most_failures:g}"
         )
+
+    def called(self, name: str) -> str:
+        """Return what a reward is called in messages; the environment is one of them."""
+        if self.environment is not None and name == ENVIRONMENT:
+            return f"environment {self.environment.spec!r}"
+        return f"reward {name!r}"
 
     def close(self) -> None:
         """End worker processes."""
         self._rewards.close()
+        if self.environment is not None:
+            self.environment.close()
+
+
+def _of_episodes(episodes: Sequence[Episode]) -> dict[str, Metric]:
+    """Return how long episodes were, why they ended, and for how many the environment failed."""
+    turns = torch.tensor([float(len(episode.texts)) for episode in episodes])
+    ends = {
+        name: torch.tensor([float(episode.end == name) for episode in episodes]) for name in ("max_turns", "context")
+    }
+    return {
+        "num_turns": Mean.of(turns),
+        **{f"ended_by_{name}": Mean.of(is_end) for name, is_end in ends.items()},
+        "environment_failures": Sum(torch.tensor(float(sum(episode.failure is not None for episode in episodes)))),
+    }

@@ -17,10 +17,13 @@ from toolkit.distributed import check_world_size
 from toolkit.training import checkpoint
 from toolkit.training.agreement import agree
 from toolkit.training.devices import make_accelerator, probe_accelerator
+from toolkit.training.disk import write_atomically
+from toolkit.training.disk_errors import in_one_line
 from toolkit.training.dry_run import DRY_RUN, show_dry_run
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.export import check_export
 from toolkit.training.failures import stop_together
+from toolkit.training.heldout import Evaluations
 from toolkit.training.phase import Phase
 from toolkit.training.progress import PhaseProgress
 from toolkit.training.rehearsal import rehearse
@@ -45,6 +48,7 @@ def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) 
         LaunchError: the number of processes is not the one asked for, their settings differ, the gradient of the
             start-up probe comes out changed, or another process failed.
         ConfigError: a checkpoint to resume from, a model or a tracker is missing.
+        ToolkitError: the disk is full, or the gradient is never finite.
     """
     resumed = check_environment(config)
     accelerator = make_accelerator(config.training, config.tracker.log_with, output_dir)
@@ -52,7 +56,7 @@ def run(config: RunConfig, cfg: DictConfig, *, started: float, output_dir: str) 
         folder = Path(agree(output_dir, cfg))
         check_world_size(accelerator.num_processes, config.training.num_processes)
         probe_accelerator(accelerator, config.loss, config.training.sharding)
-        with StopFlag() as flag:
+        with StopFlag() as flag, in_one_line(folder):
             summary = _job(config, cfg, accelerator, flag, resumed, started, folder)
         accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
@@ -87,21 +91,35 @@ def _job(
             console.print(f"{DRY_RUN} in {output_dir}", soft_wrap=True)
         return Summary.of_dry_run(trainer, wall_seconds=time.time() - started, output_dir=output_dir)
     if accelerator.is_main_process:
-        (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        checkpoint.check_room_for(output_dir, trainer)
+        write_atomically(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     tracker = Tracker(config.tracker, accelerator, output_dir, config.model_dump())
+    if resumed is not None:
+        folder, state = resumed
+        tracker.restore(folder.parent, state["phase"], state["next_step"])
     total, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad or both) for both in (True, False))
     parameters = f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
     console.print(
         f"{accelerator.num_processes} process(es) on {accelerator.device}, {parameters}; output: {output_dir}",
         soft_wrap=True,
     )
-    loop = _Loop(trainer, tracker, console, flag, output_dir)
-    before, is_done = _train(loop, resumed)
-    after = trainer.evaluate() if is_done else Evaluation()
-    tracker.close()
+    with tracker:
+        loop = _Loop(trainer, tracker, Evaluations(trainer, tracker, console), console, flag, output_dir)
+        before, last = _train(loop, resumed)
+    if last is not None:
+        flag.agreed()  # the jobs of a multirun that come after it must not start
+    after = last or Evaluation()
     seconds = time.time() - started
     trainer.rewarder.close()
-    summary = Summary.of(trainer, before, after, wall_seconds=seconds, output_dir=output_dir, interrupted=not is_done)
+    summary = Summary.of(
+        trainer,
+        before,
+        after,
+        wall_seconds=seconds,
+        output_dir=output_dir,
+        interrupted=last is None,
+        signal_number=flag.signal,
+    )
     if accelerator.is_main_process:
         examples = task.heldout[: len(before.completions)]
         write_report(summary, tracker.rows, examples, before, after, console)
@@ -114,33 +132,33 @@ class _Loop:
 
     trainer: Trainer
     tracker: Tracker
+    evaluations: Evaluations
     console: Console
     flag: StopFlag
     output_dir: Path
 
 
-def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Evaluation, bool]:
-    """Run both phases, from the start or from a checkpoint; return the state before RL and whether both are done."""
-    trainer, tracker, console = loop.trainer, loop.tracker, loop.console
+def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Evaluation, Evaluation | None]:
+    """Run both phases, from the start or from a checkpoint; return the evaluations before and after RL.
+
+    The second is None if Ctrl-C stopped the run before its end.
+    """
+    trainer, console = loop.trainer, loop.console
     folder, state = resumed or (None, {"phase": "warmup"})
     if folder is not None:
         checkpoint.load_weights(folder, trainer)
-        trainer.updater.num_skipped = state["num_skipped"]
-        trainer.updater.num_overflows = state.get("num_overflows", 0)
-        trainer.kl_penalty.restore(state["kl_control"])
-        tracker.restore(folder.parent, state["phase"], state["next_step"])
+        trainer.restore(state)
         console.print(f"resumed from {folder}: {state['phase']} step {state['next_step']}", soft_wrap=True)
     if state["phase"] == "warmup":
         phase = trainer.warmup_phase()
         if folder is not None:
             checkpoint.load_phase(folder, state, phase, trainer)
         if not _run_phase(loop, phase, "warm-up", {}):
-            return Evaluation(), False
-        before = trainer.evaluate()
-        if before.shown():
-            console.print(f"held-out {before.shown(' before:')}")
+            return Evaluation(), None
+        before = loop.evaluations.at(0)
+        loop.evaluations.say(before, " before:")
     else:
-        before = Evaluation(state["accuracy_before"], state["completions_before"], **state.get("measured_before", {}))
+        before = Evaluation.restored(state["before"])
     phase = trainer.main_phase()
     if folder is not None and state["phase"] == "main":
         checkpoint.load_reference(folder, trainer)
@@ -152,17 +170,16 @@ def _train(loop: _Loop, resumed: tuple[Path, dict[str, Any]] | None) -> tuple[Ev
                 soft_wrap=True,
             )
     title = type(trainer.config.loss).__name__.removesuffix("LossConfig").lower()
-    measured = {name: getattr(before, name) for name in ("reward", "reward_se", "nll")}
-    record = {
-        "accuracy_before": before.accuracy,
-        "completions_before": before.completions,
-        "measured_before": measured,
-    }
-    return before, _run_phase(loop, phase, title, record)
+    record = {"before": before._asdict()}
+    if not _run_phase(loop, phase, title, record):
+        return before, None
+    last = loop.evaluations.at(phase.next_step)
+    _keep_best(loop, phase, record, last)
+    return before, last
 
 
 def _run_phase(loop: _Loop, phase: Phase, title: str, record: dict[str, Any]) -> bool:
-    """Run the remaining steps of a phase; return False if Ctrl-C stopped it early."""
+    """Run the remaining steps of a phase; return False if a signal stopped it early."""
     trainer, output_dir, cfg = loop.trainer, loop.output_dir, loop.trainer.config.training
     with PhaseProgress(loop.console, title, phase.num_steps, phase.next_step, cfg.log_every) as progress:
         while phase.next_step < phase.num_steps:
@@ -176,8 +193,15 @@ def _run_phase(loop: _Loop, phase: Phase, title: str, record: dict[str, Any]) ->
             progress.step(step, metrics, is_last=is_warm or phase.next_step == phase.num_steps)
             if is_warm:
                 break
+            _keep_best(loop, phase, record, loop.evaluations.after_step(phase))
             if cfg.checkpoint_every and phase.next_step % cfg.checkpoint_every == 0:
                 checkpoint.save_checkpoint(output_dir, trainer, phase, record, is_last=False)
     if phase.name == "main":
         checkpoint.save_checkpoint(output_dir, trainer, phase, record)
     return True
+
+
+def _keep_best(loop: _Loop, phase: Phase, record: dict[str, Any], evaluation: Evaluation | None) -> None:
+    """Keep a checkpoint if this evaluation is the best of the run so far, and the run keeps that one."""
+    if loop.trainer.config.training.keep_best and evaluation is not None and evaluation.objective is not None:
+        checkpoint.save_best(loop.output_dir, loop.trainer, phase, record, evaluation.objective)

@@ -13,9 +13,10 @@ from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.models.config import CausalLMConfig, ModelConfig
 from toolkit.rollout.config import RolloutConfig
 from toolkit.schema import Config
-from toolkit.tasks.config import TaskConfig
+from toolkit.tasks.config import DatasetConfig, TaskConfig
 from toolkit.training.config import (
     AdvantageConfig,
+    EvaluationConfig,
     KLControlConfig,
     OptimizerConfig,
     SchedulerConfig,
@@ -42,6 +43,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     training: TrainingConfig
+    evaluation: EvaluationConfig
     tracker: TrackerConfig
 
     @model_validator(mode="after")
@@ -57,11 +59,13 @@ class RunConfig(Config):
                 "without them; leave both at their defaults"
             )
         if not isinstance(self.loss, CELossConfig):
-            self.advantage.check_training(self.rollout.group_size)
+            self.advantage.check_training(self.rollout.group_size, with_turns=self.task.environment is not None)
         self._rewards_are_served()
+        self._evaluation_measures()
         self._rate_fits_the_model()
         self._kl_control_has_a_kl()
         self._loss_can_be_served()
+        self._loop_settings_have_an_effect()
         sampled_at, scored_at = self.rollout.temperature, self.loss.temperature
         if not isinstance(self.loss, CELossConfig) and sampled_at != scored_at:
             raise ConfigError(
@@ -87,15 +91,50 @@ class RunConfig(Config):
         rewards = self.task.rewards
         if isinstance(self.loss, CELossConfig):
             return
-        if not rewards:
+        if not rewards and self.task.environment is None:
             raise ConfigError(
                 "task.reward is missing: RL needs one; name a built-in reward (task.reward=exact_match) or your "
                 "function (task.reward=my_reward.py:score), or fine-tune on completions with loss=ce"
             )
-        if len(rewards) > 1 and self.advantage.estimator == "gdpo" and self.kl_control.reward_type is not None:
+        shaping = (self.task.environment is not None) + (self.rollout.overlong_buffer is not None)
+        has_parts = len(rewards) + shaping > 1
+        if has_parts and self.advantage.estimator == "gdpo" and self.kl_control.reward_type is not None:
             raise ConfigError(
                 "advantage=gdpo takes each reward by itself, so it would not see the KL in the reward; put the KL into "
                 "the loss (kl=k3)"
+            )
+
+    @property
+    def tells_right_from_wrong(self) -> bool:
+        """Whether a held-out completion passes or fails, so accuracy and pass@k can be measured."""
+        by_verifier = self.task.has_verifier and set(self.task.rewards) <= {"verifier", "coin_flip"}
+        by_itself = by_verifier and bool(self.task.rewards) and self.task.environment is None
+        return by_itself or (self._has_rewards and self.evaluation.passing_reward is not None)
+
+    @property
+    def _has_rewards(self) -> bool:
+        return bool(self.task.rewards) or self.task.environment is not None
+
+    def _evaluation_measures(self) -> None:
+        cfg, task = self.evaluation, self.task
+        if self.training.keep_best and not cfg.every:
+            raise ConfigError(
+                "training.keep_best has no effect without evaluations on the way; set evaluation.every=10, for example"
+            )
+        if not self._has_rewards:
+            for name in ("samples", "passing_reward"):
+                if getattr(cfg, name):
+                    raise ConfigError(f"evaluation.{name} has no effect without a reward; set task.reward")
+        elif cfg.ks is not None and not self.tells_right_from_wrong:
+            raise ConfigError(
+                f"evaluation.ks: task.reward={task.reward} does not say which completions pass; set "
+                "evaluation.passing_reward, e.g. 1 for rewards of 0 and 1"
+            )
+        holds_out = not isinstance(task, DatasetConfig) or task.heldout or task.heldout_path or task.heldout_column
+        if cfg.every and not holds_out:
+            raise ConfigError(
+                f"evaluation.every={cfg.every} has no effect with task.heldout=0; set task.heldout=0.1 or "
+                "task.heldout_path, or remove it"
             )
 
     def _rate_fits_the_model(self) -> None:
@@ -159,8 +198,38 @@ class RunConfig(Config):
             # Presets of other projects' losses set it as part of their definition.
             warn_once("loss.aggregation.count_empty=true has no effect here: every completion has a token")
         size = self.rollout.group_size
-        if chosen.scope == "group" and self.training.micro_batch_size < size:
+        is_padded = self.training.micro_batch_tokens is None  # packed, the groups are scored before the step
+        if chosen.scope == "group" and is_padded and self.training.micro_batch_size < size:
             raise ConfigError(
                 f"policy loss {name!r} needs the {size} completions of a prompt in one micro-batch; set "
                 f"training.micro_batch_size={size} or more"
+            )
+
+    def _loop_settings_have_an_effect(self) -> None:
+        rollout, training = self.rollout, self.training
+        if isinstance(self.loss, CELossConfig):
+            without = "loss=ce, which samples nothing; remove it"
+            for part, name in (
+                ("training", "epochs"),
+                ("training", "refresh_reference_every"),
+                ("rollout", "max_sampling_rounds"),
+                ("rollout", "truncated"),
+                ("rollout", "overlong_buffer"),
+                ("rollout", "old_logprobs"),
+            ):
+                config = getattr(self, part)
+                value = getattr(config, name)
+                if value != type(config).model_fields[name].default:
+                    raise ConfigError(f"{part}.{name}={value} has no effect with {without}")
+            return
+        if rollout.max_sampling_rounds > 1 and not rollout.skip_uniform_groups:
+            raise ConfigError(
+                f"rollout.max_sampling_rounds={rollout.max_sampling_rounds} has no effect with "
+                "rollout.skip_uniform_groups=false: no group is skipped; remove one of them"
+            )
+        in_loss = isinstance(self.loss, BaseRLLossConfig) and self.loss.needs_reference
+        if training.refresh_reference_every is not None and not in_loss and self.kl_control.reward_type is None:
+            raise ConfigError(
+                f"training.refresh_reference_every={training.refresh_reference_every} has no effect: nothing reads a "
+                "reference policy; add a KL to it (kl=k3 in the loss, kl=k1_in_reward in the reward), or remove it"
             )

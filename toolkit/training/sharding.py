@@ -219,14 +219,26 @@ def frozen_copy(policy: Any) -> Policy:
 
 
 @torch.no_grad()
-def copy_weights(source: Any, target: Any) -> None:
-    """Copy all weights of `source` to `target`, a copy prepared the same way, without communication."""
+def copy_weights(source: Any, target: Any, mixup: float = 1.0) -> None:
+    """Copy all weights of `source` to `target`, a copy prepared the same way, without communication.
+
+    With a `mixup` below 1 that part of them; the rest of the target's weights stays.
+    """
     for policy in (source, target):
         if is_sharded(policy):
             policy.reshard()
     pairs = zip(unwrapped(target).parameters(), unwrapped(source).parameters(), strict=True)
     for parameter, source_parameter in pairs:
-        parameter.copy_(source_parameter)
+        mix_weight(parameter, source_parameter, mixup)
+
+
+@torch.no_grad()
+def mix_weight(target: Tensor, source: Tensor, mixup: float) -> None:
+    """Set `target` [...] to ``mixup x source + (1 - mixup) x target``, with `source` [...] of the same shape."""
+    if mixup == 1:
+        target.copy_(source)
+    else:
+        target.mul_(1 - mixup).add_(source, alpha=mixup)
 
 
 def _skeleton(policy: Policy) -> Policy:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import ConfigError, LaunchError
+from toolkit.errors import ConfigError, LaunchError, warn_once
+from toolkit.training.config import AUTO
 from toolkit.training.continuing import command_to_continue
+from toolkit.training.disk import shown_size
 from toolkit.training.run_config import RunConfig
+from toolkit.training.saved import CHECKPOINT, PHASES, STATE, newest
 
-CHECKPOINT = "checkpoint"
-"""Folder of the checkpoint in an output directory."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect."""
 ENGINES = {
@@ -32,9 +34,11 @@ SAME_WHEN_RESUMED = ("seed", "task", "model", "loss", "advantage", "kl_control")
 DATA = "data"
 """Key of the digest of a user's rows."""
 REWARDS = "reward_files"
-"""Key of the digests of the files that a user's rewards are in."""
+"""Key of the digests of the files that a user's rewards and environment are in."""
 MAY_CHANGE = {"reward_timeout_s", "reward_workers", "max_reward_failures"}
 """Settings of the task that do not change what is learnt."""
+NEEDED = ("phase", "next_step", "num_updates", "num_skipped", "kl_control", "identity")
+"""What the state of a checkpoint holds at least."""
 EXTRA = ("matplotlib", "reasoning_gym", "rich", "safetensors", "tokenizers", "transformers")
 """Packages of the extra [train]."""
 
@@ -72,7 +76,8 @@ def check_environment(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
         raise ConfigError(f"tracker={log_with} needs the package {log_with!r}: pip install {log_with}")
     config.task.check_data(config.seed, with_completions=config.imitates)
     config.model.check()
-    return None if config.training.resume is None else read_state(config.training.resume, config)
+    resume = config.training.resume
+    return None if resume in (None, AUTO) else read_state(resume, config)
 
 
 def _check_launch_variables() -> None:
@@ -99,22 +104,47 @@ def read_state(run_dir: str, config: RunConfig) -> tuple[Path, dict[str, Any]]:
     Raises:
         ConfigError: there is none, it cannot be read, or it belongs to a run with other data, model or loss.
     """
-    root = Path(run_dir)
-    # A crash between two renames leaves the previous checkpoint in the last folder.
-    for folder in (root / CHECKPOINT, root, root / f"{CHECKPOINT}.old"):
-        if (folder / "state.json").is_file():
-            break
-    else:
+    folder, lacking = newest(Path(run_dir))
+    if folder is None and not lacking:
         raise ConfigError(
             f"training.resume={run_dir!r} holds no checkpoint; give the output directory of an earlier run, "
             f"which contains the folder {CHECKPOINT!r}"
         )
+    if folder is None:
+        raise ConfigError(
+            f"training.resume={run_dir!r} holds no checkpoint that is complete: {'; '.join(lacking)}; restore the "
+            "file, or start a new run"
+        )
+    if lacking:
+        warn_once(f"training.resume={run_dir}: {'; '.join(lacking)}; the run continues from {folder}")
     try:
-        state = json.loads((folder / "state.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"training.resume: {folder / 'state.json'} cannot be read: {error}") from None
-    _check_same(state["identity"], identity(config), folder.parent if folder.name.startswith(CHECKPOINT) else root)
+        state = json.loads((folder / STATE).read_text())
+    except ValueError as error:  # of JSON or of the encoding
+        raise ConfigError(f"training.resume: {folder / STATE} cannot be read: {error}") from None
+    if not isinstance(state, dict) or not set(NEEDED) <= state.keys() or state["phase"] not in PHASES:
+        raise ConfigError(f"training.resume: {folder / STATE} is not the state of a run; restore it")
+    run = folder.parent if folder.name.startswith(CHECKPOINT) else folder
+    _check_same(state["identity"], identity(config), run)
     return folder, state
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise if a disk has too little room.
+
+    Args:
+        folder: one that exists, on that disk.
+        needed: bytes.
+        what: that needs them, for the message.
+
+    Raises:
+        ConfigError: it has.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"hydra.run.dir={folder} has {shown_size(free)} free, and {what} needs {shown_size(needed)}; make room, or "
+            "give a folder on another disk"
+        )
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -146,9 +176,10 @@ def _check_same(earlier: dict[str, Any], current: dict[str, Any], run_dir: Path)
     digests = earlier.get(REWARDS, current[REWARDS])  # checkpoints of versions before have none
     changed = next((file for file, digest in current[REWARDS].items() if digests.get(file, digest) != digest), None)
     if changed is not None:
+        key = next(key for key in ("reward", "environment") if changed in str(current["task"][key]))
         raise ConfigError(
-            f"training.resume: task.reward is in {changed}, which has changed since the earlier run, so its "
-            "rewards are others; restore the file, or start a new run"
+            f"training.resume: task.{key} is in {changed}, which has changed "
+            "since the earlier run, so its rewards are others; restore the file, or start a new run"
         )
 
 

@@ -7,7 +7,7 @@ prompt or sample, never on the process (only dropout does). So a resumed run con
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from toolkit.models.policy import Policy
 from toolkit.tasks.base import Example, Task
 from toolkit.training.config import SchedulerConfig
 from toolkit.training.draws import Draws
-from toolkit.training.evaluation import BATCH, NUM_SHOWN, Evaluation, evaluate, rewarded_greedily
+from toolkit.training.evaluation import BATCH, Evaluation, evaluate, rewarded_greedily
 from toolkit.training.experience import rows_from_answers
 from toolkit.training.generation import Generator
 from toolkit.training.kl_penalty import KLPenalty
 from toolkit.training.layout import Shares, minibatches
+from toolkit.training.packing_checks import check_budget
 from toolkit.training.phase import Phase, learning_rate_schedule
-from toolkit.training.reference import Reference, reference_of
+from toolkit.training.reference import Reference, reference_of, refresh_reference
 from toolkit.training.rewarding import Rewarder
 from toolkit.training.rollouts import Rollouts
 from toolkit.training.run_config import RunConfig
@@ -57,7 +58,11 @@ class Trainer:
         self.rewarder = Rewarder(config.task, task, config.seed)
         self.policy = prepare_policy(policy, accelerator, config.training.sharding)
         longest = config.rollout.max_new_tokens or task.longest_completion(self.context)
-        self.generator = Generator(config.rollout, self.policy, tokenizer, self.draws, longest)
+        check_budget(config, task, tokenizer, longest)
+        environment = self.rewarder.environment
+        self.generator = Generator(
+            config.rollout, self.policy, tokenizer, self.draws, longest, environment=environment, context=self.context
+        )
         self.updater = Updater(config, self.policy, accelerator, self.shares)
         self.rollouts = Rollouts(
             config, task, self.generator, self.rewarder, self.updater, self.kl_penalty, self.draws, self.shares
@@ -77,7 +82,7 @@ class Trainer:
     def main_phase(self) -> Phase:
         """Return the main phase: RL, or supervised learning with ``loss=ce``."""
         cfg, loss_cfg, lr = self.config.training, self.config.loss, self.config.optimizer.lr
-        step_fn, num_updates = self._rl_step, cfg.steps * cfg.minibatches
+        step_fn, num_updates = self._rl_step, cfg.steps * cfg.epochs * cfg.minibatches
         if isinstance(loss_cfg, CELossConfig):
             step_fn, num_updates = (lambda phase: self._supervised_step(phase, loss_cfg)), cfg.steps
         elif self.kl_penalty.needs_reference and self.reference is None:
@@ -118,12 +123,38 @@ class Trainer:
         rows, measured = experience.rows, experience.metrics
         loss_cfg = self.kl_penalty.loss_config(without_empty(cfg.loss))
         unit = cfg.rollout.group_size if self.updater.needs_groups else 1
-        shuffle = self.draws.rng("main", step, "shuffle")
-        for cut in minibatches(experience.rows_of, self.shares.rank, cfg.training.minibatches, shuffle, unit=unit):
-            batch = rows.select(cut.local_rows.to(rows.input_ids.device))
-            measured = merge_metrics([measured, self.updater.step(phase, batch, loss_cfg, cut.largest)])
+        for epoch in range(cfg.training.epochs):
+            shuffle = self.draws.rng("main", step, "shuffle", *([epoch] if epoch else []))
+            for cut in minibatches(experience.owners, self.shares.rank, cfg.training.minibatches, shuffle, unit=unit):
+                batch = rows.select(cut.local_rows.to(rows.input_ids.device))
+                measured = merge_metrics([measured, self.updater.step(phase, batch, loss_cfg, cut.largest)])
         metrics = to_floats(measured)
+        every = cfg.training.refresh_reference_every
+        if self.reference is not None and every is not None and (step + 1) % every == 0:
+            refresh_reference(self.reference, self.policy, cfg.training.reference_mixup)
         return metrics | self.kl_penalty.observe(metrics, cfg.rollout.prompts_per_step * cfg.rollout.group_size)
+
+    # ---------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside weights, optimizer and the position in the phase, as JSON values."""
+        return {
+            "num_skipped": self.updater.num_skipped,
+            "num_overflows": self.updater.num_overflows,
+            "num_nonfinite": self.updater.num_nonfinite,
+            "nonfinite_in_a_row": self.updater.nonfinite_in_a_row,
+            "kl_control": self.kl_penalty.state(),
+            "rollouts": self.rollouts.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` returned, perhaps among other values."""
+        self.updater.num_skipped = state["num_skipped"]
+        self.updater.num_overflows = state["num_overflows"]
+        self.updater.num_nonfinite = state["num_nonfinite"]
+        self.updater.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self.kl_penalty.restore(state["kl_control"])
+        self.rollouts.restore(state["rollouts"])
 
     # ---------------------------------------------------------------- evaluation
 
@@ -141,11 +172,9 @@ class Trainer:
         value = measured.reward if measured.accuracy is None else measured.accuracy
         return float("nan") if value is None else value
 
-    def evaluate(self) -> Evaluation:
-        """Return what the policy makes of the held-out examples, and the completions of the first three."""
-        examples = list(self.task.heldout)
-        shown = self.generator.greedy(examples[:NUM_SHOWN]).texts if examples else ()
-        return evaluate(self, examples)._replace(completions=shown)
+    def evaluate(self, step: int = 0) -> Evaluation:
+        """Return what the policy makes of the held-out examples, after `step` steps of the main phase."""
+        return evaluate(self, list(self.task.heldout)[: self.config.evaluation.max_prompts], step)
 
 
 def context_length(lm: Any) -> int | None:

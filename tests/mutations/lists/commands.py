@@ -155,8 +155,8 @@ MUTATIONS = (
     Mutation(
         name="a-restart-begins-anew",
         file="toolkit/training/elastic.py",
-        line="if not count.isdigit() or int(count) == 0:",
-        becomes="if count.isdigit():",
+        line="if config.resume != AUTO and not is_restart():",
+        becomes="if config.resume != AUTO:",
         tests=("tests/training/test_output_dir.py::test_a_restart_by_torchrun_continues_its_run",),
     ),
     Mutation(

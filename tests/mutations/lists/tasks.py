@@ -5,6 +5,7 @@ from tests.mutations.mutation import Mutation
 DATA = "tests/tasks/test_dataset.py"
 REWARDS = "tests/tasks/test_rewards.py"
 COMMAND = "tests/training/test_user_data.py"
+TURNS = "tests/training/test_turns.py"
 
 MUTATIONS = (
     # ---------------------------------------------------------------- data
@@ -145,16 +146,16 @@ MUTATIONS = (
     ),
     Mutation(
         name="standard-error-of-one-prompt",
-        file="toolkit/training/evaluation.py",
-        line="reward_se=None if variance is None else math.sqrt(variance / number),",
-        becomes="reward_se=None if variance is None else math.sqrt(variance),",
+        file="toolkit/functional/estimates.py",
+        line="return MeanEstimate(mean, math.sqrt(variance / number))",
+        becomes="return MeanEstimate(mean, math.sqrt(variance))",
         tests=(f"{COMMAND}::test_the_standard_error_is_that_of_the_mean",),
     ),
     Mutation(
         name="what-the-user-writes-is-scored",
         file="toolkit/training/experience.py",
-        line="labels[row, first:] = text.where(scored, IGNORED)",
-        becomes="labels[row, first:] = text",
+        line="labels[row, first + 1 :] = text.where(scored, IGNORED)[1:]  # nothing precedes the first token",
+        becomes="labels[row, first + 1 :] = text[1:]",
         tests=(f"{COMMAND}::test_a_demonstration_scores_what_the_assistant_writes",),
     ),
     Mutation(
@@ -163,5 +164,50 @@ MUTATIONS = (
         line="return self.warmup.usual_steps if self.task.demonstrates else 0",
         becomes="return self.warmup.usual_steps",
         tests=(f"{COMMAND}::test_a_step_on_data_of_a_user_reports_each_reward",),
+    ),
+    # ---------------------------------------------------------------- several turns
+    Mutation(
+        name="observations-are-scored",
+        file="toolkit/rollout/turns.py",
+        line="self._append(torch.tensor(ids), torch.full((len(ids),), torch.nan), is_new=False)",
+        becomes="self._append(torch.tensor(ids), torch.full((len(ids),), torch.nan), is_new=True)",
+        tests=(f"{TURNS}::test_two_turns_by_hand",),
+    ),
+    Mutation(
+        name="every-turn-draws-the-same",
+        file="toolkit/training/generation.py",
+        line='keys = [] if seeds is None else [f"{seeds[row]}/turn/{turn}" for row in rows]',
+        becomes="keys = [] if seeds is None else [seeds[row] for row in rows]",
+        tests=(
+            f"{TURNS}::test_log_probabilities_are_those_of_the_policy_and_first_turns_those_without_an_environment",
+        ),
+    ),
+    Mutation(
+        name="a-turn-after-the-context-is-full",
+        file="toolkit/rollout/turns.py",
+        line="elif longest is not None and len(row.input_ids) + len(ids) > longest:",
+        becomes="elif longest is not None and len(row.input_ids) > longest:",
+        tests=(f"{TURNS}::test_an_episode_stops_before_the_context_is_full",),
+    ),
+    Mutation(
+        name="rewards-of-turns-count-twice",
+        file="toolkit/training/experience.py",
+        line="values[-1] += rewards[row] - values.sum()",
+        becomes="values[-1] += rewards[row]",
+        tests=(f"{TURNS}::test_rewards_of_turns_are_at_their_last_tokens",),
+    ),
+    Mutation(
+        name="a-failed-episode-keeps-its-rewards",
+        file="toolkit/tasks/episodes.py",
+        line="return [0.0 if self.failure or reward is None else reward for reward in self.rewards]",
+        becomes="return [0.0 if reward is None else reward for reward in self.rewards]",
+        tests=(f"{TURNS}::test_failures_of_the_environment_are_counted_and_more_than_a_share_ends_the_run",),
+    ),
+    Mutation(
+        name="the-end-of-a-turn-twice",
+        file="toolkit/tasks/chat.py",
+        line="return bare[len(end) :] if bare.startswith(end) else rest",
+        becomes="return rest",
+        tests=(f"{TURNS}::test_what_a_template_writes_between_turns",),
     ),
 )

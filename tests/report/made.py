@@ -74,7 +74,7 @@ def made_samples(number: int, *, with_tokens: bool = False) -> Iterable[dict[str
             "reward": index % 3 / 2,
             "parts": {"right": index % 3 / 2},
             "advantage": index % 3 - 1.0,
-            "tokens_number": len(text),
+            "num_tokens": len(text),
             "stop": "end" if index % 5 else "length",
         }
         if with_tokens:

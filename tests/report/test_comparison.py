@@ -66,6 +66,17 @@ def test_equal_choices_may_be_noise_and_one_seed_tells_nothing(tmp_path: Path) -
     assert "add seeds (-m seed=0,1,2)" in compare(read_runs([tmp_path / "b"])).verdict
 
 
+def test_runs_of_the_same_seed_are_paired_whatever_their_order(tmp_path: Path) -> None:
+    for name, policy, seed, reached in (
+        *(("0", "vanilla", 0, 0.9), ("1", "vanilla", 1, 0.7)),
+        *(("2", "gspo", 1, 0.6), ("3", "gspo", 0, 0.8)),
+    ):
+        make_run(tmp_path / name, rewards=[0.1], seed=seed, policy=policy, summary={"accuracy_after": reached})
+    behind = compare(read_runs([tmp_path])).behind[1]
+    assert behind is not None  # 0.1 with either seed: the difference has no spread
+    assert (behind.value, behind.low, behind.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
 def test_less_is_better_for_a_likelihood(tmp_path: Path) -> None:
     for name, nll in (("a", 0.5), ("b", 0.7)):
         summary = {"heldout_nll_after": nll, "accuracy_after": None}

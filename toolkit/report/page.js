@@ -157,7 +157,7 @@ function samples() {
     list.replaceChildren(...kept.slice(start, start + size).map((s) => element("div", { class: "sample" },
       element("div", { class: "soft" }, `${data.runs.length > 1 ? data.runs[s.run].name + " · " : ""}${s.phase === "evaluation" ? "held out, after step" : "step"} ${s.step + 1} · prompt ${s.prompt_index} sample ${s.sample} · `,
         element("b", {}, `reward ${number(s.reward)}`), ...Object.entries(s.parts || {}).map(([name, value]) => ` · ${name} ${number(value)}`),
-        s.advantage === null || s.advantage === undefined ? "" : ` · advantage ${number(s.advantage)}`, ` · ${s.tokens_number} tokens${s.stop === "length" ? ", cut off" : ""}`),
+        s.advantage === null || s.advantage === undefined ? "" : ` · advantage ${number(s.advantage)}`, ` · ${s.num_tokens} tokens${s.stop === "length" ? ", cut off" : ""}`),
       element("pre", { class: "prompt" }, s.prompt), s.tokens && signals.length ? tokens(s.tokens, signal.value) : element("pre", {}, s.completion))));
   }
   for (const control of [text, least, most, step, run, signal]) control.addEventListener("input", () => { start = 0; draw(); });

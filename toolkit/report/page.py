@@ -24,6 +24,7 @@ SCHEMA = 1
 """Version of the data in the page."""
 MOST_SAMPLES = 2000
 """Samples on a page by default; of more, evenly chosen ones."""
+EVALUATION = "evaluation"
 PHASES = {"main": "main phase", "warmup": "warm-up", "evaluation": "held-out examples"}
 MAIN = {
     "reward": "mean reward",
@@ -84,7 +85,7 @@ def _run(run: Run) -> dict[str, Any]:
         into = curves.setdefault(str(row.get("phase")), {})
         for name, value in row.items():
             if name not in NO_METRIC and isinstance(value, (int, float)) and math.isfinite(value):
-                into.setdefault(name, []).append([row["step"] + 1, value])
+                into.setdefault(name, []).append([row["step"] + (row["phase"] != EVALUATION), value])
     path = run.folder / CONFIG
     return {
         "name": run.name,

@@ -37,12 +37,12 @@ def t_quantile(freedom: float) -> float:
     if freedom < 1:
         return math.inf
     below = max(key for key in QUANTILES if key <= freedom)
-    above = min((key for key in QUANTILES if key >= freedom), default=math.inf)
+    above = min((key for key in QUANTILES if key >= freedom), default=None)
     if above == below:
         return QUANTILES[below]
-    low, high = QUANTILES[below], QUANTILES.get(above, NORMAL)  # type: ignore[call-overload]
-    part = (1 / below - 1 / freedom) / (1 / below - 1 / above)
-    return float(low + part * (high - low))
+    low, high = QUANTILES[below], NORMAL if above is None else QUANTILES[above]
+    part = (1 / below - 1 / freedom) / (1 / below - (0.0 if above is None else 1 / above))
+    return low + part * (high - low)
 
 
 def difference(first: Sequence[float], second: Sequence[float], *, is_paired: bool) -> Difference | None:

@@ -85,12 +85,12 @@ class Comparison:
         assert second.mean is not None
         lead = (best.mean - second.mean) * self.sign
         ahead = f"{best.label} is ahead of {second.label} by {lead:.3f} in {self.measure}"
-        found = self.behind[self.choices.index(second)]
-        if found is None:
+        behind = self.behind[self.choices.index(second)]
+        if behind is None:
             return f"{ahead}; one run of a choice cannot tell that from noise: add seeds (-m seed=0,1,2)."
-        how = "with the same seeds" if found.is_paired else f"over {_seeds(best)} and {_seeds(second)}"
-        interval = f"95 % interval {found.low:.3f} to {found.high:.3f} {how}"
-        if found.is_clear:
+        how = "with the same seeds" if behind.is_paired else f"over {_seeds(best)} and {_seeds(second)}"
+        interval = f"95 % interval {behind.low:.3f} to {behind.high:.3f} {how}"
+        if behind.is_clear:
             return f"{ahead} ({interval}): more than the noise of seeds."
         return f"{ahead} ({interval}), which may be noise: run more seeds before you choose."
 
@@ -164,7 +164,7 @@ def _labels(runs: Sequence[Run], groups: Sequence[Sequence[int]], differing: dic
         for i in firsts
     ]
     common = set.intersection(*map(set, chosen))
-    labels = [" ".join(each for each in own if each not in common) or "no override" for own in chosen]
+    labels = [" ".join(each for each in of_choice if each not in common) or "no override" for of_choice in chosen]
     if len(set(labels)) == len(labels):
         return labels
     return [", ".join(f"{key}={values[i]}" for key, values in differing.items()) for i in firsts]

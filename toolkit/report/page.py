@@ -43,6 +43,8 @@ MAIN = {
     "lr": "learning rate",
 }
 """Metric -> its label, of those shown at once and in this order; the others unfold."""
+SAFE_END = "<\\/"
+"""What JSON writes "</" as, which would end the script element that the data is in."""
 NO_METRIC = {"phase", "step", "schema", "index"}
 """Keys of a line that are not measured."""
 
@@ -70,8 +72,8 @@ def page(runs: Sequence[Run], *, most_samples: int | None = MOST_SAMPLES) -> str
         "versions": _versions(),
     }
     folder = files("toolkit.report")
-    # "</" would end the script element that the data is in.
-    text = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    text = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"))
+    text = text.replace("</", SAFE_END)
     # The data is put in last: it may hold a "$".
     body = Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title), script=(folder / "page.js").read_text(encoding="utf-8"), data="\0"
@@ -100,29 +102,29 @@ def _run(run: Run) -> dict[str, Any]:
 def _phase(name: str, runs: Sequence[Run]) -> dict[str, Any]:
     """Return the metrics of a phase that any run has measured, the most telling first."""
     rows = [row for run in runs for row in run.rows if row.get("phase") == name]
-    found = dict.fromkeys(
+    measured_names = dict.fromkeys(
         key for row in rows for key, value in row.items() if value is not None and key not in NO_METRIC
     )
-    main = [key for key in MAIN if key in found]
+    main = [key for key in MAIN if key in measured_names]
     metrics = [{"name": key, "label": MAIN[key], "main": True} for key in main]
-    metrics += [{"name": key, "label": key, "main": False} for key in found if key not in MAIN]
+    metrics += [{"name": key, "label": key, "main": False} for key in measured_names if key not in MAIN]
     return {"name": name, "label": PHASES[name], "metrics": metrics}
 
 
 def _choice(choice: Choice, index: int, comparison: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
-    places = [runs.index(run) for run in choice.runs]
+    indices = [runs.index(run) for run in choice.runs]
     behind = comparison.behind[index]
     best = max(choice.known, key=lambda value: comparison.sign * value, default=None)
     return {
         "label": choice.label,
-        "runs": places,
+        "runs": indices,
         "number": len(choice.runs),
         "mean": choice.mean,
         "spread": choice.spread,
         "best": best,
         "seconds": choice.seconds,
         "behind": None if behind is None else {**vars(behind), "clear": behind.is_clear},
-        "differing": {key: _joined(values[place] for place in places) for key, values in comparison.differing.items()},
+        "differing": {key: _joined(values[index] for index in indices) for key, values in comparison.differing.items()},
         "explanation": _explanation(choice.runs[0]),
     }
 
@@ -147,11 +149,11 @@ def _explanation(run: Run) -> str | None:
 
 def _versions() -> str:
     """Return the versions that made the page; those that made the runs are not kept."""
-    found = []
+    packages = []
     for name in ("rl-loss-toolkit", "torch", "transformers", "accelerate"):
         with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return "Page made with " + ", ".join(found) + "."
+            packages.append(f"{name} {version(name)}")
+    return "Page made with " + ", ".join(packages) + "."
 
 
 def _finite(node: Any) -> Any:

@@ -67,16 +67,16 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """Return the runs in these folders, or in folders below them, in natural order and each once.
 
     Raises:
-        ConfigError: a path is no folder, or there is no run in it; a file of a run is broken.
+        ConfigError: a path is not a folder or does not hold a run; a file of a run is broken.
     """
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.is_dir():
             raise ConfigError(f"{path} is not a folder; give the output directory of a run, or of a sweep")
-        found = sorted(_folders(path, DEPTH), key=_natural)
-        if not found:
-            raise ConfigError(f"there is no {METRICS} in {path} or in folders below it: no run has made a step there")
-        folders |= {folder.resolve(): folder for folder in found}
+        in_path = sorted(_folders(path, DEPTH), key=_natural)
+        if not in_path:
+            raise ConfigError(f"{path} and the folders below it hold no {METRICS}: no run has made a step there")
+        folders |= {folder.resolve(): folder for folder in in_path}
     return [read_run(folder) for folder in folders.values()]
 
 

@@ -36,10 +36,10 @@ class Remark:
 
 def remarks(run: Run) -> list[Remark]:
     """Return what is worth saying about a run, the most important first."""
-    found = [*_end(run), *_nothing_learnt(run), *_divergence(run), *_curves(run)]
-    if not any(remark.tone == "bad" for remark in found):
-        found = [*_result(run), *found]
-    return found
+    said = [*_end(run), *_nothing_learnt(run), *_divergence(run), *_curves(run)]
+    if not any(remark.tone == "bad" for remark in said):
+        said = [*_result(run), *said]
+    return said
 
 
 def why_nothing_was_learnt(rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -120,9 +120,9 @@ class Rollouts:
         teaches = (advantages != 0).any(-1) & ~is_masked
         is_kept = teaches.view(-1, size).any(-1) | (not cfg.skip_uniform_groups)
         if self.samples is not None and self.samples.keeps(step):
-            places = [(prompt, sample) for prompt in indices for sample in range(size)]
+            sample_indices = [(prompt, sample) for prompt in indices for sample in range(size)]
             means = mean_advantages(advantages[is_local], terms.require("mask")[is_local])
-            self.samples.write(step, examples, places, completions, rewarded, means)
+            self.samples.write(step, examples, sample_indices, completions, rewarded, means)
         groups = Groups(rows, owners, terms, size).with_advantages(advantages, self.shares.rank)
         return Round(groups.select(is_kept, self.shares.rank), len(prompts), {**metrics, **kl_metrics})
 

@@ -47,13 +47,14 @@ class SampleLog:
 
     def keeps(self, step: int) -> bool:
         """Return whether completions of this step are kept."""
-        return self.config.samples == "all" or (self.config.samples == "some" and step % self.config.samples_every == 0)
+        kind = self.config.samples
+        return kind == "all" or (kind == "some" and step % self.config.samples_every == 0)
 
     def write(
         self,
         step: int,
         examples: Sequence[Example],
-        places: Sequence[tuple[int, int]],
+        indices: Sequence[tuple[int, int]],
         completions: Completions,
         rewarded: Rewarded,
         advantages: Tensor,
@@ -63,20 +64,20 @@ class SampleLog:
         Args:
             step: of the main phase.
             examples: R of them, one for each completion.
-            places: number of the prompt in the step and of the sample, of each.
+            indices: number of the prompt in the step and of the sample, of each.
             completions: R rows.
             rewarded: what they were rewarded with.
             advantages: [R] of each, on the CPU.
         """
         is_some = self.config.samples == "some"
-        rows = [row for row, (prompt, _) in enumerate(places) if not is_some or prompt < SOME]
+        rows = [row for row, (prompt, _) in enumerate(indices) if not is_some or prompt < SOME]
         local = [
             {
                 "schema": SCHEMA,
                 "phase": "main",
                 "step": step,
-                "prompt_index": places[row][0],
-                "sample": places[row][1],
+                "prompt_index": indices[row][0],
+                "sample": indices[row][1],
                 "prompt": examples[row].prompt,
                 "completion": completions.transcripts[row],
                 "answer": examples[row].answer,
@@ -90,7 +91,7 @@ class SampleLog:
         ]
         gathered = all_gather_objects(local)
         if self._is_main and not self._is_full:
-            self._append("".join(json.dumps(sample) + "\n" for own in gathered for sample in own))
+            self._append("".join(json.dumps(sample) + "\n" for samples in gathered for sample in samples))
 
     def _append(self, text: str) -> None:
         size = self.path.stat().st_size if self.path.is_file() else 0

@@ -32,6 +32,7 @@ LAYERS = [
     {"testing"},
     {"check"},
     {"runner"},
+    {"report"},
     {"bench", "scale"},
     {"train"},
 ]

@@ -104,6 +104,9 @@ def main() -> None:
     except KeyboardInterrupt as error:
         print("interrupted before the loop could write a checkpoint", file=sys.stderr)
         raise SystemExit(getattr(error, "code", INTERRUPTED)) from None
+    finally:
+        if arguments.multirun and launched_rank() == 0:
+            _compare(sys.argv[1:])
 
 
 def train(overrides: Sequence[str] = ()) -> Summary:
@@ -210,6 +213,15 @@ def _claimed(checked: CommandLine, *, multirun: bool) -> list[str]:
         return [f"hydra.sweep.dir={quoted(path)}"]
     claim(path, checked.configs[0].training)
     return [f"hydra.run.dir={quoted(path)}"]
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    """Compare the runs of a multirun as far as they have come: a table, and a page in its folder."""
+    folders = [each.partition("=")[2].strip("'") for each in arguments if each.startswith("hydra.sweep.dir=")]
+    if folders:
+        from toolkit.report.command import compare_sweep
+
+        compare_sweep(folders[-1])
 
 
 def _say_notes(configs: list[RunConfig]) -> None:

@@ -221,6 +221,8 @@ def test_multirun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = [summary(tmp_path / job) for job in ("0", "1")]
     assert [one["seed"] for one in found] == [1, 2]
+    assert f"comparison of 2 runs: {tmp_path / 'comparison.html'}" in done.stdout
+    assert "samples that were kept" in (tmp_path / "comparison.html").read_text()
     assert sum(one["wall_seconds"] for one in found) < time.time() - start - 4
 
 

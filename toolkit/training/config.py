@@ -278,3 +278,21 @@ class TrackerConfig(Config):
     """An experiment tracker that accelerate knows; its package must be installed."""
     project: str = "rl-loss-toolkit"
     """Project name in the tracker."""
+    samples: Literal["none", "some", "all"] = "some"
+    """Completions kept in samples.jsonl: those of the first two prompts of every `samples_every`-th step, all of every
+    step, or none."""
+    samples_every: PositiveInt = 10
+    """Steps from one that is kept to the next, with samples=some."""
+    samples_mb: PositiveFloat = 100.0
+    """Megabytes that samples.jsonl may have; from then on no more samples are kept."""
+
+    @model_validator(mode="after")
+    def _samples_are_kept(self) -> TrackerConfig:
+        if self.samples == "none" and self.samples_mb != type(self).model_fields["samples_mb"].default:
+            raise ConfigError(f"tracker.samples_mb={self.samples_mb:g} has no effect with tracker.samples=none")
+        if self.samples != "some" and self.samples_every != type(self).model_fields["samples_every"].default:
+            raise ConfigError(
+                f"tracker.samples_every={self.samples_every} has no effect with tracker.samples={self.samples}; set "
+                "tracker.samples=some"
+            )
+        return self

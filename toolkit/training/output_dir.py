@@ -30,7 +30,7 @@ LOCK = ".lock"
 FILES = (
     *(CHECKPOINT, f"{CHECKPOINT}.old", f"{CHECKPOINT}.writing", f"{CHECKPOINT}-*"),
     *(MODEL, f"{MODEL}.old", f"{MODEL}.writing"),
-    *("metrics.jsonl", "summary.json", "curves.png", "config.yaml"),
+    *("metrics.jsonl", "samples.jsonl", "summary.json", "curves.png", "config.yaml"),
 )
 """What a run writes, as patterns; a folder that holds one of them holds a run."""
 LEAST = 1 << 20

@@ -25,6 +25,7 @@ from toolkit.training.overlong import Overlong
 from toolkit.training.reference import Reference
 from toolkit.training.rewarding import Rewarded, Rewarder
 from toolkit.training.run_config import RunConfig
+from toolkit.training.sample_log import SampleLog
 from toolkit.training.updates import Updater
 
 
@@ -61,6 +62,8 @@ class Rollouts:
         self.old_logprobs = OldLogprobs(config, updater)
         self.num_refills = 0
         """Batches of prompts drawn so far beside the first of each step."""
+        self.samples: SampleLog | None = None
+        """Where completions are kept."""
 
     def collect(self, step: int, reference: Reference | None) -> Experience:
         """Return rewarded completions of the prompts of a step, with the log-probabilities that its updates need."""
@@ -116,6 +119,10 @@ class Rollouts:
         self.rewarder.check_failures(metrics, rewarded.scores)
         teaches = (advantages != 0).any(-1) & ~is_masked
         is_kept = teaches.view(-1, size).any(-1) | (not cfg.skip_uniform_groups)
+        if self.samples is not None and self.samples.keeps(step):
+            sample_indices = [(prompt, sample) for prompt in indices for sample in range(size)]
+            means = mean_advantages(advantages[is_local], terms.require("mask")[is_local])
+            self.samples.write(step, examples, sample_indices, completions, rewarded, means)
         groups = Groups(rows, owners, terms, size).with_advantages(advantages, self.shares.rank)
         return Round(groups.select(is_kept, self.shares.rank), len(prompts), {**metrics, **kl_metrics})
 
@@ -174,3 +181,16 @@ def _measured(rewards: Tensor, completions: Completions) -> dict[str, Metric]:
         "completion_tokens": Mean.of(completions.is_new.sum(-1).cpu()),
         "truncated": Mean.of(~torch.tensor(completions.finished, dtype=torch.bool)),
     }
+
+
+def mean_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean advantage of the scored tokens of each completion, [R].
+
+    Args:
+        advantages: [R, 1] or [R, T].
+        mask: [R, T'] bool, where a token is scored; T' may be larger.
+    """
+    if advantages.shape[1] == 1:
+        return advantages[:, 0]
+    scored = mask[:, : advantages.shape[1]]
+    return (advantages * scored).sum(-1) / scored.sum(-1).clamp(min=1)

@@ -29,6 +29,7 @@ from toolkit.training.progress import PhaseProgress
 from toolkit.training.rehearsal import rehearse
 from toolkit.training.report import Summary, write_report
 from toolkit.training.run_config import RunConfig
+from toolkit.training.sample_log import SampleLog
 from toolkit.training.startup import check_environment
 from toolkit.training.stopping import StopFlag
 from toolkit.training.tracking import Tracker
@@ -103,6 +104,9 @@ def _job(
         f"{accelerator.num_processes} process(es) on {accelerator.device}, {parameters}; output: {output_dir}",
         soft_wrap=True,
     )
+    trainer.rollouts.samples = SampleLog(config.tracker, output_dir, is_main=accelerator.is_main_process)
+    if resumed is not None:
+        trainer.rollouts.samples.restore(folder.parent, state["next_step"] if state["phase"] == "main" else 0)
     with tracker:
         loop = _Loop(trainer, tracker, Evaluations(trainer, tracker, console), console, flag, output_dir)
         before, last = _train(loop, resumed)

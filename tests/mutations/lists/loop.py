@@ -6,6 +6,8 @@ EPOCHS = "tests/training/test_epochs.py"
 OLD = "tests/training/test_old_logprobs.py"
 SAMPLING = "tests/training/test_dynamic_sampling.py"
 OVERLONG = "tests/training/test_overlong.py"
+SAMPLES = "tests/training/test_sample_log.py"
+REPORT = "tests/report"
 
 MUTATIONS = (
     Mutation(
@@ -112,5 +114,41 @@ MUTATIONS = (
         line="labels = labels.masked_fill(is_masked[is_local].unsqueeze(-1).to(labels.device), IGNORED)",
         becomes="pass",
         tests=(f"{OVERLONG}::test_a_masked_completion_counts_in_its_group_but_not_in_the_loss",),
+    ),
+    # ---------------------------------------------------------------- samples and their report
+    Mutation(
+        name="samples-of-every-step",
+        file="toolkit/training/sample_log.py",
+        line='return kind == "all" or (kind == "some" and step % self.config.samples_every == 0)',
+        becomes='return kind != "none"',
+        tests=(f"{SAMPLES}::test_some_are_the_first_prompts_of_every_few_steps",),
+    ),
+    Mutation(
+        name="samples-twice-after-a-resume",
+        file="toolkit/training/sample_log.py",
+        line='return bool(json.loads(line)["step"] < next_step)',
+        becomes='return bool(json.loads(line)["step"] <= next_step)',
+        tests=(f"{SAMPLES}::test_a_resumed_run_has_every_sample_once",),
+    ),
+    Mutation(
+        name="one-seed-is-compared",
+        file="toolkit/report/statistics.py",
+        line="if len(first) < 2 or len(second) < 2:",
+        becomes="if not first or not second:",
+        tests=(f"{REPORT}/test_comparison.py::test_differences_by_hand",),
+    ),
+    Mutation(
+        name="seeds-in-the-order-of-the-runs",
+        file="toolkit/report/comparison.py",
+        line="second = [of_seed[seed] for seed in seeds[0]]",
+        becomes="second = list(of_seed.values())",
+        tests=(f"{REPORT}/test_comparison.py::test_runs_of_the_same_seed_are_paired_whatever_their_order",),
+    ),
+    Mutation(
+        name="data-ends-the-script",
+        file="toolkit/report/page.py",
+        line='text = text.replace("</", SAFE_END)',
+        becomes="pass",
+        tests=(f"{REPORT}/test_page.py::test_texts_cannot_leave_their_place",),
     ),
 )

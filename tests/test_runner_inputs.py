@@ -396,3 +396,9 @@ def test_fields_in_the_words_of_others_are_fields_here() -> None:
         assert counterpart_field(name, FIELDS), name
         assert counterpart_field(name, ()) or not there.otherwise
     assert set(BATCH) <= set(FIELDS)
+
+
+def test_explain_takes_fields_by_name() -> None:
+    runner = LossRunner(GRPOLossConfig())
+    with pytest.raises(DataError, match=r"not a fourth one \(Tensor\); the fields of the batch are given by name"):
+        runner.explain(torch.zeros(1, 2, 4), torch.zeros(5, 4), None, torch.tensor([[1, 2]]))

@@ -186,7 +186,7 @@ def test_what_a_step_may_return(result: Any, expected: Reply | str) -> None:
         ({"environment": "nev.py:step"}, r"there is no file 'nev\.py' .*did you mean 'env\.py'\?"),
         ({"environment": "env.py"}, r"also name the function in it: task\.environment=env\.py:step"),
         ({"environment": "env.py:steps"}, r"env\.py has no function 'steps' \(did you mean 'step'\?\)"),
-        ({"environment": "env.py:number"}, "number is a int, not a function; an environment is def step"),
+        ({"environment": "env.py:number"}, "number is an int, not a function; an environment is def step"),
         ({"environment": "no_such_package.env:step"}, r"there is no module 'no_such_package'"),
         ({"environment": "env.py:yields"}, "yields; return a text for the policy"),
         ({"environment": "env.py:forgets"}, "has no return, so every episode would have one turn"),

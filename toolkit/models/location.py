@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit.errors import ConfigError, did_you_mean, first_line
+from toolkit.errors import ConfigError, a_type, did_you_mean, first_line
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -226,7 +226,7 @@ def _read(file: Path, where: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: {file.name} cannot be read: {first_line(error)}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{where}: {file.name} must hold an object {{...}}, not a {type(content).__name__}")
+        raise ConfigError(f"{where}: {file.name} must hold an object {{...}}, not {a_type(content)}")
     return content
 
 

@@ -179,15 +179,23 @@ class LossRunner:
             warn_of_log_probabilities(metrics, context, *head)
         return LossResult(loss, metrics, _reason=why_without_graph(*head[:2], type(context).__name__))
 
-    def explain(self, hidden_states: Any, head_weight: Any, head_bias: Tensor | None = None, **fields: Any) -> HeadPlan:
+    def explain(
+        self, hidden_states: Any, head_weight: Any, head_bias: Tensor | None = None, *by_position: Any, **fields: Any
+    ) -> HeadPlan:
         """Return the pass of the head that a call with these arguments would take, why, and its cost; ``print`` it.
 
         Args:
             hidden_states: [B, T, D]; all arguments are as in `__call__`.
             head_weight: [V, D].
             head_bias: [V], optional.
+            by_position: raises; all fields are given by name.
             fields: ``input_ids``, ``advantages`` ...
+
+        Raises:
+            DataError: as `__call__`.
         """
+        if by_position:
+            raise DataError(BY_NAME.format(type(by_position[0]).__name__))
         self._check_names(fields)
         head = head_tensors(hidden_states, head_weight, head_bias)
         return self._context(fields, head[0]).explain(*head)

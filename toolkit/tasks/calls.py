@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.errors import first_line
+from toolkit.errors import a_type, first_line
 
 REPEAT_S = 0.5
 """Seconds until the signal comes again, for a function that catches everything."""
@@ -76,11 +76,11 @@ def checked_number(value: Any) -> float | str:
         try:
             value = value.item()  # of numpy or torch
         except (TypeError, ValueError, RuntimeError):
-            return f"returned a {type(value).__name__} of several numbers; return one"
+            return f"returned {a_type(value)} of several numbers; return one"
     if isinstance(value, str):
         return f"returned the text {_shown(value)}; return a number"
     if not isinstance(value, numbers.Real):
-        return f"returned a {type(value).__name__}; return a number, a dict of numbers, or None"
+        return f"returned {a_type(value)}; return a number, a dict of numbers, or None"
     number = float(value)
     return number if math.isfinite(number) else f"returned {number}; return a finite number, or None"
 
@@ -95,7 +95,7 @@ def checked_list(results: Any, number: int) -> list[Value | Failure]:
     if hasattr(results, "tolist"):
         results = results.tolist()  # of numpy or torch
     if isinstance(results, (str, bytes, Mapping)) or not hasattr(results, "__len__"):
-        wrong = Failure(f"it returned a {type(results).__name__}; a batched reward returns a list")
+        wrong = Failure(f"it returned {a_type(results)}; a batched reward returns a list")
         return [wrong] * number
     if len(results) != number:
         return [Failure(f"it returned {len(results)} rewards for {number} completions")] * number

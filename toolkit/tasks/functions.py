@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from toolkit.errors import ConfigError, did_you_mean, listed
+from toolkit.errors import ConfigError, a_type, did_you_mean, listed
 
 _loaded: dict[tuple[Path, int], ModuleType] = {}
 """Files loaded in this process, by path and modification time in ns."""
@@ -68,7 +68,7 @@ def load_function(spec: str, kind: Kind) -> Callable[..., Any]:
         raise ConfigError(f"{kind.key}={spec}: {where} has no function {name!r}{did_you_mean(name, functions)}{known}")
     function: Callable[..., Any] = getattr(module, name)
     if not callable(function) or (inspect.isclass(function) and not kind.may_be_class):
-        raise ConfigError(f"{kind.key}={spec}: {name} is a {type(function).__name__}, not a function; {kind.how}")
+        raise ConfigError(f"{kind.key}={spec}: {name} is {a_type(function)}, not a function; {kind.how}")
     return function
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import ConfigError, did_you_mean, first_line, listed
+from toolkit.errors import ConfigError, a_type, did_you_mean, first_line, listed
 
 MOST_SHOWN = 3
 """Bad rows that a message names."""
@@ -181,13 +181,13 @@ def _read_json(file: Path, problems: Problems) -> list[Record]:
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
     if not isinstance(rows, list):
-        raise ConfigError(f"{file}: it holds a {type(rows).__name__}; it must be a list of objects, or .jsonl")
+        raise ConfigError(f"{file}: it holds {a_type(rows)}; it must be a list of objects, or .jsonl")
     records = []
     for number, values in enumerate(rows, 1):
         if isinstance(values, dict):
             records.append(Record(values, f"{file}, row {number}"))
         else:
-            problems.add(f"{file}, row {number}", f"it is a {type(values).__name__}; it must be an object")
+            problems.add(f"{file}, row {number}", f"it is {a_type(values)}; it must be an object")
     return records
 
 

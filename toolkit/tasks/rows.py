@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import ConfigError, did_you_mean, listed, warn_once
+from toolkit.errors import ConfigError, a_type, did_you_mean, listed, warn_once
 from toolkit.tasks import chat, split
 from toolkit.tasks.records import Problems, Record, read_records
 
@@ -313,7 +313,7 @@ def with_system(
 def _conversation(messages: Any, name: str) -> tuple[list[chat.Message], list[chat.Message] | None]:
     """Return the prompt of a conversation, up to its last answer, and the rest."""
     if not isinstance(messages, list):
-        raise ValueError(f"its {name} is a {type(messages).__name__}; it must be a list of chat messages")
+        raise ValueError(f"its {name} is {a_type(messages)}; it must be a list of chat messages")
     wrong = chat.wrong_with_messages(messages)
     if wrong is not None:
         raise ValueError(f"its {name}: {wrong}")

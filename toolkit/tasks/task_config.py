@@ -94,7 +94,7 @@ class TaskConfig(Config):
         weights = self.reward_weights
         if weights is not None and len(weights) != len(self.rewards):
             raise ConfigError(
-                f"task.reward_weights has {len(weights)} numbers for {len(self.rewards)} rewards; give one for each"
+                f"task.reward_weights={list(weights)} beside {len(self.rewards)} of task.reward; give one for each"
             )
         if weights and not any(weights):
             raise ConfigError(f"task.reward_weights={list(weights)}: no reward counts; give one another weight than 0")

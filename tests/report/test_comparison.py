@@ -114,13 +114,14 @@ def test_a_line_that_is_being_written(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", rewards=[0.1, 0.2])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"phase": "main", "st')
-    assert len(read_run(folder).rows) == 2
+    with pytest.warns(UserWarning, match="the last line was cut"):
+        assert len(read_run(folder).rows) == 2
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("metrics.jsonl", "{}\n{\n{}\n", "line 2 cannot be read"),
+        ("metrics.jsonl", '{"phase": "main", "step": 0}\n{\n{}\n', "line 2 of .* cannot be read"),
         ("summary.json", "{", "summary.json cannot be read"),
         ("config.yaml", "a: [", "config.yaml cannot be read"),
     ],

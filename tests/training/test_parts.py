@@ -14,8 +14,9 @@ from toolkit import ConfigError
 from toolkit.models.config import PretrainedConfig, TinyLlamaConfig
 from toolkit.tasks.config import SpellBackwardConfig
 from toolkit.training.config import SchedulerConfig
+from toolkit.training.metrics_file import why_nothing_was_learnt
 from toolkit.training.phase import learning_rate_schedule
-from toolkit.training.report import Summary, draw_curves, why_nothing_was_learnt
+from toolkit.training.report import Summary, draw_curves
 
 
 @pytest.mark.parametrize(

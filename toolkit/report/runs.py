@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from toolkit.errors import ConfigError
+from toolkit.training.metrics_file import read_rows
 
 METRICS, SUMMARY, CONFIG, SAMPLES = "metrics.jsonl", "summary.json", "config.yaml", "samples.jsonl"
 """Files of a run."""
@@ -86,7 +87,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: a file of it is broken; a line that is being written, the last one, is left out.
     """
-    rows = list(_lines(folder / METRICS))
+    rows = read_rows(folder / METRICS, setting="")
     settings = _flat(_yaml(folder / CONFIG) or {}) if (folder / CONFIG).is_file() else {}
     kept = folder / ".hydra" / "overrides.yaml"
     overrides = tuple(str(each) for each in (_yaml(kept) or [])) if kept.is_file() else ()
@@ -112,17 +113,6 @@ def _natural(path: Path) -> list[Any]:
     """Return a key that sorts 10 after 9."""
     parts = re.split(r"(\d+)", str(path))
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise ConfigError(f"{path}, line {number} cannot be read: {error}") from None
 
 
 def _yaml(path: Path) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 from toolkit.report.runs import Run
+from toolkit.training.metrics_file import why_nothing_was_learnt
 
 Tone = Literal["good", "note", "bad"]
 FEWEST = 8
@@ -40,21 +41,6 @@ def remarks(run: Run) -> list[Remark]:
     if not any(remark.tone == "bad" for remark in said):
         said = [*_result(run), *said]
     return said
-
-
-def why_nothing_was_learnt(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return why RL has made no update, from the lines of metrics.jsonl; None: it has, or there was another reason."""
-    main = [row for row in rows if row["phase"] == "main"]
-    if not main or any("grad_norm" in row or "uniform_groups" not in row for row in main):
-        return None
-    if all(row.get("reward") is None for row in main):
-        return "no reward applied to any completion: all returned None"
-    if all(row["uniform_groups"] in (None, 1) for row in main):
-        return (
-            "the rewards were equal in every group; debug=dry_run shows completions with their rewards: a reward in "
-            "finer steps, easier prompts, a larger rollout.group_size or a warm-up may tell them apart"
-        )
-    return None
 
 
 def _end(run: Run) -> Iterator[Remark]:

@@ -19,6 +19,7 @@ from toolkit.tasks.base import Example
 from toolkit.training.continuing import how_to_continue
 from toolkit.training.disk import write_atomically
 from toolkit.training.evaluation import EVALUATION, Evaluation
+from toolkit.training.metrics_file import why_nothing_was_learnt
 from toolkit.training.output_dir import MODEL
 
 if TYPE_CHECKING:
@@ -159,21 +160,6 @@ def write_report(
     model = f", {MODEL}/" if (output_dir / MODEL).is_dir() else ""
     files = f"metrics.jsonl, summary.json, curves.png, config.yaml, checkpoint/{model}"
     console.print(f"{files} in {output_dir}", soft_wrap=True)
-
-
-def why_nothing_was_learnt(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Return why RL has made no update, from the lines of metrics.jsonl; None: it has, or there was another reason."""
-    main = [row for row in rows if row["phase"] == "main"]
-    if not main or any("grad_norm" in row or "uniform_groups" not in row for row in main):
-        return None
-    if all(row.get("reward") is None for row in main):
-        return "no reward applied to any completion: all returned None"
-    if all(row["uniform_groups"] in (None, 1) for row in main):
-        return (
-            "the rewards were equal in every group; debug=dry_run shows completions with their rewards: a reward in "
-            "finer steps, easier prompts, a larger rollout.group_size or a warm-up may tell them apart"
-        )
-    return None
 
 
 def _asked(example: Example) -> str:

@@ -58,9 +58,9 @@ function meanOf(series) {
 }
 function ticks(low, high, most) {
   const raw = (high - low) / most, size = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find((each) => each * size >= raw) * size;
-  const found = [];
-  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-9; value += step) found.push(Math.abs(value) < step * 1e-9 ? 0 : value);
-  return found;
+  const values = [];
+  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-9; value += step) values.push(Math.abs(value) < step * 1e-9 ? 0 : value);
+  return values;
 }
 function chart(metric, phase, radius, wide) {
   const lines = [];

@@ -30,6 +30,7 @@ from toolkit.training.rehearsal import rehearse
 from toolkit.training.report import Summary, write_report
 from toolkit.training.run_config import RunConfig
 from toolkit.training.sample_log import SampleLog
+from toolkit.training.sharding import unwrapped
 from toolkit.training.startup import check_environment
 from toolkit.training.stopping import StopFlag
 from toolkit.training.tracking import Tracker
@@ -75,17 +76,9 @@ def _job(
     output_dir: Path,
 ) -> Summary:
     """Set up, train, evaluate and report."""
-    dry_run = config.training.dry_run
-    console = Console(quiet=not accelerator.is_main_process, highlight=False, record=dry_run)
-    if config.model.cpu_threads is not None:
-        torch.set_num_threads(config.model.cpu_threads)
-    rehearse(config.loss)
-    set_seed(config.seed)  # after all checks: what they draw must not change a run
-    task = config.task.build(config.seed)
-    policy, tokenizer = config.model.build(task.alphabet)
-    trainer = Trainer(config, accelerator, task, policy, tokenizer)
-    check_export(trainer)
-    if dry_run:
+    console = Console(quiet=not accelerator.is_main_process, highlight=False, record=config.training.dry_run)
+    trainer = _trainer(config, accelerator)
+    if config.training.dry_run:
         show_dry_run(trainer, console)
         if accelerator.is_main_process:
             (output_dir / DRY_RUN).write_text(console.export_text())
@@ -95,18 +88,16 @@ def _job(
         checkpoint.check_room_for(output_dir, trainer)
         write_atomically(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     tracker = Tracker(config.tracker, accelerator, output_dir, config.model_dump())
+    samples = SampleLog(config.tracker, output_dir, is_main=accelerator.is_main_process)
     if resumed is not None:
         folder, state = resumed
         tracker.restore(folder.parent, state["phase"], state["next_step"])
-    total, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad or both) for both in (True, False))
-    parameters = f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
+        samples.restore(folder.parent, state["next_step"] if state["phase"] == "main" else 0)
+    trainer.rollouts.samples = samples
+    size = _num_parameters(unwrapped(trainer.policy))
     console.print(
-        f"{accelerator.num_processes} process(es) on {accelerator.device}, {parameters}; output: {output_dir}",
-        soft_wrap=True,
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, {size}; output: {output_dir}", soft_wrap=True
     )
-    trainer.rollouts.samples = SampleLog(config.tracker, output_dir, is_main=accelerator.is_main_process)
-    if resumed is not None:
-        trainer.rollouts.samples.restore(folder.parent, state["next_step"] if state["phase"] == "main" else 0)
     with tracker:
         loop = _Loop(trainer, tracker, Evaluations(trainer, tracker, console), console, flag, output_dir)
         before, last = _train(loop, resumed)
@@ -125,9 +116,28 @@ def _job(
         signal_number=flag.signal,
     )
     if accelerator.is_main_process:
-        examples = task.heldout[: len(before.completions)]
+        examples = trainer.task.heldout[: len(before.completions)]
         write_report(summary, tracker.rows, examples, before, after, console)
     return summary
+
+
+def _trainer(config: RunConfig, accelerator: Accelerator) -> Trainer:
+    """Check what can be checked without the data, then build task, policy and trainer."""
+    if config.model.cpu_threads is not None:
+        torch.set_num_threads(config.model.cpu_threads)
+    rehearse(config.loss)
+    set_seed(config.seed)  # after all checks: what they draw must not change a run
+    task = config.task.build(config.seed)
+    policy, tokenizer = config.model.build(task.alphabet)
+    trainer = Trainer(config, accelerator, task, policy, tokenizer)
+    check_export(trainer)
+    return trainer
+
+
+def _num_parameters(policy: torch.nn.Module) -> str:
+    """Return how many parameters a policy has, and how many of them are trained, in words."""
+    total, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad or both) for both in (True, False))
+    return f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
 
 
 @dataclass(frozen=True)

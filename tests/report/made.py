@@ -83,7 +83,7 @@ def made_samples(number: int, *, with_tokens: bool = False) -> Iterable[dict[str
                 "text": text,
                 "advantage": values,
                 "ratio": [1 + value / 4 for value in values],
-                "status": [None, "clipped above", *[None] * (len(text) - 2)],
+                "status": ["unscored", "clipped_high", *["learns"] * (len(text) - 2)],
             }
         yield sample
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from tests.training.test_train import train
 from toolkit.errors import ConfigError
 from toolkit.report.samples import SCHEMA as READ
 from toolkit.training.config import TrackerConfig
-from toolkit.training.rollouts import mean_advantages
-from toolkit.training.sample_log import SAMPLES, SCHEMA, SOME, SampleLog
+from toolkit.training.sample_log import SAMPLES, SCHEMA, SOME, SampleLog, mean_advantages
+from toolkit.training.token_log import NO_UPDATE
 
 pytestmark = pytest.mark.usefixtures("_fresh_state")
 SMALL = ("rollout.prompts_per_step=4", "rollout.group_size=3", "rollout.skip_uniform_groups=false")
@@ -27,9 +28,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / SAMPLES).read_text().splitlines()]
 
 
-def sampled(folder: Path, steps: int = 3, **settings: Any) -> Any:
-    trainer = trainer_with(None, *SMALL)
-    trainer.rollouts.samples = SampleLog(TrackerConfig(**settings), folder, is_main=True)
+def sampled(folder: Path, *overrides: str, steps: int = 3, **settings: Any) -> Any:
+    trainer = trainer_with(None, *SMALL, *overrides)
+    trainer.rollouts.samples = SampleLog(TrackerConfig(**settings), folder, trainer.tokenizer, is_main=True)
     phase = trainer.main_phase()
     for _ in range(steps):
         trainer.run_step(phase)
@@ -37,7 +38,7 @@ def sampled(folder: Path, steps: int = 3, **settings: Any) -> Any:
 
 
 def test_some_are_the_first_prompts_of_every_few_steps(tmp_path: Path) -> None:
-    sampled(tmp_path, samples="some", samples_every=2)
+    sampled(tmp_path, samples="some", samples_every=2, tokens_every=0)
     found = [(line["step"], line["prompt_index"], line["sample"]) for line in lines(tmp_path)]
     assert found == [(step, prompt, sample) for step in (0, 2) for prompt in range(SOME) for sample in range(3)]
 
@@ -84,7 +85,7 @@ def test_a_resumed_run_has_every_sample_once(tmp_path: Path) -> None:
 
 def test_the_file_stays_below_its_size(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"samples\.jsonl has reached tracker\.samples_mb=0\.005, so no more samples"):
-        sampled(tmp_path, samples="all", samples_mb=0.005)
+        sampled(tmp_path, samples="all", samples_mb=0.005, tokens_every=0)
     assert len(lines(tmp_path)) % 12 == 0
     assert 0 < (tmp_path / SAMPLES).stat().st_size <= 5000
 
@@ -94,6 +95,53 @@ def test_settings_without_an_effect_are_refused() -> None:
         TrackerConfig(samples="all", samples_every=2)
     with pytest.raises(ConfigError, match=r"tracker\.samples_mb=2 has no effect with tracker\.samples=none"):
         TrackerConfig(samples="none", samples_mb=2)
+    with pytest.raises(ConfigError, match=r"tracker\.tokens_every=2 has no effect with tracker\.samples=none"):
+        TrackerConfig(samples="none", tokens_every=2)
+
+
+OFF_POLICY = ("optimizer.lr=0.05", "training.minibatches=2", "training.epochs=2", "kl=k3")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_records_of_tokens_are_what_the_last_update_saw(tmp_path: Path, packed: bool) -> None:
+    overrides = [*OFF_POLICY, *(["training.micro_batch_tokens=64"] if packed else [])]
+    sampled(tmp_path, *overrides, steps=1, samples="all")
+    ratios = []
+    for line in lines(tmp_path):
+        tokens = line["tokens"]
+        assert {len(values) for values in tokens.values()} == {line["num_tokens"]}
+        is_special = [text.startswith("<") and len(text) > 1 for text in tokens["text"]]
+        plain = [text for text, special in zip(tokens["text"], is_special, strict=True) if not special]
+        assert "".join(plain) == line["completion"]
+        for at in range(line["num_tokens"]):
+            assert tokens["current"][at] <= 0
+            assert tokens["ratio"][at] == pytest.approx(math.exp(tokens["current"][at] - tokens["old"][at]), rel=1e-4)
+            assert tokens["advantage"][at] == pytest.approx(line["advantage"], abs=1e-5)
+            assert tokens["entropy"][at] >= 0
+            is_clipped = tokens["status"][at].startswith("clipped")
+            is_outside = tokens["ratio"][at] > 1.2 if line["advantage"] > 0 else tokens["ratio"][at] < 0.8
+            assert is_clipped == (is_outside and line["advantage"] != 0)
+        ratios += tokens["ratio"]
+    assert max(abs(ratio - 1) for ratio in ratios) > 0.01  # other updates of the step came before
+
+
+def test_rows_that_no_update_used_say_so(tmp_path: Path) -> None:
+    sampled(tmp_path, "rollout.skip_uniform_groups=true", steps=1, samples="all")
+    skipped = [line for line in lines(tmp_path) if line["advantage"] == 0]
+    for line in skipped:
+        assert set(line["tokens"]["status"]) == {NO_UPDATE}
+        assert "current" not in line["tokens"]
+    assert any("learns" in line["tokens"]["status"] for line in lines(tmp_path) if line["advantage"])
+
+
+def test_records_of_tokens_change_nothing(tmp_path: Path) -> None:
+    weights = []
+    for every in (0, 1):
+        (folder := tmp_path / str(every)).mkdir()
+        trainer = sampled(folder, *OFF_POLICY, samples="all", tokens_every=every)
+        weights.append([parameter.detach().clone() for parameter in trainer.policy.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+    assert ["tokens" in line for line in lines(tmp_path / "0")] == [False] * 36
 
 
 def test_the_command_keeps_them_and_trains_the_same(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.functional.kl import kl_estimate, top_k_kl
+from toolkit.functional.kl import top_k_kl
 from toolkit.functional.mismatch import LARGEST_WEIGHT
 from toolkit.functional.policy.registry import Need
 from toolkit.functional.scope_check import call_loss, check_token_losses
@@ -25,6 +25,7 @@ from toolkit.head.plan import Scope
 from toolkit.losses.config.policy import BaseRLLossConfig, GRPOLossConfig
 from toolkit.losses.config.term import LossTerm
 from toolkit.losses.items import RLLossContextInputItem
+from toolkit.losses.kl_term import sampled_kl
 from toolkit.losses.kwargs import GRPOLossKwargs
 from toolkit.losses.policy_metrics import policy_metrics
 from toolkit.losses.scored import ScoredLossContext
@@ -164,18 +165,11 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
 
     def loss_from_scores(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor, dict[str, Metric]]:
         """Return the sum of the terms, 0-dim, and the metrics of all."""
-        terms = self._terms(scores, loss_kwargs)
-        if loss_kwargs.global_view is None:
-            wide = _Wide(*self._importance(terms, loss_kwargs), {}, {})
-        else:
-            wide = self._wide(scores, loss_kwargs)
-        values = self._values(terms, scores, loss_kwargs, wide.values)
-        sums = term_sums(self.terms, values, loss_kwargs, wide.importance, owner=type(self).__name__)
-        sums |= {name: with_gradient_of(sums[name], source) for name, source in wide.sums.items()}
+        terms, wide, values, sums = self._summed(scores, loss_kwargs)
         reduction = self.loss_cfg.gradient_reduction
         loss, reported = total(self.terms, sums, reduction)
         metrics = {**terms.reported, **wide.metrics, **policy_metrics(terms, loss_kwargs.rollout_logprobs), **reported}
-        policy = weighted(self._policy_terms, sums)
+        policy = weighted(self.policy_terms, sums)
         if loss_kwargs.current_logprobs is not None:  # they should be the same
             metrics["current_mismatch"] = Mean.of((scores.logprobs - loss_kwargs.current_logprobs).abs())
         metrics["policy_loss"] = reported["loss"] if policy is loss else loss_metric(policy, reduction)
@@ -184,6 +178,11 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         if scores.entropy is not None and self.entropy:
             metrics["entropy"] = Mean.of(scores.entropy)
         return loss, metrics
+
+    def sums_of(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the weighted sum of every term, 0-dim, without its coefficient, and the importance [N] or None."""
+        _, wide, _, sums = self._summed(scores, loss_kwargs)
+        return sums, wide.importance
 
     def token_losses(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> dict[str, Tensor]:
         """Return the values of every term [N], unreduced and not corrected, computed from these tokens alone."""
@@ -196,7 +195,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     def _kl(self, terms: PolicyTerms, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> Tensor:
         cfg = self.loss_cfg
         if cfg.candidates != "ref":
-            return _sampled_kl(terms, cfg)
+            return sampled_kl(terms, cfg)
         tail = "drop" if loss_kwargs.candidate_ids is None else cfg.kl_tail
         return top_k_kl(*self.candidates(scores, loss_kwargs), direction=cfg.kl_direction, tail=tail)
 
@@ -217,12 +216,26 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
 
     @cached_property
     def _policy_names(self) -> list[str]:
-        return [term.name for term in self._policy_terms]
+        return [term.name for term in self.policy_terms]
 
     @cached_property
-    def _policy_terms(self) -> list[LossTerm]:
+    def policy_terms(self) -> list[LossTerm]:
         """The terms that are the policy loss: one, or two under ``per_component``."""
         return [term for term in self.terms if term.name.startswith("policy")]
+
+    def _summed(
+        self, scores: TokenScores, loss_kwargs: GRPOLossKwargs
+    ) -> tuple[PolicyTerms, _Wide, dict[str, Tensor], dict[str, Tensor]]:
+        """Return what the policy loss saw and what it gave: the values of every term, [N], and their sums, 0-dim."""
+        terms = self._terms(scores, loss_kwargs)
+        if loss_kwargs.global_view is None:
+            wide = _Wide(*self._importance(terms, loss_kwargs), {}, {})
+        else:
+            wide = self._wide(scores, loss_kwargs)
+        values = self._values(terms, scores, loss_kwargs, wide.values)
+        sums = term_sums(self.terms, values, loss_kwargs, wide.importance, owner=type(self).__name__)
+        sums |= {name: with_gradient_of(sums[name], source) for name, source in wide.sums.items()}
+        return terms, wide, values, sums
 
     def _values(
         self,
@@ -316,25 +329,6 @@ class _Wide:
     """Of the terms that look at other tokens, over all tokens, with the gradient of local ones."""
     values: dict[str, Tensor]
     """[n] of local tokens in these terms, without gradient."""
-
-
-def _sampled_kl(terms: PolicyTerms, cfg: BaseRLLossConfig) -> Tensor:
-    assert cfg.kl_loss_type is not None
-    log_ratio = None
-    if cfg.kl_gradient == "is_corrected":
-        log_ratio = terms.logprobs - terms.anchor_logprobs(cfg.kl_anchor)
-        log_ratio = log_ratio if cfg.kl_ratio_level == "token" else terms.segment_mean(log_ratio)
-    return kl_estimate(
-        terms.logprobs,
-        terms.require("ref_logprobs"),
-        cfg.kl_loss_type,
-        gradient=cfg.kl_gradient,
-        input_clamp=cfg.kl_input_clamp,
-        output_clamp=cfg.kl_output_clamp,
-        log_ratio=log_ratio,
-        log_ratio_range=terms.log_ratio_range,
-        ratio_level=cfg.kl_ratio_level,
-    )
 
 
 def _constant(values: Tensor, like: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         auxiliary_weight: Tensor | float | None = None,
         position_ids: Tensor | None = None,
+        entropy: bool = False,
     ) -> Any:
         """Return ``(loss, metrics)`` of `loss_ctx`, or without one the log-probabilities of the text.
 
@@ -88,10 +89,11 @@ class Policy(nn.Module):
             position_ids: [1, T] for a packed row, sequences end to end: the position of each token in its sequence,
                 starting again at 0 in each. Attention then stays within a sequence, and `attention_mask` only says
                 which tokens a router loss counts. None: a row is a sequence.
+            entropy: also return entropies, without gradient, when there is no `loss_ctx`.
 
         Returns:
             What ``loss_ctx.forward`` returns, the router loss added to both; or [B, T - 1] log-probabilities of tokens
-            1 .. T - 1 in nats.
+            1 .. T - 1 in nats; with `entropy` a `TokenScores` of these and of entropies.
 
         Raises:
             ConfigError: `loss_ctx` scales or caps logits differently from the model, or the policy is wrapped in
@@ -115,6 +117,7 @@ class Policy(nn.Module):
                 bias,
                 chunk_size=score_chunk,
                 temperature=temperature,
+                entropy="metric" if entropy else False,
                 **self._settings,
             )
         loss, metrics = loss_ctx.forward(hidden, weight, bias)

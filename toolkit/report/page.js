@@ -131,7 +131,8 @@ function tokens(record, signal) {
   return element("pre", {}, ...record.text.map((text, index) => {
     const value = values[index], status = (record.status || [])[index], share = typeof value === "number" ? (value - middle) / largest : 0;
     const said = Object.keys(record).filter((key) => Array.isArray(record[key]) && key !== "text").map((key) => `${key} ${typeof record[key][index] === "number" ? number(record[key][index]) : record[key][index] ?? "–"}`);
-    return element("span", { class: `token${value === null ? " masked" : ""}${status ? " clipped" : ""}`, title: said.join("\n"),
+    const kept = !status || status === "learns" ? "" : status.startsWith("clipped") || status === "rejected" || status === "flat" ? " clipped" : " masked";
+    return element("span", { class: `token${value === null ? " masked" : ""}${kept}`, title: said.join("\n"),
       style: share ? `background:rgba(var(--${share > 0 ? "up" : "down"}), ${Math.min(1, Math.abs(share)).toFixed(2)})` : null }, text);
   }));
 }
@@ -161,7 +162,8 @@ function samples() {
       element("pre", { class: "prompt" }, s.prompt), s.tokens && signals.length ? tokens(s.tokens, signal.value) : element("pre", {}, s.completion))));
   }
   for (const control of [text, least, most, step, run, signal]) control.addEventListener("input", () => { start = 0; draw(); });
-  part.append(element("p", { class: "soft" }, data.sampled), element("div", { class: "controls" }, text, element("span", {}, "reward ", least, " to ", most), step, data.runs.length > 1 ? run : null,
+  const legend = signals.length ? " Tokens: blue is above 0 (a ratio: above 1), orange below; a wavy line marks what the loss clipped or rejected; nothing is learnt from pale ones. Point at a token for its numbers." : "";
+  part.append(element("p", { class: "soft" }, data.sampled + legend), element("div", { class: "controls" }, text, element("span", {}, "reward ", least, " to ", most), step, data.runs.length > 1 ? run : null,
     signals.length ? element("label", {}, "colour by ", signal) : null, earlier, later, state), list);
   draw();
 }

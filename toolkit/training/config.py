@@ -283,13 +283,18 @@ class TrackerConfig(Config):
     step, or none."""
     samples_every: PositiveInt = 10
     """Steps from one that is kept to the next, with samples=some."""
+    tokens_every: NonNegativeInt = 10
+    """Steps from one whose completions are kept with records of their tokens (log-probabilities, ratio, gradient
+    coefficient, what clipped them) to the next; such a step takes one more forward. 0: no records."""
     samples_mb: PositiveFloat = 100.0
     """Megabytes that samples.jsonl may have; from then on no more samples are kept."""
 
     @model_validator(mode="after")
     def _samples_are_kept(self) -> TrackerConfig:
-        if self.samples == "none" and self.samples_mb != type(self).model_fields["samples_mb"].default:
-            raise ConfigError(f"tracker.samples_mb={self.samples_mb:g} has no effect with tracker.samples=none")
+        for name in ("samples_mb", "tokens_every"):
+            value = getattr(self, name)
+            if self.samples == "none" and value != type(self).model_fields[name].default:
+                raise ConfigError(f"tracker.{name}={value:g} has no effect with tracker.samples=none")
         if self.samples != "some" and self.samples_every != type(self).model_fields["samples_every"].default:
             raise ConfigError(
                 f"tracker.samples_every={self.samples_every} has no effect with tracker.samples={self.samples}; set "

@@ -9,16 +9,24 @@ from typing import Any
 
 from toolkit.errors import ConfigError, warn_once
 
+SCHEMA = 1
+"""Version of a line; a reader refuses later ones. tutorials/reference/run_files.md says what a line holds."""
+
+
+def as_line(row: Mapping[str, Any]) -> str:
+    """Return the line of metrics.jsonl that `read_rows` gives back as `row`."""
+    return json.dumps({"schema": SCHEMA, **row}) + "\n"
+
 
 def read_rows(path: Path, *, setting: str = "training.resume: ") -> list[dict[str, Any]]:
-    """Return the lines of a file of metrics; one that was cut at the end is dropped with a note.
+    """Return the lines of a file of metrics without their version; one cut at the end is dropped with a note.
 
     Args:
         path: of the file.
         setting: what the error begins with.
 
     Raises:
-        ConfigError: another line cannot be read.
+        ConfigError: another line cannot be read, or a later version wrote one.
     """
     lines = path.read_bytes().split(b"\n")
     if lines and not lines[-1]:
@@ -36,6 +44,11 @@ def read_rows(path: Path, *, setting: str = "training.resume: ") -> list[dict[st
                 ) from None
             warn_once(f"{path}: the last line was cut, so it is dropped")
             continue
+        version = row.pop("schema", SCHEMA)  # lines of versions without it are those of the first
+        if version > SCHEMA:
+            raise ConfigError(
+                f"{setting}{path} was written by a later version: schema {version}, this one reads {SCHEMA}"
+            )
         rows.append(row)
     return rows
 

@@ -21,6 +21,8 @@ SHOWN = {
     "tokens_per_second": ("tok/s", ",.0f"),
 }
 """Metric -> label and format, in the order shown."""
+PERIOD = 600.0
+"""Seconds whose steps tell how fast it goes; within the usual 30 a step of a larger model does not end."""
 
 
 class PhaseProgress:
@@ -29,7 +31,12 @@ class PhaseProgress:
     def __init__(self, console: Console, title: str, num_steps: int, first_step: int, log_every: int) -> None:
         self._console, self._title, self._num_steps, self._log_every = console, title, num_steps, log_every
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=PERIOD,
         )
         self._task = self._bar.add_task(title, total=num_steps, completed=first_step)
         self._shown = Text()
@@ -52,8 +59,17 @@ class PhaseProgress:
             for name, (label, form) in SHOWN.items()
             if name in metrics and not math.isnan(metrics[name])
         )
+        self._bar.update(self._task, completed=step + 1, total=step + 1 if is_last else self._num_steps)
         if self._live is not None:
-            self._bar.update(self._task, completed=step + 1, total=step + 1 if is_last else self._num_steps)
             self._shown.plain = f"  {shown}"
         elif step % self._log_every == 0 or is_last:
-            self._console.print(f"{self._title} {step + 1:>4}/{self._num_steps}  {shown}", soft_wrap=True)
+            line = f"{self._title} {step + 1:>4}/{self._num_steps}  {shown}{self._time_left()}"
+            self._console.print(line, soft_wrap=True)
+
+    def _time_left(self) -> str:
+        """Return how long the phase still takes, as the bar of a terminal says it; nothing in its last minute."""
+        seconds = self._bar.tasks[0].time_remaining
+        if seconds is None or seconds < 60:
+            return ""
+        hours, minutes = divmod(math.ceil(seconds / 60), 60)
+        return f"  left {hours} h {minutes} min" if hours else f"  left {minutes} min"

@@ -21,6 +21,7 @@ from toolkit.training.disk import write_atomically
 from toolkit.training.evaluation import EVALUATION, Evaluation
 from toolkit.training.metrics_file import why_nothing_was_learnt
 from toolkit.training.output_dir import MODEL
+from toolkit.training.sample_log import SAMPLES
 
 if TYPE_CHECKING:
     from toolkit.training.trainer import Trainer
@@ -158,7 +159,8 @@ def write_report(
     if reason is not None:
         console.print(f"nothing was learnt: all updates were skipped, because {reason}", style="bold", soft_wrap=True)
     model = f", {MODEL}/" if (output_dir / MODEL).is_dir() else ""
-    files = f"metrics.jsonl, summary.json, curves.png, config.yaml, checkpoint/{model}"
+    samples = f"{SAMPLES}, " if (output_dir / SAMPLES).is_file() else ""
+    files = f"metrics.jsonl, {samples}summary.json, curves.png, config.yaml, checkpoint/{model}"
     console.print(f"{files} in {output_dir}", soft_wrap=True)
 
 

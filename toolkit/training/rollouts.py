@@ -121,8 +121,7 @@ class Rollouts:
         is_kept = teaches.view(-1, size).any(-1) | (not cfg.skip_uniform_groups)
         if self.samples is not None and self.samples.keeps(step):
             sample_indices = [(prompt, sample) for prompt in indices for sample in range(size)]
-            means = mean_advantages(advantages[is_local], terms.require("mask")[is_local])
-            self.samples.write(step, examples, sample_indices, completions, rewarded, means)
+            self.samples.take(step, examples, sample_indices, completions, rewarded, rows, advantages[is_local])
         groups = Groups(rows, owners, terms, size).with_advantages(advantages, self.shares.rank)
         return Round(groups.select(is_kept, self.shares.rank), len(prompts), {**metrics, **kl_metrics})
 
@@ -181,16 +180,3 @@ def _measured(rewards: Tensor, completions: Completions) -> dict[str, Metric]:
         "completion_tokens": Mean.of(completions.is_new.sum(-1).cpu()),
         "truncated": Mean.of(~torch.tensor(completions.finished, dtype=torch.bool)),
     }
-
-
-def mean_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean advantage of the scored tokens of each completion, [R].
-
-    Args:
-        advantages: [R, 1] or [R, T].
-        mask: [R, T'] bool, where a token is scored; T' may be larger.
-    """
-    if advantages.shape[1] == 1:
-        return advantages[:, 0]
-    scored = mask[:, : advantages.shape[1]]
-    return (advantages * scored).sum(-1) / scored.sum(-1).clamp(min=1)

@@ -88,7 +88,7 @@ def _job(
         checkpoint.check_room_for(output_dir, trainer)
         write_atomically(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     tracker = Tracker(config.tracker, accelerator, output_dir, config.model_dump())
-    samples = SampleLog(config.tracker, output_dir, is_main=accelerator.is_main_process)
+    samples = SampleLog(config.tracker, output_dir, trainer.tokenizer, is_main=accelerator.is_main_process)
     if resumed is not None:
         folder, state = resumed
         tracker.restore(folder.parent, state["phase"], state["next_step"])

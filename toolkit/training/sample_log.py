@@ -2,15 +2,17 @@
 
 A line holds ``schema``, ``phase``, ``step`` (from 0), ``prompt_index`` (in the step, over all processes), ``sample``,
 ``prompt``, ``completion``, ``answer``, ``reward``, ``parts`` (of several rewards), ``advantage`` (of a token, their
-mean), ``num_tokens`` and ``stop`` (end or length; with an environment what ended the episode).
+mean), ``num_tokens``, ``stop`` (end or length; with an environment what ended the episode) and, of some steps,
+``tokens`` (`toolkit.training.token_log`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +21,9 @@ from toolkit.errors import warn_once
 from toolkit.rollout.sampler import Completions
 from toolkit.tasks.base import Example
 from toolkit.training.config import TrackerConfig
+from toolkit.training.experience import Rows
 from toolkit.training.rewarding import Rewarded
+from toolkit.training.token_log import TokenLog, first_record, first_sampled, row_keys
 
 SAMPLES = "samples.jsonl"
 SCHEMA = 1
@@ -32,9 +36,12 @@ MEGABYTE = 1e6
 class SampleLog:
     """Writes a JSON line for each completion that is kept; all processes call it together, the main one writes."""
 
-    def __init__(self, config: TrackerConfig, output_dir: Path, *, is_main: bool) -> None:
+    def __init__(self, config: TrackerConfig, output_dir: Path, tokenizer: Any = None, *, is_main: bool) -> None:
+        """Take the settings, the folder, and the tokenizer that gives tokens their text."""
         self.config, self.path, self._is_main = config, output_dir / SAMPLES, is_main
-        self._is_full = False
+        self._tokenizer, self._is_full = tokenizer, False
+        self._taken: list[tuple[Hashable, int, dict[str, Any]]] = []
+        """Of the step that goes on: what tells the row apart, where its record begins, and the line."""
 
     def restore(self, run_dir: Path, next_step: int) -> None:
         """Take the lines that the earlier run wrote before the step of the main phase that it resumes at."""
@@ -48,18 +55,24 @@ class SampleLog:
     def keeps(self, step: int) -> bool:
         """Return whether completions of this step are kept."""
         kind = self.config.samples
-        return kind == "all" or (kind == "some" and step % self.config.samples_every == 0)
+        return kind == "all" or self.keeps_tokens(step) or (kind == "some" and step % self.config.samples_every == 0)
 
-    def write(
+    def keeps_tokens(self, step: int) -> bool:
+        """Return whether what is kept of this step has records of its tokens."""
+        every = self.config.tokens_every
+        return self.config.samples != "none" and every > 0 and step % every == 0
+
+    def take(
         self,
         step: int,
         examples: Sequence[Example],
         indices: Sequence[tuple[int, int]],
         completions: Completions,
         rewarded: Rewarded,
+        rows: Rows,
         advantages: Tensor,
     ) -> None:
-        """Write the completions of this process, after those of the processes before it.
+        """Take completions of this process; `flush` writes them when the step has been learnt from.
 
         Args:
             step: of the main phase.
@@ -67,12 +80,14 @@ class SampleLog:
             indices: number of the prompt in the step and of the sample, of each.
             completions: R rows.
             rewarded: what they were rewarded with.
-            advantages: [R] of each, on the CPU.
+            rows: of the completions.
+            advantages: [R, 1] or [R, T - 1], on the CPU.
         """
         is_some = self.config.samples == "some"
-        rows = [row for row, (prompt, _) in enumerate(indices) if not is_some or prompt < SOME]
-        local = [
-            {
+        is_sampled, keys = completions.is_new[:, 1:].cpu(), row_keys(rows)
+        means = mean_advantages(advantages, is_sampled)
+        for row in [row for row, (prompt, _) in enumerate(indices) if not is_some or prompt < SOME]:
+            sample = {
                 "schema": SCHEMA,
                 "phase": "main",
                 "step": step,
@@ -83,15 +98,28 @@ class SampleLog:
                 "answer": examples[row].answer,
                 "reward": _finite(float(rewarded.totals[row])),
                 "parts": _parts(rewarded, row),
-                "advantage": _finite(float(advantages[row])),
+                "advantage": _finite(float(means[row])),
                 "num_tokens": int(completions.is_new[row].sum()),
                 "stop": _stop(completions, row),
             }
-            for row in rows
-        ]
-        gathered = all_gather_objects(local)
-        if self._is_main and not self._is_full:
-            self._append("".join(json.dumps(sample) + "\n" for samples in gathered for sample in samples))
+            if self.keeps_tokens(step):
+                sample["tokens"] = first_record(rows, is_sampled, row, advantages, self._tokenizer)
+            self._taken.append((keys[row], first_sampled(is_sampled[row]), sample))
+
+    def flush(self, token_log: TokenLog | None = None) -> None:
+        """Write what was taken, those of the processes in order; all processes call it together.
+
+        Args:
+            token_log: of the updates of this step.
+        """
+        taken, self._taken = self._taken, []
+        if token_log is not None:
+            for key, first, sample in taken:
+                sample["tokens"] = token_log.completed(key, sample["tokens"], first)
+        gathered = all_gather_objects([sample for *_, sample in taken])
+        text = "".join(json.dumps(sample) + "\n" for samples in gathered for sample in samples)
+        if text and self._is_main and not self._is_full:
+            self._append(text)
 
     def _append(self, text: str) -> None:
         size = self.path.stat().st_size if self.path.is_file() else 0
@@ -127,3 +155,16 @@ def _stop(completions: Completions, row: int) -> str:
 def _finite(value: float) -> float | None:
     """Return the value, or None for NaN and infinities, which JSON has not."""
     return value if math.isfinite(value) else None
+
+
+def mean_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean advantage of the scored tokens of each completion, [R].
+
+    Args:
+        advantages: [R, 1] or [R, T].
+        mask: [R, T'] bool, where a token is scored; T' may be larger.
+    """
+    if advantages.shape[1] == 1:
+        return advantages[:, 0]
+    scored = mask[:, : advantages.shape[1]]
+    return (advantages * scored).sum(-1) / scored.sum(-1).clamp(min=1)

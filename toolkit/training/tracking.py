@@ -6,7 +6,6 @@ the lines before its checkpoint, so it goes on with the number that the uninterr
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from accelerate import Accelerator
 from toolkit.training.config import TrackerConfig
 from toolkit.training.disk import write_atomically
 from toolkit.training.evaluation import EVALUATION
-from toolkit.training.metrics_file import read_rows
+from toolkit.training.metrics_file import as_line, read_rows
 from toolkit.training.tracker_run import Shown, TrackerRun
 
 METRICS = "metrics.jsonl"
@@ -69,7 +68,7 @@ class Tracker:
             ConfigError: the tracker does not start.
         """
         if self._is_main:
-            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self._restored))
+            write_atomically(self.path, "".join(map(as_line, self._restored)))
         if self._run is not None:
             self._run.start(self._restored, self._earlier_dir)
         self._number = len(self._restored)
@@ -97,7 +96,7 @@ class Tracker:
             return
         row = {"phase": phase, "step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(as_line(row))
         if self._run is not None:
             self._run.log(self._number, row, shown)
         self._number += 1

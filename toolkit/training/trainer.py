@@ -33,6 +33,7 @@ from toolkit.training.rollouts import Rollouts
 from toolkit.training.run_config import RunConfig
 from toolkit.training.sharding import prepare_policy
 from toolkit.training.step import without_empty
+from toolkit.training.token_log import TokenLog
 from toolkit.training.updates import Updater
 
 WARMUP_RISE = 10
@@ -123,12 +124,18 @@ class Trainer:
         rows, measured = experience.rows, experience.metrics
         loss_cfg = self.kl_penalty.loss_config(without_empty(cfg.loss))
         unit = cfg.rollout.group_size if self.updater.needs_groups else 1
+        samples = self.rollouts.samples
+        token_log = TokenLog() if samples is not None and samples.keeps_tokens(step) else None
         for epoch in range(cfg.training.epochs):
+            is_last = epoch == cfg.training.epochs - 1
             shuffle = self.draws.rng("main", step, "shuffle", *([epoch] if epoch else []))
             for cut in minibatches(experience.owners, self.shares.rank, cfg.training.minibatches, shuffle, unit=unit):
                 batch = rows.select(cut.local_rows.to(rows.input_ids.device))
-                measured = merge_metrics([measured, self.updater.step(phase, batch, loss_cfg, cut.largest)])
+                log = token_log if is_last else None
+                measured = merge_metrics([measured, self.updater.step(phase, batch, loss_cfg, cut.largest, log)])
         metrics = to_floats(measured)
+        if samples is not None:
+            samples.flush(token_log)
         every = cfg.training.refresh_reference_every
         if self.reference is not None and every is not None and (step + 1) % every == 0:
             refresh_reference(self.reference, self.policy, cfg.training.reference_mixup)

@@ -28,6 +28,7 @@ from toolkit.training.reference import Reference
 from toolkit.training.run_config import RunConfig
 from toolkit.training.sharding import accumulating, clip_grad_norm, local_parameters, unwrapped
 from toolkit.training.step import on_host, per_update, router_weights
+from toolkit.training.token_log import TokenLog
 
 NONFINITE = "nonfinite_updates"
 """Name of the number of updates of a step that were skipped because the gradient was NaN or infinite."""
@@ -101,8 +102,18 @@ class Updater:
             self.is_packing_checked = True
         return plan
 
-    def step(self, phase: Phase, rows: Rows, loss_cfg: BaseLossConfig, most: int) -> dict[str, Metric]:
-        """Take one calibrated step on this process's rows, perhaps none; return its reduced metrics, on the host."""
+    def step(
+        self, phase: Phase, rows: Rows, loss_cfg: BaseLossConfig, most: int, token_log: TokenLog | None = None
+    ) -> dict[str, Metric]:
+        """Take one calibrated step and return its reduced metrics, on the host.
+
+        Args:
+            phase: with the optimizer.
+            rows: of this process, perhaps none.
+            loss_cfg: of the loss.
+            most: rows of the process that has most of them.
+            token_log: takes what the loss makes of each token; on all processes or on none.
+        """
         accelerator, loss_cfg = self.accelerator, unwrapped(self.policy).fitted(loss_cfg)
         for group in phase.optimizer.param_groups:
             group["lr"] = phase.learning_rate(phase.num_updates)
@@ -116,6 +127,8 @@ class Updater:
         batches_kwargs = context.build_batches_loss_kwargs(items, loss_cfg, boundaries)
         contexts = [context(loss_cfg, kwargs) for kwargs in batches_kwargs]
         routers = router_weights(unwrapped(self.policy), [b.rows for b in micro_batches], loss_cfg.gradient_reduction)
+        if token_log is not None:
+            token_log.add(unwrapped(self.policy), plan, rows, micro_batches, contexts)
         parts: list[dict[str, Metric]] = []
         self.policy.train()
         for index, (batch, loss_ctx, router) in enumerate(zip(micro_batches, contexts, routers, strict=True)):

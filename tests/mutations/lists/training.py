@@ -564,4 +564,19 @@ MUTATIONS = (
         becomes="if index < 0:",
         tests=(f"{TRACKING}::test_the_axis_is_the_line",),
     ),
+    # ---------------------------------------------------------------- records of tokens
+    Mutation(
+        name="a-record-begins-at-the-prompt",
+        file="toolkit/training/token_log.py",
+        line="return {**record, **{name: each[first : first + number] for name, each in values.items()}}",
+        becomes="return {**record, **{name: each[:number] for name, each in values.items()}}",
+        tests=("tests/training/test_sample_log.py::test_records_of_tokens_are_what_the_last_update_saw[False]",),
+    ),
+    Mutation(
+        name="a-coefficient-lowers-what-is-raised",
+        file="toolkit/losses/token_records.py",
+        line="coefficient = (-of_loss / full).where(full != 0, 0.0)",
+        becomes="coefficient = (of_loss / full).where(full != 0, 0.0)",
+        tests=("tests/losses/test_token_records.py::test_ppo_by_hand",),
+    ),
 )

@@ -132,7 +132,7 @@ def calibrated(shares: Sequence[Share], denominator: Tensor, *, gradient_reducti
     Returns:
         float64 weights, [B, T] for each micro-batch, 0 where nothing is scored.
     """
-    factor = _ranks_in(gradient_reduction)
+    factor = ranks_in(gradient_reduction)
     if factor != 1:
         denominator = denominator / factor
     return [batch.weights * factor if batch.is_sum else batch.divided(denominator) for batch in shares]
@@ -150,11 +150,11 @@ def loss_metric(loss: Tensor, gradient_reduction: str) -> Sum:
         loss: scalar, from calibrated weights; with "mean" these carry a factor R, which is divided out here.
         gradient_reduction: "mean" or "sum", that of the weights.
     """
-    factor = _ranks_in(gradient_reduction)
+    factor = ranks_in(gradient_reduction)
     value = loss.detach().double()
     return Sum(value if factor == 1 else value / factor)
 
 
-def _ranks_in(gradient_reduction: str) -> int:
+def ranks_in(gradient_reduction: str) -> int:
     """Return the number that the back-end divides the sum of the ranks' gradients by."""
     return world_size() if gradient_reduction == "mean" else 1

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -71,6 +72,8 @@ def test_every_choice_of_every_group_composes(group: str, usual: RunConfig) -> N
     }
     if group == "aggregation":
         extra = {"constant": ["loss.aggregation.length=5"]}
+    if group == "experiment":
+        extra = {"lora": ["model.path=x"], "sft": ["task.path=x", "model.path=x"]}
     for path in (CONF / group).glob("*.yaml"):
         choice = f"{group}={path.stem}"
         overrides = [choice, *extra.get(path.stem, [])]
@@ -90,6 +93,29 @@ def test_presets_name_the_command_that_runs_them(preset: str) -> None:
     group, name = preset.split("=")
     lines = (CONF / group / f"{name}.yaml").read_text().splitlines()
     assert lines[:2] == ["# @package _global_", f"# toolkit-train {preset}"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "published"),
+    [
+        (
+            "grpo",
+            {"loss.kl_loss_coef": 0.04, "loss.aggregation.name": "seq_mean_token_mean", "training.minibatches": 1},
+        ),
+        ("dapo", {"loss.policy_loss_cfg.cliprange_low": 0.2, "loss.policy_loss_cfg.cliprange_high": 0.28}),
+        ("dapo", {"loss.aggregation.name": "token_mean", "loss.use_kl_loss": False, "training.minibatches": 16}),
+        ("gspo", {"loss.policy_loss_cfg.cliprange_low": 3e-4, "loss.policy_loss_cfg.cliprange_high": 4e-4}),
+        ("gspo", {"loss.aggregation.name": "seq_mean_token_mean", "training.minibatches": 4}),
+        ("cispo", {"loss.policy_loss_cfg.loss_type": "cispo", "optimizer.betas": [0.9, 0.95]}),
+        ("rloo", {"advantage.estimator": "rloo", "kl_control.reward_type": "k1", "loss.use_kl_loss": False}),
+        ("reinforce_pp", {"advantage.estimator": "reinforce_pp", "kl_control.reward_type": "k1"}),
+        ("dr_grpo", {"advantage.estimator": "dr_grpo"}),
+    ],
+)
+def test_recipes_have_the_published_numbers(recipe: str, published: dict[str, Any]) -> None:
+    cfg = compose_config([f"experiment={recipe}"])
+    build_config(cfg)
+    assert {key: OmegaConf.select(cfg, key) for key in published} == published
 
 
 def test_every_yaml_starts_with_a_title() -> None:

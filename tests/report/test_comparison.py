@@ -98,6 +98,23 @@ def test_unfinished_runs_are_compared_by_their_last_rewards(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.parametrize(
+    ("rates", "labels"),
+    [
+        (("0.00037671376717424864", "0.0025832390818308314"), ("0.0003767", "0.002583")),
+        (("0.00037671", "0.00037672"), ("0.00037671", "0.00037672")),
+    ],
+)
+def test_drawn_numbers_are_short_where_they_still_differ(
+    tmp_path: Path, rates: tuple[str, str], labels: tuple[str, str]
+) -> None:
+    for policy, rate in zip(("vanilla", "gspo"), rates, strict=True):  # the settings differ, too
+        make_run(tmp_path / policy, rewards=[0.5], policy=policy, overrides=[f"optimizer.lr={rate}", "kl=k3"])
+    assert {choice.label for choice in compare(read_runs([tmp_path])).choices} == {
+        f"optimizer.lr={label}" for label in labels
+    }
+
+
 def test_what_changes_no_result_is_not_compared(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name, rewards=curve(0.9, 0))) for name in ("a", "b")]
     runs[1].settings["training.resume"] = "a"  # type: ignore[index]

@@ -164,10 +164,22 @@ def _labels(runs: Sequence[Run], groups: Sequence[Sequence[int]], differing: dic
         for i in firsts
     ]
     common = set.intersection(*map(set, chosen))
-    labels = [" ".join(each for each in of_choice if each not in common) or "no override" for of_choice in chosen]
-    if len(set(labels)) == len(labels):
-        return labels
+    told = [[each for each in of_choice if each not in common] for of_choice in chosen]
+    for written in (map(_readable, each) for each in told), told:
+        labels = [" ".join(each) or "no override" for each in written]
+        if len(set(labels)) == len(labels):
+            return labels
     return [", ".join(f"{key}={values[i]}" for key, values in differing.items()) for i in firsts]
+
+
+def _readable(override: str) -> str:
+    """Return an override with a drawn number such as 0.00037671376717424864 in four digits."""
+    key, _, value = override.partition("=")
+    try:
+        short = f"{float(value):.4g}"
+    except ValueError:
+        return override
+    return f"{key}={short}" if len(short) < len(value) else override
 
 
 def _title(run: Run) -> str:

@@ -55,7 +55,8 @@ class SampleLog:
     def keeps(self, step: int) -> bool:
         """Return whether completions of this step are kept."""
         kind = self.config.samples
-        return kind == "all" or self.keeps_tokens(step) or (kind == "some" and step % self.config.samples_every == 0)
+        is_due = kind == "some" and step % self.config.samples_every == 0
+        return kind == "all" or is_due or self.keeps_tokens(step)
 
     def keeps_tokens(self, step: int) -> bool:
         """Return whether what is kept of this step has records of its tokens."""

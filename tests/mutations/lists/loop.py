@@ -119,8 +119,8 @@ MUTATIONS = (
     Mutation(
         name="samples-of-every-step",
         file="toolkit/training/sample_log.py",
-        line='return kind == "all" or (kind == "some" and step % self.config.samples_every == 0)',
-        becomes='return kind != "none"',
+        line='is_due = kind == "some" and step % self.config.samples_every == 0',
+        becomes='is_due = kind == "some"',
         tests=(f"{SAMPLES}::test_some_are_the_first_prompts_of_every_few_steps",),
     ),
     Mutation(

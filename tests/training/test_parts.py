@@ -12,6 +12,7 @@ pytest.importorskip("reasoning_gym")
 
 from toolkit import ConfigError
 from toolkit.models.config import PretrainedConfig, TinyLlamaConfig
+from toolkit.tasks.base import Example
 from toolkit.tasks.config import SpellBackwardConfig
 from toolkit.training.config import SchedulerConfig
 from toolkit.training.metrics_file import why_nothing_was_learnt
@@ -96,6 +97,19 @@ def test_a_verifier_that_crashes_gives_no_reward(monkeypatch: pytest.MonkeyPatch
 def test_too_many_held_out_words() -> None:
     with pytest.raises(ConfigError, match="leaves no words for RL"):
         SpellBackwardConfig(num_heldout=10**6).build(seed=0)
+
+
+def test_letters_in_their_place_are_worth_a_part() -> None:
+    task = SpellBackwardConfig(num_heldout=10, word_length=5, partial_credit=True).build(seed=0)
+    example = Example("abcde=", "edcba", {})
+    found = {word: task.score(example, word) for word in ("edcba", "edcb", "edcbaa", "", "abcde", "dcba")}
+    assert found == {"edcba": 1.0, "edcb": 0.8, "edcbaa": 5 / 6, "": 0.0, "abcde": 0.2, "dcba": 0.0}
+
+
+def test_demonstrations_may_be_shorter_than_the_words() -> None:
+    task = SpellBackwardConfig(num_heldout=10, word_length=5, demonstrated_length=4).build(seed=0)
+    assert {len(example.answer) for example in task.demonstrate(20, Random(0))} == {4}
+    assert {len(example.answer) for example in task.draw(20, Random(0))} == {5}
 
 
 def test_pretrained_round_trip(tmp_path) -> None:

@@ -238,6 +238,15 @@ def test_the_reward_teaches(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_rl_learns_words_longer_than_any_demonstration(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "experiment=longer_words", "seed=7")
+    assert done.returncode == 0, done.stderr
+    found = summary(tmp_path / "run")
+    assert found["accuracy_before"] <= 0.02
+    assert found["accuracy_after"] >= 0.9
+
+
+@pytest.mark.slow
 def test_coin_flips_do_not_teach(tmp_path: Path) -> None:
     done = train(tmp_path / "run", "debug=coin_flip", "seed=7")
     assert done.returncode == 0, done.stderr

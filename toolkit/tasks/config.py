@@ -24,6 +24,11 @@ class SpellBackwardConfig(TaskConfig):
 
     word_length: Annotated[int, Field(ge=3, le=10)] = 4
     """Letters in a word; reasoning-gym has words of 3 to 10."""
+    demonstrated_length: Annotated[int, Field(ge=3, le=10)] | None = None
+    """Letters in a word of the warm-up and of loss=ce; None: as in `word_length`."""
+    partial_credit: bool = False
+    """Reward the share of letters that are in their place, over the longer of answer and completion; the right word is
+    1. False: 1 or 0."""
     num_heldout: PositiveInt = 512
     """Words that are only ever used to measure accuracy; RL uses the others."""
 
@@ -31,7 +36,13 @@ class SpellBackwardConfig(TaskConfig):
         """Return the task; needs the extra [train]."""
         from toolkit.tasks.spell_backward import SpellBackward
 
-        return SpellBackward(seed, word_length=self.word_length, num_heldout=self.num_heldout)
+        return SpellBackward(
+            seed,
+            word_length=self.word_length,
+            num_heldout=self.num_heldout,
+            demonstrated_length=self.demonstrated_length,
+            partial_credit=self.partial_credit,
+        )
 
 
 class ReasoningGymConfig(TaskConfig):

@@ -24,8 +24,17 @@ class SpellBackward(Task):
 
     alphabet = string.ascii_lowercase + "="
 
-    def __init__(self, seed: int, *, word_length: int, num_heldout: int) -> None:
-        self._length = word_length
+    def __init__(
+        self,
+        seed: int,
+        *,
+        word_length: int,
+        num_heldout: int,
+        demonstrated_length: int | None = None,
+        partial_credit: bool = False,
+    ) -> None:
+        self._length, self._demonstrated = word_length, demonstrated_length or word_length
+        self._gives_part = partial_credit
         self._dataset = reasoning_gym.create_dataset(
             "spell_backward", size=POOL_SIZE, seed=seed, min_word_len=self._length, max_word_len=self._length
         )
@@ -47,14 +56,20 @@ class SpellBackward(Task):
         self._kept_back = {example.prompt for example in self.heldout}
 
     def score(self, example: Example, completion: str) -> float:
-        """Return 1.0 for the exact answer and 0.0 otherwise (reasoning-gym gives partial credit below 1)."""
+        """Return 1.0 for the exact answer, else 0.0 or, if asked to, the share of letters in their place.
+
+        The partial credit of reasoning-gym is another one: it does not look at places.
+        """
+        if self._gives_part:
+            right = sum(mine == theirs for mine, theirs in zip(completion, example.answer, strict=False))
+            return right / max(len(completion), len(example.answer))
         return float(self._dataset.score_answer(completion, example.entry) >= 1.0)
 
     def demonstrate(self, number: int, rng: Random) -> list[Example]:
-        """Return random letters spelt backward; held-out words never come up."""
+        """Return random letters spelt backward, of the demonstrated length; held-out words never come up."""
         examples: list[Example] = []
         while len(examples) < number:
-            word = "".join(rng.choices(string.ascii_lowercase, k=self._length))
+            word = "".join(rng.choices(string.ascii_lowercase, k=self._demonstrated))
             if f"{word}=" not in self._kept_back:
                 answer = word[::-1]
                 examples.append(Example(f"{word}=", answer, {"answer": answer}))

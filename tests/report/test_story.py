@@ -31,6 +31,9 @@ def test_a_run_that_learnt(tmp_path: Path) -> None:
     assert said(small) == [
         "good: The held-out accuracy went from 0.300 to 0.350, 1.0 standard errors: that may be chance."
     ]
+    sure = {**ENDED, "accuracy_before": 0.0, "heldout_reward_se_before": 0.0, "heldout_reward_se_after": 0.004}
+    far = make_run(tmp_path / "c", rewards=curve(0.9, 0), summary=sure)
+    assert said(far) == ["good: The held-out accuracy went from 0.000 to 0.900, more than 20 standard errors."]
 
 
 def test_a_run_that_was_cut_or_still_runs(tmp_path: Path) -> None:

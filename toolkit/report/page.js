@@ -72,7 +72,7 @@ function chart(metric, phase, radius, wide) {
   });
   const points = lines.flatMap((line) => line.points);
   if (!points.length) return null;
-  const width = wide ? 900 : 320, height = wide ? 240 : 170, left = 46, right = 8, top = 6, bottom = 20;
+  const width = wide ? 900 : 320, height = wide ? 240 : 170, left = 46, right = 14, top = 6, bottom = 20;
   let [x0, x1] = [Math.min(...points.map((p) => p[0])), Math.max(...points.map((p) => p[0]))];
   let [y0, y1] = [points.reduce((m, p) => Math.min(m, p[1]), Infinity), points.reduce((m, p) => Math.max(m, p[1]), -Infinity)];
   if (x0 === x1) x1 = x0 + 1;
@@ -125,15 +125,23 @@ function curves() {
   choose.addEventListener("change", draw); smooth.addEventListener("input", draw); draw();
 }
 
+const middleOf = (signal) => signal === "ratio" ? 1 : 0, largestOf = {};
+function largest(signal) { // over all samples, so that colours can be compared
+  if (!(signal in largestOf)) {
+    let most = 0;
+    for (const sample of data.samples) for (const value of (sample.tokens && sample.tokens[signal]) || []) if (typeof value === "number") most = Math.max(most, Math.abs(value - middleOf(signal)));
+    largestOf[signal] = most || 1;
+  }
+  return largestOf[signal];
+}
 function tokens(record, signal) {
-  const values = record[signal] || [], known = values.filter((value) => typeof value === "number"), middle = signal === "ratio" ? 1 : 0;
-  const largest = known.reduce((m, v) => Math.max(m, Math.abs(v - middle)), 0) || 1;
+  const values = record[signal] || [], middle = middleOf(signal), most = largest(signal);
   return element("pre", {}, ...record.text.map((text, index) => {
-    const value = values[index], status = (record.status || [])[index], share = typeof value === "number" ? (value - middle) / largest : 0;
+    const value = values[index], status = (record.status || [])[index], share = typeof value === "number" ? (value - middle) / most : 0;
     const said = Object.keys(record).filter((key) => Array.isArray(record[key]) && key !== "text").map((key) => `${key} ${typeof record[key][index] === "number" ? number(record[key][index]) : record[key][index] ?? "–"}`);
     const kept = !status || status === "learns" ? "" : status.startsWith("clipped") || status === "rejected" || status === "flat" ? " clipped" : " masked";
     return element("span", { class: `token${value === null ? " masked" : ""}${kept}`, title: said.join("\n"),
-      style: share ? `background:rgba(var(--${share > 0 ? "up" : "down"}), ${Math.min(1, Math.abs(share)).toFixed(2)})` : null }, text);
+      style: share ? `background:rgba(var(--${share > 0 ? "up" : "down"}), ${(.1 + .5 * Math.min(1, Math.abs(share))).toFixed(2)})` : null }, text);
   }));
 }
 function samples() {

@@ -25,6 +25,8 @@ MOST_CLIPPED = 0.3
 """Share of clipped tokens above which the updates of a rollout are too large; well below 0.1 is usual."""
 MANY_TRUNCATED = 0.5
 """Share of completions that did not end by themselves."""
+MANY = 20
+"""Standard errors beyond which their number says nothing more."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def _in_errors(run: Run, name: str, before: float, after: float) -> str:
     if not spread:
         return ""
     size = (after - before) / spread
+    if abs(size) > MANY:  # near 0 and 1 the error itself is not well known
+        return f", more than {MANY} standard errors"
     return f", {abs(size):.1f} standard errors" + ("" if abs(size) > 2 else ": that may be chance")
 
 

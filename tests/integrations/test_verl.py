@@ -6,6 +6,7 @@ Legend: B rows, T positions.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -17,11 +18,14 @@ import torch
 
 pytest.importorskip("verl")
 
+import verl
+from hydra import compose, initialize_config_dir
 from verl.trainer.ppo import core_algos
+from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig
 from verl.workers.config.actor import PolicyLossConfig
 
-import toolkit.integrations.verl
+import toolkit.integrations.verl.plugin
 from toolkit import ConfigError
 from toolkit.functional.policy.registry import policy_loss_names
 from toolkit.integrations.verl import options
@@ -186,6 +190,19 @@ def test_options_come_from_the_config_and_the_variable(
     assert cfg.log_ratio_range == (None, 10)
     monkeypatch.setenv(options.LOSS, "loss=preset/verl/gspo")
     assert options.loss_of(None, config).policy.name == "gspo_token"
+
+
+def test_the_settings_of_the_page_fit_the_configuration_of_verl() -> None:
+    page = (ROOT / "tutorials/reference/trainers.md").read_text()
+    settings = re.findall(r"^(actor_rollout_ref\.\S+=\S+)$", page, flags=re.MULTILINE)
+    assert len(settings) == 2
+    sizes = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4", "algorithm.adv_estimator=toolkit/maxrl"]
+    with initialize_config_dir(str(Path(verl.__file__).with_name("trainer") / "config"), version_base=None):
+        cfg = compose("ppo_trainer", overrides=[*settings, *sizes])
+    config = omega_conf_to_dataclass(cfg.actor_rollout_ref.actor)
+    loss, _ = result(config.policy_loss.loss_mode, config.loss_agg_mode, config, inputs())
+    assert loss.isfinite()
+    core_algos.get_adv_estimator_fn(omega_conf_to_dataclass(cfg.algorithm).adv_estimator)
 
 
 def test_another_aggregation_is_named_once() -> None:

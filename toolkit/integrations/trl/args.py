@@ -20,7 +20,7 @@ OF_LOSS = (
     *("vespo_lambda_neg", "off_policy_mask_threshold"),
 )
 """Arguments of GRPOConfig that describe the loss, so they are not read beside ``loss=...``."""
-NEVER = {"use_adaptive_entropy": False, "top_entropy_quantile": 1.0, "cast_lm_head_to_fp32": False}
+UNSUPPORTED = {"use_adaptive_entropy": False, "top_entropy_quantile": 1.0, "cast_lm_head_to_fp32": False}
 """Arguments that no loss here follows, with the value that switches them off."""
 
 
@@ -33,7 +33,7 @@ def loss_from(loss: Any, args: Any) -> BaseRLLossConfig:
         args: TRL's ``GRPOConfig``.
 
     Raises:
-        ConfigError: the loss does not exist, `args` set what it does not read, or TRL has not what it needs.
+        ConfigError: the loss does not exist, `args` set what it does not read, or TRL does not have what it needs.
     """
     check_args(args)
     if loss is None:
@@ -71,7 +71,7 @@ def check_args(args: Any) -> None:
             "does not hold the logits either"
         )
     known = {word.name: word.answer for word in words_of("trl").words}
-    for name, off in NEVER.items():
+    for name, off in UNSUPPORTED.items():
         if getattr(args, name, off) != off:
             raise ConfigError(f"{name}={getattr(args, name)!r} of TRL has no counterpart: {known[name].no}")
     generate_every = args.steps_per_generation * args.num_iterations
@@ -87,7 +87,7 @@ def check_beside(cfg: BaseRLLossConfig, args: Any) -> None:
     """Check a loss that the user chose against TRL's `args`.
 
     Raises:
-        ConfigError: `args` describe another loss, which would have no effect; or the loss needs what TRL has not.
+        ConfigError: `args` describe another loss, which would have no effect; or the loss needs what TRL does not have.
     """
     defaults = {field.name: field.default for field in fields(args)}
     known = {word.name: word for word in words_of("trl").words}
@@ -118,6 +118,8 @@ def check_beside(cfg: BaseRLLossConfig, args: Any) -> None:
             f"the loss scores tokens at temperature {cfg.temperature:g}, but TRL samples them and computes "
             f"old_per_token_logps at {args.temperature:g}; set temperature={args.temperature:g} in the loss"
         )
+    if cfg.gradient_reduction != "mean":
+        raise ConfigError("gradient_reduction='sum': TRL's processes average their gradients; leave it at 'mean'")
     if args.use_vllm and args.vllm_importance_sampling_correction and not cfg.correction:
         warn_once(
             "loss=... has no correction for vLLM's log-probabilities, so vllm_importance_sampling_correction=True only "

@@ -56,7 +56,7 @@ class ToolkitLossMixin(Base):
         Args:
             model: and all further arguments: as of TRL's trainer.
             reward_funcs: as of TRL's trainer.
-            args: ``GRPOConfig``. ``beta`` is set for a `loss` with a KL term, so that TRL computes the reference.
+            args: ``GRPOConfig``. For a `loss` with a KL term ``beta`` is set: without it TRL computes no reference.
             by_position: as of TRL's trainer.
             loss: overrides as on the command line, in one string or a list, ``"policy_loss=gspo kl=k3"``; or a
                 ``GRPOLossConfig``; None: the loss that `args` describe.

@@ -18,7 +18,7 @@ from toolkit.functional.advantages.registry import advantage
 from toolkit.functional.rewards import RewardTerms
 from toolkit.integrations.verl.options import ADVANTAGE, advantage_options
 
-GIVEN = frozenset({"lengths", "mask", "token_rewards", "greedy_rewards"})
+AVAILABLE = frozenset({"lengths", "mask", "token_rewards", "greedy_rewards"})
 """Fields of `RewardTerms` that verl gives to an estimator of another project."""
 
 

@@ -35,7 +35,7 @@ AGGREGATIONS = {
     "constant": "seq-mean-token-sum-norm",
 }
 """verl's names of aggregations."""
-NOT_GIVEN = {
+ABSENT = {
     "teacher_logprobs": "a teacher's log-probabilities",
     "ref_logprobs": "the reference's log-probabilities",
     "rollout_logprobs": "the sampler's log-probabilities (algorithm.rollout_correction comes as weights)",
@@ -76,20 +76,18 @@ def _loss_of(name: str | None, options: tuple[str, ...], text: str) -> BaseRLLos
     cfg = load_loss([*([] if name is None else [f"policy_loss={name}"]), *options, *chosen])
     if not isinstance(cfg, BaseRLLossConfig):
         raise ConfigError(f"{LOSS}: {type(cfg).__name__} has no policy loss; choose loss=grpo or a preset")
-    check_given(cfg)
+    check_fields(cfg)
     if os.environ.get("RANK", "0") == "0":  # once: the result is kept
         shown = ", ".join(f"{key}={value}" for key, value in cfg.policy_options.items())
         print(f"toolkit in verl: policy loss {cfg.policy.name} with {shown or 'no options'}", flush=True)
     return cfg
 
 
-def check_given(cfg: BaseRLLossConfig) -> None:
+def check_fields(cfg: BaseRLLossConfig) -> None:
     """Raise `ConfigError` if the policy loss reads what verl does not pass to it."""
     missing = next(iter(cfg.policy.fields_read(cfg.policy_options)), None)
     if missing is not None:
-        raise ConfigError(
-            f"policy loss {cfg.policy.name!r} reads {missing}, but verl does not pass {NOT_GIVEN[missing]}"
-        )
+        raise ConfigError(f"policy loss {cfg.policy.name!r} reads {missing}, but verl does not pass {ABSENT[missing]}")
     if cfg.scope_of_terms == "group":
         raise ConfigError(
             f"policy loss {cfg.policy.name!r} compares the completions of a prompt, but verl passes no prompts and "

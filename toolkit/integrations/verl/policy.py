@@ -73,7 +73,10 @@ def compute_policy_loss(
 def terms_of(
     cfg: BaseRLLossConfig, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, mask: Tensor
 ) -> PolicyTerms:
-    """Return the positions that count, [N] each, as a policy loss takes them; all arguments are [B, T]."""
+    """Return the positions that count, [N] each, as a policy loss takes them.
+
+    `old_log_prob`, `log_prob`, `advantages` and `mask` are [B, T].
+    """
     rows = sequence_ids(mask.shape, None, mask.device)
     turns = turn_ids(mask, rows)
     positions = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)

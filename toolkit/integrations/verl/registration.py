@@ -7,7 +7,7 @@ import functools
 from toolkit.errors import ConfigError
 from toolkit.functional.advantages.registry import advantage, advantage_names
 from toolkit.functional.policy.registry import policy_loss_names
-from toolkit.integrations.verl.advantages import GIVEN, compute_advantage
+from toolkit.integrations.verl.advantages import AVAILABLE, compute_advantage
 from toolkit.integrations.verl.policy import compute_policy_loss
 from toolkit.integrations.versions import check_version
 
@@ -34,5 +34,5 @@ def register() -> None:
         register_policy_loss(f"{PREFIX}/{name}")(functools.partial(compute_policy_loss, name))
     for name in advantage_names():
         key = f"{PREFIX}/{name}"
-        if key not in ADV_ESTIMATOR_REGISTRY and {*advantage(name).needs} <= GIVEN:
+        if key not in ADV_ESTIMATOR_REGISTRY and {*advantage(name).needs} <= AVAILABLE:
             register_adv_est(key)(functools.partial(compute_advantage, name))

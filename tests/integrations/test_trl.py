@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 import toolkit
 from tests.integrations.trl_runs import PROMPTS, config, reward, run, save_model, trainer
 from tests.processes import run_processes
-from toolkit import ConfigError, GRPOLossConfig
+from toolkit import GRPOLossConfig
 from toolkit.integrations.trl import ToolkitGRPOTrainer, ToolkitLossMixin
 from toolkit.integrations.trl.args import loss_from
 
@@ -299,46 +299,6 @@ def test_tokens_that_vllm_did_not_report_have_a_ratio_of_one(folder: str) -> Non
     missing = gradients(ours, inputs)
     for mine, other in zip(missing, gradients(ours, {**inputs, "sampling_per_token_logps": reported}), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
-
-
-# -------------------------------------------------------------------- wrong inputs
-
-
-WRONG: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "liger": ({"use_liger_kernel": True}, None, "use_liger_kernel=True replaces parts of the model"),
-    "words": ({}, "policy_loss=gpso", "try: policy_loss=gspo"),
-    "not_of_loss": ({}, "policy_loss=gspo optimizer.lr=1e-5", "optimizer.lr"),
-    "type": ({}, 3, "loss=int is not a loss"),
-    "beside": ({"epsilon": 0.3}, "policy_loss=gspo", "epsilon=0.3 has no effect beside loss"),
-    "beta": ({"beta": 0.1}, "policy_loss=gspo", "beta=0.1 has no effect beside a loss without KL term"),
-    "two_betas": ({"beta": 0.1}, "kl=k3 loss.kl_loss_coef=0.2", "leave beta out"),
-    "top_k": ({}, "kl=top_k", "ref_topk_logprobs, which TRL's trainer does not compute"),
-    "temperature": ({"temperature": 0.7}, GRPOLossConfig(), "set temperature=0.7 in the loss"),
-    "reduction": ({}, GRPOLossConfig(gradient_reduction="sum"), "leave it at 'mean'"),
-    "adaptive": ({"use_adaptive_entropy": True}, None, "use_adaptive_entropy=True of TRL has no counterpart"),
-    "quantile": ({"top_entropy_quantile": 0.2}, None, "top_entropy_quantile=0.2 of TRL has no counterpart"),
-    "sequence": ({"importance_sampling_level": "sequence", "loss_type": "sapo"}, None, "is not known here"),
-    "unknown": ({"loss_type": "grpoo"}, None, "'grpoo' is not a loss of TRL"),
-    "later": (
-        {"gradient_accumulation_steps": 4, "steps_per_generation": 1},
-        None,
-        "a multiple of gradient_accumulation",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_inputs_are_answered_in_one_line(folder: str, name: str) -> None:
-    settings, loss, message = WRONG[name]
-    with pytest.raises(ConfigError) as error:
-        trainer(ToolkitGRPOTrainer, folder, extra={} if loss is None else {"loss": loss}, **settings)
-    assert message in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
-
-
-def test_arguments_are_needed(folder: str) -> None:
-    with pytest.raises(ConfigError, match=r"args is missing; give a trl\.GRPOConfig"):
-        ToolkitGRPOTrainer(folder, reward, train_dataset=None)
 
 
 def test_the_model_is_saved_as_usual(folder: str, tmp_path: Path) -> None:

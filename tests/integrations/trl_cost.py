@@ -23,7 +23,7 @@ def measure(kind: str, rows: int, width: int, vocabulary: int) -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import GRPOTrainer
 
-    from tests.integrations.trl_runs import reward, save_model, trainer
+    from tests.integrations.trl_runs import save_model, trainer
     from toolkit.integrations.trl import ToolkitGRPOTrainer
 
     folder = tempfile.mkdtemp()
@@ -34,7 +34,6 @@ def measure(kind: str, rows: int, width: int, vocabulary: int) -> str:
     LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, eos_token_id=1, **sizes, **heads)).save_pretrained(folder)
     settings = {"gradient_accumulation_steps": 1, "num_iterations": 1, "gradient_checkpointing": False}
     made = trainer({"trl": GRPOTrainer, "toolkit": ToolkitGRPOTrainer}[kind], folder, beta=0.0, **settings)
-    assert reward
     inputs = {
         "prompt_ids": torch.randint(2, vocabulary, (rows, PROMPT)),
         "prompt_mask": torch.ones(rows, PROMPT, dtype=torch.long),

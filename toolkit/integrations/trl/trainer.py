@@ -74,10 +74,10 @@ class ToolkitLossMixin(Base):
             args.beta = loss_cfg.kl_loss_coef or 1.0  # TRL has no reference model with beta = 0
         super().__init__(model, reward_funcs, args, *by_position, **others)
         self.is_of_args = loss is None
-        if self.aux_loss_enabled:
+        if getattr(self, "aux_loss_enabled", False):
             raise ConfigError(
-                "the model's config asks for a router loss (output_router_logits=True), which is not added here; set "
-                "output_router_logits=False"
+                f"TRL adds {self.router_aux_loss_coef} times the router loss of a mixture of experts, which is not done "
+                "here; set router_aux_loss_coef=0.0 to train without it"
             )
         accept_loss(self._inner_model())
         self.loss_cfg = fitted_loss(self.model, loss_cfg)

@@ -76,7 +76,7 @@ class ToolkitLossMixin(Base):
         self.is_of_args = loss is None
         if getattr(self, "aux_loss_enabled", False):
             raise ConfigError(
-                f"TRL adds {self.router_aux_loss_coef} times the router loss of a mixture of experts, which is not done "
+                f"TRL adds {self.router_aux_loss_coef} times the router loss of a mixture of experts, which is absent "
                 "here; set router_aux_loss_coef=0.0 to train without it"
             )
         accept_loss(self._inner_model())

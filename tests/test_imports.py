@@ -33,7 +33,7 @@ LAYERS = [
     {"check"},
     {"runner"},
     {"report"},
-    {"bench", "scale"},
+    {"bench", "scale", "integrations"},
     {"train"},
 ]
 """From the bottom to the top: a module imports from layers below its own, and from its own. Where several entries name
@@ -113,6 +113,15 @@ def test_importing_is_light_and_touches_no_device() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"] * 5
+
+
+def test_integrations_import_their_trainer_only_when_used() -> None:
+    code = (
+        "import sys, toolkit.integrations.trl, toolkit.integrations.trl.args\n"
+        "print(*({'trl', 'verl', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_public_names_are_frozen() -> None:

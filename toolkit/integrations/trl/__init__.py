@@ -1,0 +1,22 @@
+"""TRL's GRPO trainer with any loss of this toolkit; needs trl (tested with 1.16.0).
+
+from toolkit.integrations.trl import ToolkitGRPOTrainer
+trainer = ToolkitGRPOTrainer(model, reward, args, train_dataset=data, loss="policy_loss=gspo kl=k3")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toolkit.integrations.trl.trainer import ToolkitGRPOTrainer as ToolkitGRPOTrainer
+    from toolkit.integrations.trl.trainer import ToolkitLossMixin as ToolkitLossMixin
+
+__all__ = ["ToolkitGRPOTrainer", "ToolkitLossMixin"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.trainer"), name)

@@ -19,13 +19,14 @@ class ChartWidget(anywidget.AnyWidget):
     """Draws a `View`; a click on a bar is reported by its key."""
 
     _esm = (files("toolkit.notebook") / "charts.js").read_text(encoding="utf-8")
-    view = traitlets.Dict(View().as_dict()).tag(sync=True)
+    view = traitlets.Unicode(View().as_json()).tag(sync=True)
+    """A `View` as JSON."""
     clicked = traitlets.List(["", 0]).tag(sync=True)
     """The key of the bar and how many clicks there were: a second click on the same bar is a change, too."""
 
     def show(self, view: View) -> None:
         """Replace what is on the screen."""
-        self.view = view.as_dict()
+        self.view = view.as_json()
 
     def on_click(self, callback: Callable[[str], Any]) -> None:
         """Call `callback` with the key of every bar that is clicked."""

@@ -142,7 +142,7 @@ function render({ model, el }) {
   const root = make("div", { class: "tk-charts" });
   el.append(make("style", {}, STYLE), root);
   function draw() {
-    const view = model.get("view"), focused = [...root.querySelectorAll("[tabindex]")].indexOf(document.activeElement);
+    const view = JSON.parse(model.get("view")), focused = [...root.querySelectorAll("[tabindex]")].indexOf(document.activeElement);
     const several = view.charts.some((chart) => chart.lines.length > 1);
     const click = (key) => { model.set("clicked", [key, (model.get("clicked")[1] || 0) + 1]); model.save_changes(); };
     root.replaceChildren(...[legend(view.charts), make("div", { class: "tk-grid" }, ...view.charts.map((chart) => chart.bars.length ? barChart(chart, click) : lineChart(chart, several))),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from toolkit.errors import ToolkitError, first_line
 from toolkit.explain.facts import equation
@@ -20,6 +20,8 @@ PAGES: tuple[Page, ...] = ("policy loss", "KL", "aggregation")
 RATIO, LOSS, SLOPE = "ratio pi / pi_old (log axis)", "token loss", "d loss / d log pi"
 MOST_KEPT = 5
 """Curves that are compared, beside the chosen one."""
+MOST_CACHED = 200
+"""Curves that are remembered."""
 
 
 @dataclass
@@ -38,6 +40,8 @@ class ExplorerModel:
     sampler: Sampler = "current"
     lengths: tuple[int, ...] = (8, 32, 128)
     """Scored tokens of the completions on the page aggregation."""
+
+    _known: dict[Any, RatioCurves] = field(default_factory=dict, repr=False)
 
     def keep(self) -> None:
         """Keep the curve of the choice, to compare others with it; the oldest leaves when there are too many."""
@@ -65,9 +69,7 @@ class ExplorerModel:
 
     def _ratio(self) -> tuple[tuple[Chart, ...], tuple[str, ...]]:
         chosen = [self.choice, *self.kept]
-        curves = [
-            ratio_curves(each.loss, each.options, self.situation, widest=self.widest) for each in chosen
-        ]
+        curves = [self._curves(each) for each in chosen]
         labels = [each.label for each in chosen]
         charts = tuple(
             _side_chart(curves, labels, is_positive=is_positive, is_slope=is_slope, size=self.situation.advantage)
@@ -79,6 +81,15 @@ class ExplorerModel:
         notes.append(f"A > 0: {band_words(first.positive.bands)}. A < 0: {band_words(first.negative.bands)}.")
         notes += [note for note in dict.fromkeys(curve.note for curve in curves) if note]
         return charts, tuple(notes)
+
+    def _curves(self, choice: LossChoice) -> RatioCurves:
+        """Return the curves of a choice; those that were kept do not change while another one is moved."""
+        key = (choice.loss.function, repr(sorted(choice.options.items())), self.situation, self.widest)
+        if key not in self._known:
+            if len(self._known) > MOST_CACHED:
+                self._known.clear()
+            self._known[key] = ratio_curves(choice.loss, choice.options, self.situation, widest=self.widest)
+        return self._known[key]
 
     def _kl(self) -> tuple[tuple[Chart, ...], tuple[str, ...]]:
         estimator, gradient = self.choice.kl or "k3", self.choice.kl_gradient

@@ -20,8 +20,8 @@ from toolkit.notebook.charts import Band
 
 NUM_POINTS = 161
 """Points of a curve before points are added where the gradient jumps."""
-ADDED, ROUNDS = 12, 2
-"""Points between two neighbours that a jump separates, and how often: an edge is found to a step / 169."""
+ADDED, ROUNDS = 12, 3
+"""Points between two neighbours that a jump separates, and how often: an edge is found to a step / 2197."""
 JUMP = 0.15
 """Share of the gradient's range that counts as a jump between neighbours."""
 TINY = 1e-12

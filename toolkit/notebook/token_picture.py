@@ -1,0 +1,89 @@
+"""Tokens as a PNG, for exported notebooks and forges. No widgets here."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from toolkit.notebook.token_model import TokenModel, title_of
+from toolkit.notebook.token_records import SIGNALS, TEXT, is_number
+
+UP, DOWN, ONE = (213, 94, 0), (0, 114, 178), (204, 121, 167)
+MARKS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178))
+"""The colours of tokens.js."""
+WIDTH, LINE = 110, 0.19
+"""Characters of a line, and its height in inches."""
+MOST_LINES = 60
+
+
+def color_of(value: Any, scale: dict[str, Any]) -> tuple[float, float, float] | None:
+    """Return the colour of a token on white, each part in [0, 1]; None: no colour."""
+    kind = scale["kind"]
+    if kind == "status":
+        if not value or str(value) not in scale["names"]:
+            return None
+        mark = MARKS[scale["names"].index(str(value)) % len(MARKS)]
+        return mark[0] / 255, mark[1] / 255, mark[2] / 255
+    if not is_number(value) or kind == "none":
+        return None
+    if kind == "two ways":
+        share = max(-1.0, min(1.0, (value - scale["center"]) / scale["reach"]))
+        color, share = (UP if share > 0 else DOWN), abs(share)
+    else:
+        share = max(0.0, min(1.0, (value - scale["low"]) / ((scale["high"] - scale["low"]) or 1.0)))
+        color, share = ONE, 1 - share if scale["is_reversed"] else share
+    red, green, blue = (1 - 0.85 * share * (1 - channel / 255) for channel in color)
+    return red, green, blue
+
+
+def token_picture(model: TokenModel) -> bytes:
+    """Return the first completions that are chosen, as far as they fit, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cells, titles, row = _layout(model)
+    figure = Figure(figsize=(11, LINE * (row + 3)), dpi=100)
+    FigureCanvasAgg(figure)
+    axis = figure.add_axes((0.01, 0.0, 0.98, 1.0))
+    axis.set_xlim(0, WIDTH)
+    axis.set_ylim(row + 2, -1)
+    axis.set_axis_off()
+    axis.text(0, -0.4, f"{model.status()}, coloured by {SIGNALS.get(model.signal, 'nothing')}", fontsize=9, weight="bold")
+    for line, title in titles:
+        axis.text(0, line + 0.5, title[: WIDTH + 20], fontsize=8, color="#555", va="center")
+    scale = model.scale()
+    for line, column, text, value in cells:
+        color = color_of(value, scale)
+        if color is not None:
+            axis.fill_between([column, column + len(text)], line + 0.05, line + 0.95, color=color, linewidth=0)
+        for index, letter in enumerate(text):
+            axis.text(column + index, line + 0.5, letter.replace("$", r"\$"), fontsize=8, family="monospace", va="center")
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def _layout(model: TokenModel) -> tuple[list[tuple[int, int, str, Any]], list[tuple[int, str]], int]:
+    """Return pieces of tokens as (line, column, text, value), titles as (line, text), and the number of lines."""
+    cells: list[tuple[int, int, str, Any]] = []
+    titles: list[tuple[int, str]] = []
+    row = 0
+    for index in model.chosen():
+        if row >= MOST_LINES:
+            break
+        record = model.records[index]
+        titles.append((row, title_of(record)))
+        row, column = row + 1, 0
+        values = record.tokens.get(model.signal) or [None] * len(record)
+        for text, value in zip(record.tokens[TEXT], values, strict=True):
+            seen = text.replace("\n", "↵").replace("\t", " ")[:WIDTH]
+            if column + len(seen) > WIDTH:
+                row, column = row + 1, 0
+            if row >= MOST_LINES:
+                break
+            cells.append((row, column, seen, value))
+            column += len(seen)
+            if "\n" in text:
+                row, column = row + 1, 0
+        row += 2
+    return cells, titles, row

@@ -178,8 +178,10 @@ def run_all(page: Page, address: str, done: str) -> None:
     """Open a notebook, run its cells, and wait until `done` is true on the page."""
     page.call("Page.navigate", url=address)
     page.wait("document.querySelectorAll('.jp-Notebook .jp-CodeCell').length > 0", "the notebook")
-    idle = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
-    page.wait(idle, "the kernel")  # before that, running asks for a kernel
+    left, top, width, height = page.box(".jp-Notebook .jp-CodeCell .jp-InputPrompt")
+    page.click(left + width / 2, top + height / 2)  # the status bar describes the notebook that was clicked last
+    # Before the kernel is idle in the status bar, running cells opens a dialog that asks for a kernel.
+    page.wait("document.body.innerText.includes('| Idle')", "the kernel")
     time.sleep(0.5)
     for name in ("Run", "Run All Cells"):
         item = f"""[...document.querySelectorAll('.lm-MenuBar-item, .lm-Menu-item')].find((each) =>

@@ -13,7 +13,10 @@ MARKS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121
 """The colours of tokens.js."""
 WIDTH, LINE = 110, 0.19
 """Characters of a line, and its height in inches."""
-MOST_LINES = 60
+FONT_SIZE = 8.0
+LETTER = 0.602 * FONT_SIZE / 72
+"""Width of a letter of matplotlib's monospaced font, DejaVu Sans Mono, in inches."""
+MOST_LINES = 40
 
 
 def color_of(value: Any, scale: dict[str, Any]) -> tuple[float, float, float] | None:
@@ -42,22 +45,30 @@ def token_picture(model: TokenModel) -> bytes:
     from matplotlib.figure import Figure
 
     cells, titles, row = _layout(model)
-    figure = Figure(figsize=(11, LINE * (row + 3)), dpi=100)
+    lines = row + 3
+    figure = Figure(figsize=(WIDTH * LETTER + 0.2, LINE * lines), dpi=100)
     FigureCanvasAgg(figure)
-    axis = figure.add_axes((0.01, 0.0, 0.98, 1.0))
+    axis = figure.add_axes((0.1 / (WIDTH * LETTER + 0.2), 0.0, WIDTH * LETTER / (WIDTH * LETTER + 0.2), 1.0))
     axis.set_xlim(0, WIDTH)
-    axis.set_ylim(row + 2, -1)
+    axis.set_ylim(lines - 1, -1)
     axis.set_axis_off()
-    axis.text(0, -0.4, f"{model.status()}, coloured by {SIGNALS.get(model.signal, 'nothing')}", fontsize=9, weight="bold")
+    axis.text(0, -0.4, model.status() + f", coloured by {SIGNALS.get(model.signal, 'nothing')}", fontsize=9)
     for line, title in titles:
-        axis.text(0, line + 0.5, title[: WIDTH + 20], fontsize=8, color="#555", va="center")
+        axis.text(0, line + 0.5, title, fontsize=7.5, color="#555555", va="center")
     scale = model.scale()
+    texts: dict[int, str] = {}
+    spans: dict[int, list[Any]] = {}
     for line, column, text, value in cells:
+        texts[line] = texts.get(line, "").ljust(column) + text
         color = color_of(value, scale)
         if color is not None:
-            axis.fill_between([column, column + len(text)], line + 0.05, line + 0.95, color=color, linewidth=0)
-        for index, letter in enumerate(text):
-            axis.text(column + index, line + 0.5, letter.replace("$", r"\$"), fontsize=8, family="monospace", va="center")
+            spans.setdefault(line, []).append(((column, len(text)), color))
+    for line, colored in spans.items():
+        parts, colors = zip(*colored, strict=True)
+        axis.broken_barh(parts, (line + 0.06, 0.88), facecolors=colors, linewidth=0)
+    for line, text in texts.items():
+        shown = text.replace("$", r"\$")
+        axis.text(0, line + 0.5, shown, fontsize=FONT_SIZE, family="monospace", va="center")
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

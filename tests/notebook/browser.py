@@ -148,7 +148,7 @@ def _tabs(port: str) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def lab(folder: Path, cells: Sequence[str], path: Path) -> Iterator[str]:
+def lab(folder: Path, cells: Sequence[str], path: Path, theme: str = "JupyterLab Light") -> Iterator[str]:
     """Write a notebook of these cells, serve it by JupyterLab, and yield its address."""
     import nbformat
 
@@ -157,6 +157,10 @@ def lab(folder: Path, cells: Sequence[str], path: Path) -> Iterator[str]:
     root = folder / "notebooks"
     root.mkdir(exist_ok=True)
     nbformat.write(notebook, root / "test.ipynb")
+    settings = folder / "config/lab/user-settings/@jupyterlab/apputils-extension"
+    settings.mkdir(parents=True, exist_ok=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')  # it would cover the page
+    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
     port = free_port()
     environment = {**os.environ, "PYTHONPATH": str(path), "JUPYTER_CONFIG_DIR": str(folder / "config"),
                    "JUPYTER_DATA_DIR": str(folder / "data"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime")}  # fmt: skip

@@ -5,7 +5,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const STYLE = `
 .tk-charts { color: var(--jp-ui-font-color1, inherit); font: 12px system-ui, sans-serif; --tk-line: color-mix(in srgb, currentColor 22%, transparent); }
 .tk-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 6px 14px; }
-.tk-chart { outline-offset: 2px; min-width: 0; }
+.tk-chart { outline-offset: 2px; min-width: 0; max-width: 560px; }
 .tk-chart h4 { margin: 2px 0; font-size: 12px; font-weight: 600; }
 .tk-chart svg { width: 100%; height: auto; display: block; overflow: visible; }
 .tk-chart text { fill: currentColor; font-size: 10px; }
@@ -93,7 +93,7 @@ function lineChart(chart, several) {
     cross.setAttribute("x1", x(at)); cross.setAttribute("x2", x(at)); cross.setAttribute("visibility", "visible");
     const band = chart.bands.filter((each) => at >= each.low && at <= each.high).map((each) => each.label);
     read.replaceChildren(`${chart.x_label.split(",")[0].split(" (")[0]} ${shown(at)}: `, ...chart.lines.filter((line) => line.x.length).flatMap((line) => [
-      make("i", { style: `color:${COLORS[line.style % COLORS.length]}` }, several ? "■ " : ""), `${several ? "" : ""}${shown(line.y[nearest(line, at)])}  `]), band.length ? `[${band.join("; ")}]` : "");
+      make("i", { style: `color:${COLORS[line.style % COLORS.length]}` }, several ? "■ " : ""), `${shown(line.y[nearest(line, at)])}  `]), band.length ? `[${band.join("; ")}]` : "");
   }
   const hide = () => { cross.setAttribute("visibility", "hidden"); read.textContent = ""; };
   svg.addEventListener("pointermove", (event) => { const box = svg.getBoundingClientRect();

@@ -21,7 +21,7 @@ check_extra()
 import ipywidgets as widgets  # noqa: E402
 
 from toolkit.notebook.chart_widget import ChartWidget  # noqa: E402
-from toolkit.notebook.option_controls import STYLE, WIDE, control_widget, lengths_from  # noqa: E402
+from toolkit.notebook.option_controls import NONE, STYLE, WIDE, control_widget, lengths_from  # noqa: E402
 from toolkit.notebook.static_view import WithPicture  # noqa: E402
 
 WIDTHS = (1.001, 1.01, 1.1, 1.5, 2.0, 5.0, 10.0)
@@ -179,8 +179,7 @@ class LossExplorer(WithPicture):
     def _kl_side(self) -> list[widgets.Widget]:
         choice, model = self.model.choice, self.model
         estimator = _dropdown(
-            "KL estimator", [("none", None), *((each, each) for each in ESTIMATORS)], choice.kl,
-            lambda value: self._choose(kl=value, kl_gradient=choice.kl_gradient if value else "as_is", rebuild=True),
+            "KL estimator", [("none", NONE), *((each, each) for each in ESTIMATORS)], choice.kl or NONE, self._set_kl
         )  # fmt: skip
         gradient = _dropdown(
             "gradient", KL_GRADIENTS, choice.kl_gradient, lambda value: self._choose(kl_gradient=value)
@@ -199,6 +198,11 @@ class LossExplorer(WithPicture):
         drawn = [("the current policy", "current"), ("the reference", "reference")]
         sampler = _dropdown("tokens drawn by", drawn, model.sampler, lambda value: self._set("sampler", value))
         return [estimator, gradient, coefficient, widgets.HTML("<b>The two tokens</b>"), reference, sampler]
+
+    def _set_kl(self, name: str) -> None:
+        is_on = name != NONE
+        gradient = self.model.choice.kl_gradient if is_on else "as_is"
+        self._choose(kl=name if is_on else None, kl_gradient=gradient, rebuild=True)
 
     def _aggregation_side(self) -> list[widgets.Widget]:
         from toolkit.explain.facts import AGGREGATIONS

@@ -15,6 +15,8 @@ import ipywidgets as widgets  # noqa: E402
 
 STYLE = {"description_width": "118px"}
 WIDE = {"width": "330px"}
+NONE = "(none)"
+"""Value of a list that stands for None, which ipywidgets shows as nothing."""
 OFF_WIDTH = {"width": "56px"}
 
 
@@ -52,8 +54,9 @@ def _plain(control: Control, value: Any) -> widgets.Widget:
         "layout": WIDE,
     }
     if control.kind == "choice":
-        choices = [*control.choices, *([None] if control.is_optional else [])]
-        return widgets.Dropdown(options=[(_named(each), each) for each in choices], value=value, **common)
+        choices = [(str(each), each) for each in control.choices]
+        choices += [("none", NONE)] if control.is_optional else []
+        return widgets.Dropdown(options=choices, value=NONE if value is None else value, **common)
     if control.kind == "switch":
         return widgets.Checkbox(value=bool(value), indent=True, **common)
     if control.kind == "text":
@@ -70,11 +73,9 @@ def _format(step: float) -> str:
     return f".{digits}f"
 
 
-def _named(choice: Any) -> str:
-    return "none" if choice is None else str(choice)
-
-
 def _read(control: Control, value: Any) -> Any:
+    if control.kind == "choice":
+        return None if value == NONE else value
     if control.kind == "text":
         return control.parsed(value)
     return round(value, 10) if isinstance(value, float) else value

@@ -24,6 +24,10 @@ from toolkit.notebook.chart_widget import ChartWidget  # noqa: E402
 from toolkit.notebook.static_view import WithPicture  # noqa: E402
 
 
+ALL = "(all)"
+"""Value of a list that stands for no filter: ipywidgets shows None as nothing."""
+
+
 def token_view(
     source: Any, *, color: str | None = None, decode: Callable[[int], str] | None = None, most: int | None = None
 ) -> TokenView:
@@ -96,15 +100,15 @@ class TokenView(WithPicture):
     def _controls(self) -> list[widgets.Widget]:
         model = self.model
         signals = [(SIGNALS[name], name) for name in model.signals()] or [("nothing", "")]
-        steps = [("all steps", None), *((f"step {step + 1}", step) for step in model.steps())]
+        steps = [("all steps", ALL), *((f"step {step + 1}", step) for step in model.steps())]
         groups = list(dict.fromkeys(record.group for record in model.records if record.group))
-        prompts = [("all prompts", None), *((f"prompt {group}"[:40], group) for group in groups)]
+        prompts = [("all prompts", ALL), *((f"prompt {group}"[:40], group) for group in groups)]
         color = self._tied(widgets.Dropdown(options=signals, value=model.signal, description="colour by"), "signal", "360px")
         search = widgets.Text(placeholder="text in prompt or completion", description="search", continuous_update=True)
         first = [color, self._tied(search, "text", "320px"), self._status]
         second = [
-            self._tied(widgets.Dropdown(options=steps, value=None), "step", "130px"),
-            self._tied(widgets.Dropdown(options=prompts, value=None), "group", "180px"),
+            self._tied(widgets.Dropdown(options=steps, value=ALL), "step", "130px"),
+            self._tied(widgets.Dropdown(options=prompts, value=ALL), "group", "180px"),
             self._tied(widgets.Dropdown(options=list(ORDERS), value=model.order), "order", "190px"),
             self._tied(widgets.Checkbox(description="side by side", indent=False), "is_grouped", "120px"),
         ]
@@ -116,5 +120,5 @@ class TokenView(WithPicture):
 
     def _tied(self, control: widgets.Widget, name: str, width: str) -> widgets.Widget:
         control.layout.width = width
-        control.observe(lambda change: self._set(name, change["new"]), names="value")
+        control.observe(lambda change: self._set(name, None if change["new"] == ALL else change["new"]), names="value")
         return control

@@ -5,9 +5,9 @@ const STYLE = `
 .tk-scroll:focus-visible { outline: 2px solid currentColor; }
 .tk-scroll canvas { position: sticky; top: 0; left: 0; display: block; }
 .tk-tip { position: absolute; pointer-events: none; background: var(--jp-layout-color1, Canvas); color: var(--jp-ui-font-color1, CanvasText); border: 1px solid currentColor; border-radius: 3px; padding: 4px 8px; font: 12px ui-monospace, monospace; white-space: pre; z-index: 10; visibility: hidden; box-shadow: 0 1px 4px rgba(0,0,0,.35); }
-.tk-bar { display: flex; gap: 10px; align-items: center; flex-wrap: wrap; margin: 4px 0; }
-.tk-bar button { font: inherit; color: inherit; background: transparent; border: 1px solid currentColor; border-radius: 3px; cursor: pointer; }
-.tk-bar button:disabled { opacity: .4; cursor: default; }
+.tk-tools { display: flex; gap: 10px; align-items: center; flex-wrap: wrap; margin: 4px 0; }
+.tk-tools button { font: inherit; color: inherit; background: transparent; border: 1px solid currentColor; border-radius: 3px; cursor: pointer; }
+.tk-tools button:disabled { opacity: .4; cursor: default; }
 .tk-ramp { width: 150px; height: 12px; display: inline-block; border: 1px solid var(--tk-line); vertical-align: middle; }
 .tk-mark { padding: 0 5px; margin-right: 6px; border: 1px solid var(--tk-line); color: #000; }
 .tk-said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }`;
@@ -31,21 +31,27 @@ function tint(value, scale) {
   return null;
 }
 const mixed = (color, share, back) => color.map((channel, index) => Math.round(channel * share * .85 + back[index] * (1 - share * .85)));
-const isLight = ([red, green, blue]) => (.299 * red + .587 * green + .114 * blue) > 140;
+const isLight = ([red, green, blue]) => (.299 * red + .587 * green + .114 * blue) > 120;
 function render({ model, el }) {
   const records = JSON.parse(model.get("data"));
   const canvas = make("canvas"), space = make("div"), scroll = make("div", { class: "tk-scroll", tabindex: 0, role: "application", "aria-label": "Tokens of completions. Arrow keys move over tokens, n and p go to the worst ones." });
   const tip = make("div", { class: "tk-tip", role: "tooltip" }), said = make("div", { class: "tk-said", "aria-live": "polite" });
   const legend = make("span"), state = make("span", { role: "status" });
   const next = make("button", { type: "button", title: "the next of the worst tokens (n)", onclick: () => jump(1) }, "next worst token"), previous = make("button", { type: "button", title: "the one before (p)", onclick: () => jump(-1) }, "previous");
-  const root = make("div", { class: "tk-tokens" }, make("div", { class: "tk-bar" }, legend, previous, next, state), scroll, tip, said);
+  const root = make("div", { class: "tk-tokens" }, make("div", { class: "tk-tools" }, legend, previous, next, state), scroll, tip, said);
   scroll.append(canvas, space);
   el.append(make("style", {}, STYLE), root);
   const context = canvas.getContext("2d");
   let view = JSON.parse(model.get("view")), blocks = [], boxes = [], height = 0, cursor = null, rank = -1, back = [255, 255, 255], front = [0, 0, 0], frameWanted = 0;
   const widths = new Map();
   const widthOf = (text) => { let width = widths.get(text); if (width === undefined) { width = context.measureText(text).width; widths.set(text, width); } return width; };
-  const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/ /g, " ");
+  function fitted(text, width) {
+    if (context.measureText(text).width <= width) return text;
+    let end = text.length;
+    while (end > 1 && context.measureText(text.slice(0, end) + "…").width > width) end--;
+    return text.slice(0, end) + "…";
+  }
+  const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥");
   // Boxes of one completion: [x, y, width, position], in rows from y on; returns the height.
   function layout(index, left, top, width) {
     const record = records[index], at = { index, left, top, width, first: boxes.length };
@@ -104,7 +110,7 @@ function render({ model, el }) {
       const record = records[block.index], values = record.tokens[view.signal] || [];
       context.font = "11px system-ui, sans-serif";
       context.fillStyle = `rgba(${front}, .72)`;
-      context.fillText(record.title, block.left, block.top + HEAD / 2 - top, block.width);
+      context.fillText(fitted(record.title, block.width), block.left, block.top + HEAD / 2 - top);
       context.font = `${FONT}px ui-monospace, monospace`;
       for (let at = block.first; at < block.last; at++) {
         const [x, y, width, position, , seen] = boxes[at];

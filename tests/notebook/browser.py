@@ -162,8 +162,8 @@ def lab(folder: Path, cells: Sequence[str], path: Path, theme: str = "JupyterLab
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')  # it would cover the page
     (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
     port = free_port()
-    environment = {**os.environ, "PYTHONPATH": str(path), "JUPYTER_CONFIG_DIR": str(folder / "config"),
-                   "JUPYTER_DATA_DIR": str(folder / "data"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime")}  # fmt: skip
+    folders = {f"JUPYTER_{name.upper()}_DIR": str(folder / name) for name in ("config", "data", "runtime")}
+    environment = {**os.environ, "PYTHONPATH": str(path), **folders}
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", f"--port={port}"]
     command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={root}", "--LabApp.news_url=None"]
     with running(command, folder / "lab.log", environment):
@@ -188,8 +188,9 @@ def run_all(page: Page, address: str, done: str) -> None:
     page.wait("document.body.innerText.includes('| Idle')", "the kernel")
     time.sleep(0.5)
     for name in ("Run", "Run All Cells"):
-        item = f"""[...document.querySelectorAll('.lm-MenuBar-item, .lm-Menu-item')].find((each) =>
-            (each.querySelector('.lm-MenuBar-itemLabel, .lm-Menu-itemLabel') || each).textContent.trim() === '{name}')"""
+        label = "(each.querySelector('.lm-MenuBar-itemLabel, .lm-Menu-itemLabel') || each).textContent.trim()"
+        items = "[...document.querySelectorAll('.lm-MenuBar-item, .lm-Menu-item')]"
+        item = f"{items}.find((each) => {label} === '{name}')"
         page.wait(f"!!{item}", name)
         left, top, width, height = page.js(
             f"(() => {{ const b = {item}.getBoundingClientRect(); return [b.left, b.top, b.width, b.height]; }})()"

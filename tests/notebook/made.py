@@ -6,7 +6,24 @@ import math
 from random import Random
 from typing import Any
 
-WORDS = ("the", "answer", "is", "so", "we", "add", "both", "terms", "and", "divide", "by", "two", "hence", "x", "=", "7")
+WORDS = (
+    "the",
+    "answer",
+    "is",
+    "so",
+    "we",
+    "add",
+    "both",
+    "terms",
+    "and",
+    "divide",
+    "by",
+    "two",
+    "hence",
+    "x",
+    "=",
+    "7",
+)
 
 
 def token_samples(number: int, length: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -79,11 +79,8 @@ def test_every_loss_has_curves(name: str) -> None:
 def test_the_gradient_is_the_slope_of_a_loss_without_detached_parts(name: str) -> None:
     result = curves(name)
     logs = [math.log(ratio) for ratio in result.ratios]
-    if name in ("aspo",):  # its weight is detached where A > 0
-        sides = [result.negative]
-    else:
-        sides = [result.positive, result.negative]
-    for side in sides:
+    # The weight of aspo is detached where A > 0.
+    for side in [result.negative] if name == "aspo" else [result.positive, result.negative]:
         for index in range(1, len(logs) - 1):
             around = side.gradients[index - 1 : index + 2]
             if max(around) - min(around) > 0.2:  # type: ignore[operator, type-var]

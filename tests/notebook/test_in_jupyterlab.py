@@ -21,7 +21,9 @@ pytestmark = [
 CURVES = "[...document.querySelectorAll('.tk-curve')].map((each) => each.getAttribute('d')).join()"
 HYDRA = "document.querySelector('.tk-text code')?.textContent"
 TIP = "document.querySelector('.tk-tip').textContent"
-STATUS = "[...document.querySelectorAll('.widget-label')].map((each) => each.textContent).find((t) => t.includes('completions,'))"
+LABELS = "[...document.querySelectorAll('.widget-label')].map((each) => each.textContent)"
+STATUS = f"{LABELS}.find((text) => text.includes('completions,'))"
+PAGE = "[...document.querySelectorAll('.widget-toggle-button')].find((each) => each.textContent === '{}').click()"
 
 
 def test_loss_explorer(tmp_path: Path) -> None:
@@ -46,10 +48,10 @@ def test_loss_explorer(tmp_path: Path) -> None:
         page.move(left + width * 0.9, top + height / 2)
         assert "no gradient" in page.wait("document.querySelector('.tk-read').textContent")
         page.shot("explorer")
-        page.js("[...document.querySelectorAll('.widget-toggle-button')].find((b) => b.textContent === 'KL').click()")
+        page.js(PAGE.format("KL"))
         page.wait("document.body.innerText.includes('Expected gradient')")
         page.shot("explorer_kl")
-        page.js("[...document.querySelectorAll('.widget-toggle-button')].find((b) => b.textContent === 'aggregation').click()")
+        page.js(PAGE.format("aggregation"))
         page.wait("document.body.innerText.includes('Share of the completion')")
         page.shot("explorer_aggregation")
         assert page.errors == []
@@ -62,9 +64,9 @@ def test_ten_thousand_tokens(tmp_path: Path, theme: str) -> None:
         "token_view(token_samples(100, 100), color='ratio')"
     ]
     with lab(tmp_path, cells, ROOT, theme) as address, browser(tmp_path) as page:
-        run_all(page, address, "!!document.querySelector('.tk-scroll canvas') && document.querySelectorAll('rect.tk-bar').length > 0")
+        drawn = "document.querySelector('.tk-scroll canvas')?.height > 0"
+        run_all(page, address, f"{drawn} && document.querySelectorAll('rect.tk-bar').length > 0")
         assert page.js(STATUS) == "100 of 100 completions, 10,000 tokens"
-        page.wait("document.querySelector('.tk-scroll canvas').height > 0")
         left, top, *_ = page.box(".tk-scroll")
         page.move(left + 60, top + 40)
         tip = page.wait(f"document.querySelector('.tk-tip').style.visibility === 'visible' && {TIP}")

@@ -24,7 +24,10 @@ def records() -> list[TokenRecord]:
     rows = [("0", 1.0, [1.0, 1.5]), ("0", 0.0, [0.5, 1.1]), ("1", 0.5, [1.0, 1.0]), ("1", 1.0, [4.0, 0.9])]
     return [
         record_of(
-            {"text": [f"w{index}", " end"], "ratio": ratio, "status": ["clipped above" if ratio[0] > 2 else None, None]},
+            {
+                "text": [f"w{index}", " end"], "ratio": ratio,
+                "status": ["clipped above" if ratio[0] > 2 else None, None],
+            },
             prompt=f"question {group}", reward=reward, step=int(group), group=group, sample=index % 2,
         )
         for index, (group, reward, ratio) in enumerate(rows)

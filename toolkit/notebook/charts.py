@@ -131,7 +131,14 @@ def picture(view: View, columns: int = 2) -> bytes:
     for axis, chart in zip(axes.flat, view.charts, strict=False):
         _draw(axis, chart)
     if lines_of_text:
-        figure.supxlabel("\n".join(lines_of_text).replace("$", r"\$"), fontsize=8, family="monospace", x=0.01, ha="left", linespacing=1.4)
+        figure.supxlabel(
+            "\n".join(lines_of_text).replace("$", r"\$"),
+            fontsize=8,
+            family="monospace",
+            x=0.01,
+            ha="left",
+            linespacing=1.4,
+        )
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

@@ -86,8 +86,8 @@ def control_of(name: str, field: FieldInfo, value: Any = None) -> Control:
     if inner is bool or isinstance(sample, bool):
         return Control(kind="switch", start=False, **common)
     if inner in (int, float) or isinstance(sample, (int, float)):
-        is_whole = inner is int or (inner not in (int, float) and isinstance(sample, int))
-        return _number(common, bounds, sample, is_whole=is_whole)
+        is_integer = inner is int or (inner not in (int, float) and isinstance(sample, int))
+        return _number(common, bounds, sample, is_integer=is_integer)
     return Control(kind="text", start="", **common)
 
 
@@ -106,24 +106,33 @@ def _unwrapped(annotation: Any, metadata: list[Any]) -> tuple[Any, list[Any], bo
             return annotation, metadata, is_optional
 
 
-def _number(common: dict[str, Any], bounds: list[Any], sample: Any, *, is_whole: bool) -> Control:
-    lows = [(bound.ge, False) for bound in bounds if isinstance(bound, Ge)]
-    lows += [(bound.gt, True) for bound in bounds if isinstance(bound, Gt)]
-    highs = [bound.le for bound in bounds if isinstance(bound, Le)] + [b.lt for b in bounds if isinstance(b, Lt)]
+def _number(common: dict[str, Any], bounds: list[Any], sample: Any, *, is_integer: bool) -> Control:
+    low, excludes_low, limit = _limits(bounds, sample)
     size = abs(float(sample)) if sample not in (None, 0) else 0.0
-    low, excludes_low = max(lows) if lows else (-ABOVE_DEFAULT * size if (sample or 0) < 0 else 0.0, False)
-    limit = float(min(highs)) if highs else math.inf
-    high = _round_up(ABOVE_DEFAULT * size) if size else float(low) + 1 if sample == 0 else float(low) + 10 * max(1, low)
+    high = _round_up(ABOVE_DEFAULT * size) if size else low + 1 if sample == 0 else low + 10 * max(1.0, low)
     if math.isfinite(limit) and (not size or size >= SMALL_SHARE * limit):
         high = limit
     high = min(high, limit)
-    step = 1.0 if is_whole else 10 ** math.floor(math.log10((high - float(low)) / STEPS) + 1e-9)
-    low = float(low) + (step if excludes_low else 0.0)
-    if is_whole:
+    step = 1.0 if is_integer else 10 ** math.floor(math.log10((high - low) / STEPS) + 1e-9)
+    low += step if excludes_low else 0.0
+    if is_integer:
         high = max(high, low + 10)
     middle = low + (high - low) / (2 if math.isfinite(limit) else 5)
     start = sample if sample is not None else round(round(middle / step) * step, 9)
-    return Control(kind="integer" if is_whole else "slider", low=low, high=high, step=step, start=start, **common)
+    return Control(kind="integer" if is_integer else "slider", low=low, high=high, step=step, start=start, **common)
+
+
+def _limits(bounds: list[Any], sample: Any) -> tuple[float, bool, float]:
+    """Return the smallest value, whether it is excluded, and the largest value, infinity without one."""
+    limits: dict[type, list[float]] = {kind: [] for kind in (Ge, Gt, Le, Lt)}
+    for bound in bounds:
+        for kind, name in ((Ge, "ge"), (Gt, "gt"), (Le, "le"), (Lt, "lt")):
+            if isinstance(bound, kind):
+                limits[kind].append(float(getattr(bound, name)))
+    lows = [*((value, False) for value in limits[Ge]), *((value, True) for value in limits[Gt])]
+    free = -_round_up(ABOVE_DEFAULT * -sample) if (sample or 0) < 0 else 0.0
+    low, is_excluded = max(lows, default=(free, False))
+    return low, is_excluded, min([*limits[Le], *limits[Lt]], default=math.inf)
 
 
 def _round_up(value: float) -> float:

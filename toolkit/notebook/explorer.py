@@ -31,7 +31,9 @@ SITUATION = {
         name="pi_old of token", kind="slider", default=0.05, low=0.001, high=0.999, step=0.001,
         meaning="Probability of the token under the policy before the step.",
     ),
-    "advantage": Control(name="|A|", kind="slider", default=1.0, low=0.1, high=5.0, step=0.1, meaning="Magnitude of A."),
+    "advantage": Control(
+        name="|A|", kind="slider", default=1.0, low=0.1, high=5.0, step=0.1, meaning="Magnitude of the advantage.",
+    ),
     "rollout_gap": Control(
         name="to rollout (nats)", kind="slider", default=0.0, low=-2.0, high=2.0, step=0.05,
         meaning="log pi_old - log pi_rollout.",
@@ -124,8 +126,11 @@ class LossExplorer(WithPicture):
     def _needed_after(self) -> set[str]:
         try:
             return self.model.needed()
-        except ConfigError:  # an option that is out of range; the view says so
+        except ConfigError:  # an option that is out of range; the view shows it
             return set()
+
+    def _set_loss(self, name: str) -> None:
+        self._choose(name=name, changed={}, rebuild=True)
 
     def _set_option(self, name: str, value: Any) -> None:
         self._choose(changed={**self.model.choice.changed, name: value})
@@ -147,7 +152,7 @@ class LossExplorer(WithPicture):
     def _policy_side(self) -> list[widgets.Widget]:
         choice, model = self.model.choice, self.model
         known = policy_loss_names()
-        name = _dropdown("policy loss", known, choice.name, lambda value: self._choose(name=value, changed={}, rebuild=True))
+        name = _dropdown("policy loss", known, choice.name, self._set_loss)
         options = [
             control_widget(control, choice.options[control.name], _setter(self._set_option, control.name))
             for control in controls_of(choice.loss.options_model, choice.options)
@@ -211,7 +216,8 @@ class LossExplorer(WithPicture):
 
         def renamed(value: str) -> None:
             length = float(max(model.lengths)) if value == "constant" else None
-            self._choose(aggregation=AggregationConfig(name=value, length=length), rebuild=True)
+            settings = {"name": value, "length": length}
+            self._choose(aggregation=AggregationConfig.model_validate(settings), rebuild=True)
 
         parts: list[widgets.Widget] = [_dropdown("aggregation", list(AGGREGATIONS), chosen.name, renamed)]
         fields = {"constant": ("length",), "per_component": ("positive_weight", "negative_weight")}

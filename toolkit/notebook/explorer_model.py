@@ -56,8 +56,9 @@ class ExplorerModel:
             return View(notes=(str(error),))
         except Exception as error:  # a custom loss may raise anything; the explorer goes on
             return View(notes=(f"{self.choice.name} raised {type(error).__name__}: {first_line(error)}",))
-        texts = CopyText(label="Hydra", text=self.choice.command_line()), CopyText(
-            label="Python", text=self.choice.python()
+        texts = (
+            CopyText(label="Hydra", text=self.choice.command_line()),
+            CopyText(label="Python", text=self.choice.python()),
         )
         return View(charts=charts, texts=texts, notes=notes)
 
@@ -146,10 +147,14 @@ class ExplorerModel:
             ),
             Chart(
                 title="Share of the completion in the loss", x_label="", y_label="% of all weights",
-                bars=tuple(Bar(label=text, value=100 * each / total, style=2) for text, each in zip(what, shares, strict=True)),
+                bars=tuple(
+                    Bar(label=text, value=100 * each / total, style=2) for text, each in zip(what, shares, strict=True)
+                ),
             ),
         )  # fmt: skip
-        numbers = {name: f"{value:g}" if isinstance(value, float) else value for name, value in chosen.model_dump().items()}
+        numbers = {
+            name: f"{value:g}" if isinstance(value, float) else value for name, value in chosen.model_dump().items()
+        }
         known = AGGREGATIONS[chosen.name]
         notes = [f"{chosen.name}: weight = {known.weight.format_map(numbers)}: {known.words.format_map(numbers)}."]
         wanted = self.choice.loss.aggregation

@@ -63,8 +63,8 @@ def _plain(control: Control, value: Any) -> widgets.Widget:
         return widgets.Text(value="" if value is None else str(value), continuous_update=False, **common)
     ends = {"min": min(control.low, value), "max": max(control.high, value), "step": control.step}
     if control.kind == "integer":
-        whole = {name: int(number) for name, number in ends.items()}
-        return widgets.IntSlider(value=int(value), **whole, **common)
+        integers = {name: int(number) for name, number in ends.items()}
+        return widgets.IntSlider(value=int(value), **integers, **common)
     return widgets.FloatSlider(value=value, **ends, readout_format=_format(control.step), **common)
 
 

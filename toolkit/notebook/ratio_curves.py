@@ -30,7 +30,7 @@ TINY = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """One token, and what the other policies say of it. A gap is log pi_old minus the other log-probability, in nats."""
+    """One token under the other policies. A gap is log pi_old minus the other log-probability, in nats."""
 
     old_probability: float = 0.05
     """Probability of the token under the policy before the step, in (0, 1)."""

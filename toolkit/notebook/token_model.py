@@ -1,4 +1,4 @@
-"""What the token view shows: filters, order, colours' limits, the worst tokens, histogram, positions. No widgets here."""
+"""What the token view shows: filters, order, limits of colours, the worst tokens, charts. No widgets here."""
 
 from __future__ import annotations
 

@@ -15,12 +15,14 @@ from toolkit.notebook.token_records import TokenRecord
 from toolkit.report.runs import SAMPLES, Run
 
 ACCEPTED = (
-    "a run's folder or its samples.jsonl, a Parquet file of TRL, a .jsonl file of verl or prime-rl, items, or samples as "
-    "mappings"
+    "a run's folder or its samples.jsonl, a Parquet file of TRL, a .jsonl file of verl or prime-rl, items, or samples "
+    "as mappings"
 )
 
 
-def records_from(source: Any, *, decode: Callable[[int], str] | None = None, most: int | None = None) -> list[TokenRecord]:
+def records_from(
+    source: Any, *, decode: Callable[[int], str] | None = None, most: int | None = None
+) -> list[TokenRecord]:
     """Return the completions of a source; see `token_view`.
 
     Raises:

@@ -23,7 +23,6 @@ import traitlets  # noqa: E402
 from toolkit.notebook.chart_widget import ChartWidget  # noqa: E402
 from toolkit.notebook.static_view import WithPicture  # noqa: E402
 
-
 ALL = "(all)"
 """Value of a list that stands for no filter: ipywidgets shows None as nothing."""
 
@@ -48,7 +47,9 @@ def token_view(
     if color is not None:
         known = model.signals()
         if color not in known:
-            raise ConfigError(f"color={color!r} is not known of these tokens; choose {listed(known)}{did_you_mean(color, known)}")
+            raise ConfigError(
+                f"color={color!r} is not known of these tokens; choose {listed(known)}{did_you_mean(color, known)}"
+            )
         model.signal = color
     return TokenView(model)
 
@@ -103,7 +104,9 @@ class TokenView(WithPicture):
         steps = [("all steps", ALL), *((f"step {step + 1}", step) for step in model.steps())]
         groups = list(dict.fromkeys(record.group for record in model.records if record.group))
         prompts = [("all prompts", ALL), *((f"prompt {group}"[:40], group) for group in groups)]
-        color = self._tied(widgets.Dropdown(options=signals, value=model.signal, description="colour by"), "signal", "360px")
+        color = self._tied(
+            widgets.Dropdown(options=signals, value=model.signal, description="colour by"), "signal", "360px"
+        )
         search = widgets.Text(placeholder="text in prompt or completion", description="search", continuous_update=True)
         first = [color, self._tied(search, "text", "320px"), self._status]
         second = [

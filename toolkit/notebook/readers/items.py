@@ -35,7 +35,10 @@ def of_items(
             if not scored:
                 continue
             ids = [labels[position] for position in scored]
-            tokens: dict[str, list[Any]] = {TEXT: [f"{each} " if decode is None else decode(each) for each in ids], "id": ids}
+            tokens: dict[str, list[Any]] = {
+                TEXT: [f"{each} " if decode is None else decode(each) for each in ids],
+                "id": ids,
+            }
             for field, name in FIELDS.items():
                 values = getattr(item, field)
                 if values is not None:

@@ -1,4 +1,4 @@
-"""verl's ``<step>.jsonl`` (``trainer.rollout_data_dir``): ``input``, ``output``, ``score``, ``step`` a line; no tokens."""
+"""verl's ``<step>.jsonl`` (``trainer.rollout_data_dir``): ``input``, ``output``, ``score``, ``step``; no tokens."""
 
 from __future__ import annotations
 

@@ -5,11 +5,11 @@ const SVG = "http://www.w3.org/2000/svg";
 const STYLE = `
 .tk-charts { color: var(--jp-ui-font-color1, inherit); font: 12px system-ui, sans-serif; --tk-line: color-mix(in srgb, currentColor 22%, transparent); }
 .tk-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 6px 14px; }
-.tk-chart { outline-offset: 2px; min-width: 0; max-width: 560px; }
+.tk-chart { outline-offset: 2px; min-width: 0; max-width: 440px; }
 .tk-chart h4 { margin: 2px 0; font-size: 12px; font-weight: 600; }
 .tk-chart svg { width: 100%; height: auto; display: block; overflow: visible; }
 .tk-chart text { fill: currentColor; font-size: 10px; }
-.tk-read { min-height: 1.4em; font-variant-numeric: tabular-nums; }
+.tk-read { min-height: 2.8em; font-variant-numeric: tabular-nums; }
 .tk-read i { font-style: normal; font-weight: 700; }
 .tk-legend span { margin-right: 14px; white-space: nowrap; display: inline-block; }
 .tk-legend svg { width: 26px; height: 8px; vertical-align: middle; margin-right: 4px; }
@@ -76,7 +76,7 @@ function lineChart(chart, several) {
   frame(svg, chart, linearTicks(y0, y1, 5), y);
   for (const value of chart.is_log ? logTicks(x0, x1) : linearTicks(x0, x1, 6)) svg.append(make("text", { x: x(value), y: HEIGHT - BOTTOM + 14, "text-anchor": "middle" }, shown(value)));
   if (chart.marker !== null) svg.append(make("line", { x1: x(chart.marker), x2: x(chart.marker), y1: TOP, y2: HEIGHT - BOTTOM, stroke: "currentColor", opacity: .45, "stroke-width": .8 }));
-  for (const line of [...chart.lines].reverse()) {
+  for (const line of chart.lines) {
     let path = "", pen = "M";
     line.y.forEach((value, index) => { if (value === null) pen = "M"; else { path += `${pen}${x(line.x[index]).toFixed(2)} ${y(value).toFixed(2)}`; pen = "L"; } });
     svg.append(make("path", { class: "tk-curve", d: path, fill: "none", stroke: COLORS[line.style % COLORS.length], "stroke-width": 2.2, "stroke-dasharray": DASHES[line.style % DASHES.length] }));

@@ -8,11 +8,12 @@ from typing import Any
 
 from toolkit.errors import ConfigError
 from toolkit.functional.kl_facts import KL_GRADIENTS
+from toolkit.functional.names import check_choice
 from toolkit.functional.policy.registry import policy_loss_names
 from toolkit.losses.config.aggregation import AggregationConfig
 from toolkit.notebook.charts import View, picture
 from toolkit.notebook.controls import Control, controls_of
-from toolkit.notebook.explorer_model import PAGES, ExplorerModel, model_of
+from toolkit.notebook.explorer_model import PAGES, ExplorerModel, Page, model_of
 from toolkit.notebook.extra import check_extra
 from toolkit.notebook.kl_curves import ESTIMATORS
 
@@ -60,7 +61,7 @@ READ_BY = {
 """Controls that are shown only where a loss reads the field."""
 
 
-def loss_explorer(runner: Any = None, *, compare: Sequence[str] = ()) -> LossExplorer:
+def loss_explorer(runner: Any = None, *, compare: Sequence[str] = (), page: Page = "policy loss") -> LossExplorer:
     """Show a policy loss, its KL term and its aggregation, and what the settings do to its gradient.
 
     Args:
@@ -68,10 +69,13 @@ def loss_explorer(runner: Any = None, *, compare: Sequence[str] = ()) -> LossExp
             changed.
         compare: names of policy losses whose curves are drawn beside it, each with its defaults.
 
+        page: what is shown first: "policy loss", "KL" or "aggregation".
+
     Raises:
         ConfigError: the runner's loss is not built on a policy loss, or a name is unknown.
     """
-    return LossExplorer(model_of(runner, compare))
+    check_choice(page, PAGES, f"page={page!r} of the explorer is not known")
+    return LossExplorer(replace(model_of(runner, compare), page=page))
 
 
 class LossExplorer(WithPicture):

@@ -41,7 +41,7 @@ class ExplorerModel:
     lengths: tuple[int, ...] = (8, 32, 128)
     """Scored tokens of the completions on the page aggregation."""
 
-    _known: dict[Any, RatioCurves] = field(default_factory=dict, repr=False)
+    _known: dict[Any, RatioCurves] = field(default_factory=dict, repr=False, init=False)
 
     def keep(self) -> None:
         """Keep the curve of the choice, to compare others with it; the oldest leaves when there are too many."""

@@ -38,7 +38,7 @@ class TokenModel:
     order: Order = "as in the file"
     is_grouped: bool = False
     """Whether completions of a prompt stand side by side."""
-    _edges: list[float] = field(default_factory=list)
+    _edges: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         known = self.signals()

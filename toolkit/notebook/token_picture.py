@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
+from toolkit.notebook.charts import small_png
 from toolkit.notebook.token_model import TokenModel, title_of
 from toolkit.notebook.token_records import SIGNALS, TEXT, is_number
 
@@ -69,9 +69,7 @@ def token_picture(model: TokenModel) -> bytes:
     for line, text in texts.items():
         shown = text.replace("$", r"\$")
         axis.text(0, line + 0.5, shown, fontsize=FONT_SIZE, family="monospace", va="center")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return small_png(figure)
 
 
 def _layout(model: TokenModel) -> tuple[list[tuple[int, int, str, Any]], list[tuple[int, str]], int]:

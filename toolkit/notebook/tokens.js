@@ -57,12 +57,13 @@ function render({ model, el }) {
     const record = records[index], at = { index, left, top, width, first: boxes.length };
     let x = left, y = top + HEAD;
     record.tokens.text.forEach((text, position) => {
-      let seen = visible(text), size = Math.max(4, widthOf(seen));
-      if (x + size > left + width && x > left) { x = left; y += LINE; }
-      size = Math.min(size, width);
-      boxes.push([x, y, size, position, index, seen]);
-      x += size;
-      if (text.includes("\n")) { x = left; y += LINE; }
+      for (const piece of text ? text.split(/(?<=\n)/) : [text]) {
+        const seen = visible(piece), size = Math.min(width, Math.max(4, widthOf(seen)));
+        if (x + size > left + width && x > left) { x = left; y += LINE; }
+        boxes.push([x, y, size, position, index, seen]);
+        x += size;
+        if (piece.endsWith("\n")) { x = left; y += LINE; }
+      }
     });
     at.last = boxes.length; at.height = y + LINE - top;
     blocks.push(at);
@@ -160,7 +161,7 @@ function render({ model, el }) {
     if (!view.worst.length) return;
     rank = (rank + by + view.worst.length) % view.worst.length;
     const [index, position] = view.worst[rank], block = blocks.find((each) => each.index === index);
-    if (block) reveal(block.first + position);
+    for (let at = block ? block.first : 0; block && at < block.last; at++) if (boxes[at][3] === position) { reveal(at); break; }
     state.textContent = `${rank + 1} of the ${view.worst.length} worst`;
   }
   function drawLegend() {

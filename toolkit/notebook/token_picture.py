@@ -6,7 +6,7 @@ from typing import Any
 
 from toolkit.notebook.charts import small_png
 from toolkit.notebook.token_model import TokenModel, title_of
-from toolkit.notebook.token_records import SIGNALS, TEXT, is_number
+from toolkit.notebook.token_records import SIGNALS, STATUS, TEXT, is_number
 
 UP, DOWN, ONE = (213, 94, 0), (0, 114, 178), (204, 121, 167)
 MARKS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178))
@@ -17,6 +17,8 @@ FONT_SIZE = 8.0
 LETTER = 0.602 * FONT_SIZE / 72
 """Width of a letter of matplotlib's monospaced font, DejaVu Sans Mono, in inches."""
 MOST_LINES = 40
+Cell = tuple[int, int, str, Any, Any]
+"""Line, column, text, value of the signal and status of a token."""
 
 
 def color_of(value: Any, scale: dict[str, Any]) -> tuple[float, float, float] | None:
@@ -39,6 +41,17 @@ def color_of(value: Any, scale: dict[str, Any]) -> tuple[float, float, float] | 
     return red, green, blue
 
 
+def scale_words(scale: dict[str, Any]) -> str:
+    """Return what the colours mean."""
+    if scale["kind"] == "two ways":
+        low, high = scale["center"] - scale["reach"], scale["center"] + scale["reach"]
+        return f" (blue {low:.3g}, white {scale['center']:g}, orange {high:.3g})"
+    if scale["kind"] == "one way":
+        pale, full = (scale["high"], scale["low"]) if scale["is_reversed"] else (scale["low"], scale["high"])
+        return f" (white {pale:.3g}, pink {full:.3g})"
+    return ""
+
+
 def token_picture(model: TokenModel) -> bytes:
     """Return the first completions that are chosen, as far as they fit, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,13 +65,17 @@ def token_picture(model: TokenModel) -> bytes:
     axis.set_xlim(0, WIDTH)
     axis.set_ylim(lines - 1, -1)
     axis.set_axis_off()
-    axis.text(0, -0.4, model.status() + f", coloured by {SIGNALS.get(model.signal, 'nothing')}", fontsize=9)
+    scale = model.scale()
+    title = f"{model.status()}, coloured by {SIGNALS.get(model.signal, 'nothing')}{scale_words(scale)}"
+    axis.text(0, -0.4, title, fontsize=9)
     for line, title in titles:
         axis.text(0, line + 0.5, title, fontsize=7.5, color="#555555", va="center")
-    scale = model.scale()
     texts: dict[int, str] = {}
     spans: dict[int, list[Any]] = {}
-    for line, column, text, value in cells:
+    for line, column, text, value, mark in cells:
+        if mark:
+            dots = {"color": "black", "linewidth": 1.2, "linestyle": (0, (1, 1))}
+            axis.plot([column, column + len(text.rstrip())], [line + 0.96] * 2, **dots)
         texts[line] = texts.get(line, "").ljust(column) + text
         color = color_of(value, scale)
         if color is not None:
@@ -72,9 +89,9 @@ def token_picture(model: TokenModel) -> bytes:
     return small_png(figure)
 
 
-def _layout(model: TokenModel) -> tuple[list[tuple[int, int, str, Any]], list[tuple[int, str]], int]:
-    """Return pieces of tokens as (line, column, text, value), titles as (line, text), and the number of lines."""
-    cells: list[tuple[int, int, str, Any]] = []
+def _layout(model: TokenModel) -> tuple[list[Cell], list[tuple[int, str]], int]:
+    """Return pieces of tokens as `Cell`s, titles as (line, text), and the number of lines."""
+    cells: list[Cell] = []
     titles: list[tuple[int, str]] = []
     row = 0
     for index in model.chosen():
@@ -84,13 +101,14 @@ def _layout(model: TokenModel) -> tuple[list[tuple[int, int, str, Any]], list[tu
         titles.append((row, title_of(record)))
         row, column = row + 1, 0
         values = record.tokens.get(model.signal) or [None] * len(record)
-        for text, value in zip(record.tokens[TEXT], values, strict=True):
+        marks = record.tokens.get(STATUS) or [None] * len(record)
+        for text, value, mark in zip(record.tokens[TEXT], values, marks, strict=True):
             seen = text.replace("\n", "↵").replace("\t", " ")[:WIDTH]
             if column + len(seen) > WIDTH:
                 row, column = row + 1, 0
             if row >= MOST_LINES:
                 break
-            cells.append((row, column, seen, value))
+            cells.append((row, column, seen, value, mark))
             column += len(seen)
             if "\n" in text:
                 row, column = row + 1, 0

@@ -1,6 +1,6 @@
 """Outputs of a tutorial as they are stored: no state of widgets, which only a running kernel has.
 
-``python -m tests.tutorial_outputs tutorials/103_what_each_policy_loss_does.ipynb`` runs a tutorial and stores its outputs.
+``python -m tests.tutorial_outputs FILE`` runs a tutorial and stores its outputs.
 """
 
 from __future__ import annotations

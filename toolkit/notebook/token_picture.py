@@ -74,7 +74,7 @@ def token_picture(model: TokenModel) -> bytes:
     spans: dict[int, list[Any]] = {}
     for line, column, text, value, mark in cells:
         if mark:
-            dots = {"color": "black", "linewidth": 1.2, "linestyle": (0, (1, 1))}
+            dots: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (1, 1))}
             axis.plot([column, column + len(text.rstrip())], [line + 0.96] * 2, **dots)
         texts[line] = texts.get(line, "").ljust(column) + text
         color = color_of(value, scale)

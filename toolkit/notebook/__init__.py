@@ -9,12 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from toolkit.notebook.batch_widget import batch_view as batch_view
     from toolkit.notebook.explorer import loss_explorer as loss_explorer
     from toolkit.notebook.token_widget import token_view as token_view
     from toolkit.notebook.watcher import watch as watch
 
-_MODULES = {"loss_explorer": "explorer", "token_view": "token_widget", "watch": "watcher"}
-__all__ = ["loss_explorer", "token_view", "watch"]
+_MODULES = {
+    "batch_view": "batch_widget",
+    "loss_explorer": "explorer",
+    "token_view": "token_widget",
+    "watch": "watcher",
+}
+__all__ = ["batch_view", "loss_explorer", "token_view", "watch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -252,4 +252,4 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if is_number(value) else str(value)[:40]
+    return f"{value:.4g}" if is_number(value) else str(value)[:60]

@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from toolkit.errors import ConfigError, did_you_mean, listed
+from toolkit.notebook.charts import View
 from toolkit.notebook.extra import check_extra
 from toolkit.notebook.token_model import ORDERS, TokenModel
 from toolkit.notebook.token_picture import token_picture
@@ -82,12 +83,15 @@ class TokenView(WithPicture):
         """Return how much is shown and by what it is coloured."""
         return f"{self.model.status()}, coloured by {SIGNALS.get(self.model.signal, 'nothing')}"
 
+    def _charts(self) -> View:
+        return self.model.charts()
+
     def _view(self) -> str:
         return json.dumps(self.model.as_view(), separators=(",", ":"))
 
     def _draw(self) -> None:
         self.canvas.view = self._view()
-        self.charts.show(self.model.charts())
+        self.charts.show(self._charts())
         self._status.value = self.model.status()
 
     def _set(self, name: str, value: Any) -> None:

@@ -38,8 +38,7 @@ def test_weights_by_hand(aggregation: str, first: float, second: float, words: s
     assert one.details["weight"] == words
     assert one.tokens["text"] == [MASKED, "5 ", "6 "]
     assert title_of(two) == (
-        f"prompt of item 1 · sample 1 · 5 tokens · positions 3 to 7 of row 1 · scored 4 · weight "
-        f"{two.details['weight']}"
+        f"item 1 · sequence 2 · 5 tokens · positions 3 to 7 of row 1 · scored 4 · weight {two.details['weight']}"
     )
 
 

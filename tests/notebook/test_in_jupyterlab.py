@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 import toolkit
 from tests.notebook.browser import CHROMIUM, browser, lab, run_all
+from tests.notebook.made import token_samples
+from tests.notebook.test_watch import add
 
 ROOT = Path(toolkit.__file__).parents[1]
 NEEDED = ("jupyterlab", "ipywidgets", "anywidget", "websocket")
@@ -23,6 +26,7 @@ HYDRA = "document.querySelector('.tk-text code')?.textContent"
 TIP = "document.querySelector('.tk-tip').textContent"
 LABELS = "[...document.querySelectorAll('.widget-label')].map((each) => each.textContent)"
 STATUS = f"{LABELS}.find((text) => text.includes('completions,'))"
+BUTTON = "[...document.querySelectorAll('button')].find((each) => each.textContent.trim() === '{}').click()"
 PAGE = "[...document.querySelectorAll('.widget-toggle-button')].find((each) => each.textContent === '{}').click()"
 
 
@@ -54,6 +58,34 @@ def test_loss_explorer(tmp_path: Path) -> None:
         page.js(PAGE.format("aggregation"))
         page.wait("document.body.innerText.includes('Share of the completion')")
         page.shot("explorer_aggregation")
+        assert page.errors == []
+
+
+def test_a_run_is_followed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cells = [
+        f"from toolkit.notebook import watch\nwatch({str(run)!r}, every=0.3)",
+        "from tests.notebook.test_batch_model import BOUNDS, packed\nfrom toolkit.notebook import batch_view\n"
+        "batch_view([packed()], cu_seq_lens_list=BOUNDS)",
+    ]
+    with lab(tmp_path, cells, ROOT) as address, browser(tmp_path) as page:
+        run_all(page, address, "document.body.innerText.includes('the run has not made a step')")
+        for step in range(3):
+            add(run, {"phase": "main", "step": step, "reward": 0.1 * step, "entropy": 2.0 - step, "kl_old": 0.01 * step,
+                      "clip_fraction_low": 0.02, "clip_fraction_high": 0.05, "tokens_per_second": 900.0})  # fmt: skip
+        page.wait("document.body.innerText.includes('3 steps') && document.querySelectorAll('.tk-curve').length === 6")
+        before = page.js(CURVES)
+        add(run, {"phase": "main", "step": 3, "reward": 0.9})
+        page.wait_change(CURVES, before)
+        (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in token_samples(4, 20)))
+        page.js(BUTTON.format("show samples"))
+        page.wait("document.querySelectorAll('.tk-scroll').length === 2", "the samples")
+        page.shot("watch")
+        (run / "summary.json").write_text(json.dumps({"wall_seconds": 3.0}))
+        page.wait("document.body.innerText.includes('ended after 4 steps')")
+        page.js("[...document.querySelectorAll('.tk-scroll')].at(-1).scrollIntoView({block: 'center'})")
+        page.wait("document.body.innerText.includes('the weights sum to 1')")
+        page.shot("batch")
         assert page.errors == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.step.step import step_weights
 from toolkit.notebook.charts import Bar, Chart, View
 from toolkit.notebook.readers.items import FIELDS
-from toolkit.notebook.token_records import TEXT, TokenRecord, record_of
+from toolkit.notebook.token_records import ITEM, TEXT, TokenRecord, record_of
 
 MASKED = "·"
 """Text of a position that is not scored: its token is not among the labels."""
@@ -55,7 +56,7 @@ def batch_records(
     for number, (item, cuts, weight) in enumerate(zip(items, bounds, weights, strict=True)):
         for row, labels in enumerate(item.shifted_labels):
             for index, (start, end) in enumerate(spans(labels, cuts)):
-                fields = {"group": f"of item {number + 1}", "sample": index if cuts is not None else row}
+                fields = {"group": f"{ITEM}{number + 1}", "sample": index if cuts is not None else row}
                 part = slice(start, end)
                 words = _words(cfg.aggregation, int((labels[part] != cfg.ignore_idx).sum()), counts)
                 records.append(_record(item, row, part, weight, cfg.ignore_idx, decode, words, fields))
@@ -63,11 +64,16 @@ def batch_records(
 
 
 def spans(labels: Tensor, bounds: Tensor | None) -> list[tuple[int, int]]:
-    """Return first position and end of each sequence of a row, `labels` [T]; the row itself without boundaries."""
+    """Return first position and end of each sequence of a row.
+
+    Args:
+        labels: [T] of the row.
+        bounds: [S + 1] where sequences begin and end; None: the row is one sequence.
+    """
     if bounds is None:
         return [(0, len(labels))]
     cuts = bounds.tolist()
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(pairwise(cuts))
 
 
 def batch_charts(records: Sequence[TokenRecord]) -> View:

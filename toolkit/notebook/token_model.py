@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from toolkit.notebook.charts import Bar, Chart, Line, View
-from toolkit.notebook.token_records import CENTERS, SIGNALS, STATUS, TokenRecord, is_number
+from toolkit.notebook.token_records import CENTERS, ITEM, SIGNALS, STATUS, TokenRecord, is_number
 
 Order = Literal["as in the file", "largest signal first", "lowest reward first", "highest reward first"]
 ORDERS: tuple[Order, ...] = ("as in the file", "largest signal first", "lowest reward first", "highest reward first")
@@ -123,10 +123,9 @@ class TokenModel:
             center = CENTERS[self.signal]
             reach = sorted(abs(value - center) for value in values)
             return {"kind": "two ways", "center": center, "reach": _quantile(reach, SPREAD) or reach[-1] or 1.0}
-        low, high = _quantile(values, 1 - SPREAD), _quantile(values, SPREAD)
-        if high <= low:
-            low, high = values[0], values[-1] if values[-1] > values[0] else values[0] + 1.0
-        return {"kind": "one way", "low": low, "high": high, "is_reversed": self.signal == "logprob"}
+        if self.signal == "logprob":
+            return {"kind": "one way", "low": _quantile(values, 1 - SPREAD) or -1.0, "high": 0.0, "is_reversed": True}
+        return {"kind": "one way", "low": 0.0, "high": _quantile(values, SPREAD) or 1.0, "is_reversed": False}
 
     # ------------------------------------------------------------------ what is sent
 
@@ -212,13 +211,18 @@ class TokenModel:
 def title_of(record: TokenRecord) -> str:
     """Return the line above a completion."""
     parts = [] if record.step is None else [f"step {record.step + 1}"]
-    parts += [f"prompt {record.group}"] if record.group else []
-    parts.append(f"sample {record.sample}")
+    parts += [group_label(record.group)] if record.group else []
+    parts.append(f"sequence {record.sample + 1}" if record.group.startswith(ITEM) else f"sample {record.sample}")
     parts += [f"reward {record.reward:.4g}"] if is_number(record.reward) else []
     parts += [f"advantage {record.advantage:.4g}"] if is_number(record.advantage) else []
     parts.append(f"{len(record)} tokens")
     parts += [f"{name} {_short(value)}" for name, value in record.details.items() if value is not None]
     return " · ".join(parts)
+
+
+def group_label(group: str) -> str:
+    """Return a group in words."""
+    return group if group.startswith(ITEM) else f"prompt {group}"
 
 
 def edges_of(values: Sequence[float | None]) -> list[float]:

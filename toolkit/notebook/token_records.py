@@ -11,6 +11,8 @@ from typing import Any
 from toolkit.errors import DataError
 
 TEXT, STATUS = "text", "status"
+ITEM = "item "
+"""What the group of a sequence begins with that comes from an item, not from a prompt."""
 SIGNALS: dict[str, str] = {
     "logprob": "log-probability (nats)",
     "ratio": "ratio pi / pi_old",

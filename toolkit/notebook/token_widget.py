@@ -10,7 +10,7 @@ from typing import Any
 from toolkit.errors import ConfigError, did_you_mean, listed
 from toolkit.notebook.charts import View
 from toolkit.notebook.extra import check_extra
-from toolkit.notebook.token_model import ORDERS, TokenModel
+from toolkit.notebook.token_model import ORDERS, TokenModel, group_label
 from toolkit.notebook.token_picture import token_picture
 from toolkit.notebook.token_records import SIGNALS, STATUS
 from toolkit.notebook.token_source import records_from
@@ -107,7 +107,7 @@ class TokenView(WithPicture):
         signals = [(SIGNALS[name], name) for name in model.signals()] or [("nothing", "")]
         steps = [("all steps", ALL), *((f"step {step + 1}", step) for step in model.steps())]
         groups = list(dict.fromkeys(record.group for record in model.records if record.group))
-        prompts = [("all prompts", ALL), *((f"prompt {group}"[:40], group) for group in groups)]
+        prompts = [("all prompts", ALL), *((group_label(group)[:40], group) for group in groups)]
         color = self._tied(
             widgets.Dropdown(options=signals, value=model.signal, description="colour by"), "signal", "360px"
         )

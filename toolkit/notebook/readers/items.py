@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from toolkit.losses.items import RLLossContextInputItem
-from toolkit.notebook.token_records import TEXT, TokenRecord, record_of
+from toolkit.notebook.token_records import ITEM, TEXT, TokenRecord, record_of
 
 FIELDS = {
     "advantages": "advantage",
@@ -44,5 +44,5 @@ def of_items(
                 if values is not None:
                     of_row = values.expand(item.shifted_labels.shape)[row].tolist()
                     tokens[name] = [of_row[position] for position in scored]
-            records.append(record_of(tokens, group=f"item {number + 1}", sample=row))
+            records.append(record_of(tokens, group=f"{ITEM}{number + 1}", sample=row))
     return records

@@ -119,7 +119,7 @@ def test_kept_curves_and_limits() -> None:
         model.choice = LossChoice(name)
         model.keep()
     assert [each.name for each in model.kept] == ["sapo", "gspo", "cispo", "kimi", "tis"]
-    assert [line.label for line in model.view().charts[0].lines] == ["tis", "sapo", "gspo", "cispo", "kimi", "tis"]
+    assert [line.label for line in model.view().charts[0].lines] == ["tis", "sapo", "gspo", "cispo", "kimi"]
 
 
 def test_a_mistake_becomes_a_remark() -> None:

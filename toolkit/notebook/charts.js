@@ -12,7 +12,7 @@ const STYLE = `
 .tk-read { min-height: 2.8em; font-variant-numeric: tabular-nums; }
 .tk-read i { font-style: normal; font-weight: 700; }
 .tk-legend span { margin-right: 14px; white-space: nowrap; display: inline-block; }
-.tk-legend svg { width: 26px; height: 8px; vertical-align: middle; margin-right: 4px; }
+.tk-legend svg { display: inline-block; width: 26px; height: 8px; vertical-align: middle; margin-right: 4px; }
 .tk-text { display: flex; gap: 8px; align-items: baseline; margin: 3px 0; }
 .tk-text code { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; padding: 2px 6px; border: 1px solid var(--tk-line); font: 12px ui-monospace, monospace; background: none; color: inherit; }
 .tk-text button { font: inherit; color: inherit; background: transparent; border: 1px solid currentColor; border-radius: 3px; cursor: pointer; }
@@ -59,7 +59,8 @@ function extent(values) {
   const room = (high - low) * .05 || Math.abs(high) * .1 || .5;
   return [low - room, high + room];
 }
-function lineChart(chart, several) {
+function lineChart(chart, hasLegend) {
+  const several = chart.lines.length > 1, isWhole = chart.lines.every((line) => line.x.every(Number.isInteger));
   const xs = chart.lines.flatMap((line) => [line.x[0], line.x[line.x.length - 1]]).filter((value) => value !== undefined);
   let [x0, x1] = xs.length ? [Math.min(...xs), Math.max(...xs)] : [0, 1];
   if (x0 === x1) x1 = x0 + (chart.is_log ? x0 : 1);
@@ -74,7 +75,7 @@ function lineChart(chart, several) {
   for (const band of chart.bands) { const left = x(Math.max(band.low, x0)), right = x(Math.min(band.high, x1));
     svg.append(make("rect", { class: "tk-band", x: left, y: TOP, width: Math.max(1, right - left), height: INNER[1], fill: band.is_strong ? "currentColor" : `url(#${id})`, opacity: band.is_strong ? .14 : 1 }, make("title", {}, band.label))); }
   frame(svg, chart, linearTicks(y0, y1, 5), y);
-  for (const value of chart.is_log ? logTicks(x0, x1) : linearTicks(x0, x1, 6)) svg.append(make("text", { x: x(value), y: HEIGHT - BOTTOM + 14, "text-anchor": "middle" }, shown(value)));
+  for (const value of (chart.is_log ? logTicks(x0, x1) : linearTicks(x0, x1, 6)).filter((each) => !isWhole || Number.isInteger(each))) svg.append(make("text", { x: x(value), y: HEIGHT - BOTTOM + 14, "text-anchor": "middle" }, shown(value)));
   if (chart.marker !== null) svg.append(make("line", { x1: x(chart.marker), x2: x(chart.marker), y1: TOP, y2: HEIGHT - BOTTOM, stroke: "currentColor", opacity: .45, "stroke-width": .8 }));
   for (const line of chart.lines) {
     let path = "", pen = "M";
@@ -102,7 +103,7 @@ function lineChart(chart, several) {
   const move = (by) => back(Math.min(scale(x1), Math.max(scale(x0), scale(at === null ? chart.marker ?? x0 : at) + by * (scale(x1) - scale(x0)))));
   const keys = { ArrowLeft: () => move(-.01), ArrowRight: () => move(.01), PageUp: () => move(.1), PageDown: () => move(-.1), Home: () => x0, End: () => x1 };
   return make("div", { class: "tk-chart", tabindex: 0, role: "group", "aria-label": `${chart.title}; arrow keys read values`, onfocus: () => show(at ?? chart.marker ?? x0), onblur: hide,
-    onkeydown: (event) => { if (keys[event.key]) { event.preventDefault(); event.stopPropagation(); show(keys[event.key]()); } } }, make("h4", {}, chart.title), svg, read);
+    onkeydown: (event) => { if (keys[event.key]) { event.preventDefault(); event.stopPropagation(); show(keys[event.key]()); } } }, make("h4", {}, chart.title), hasLegend && several ? legend([chart]) : null, svg, read);
 }
 function barChart(chart, click) {
   const [, top] = extent([0, ...chart.bars.map((bar) => bar.value)]), bottom = Math.min(0, ...chart.bars.map((bar) => bar.value)) * 1.05;
@@ -143,9 +144,9 @@ function render({ model, el }) {
   el.append(make("style", {}, STYLE), root);
   function draw() {
     const view = JSON.parse(model.get("view")), focused = [...root.querySelectorAll("[tabindex]")].indexOf(document.activeElement);
-    const several = view.charts.some((chart) => chart.lines.length > 1);
+    const names = new Set(view.charts.map((chart) => chart.lines.map((line) => line.label).join("\n"))), isShared = names.size === 1;
     const click = (key) => { model.set("clicked", [key, (model.get("clicked")[1] || 0) + 1]); model.save_changes(); };
-    root.replaceChildren(...[legend(view.charts), make("div", { class: "tk-grid" }, ...view.charts.map((chart) => chart.bars.length ? barChart(chart, click) : lineChart(chart, several))),
+    root.replaceChildren(...[isShared ? legend(view.charts) : null, make("div", { class: "tk-grid" }, ...view.charts.map((chart) => chart.bars.length ? barChart(chart, click) : lineChart(chart, !isShared))),
       ...view.notes.map((note) => make("p", { class: "tk-note" }, note)), ...view.texts.map(copyText)].filter(Boolean));
     if (focused >= 0) root.querySelectorAll("[tabindex]")[focused]?.focus({ preventScroll: true });
   }

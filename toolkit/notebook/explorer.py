@@ -121,13 +121,13 @@ class LossExplorer(WithPicture):
 
     def _choose(self, *, rebuild: bool = False, **changes: Any) -> None:
         """Change fields of the choice and draw."""
-        needed = self.model.needed()
+        needed = self._needed()
         self.model.choice = replace(self.model.choice, **changes)
-        if rebuild or self._needed_after() != needed:
+        if rebuild or self._needed() != needed:
             self._build_side()
         self._draw()
 
-    def _needed_after(self) -> set[str]:
+    def _needed(self) -> set[str]:
         try:
             return self.model.needed()
         except ConfigError:  # an option that is out of range; the view shows it
@@ -174,7 +174,7 @@ class LossExplorer(WithPicture):
 
         keep.on_click(kept(model.keep))
         clear.on_click(kept(lambda: setattr(model, "kept", [])))
-        needed = self._needed_after()
+        needed = self._needed()
         token = [
             control_widget(control, getattr(model.situation, field), _setter(self._set_situation, field))
             for field, control in SITUATION.items()

@@ -69,7 +69,7 @@ class ExplorerModel:
     # ------------------------------------------------------------------ pages
 
     def _ratio(self) -> tuple[tuple[Chart, ...], tuple[str, ...]]:
-        chosen = [self.choice, *self.kept]
+        chosen = [self.choice, *(each for each in self.kept if each.label != self.choice.label)]
         curves = [self._curves(each) for each in chosen]
         labels = [each.label for each in chosen]
         charts = tuple(

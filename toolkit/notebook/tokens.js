@@ -1,7 +1,7 @@
 // The tokens of toolkit.notebook.token_model on one canvas: only what is on the screen is drawn. No build step.
 const STYLE = `
 .tk-tokens { color: var(--jp-ui-font-color1, inherit); font: 12px system-ui, sans-serif; position: relative; --tk-line: color-mix(in srgb, currentColor 22%, transparent); }
-.tk-scroll { position: relative; overflow-y: scroll; height: 460px; border: 1px solid var(--tk-line); }
+.tk-scroll { position: relative; overflow-y: scroll; border: 1px solid var(--tk-line); }
 .tk-scroll:focus-visible { outline: 2px solid currentColor; }
 .tk-scroll canvas { position: sticky; top: 0; left: 0; display: block; }
 .tk-tip { position: absolute; pointer-events: none; background: var(--jp-layout-color1, Canvas); color: var(--jp-ui-font-color1, CanvasText); border: 1px solid currentColor; border-radius: 3px; padding: 4px 8px; font: 12px ui-monospace, monospace; white-space: pre; z-index: 10; visibility: hidden; box-shadow: 0 1px 4px rgba(0,0,0,.35); }
@@ -12,7 +12,7 @@ const STYLE = `
 .tk-mark { padding: 0 5px; margin-right: 6px; border: 1px solid var(--tk-line); color: #000; }
 .tk-said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }`;
 const UP = [213, 94, 0], DOWN = [0, 114, 178], ONE = [204, 121, 167], MARKS = [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [204, 121, 167], [213, 94, 0], [0, 114, 178]];
-const FONT = 13, LINE = 19, HEAD = 18, GAP = 10, PAD = 8;
+const FONT = 13, LINE = 19, HEAD = 18, GAP = 10, PAD = 8, TALLEST = 460;
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) { if (name.startsWith("on")) node.addEventListener(name.slice(2), value); else if (value !== null && value !== false) node.setAttribute(name, value); }
@@ -87,6 +87,7 @@ function render({ model, el }) {
       }
     } else for (const index of view.chosen) y += layout(index, PAD, y, full) + GAP;
     height = y;
+    scroll.style.height = `${Math.max(60, Math.min(TALLEST, height + 4))}px`;
     space.style.height = `${Math.max(0, height - scroll.clientHeight)}px`;
     const ratio = window.devicePixelRatio || 1;
     canvas.width = Math.round(scroll.clientWidth * ratio); canvas.height = Math.round(scroll.clientHeight * ratio);

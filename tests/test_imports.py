@@ -33,6 +33,7 @@ LAYERS = [
     {"check"},
     {"runner"},
     {"report"},
+    {"notebook"},
     {"bench", "scale", "integrations"},
     {"train"},
 ]

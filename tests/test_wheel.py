@@ -33,7 +33,8 @@ def test_installed_wheel_runs(tmp_path: Path, request: pytest.FixtureRequest, mo
         assert "\n# RL loss toolkit\n" in metadata
         assert not re.search(r"\]\((?!https?://)", metadata)
         names = {name for name in packed.namelist() if name.startswith("toolkit/_conf/")}
-        files = ("toolkit/peers/words.toml", "toolkit/report/page.html", "toolkit/report/page.js")
+        files = ["toolkit/peers/words.toml", "toolkit/report/page.html", "toolkit/report/page.js"]
+        files += ["toolkit/notebook/charts.js", "toolkit/notebook/tokens.js"]
         assert {*files} <= {*packed.namelist()}
     own = {f"toolkit/_conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert names == {name for name in own if "/local/" not in name}

@@ -1,0 +1,87 @@
+"""A run as it goes, before, during and after it; no browser, no widgets."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.report.made import make_run
+from toolkit.notebook.watch_model import QUIET, WatchModel
+
+
+def add(folder: Path, *rows: dict) -> None:  # type: ignore[type-arg]
+    folder.mkdir(exist_ok=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def test_before_during_and_after(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    model = WatchModel(folder)
+    assert model.refresh()
+    assert not model.refresh()
+    assert model.view().notes == (f"waiting for {folder / 'metrics.jsonl'}: the run has not made a step",)
+
+    add(folder, {"phase": "main", "step": 0, "reward": 0.25, "clip_fraction_high": 0.1, "kl_old": 0.5})
+    assert model.refresh()
+    charts = {chart.title: chart for chart in model.view().charts}
+    assert [*charts] == ["Reward", "KL", "Clipped tokens"]
+    assert (charts["Reward"].lines[0].x, charts["Reward"].lines[0].y) == ([1], [0.25])
+    (clipped,) = charts["Clipped tokens"].lines
+    assert (clipped.label, clipped.y) == ("A > 0, above the range", [10])
+    assert model.status() == "run: 1 steps"
+    assert not model.is_done
+
+    add(folder, {"phase": "evaluation", "step": 1, "accuracy": 0.5}, {"phase": "main", "step": 1, "reward": None})
+    assert model.refresh()
+    reward, accuracy = model.view().charts[0].lines
+    assert (accuracy.label, accuracy.x, accuracy.y) == ("held-out accuracy", [1], [0.5])
+    assert reward.y == [0.25]
+
+    (folder / "summary.json").write_text(json.dumps({"wall_seconds": 3.0, "interrupted": False}))
+    assert model.refresh()
+    assert model.is_done
+    assert model.status() == "run: ended after 2 steps"
+
+
+def test_a_finished_run_is_told_about(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", rewards=[0.0] * 10, summary={"wall_seconds": 9.0}, steps=10,
+                   row=lambda step: {"uniform_groups": 1.0, "grad_norm": "absent"})  # fmt: skip
+    model = WatchModel(run)
+    model.refresh()
+    assert model.status() == "a: ended after 10 of 10 steps"
+    assert any("equal in every group" in note for note in model.view().notes)
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    add(tmp_path / "run", {"phase": "main", "step": 0, "reward": 0.25})
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"phase": "main", "st')
+    model = WatchModel(tmp_path / "run")
+    with pytest.warns(UserWarning, match="the last line was cut"):
+        model.refresh()
+    assert len(model.view().charts) == 1
+
+
+def test_a_broken_file_is_a_remark(tmp_path: Path) -> None:
+    add(tmp_path / "run", {"phase": "main", "step": 0, "reward": 0.25})
+    model = WatchModel(tmp_path / "run")
+    model.refresh()
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write("nonsense\n{}\n")
+    assert model.refresh()
+    assert "Its files cannot be read: " in model.view().notes[1]
+    assert len(model.view().charts) == 1  # what was known stays
+
+
+def test_a_silent_run_is_named(tmp_path: Path) -> None:
+    add(tmp_path / "run", {"phase": "main", "step": 0, "reward": 0.25})
+    path = tmp_path / "run/metrics.jsonl"
+    then = path.stat().st_mtime - QUIET - 10
+    os.utime(path, (then, then))
+    model = WatchModel(tmp_path / "run")
+    model.refresh()
+    assert "no step for 13" in model.status()

@@ -1,0 +1,1 @@
+"""Dumps of completions as `TokenRecord`s, one module for each format."""

@@ -1,0 +1,115 @@
+"""A run as it goes, as charts: read from its files, before, during and after it. No widgets here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import ConfigError
+from toolkit.notebook.charts import Chart, Line, View
+from toolkit.notebook.token_records import is_number
+from toolkit.report.runs import METRICS, SAMPLES, Run, read_run
+from toolkit.report.story import remarks
+
+PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    ("Reward", "reward", (("reward", "mean reward"), ("accuracy", "held-out accuracy"))),
+    ("KL", "nats", (("kl_old", "to the old policy"), ("kl_ref", "to the reference"))),
+    ("Policy entropy", "nats", (("entropy", "entropy"),)),
+    (
+        "Clipped tokens",
+        "% of tokens",
+        (
+            ("clip_fraction_low", "A < 0, below the range"),
+            ("clip_fraction_high", "A > 0, above the range"),
+            ("dual_clip_fraction", "A < 0, dual clip"),
+        ),
+    ),
+    ("Throughput", "tokens a second", (("tokens_per_second", "all processes"),)),
+    ("Gradient norm", "before clipping", (("grad_norm", "gradient norm"),)),
+)
+"""Title, unit and metrics of each chart; charts without a value are left out."""
+PERCENT = "% of tokens"
+EVALUATION = "evaluation"
+QUIET = 120.0
+"""Seconds without a new line after which a run without a summary is said to be silent."""
+
+
+@dataclass
+class WatchModel:
+    """The files of a run, read again whenever they have changed."""
+
+    folder: Path
+    run: Run | None = None
+    """None: it has not made a step."""
+    error: str = ""
+    """What is wrong with its files; empty: nothing."""
+    _stamp: tuple[Any, ...] = field(default=(), init=False)
+
+    def refresh(self) -> bool:
+        """Read the files if they have changed since the last time; return whether they had."""
+        stamp = tuple(_stamp(self.folder / name) for name in (METRICS, SAMPLES, "summary.json"))
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp
+        try:
+            self.run = read_run(self.folder) if (self.folder / METRICS).is_file() else None
+            self.error = ""
+        except ConfigError as error:
+            self.error = str(error)
+        return True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.run is not None and bool(self.run.summary)
+
+    def status(self) -> str:
+        """Return how far the run is, in words."""
+        if self.run is None:
+            return f"waiting for {self.folder / METRICS}: the run has not made a step"
+        steps, planned = len(self.run.main), self.run.planned_steps
+        progress = f"{steps} steps" if planned is None else f"{steps} of {planned} steps"
+        if self.is_done:
+            return f"{self.run.name}: ended after {progress}"
+        age = time.time() - (self.folder / METRICS).stat().st_mtime
+        silent = f"; no step for {age:.0f} s" if age > QUIET else ""
+        return f"{self.run.name}: {progress}{silent}"
+
+    def view(self) -> View:
+        """Return the charts, and what is remarkable about the run."""
+        notes = [self.status()] + ([f"Its files cannot be read: {self.error}"] if self.error else [])
+        if self.run is None:
+            return View(notes=tuple(notes))
+        notes += [remark.text for remark in remarks(self.run)] if self.is_done else []
+        charts = [chart for panel in PANELS if (chart := _chart(self.run.rows, *panel)) is not None]
+        return View(charts=tuple(charts), notes=tuple(notes))
+
+
+def _chart(
+    rows: Sequence[Mapping[str, Any]], title: str, unit: str, metrics: Sequence[tuple[str, str]]
+) -> Chart | None:
+    lines = []
+    for style, (name, label) in enumerate(metrics):
+        points = [
+            # An evaluation stands after the step whose number it carries, as in the report.
+            (row["step"] + (row["phase"] != EVALUATION), row[name] * (100 if unit == PERCENT else 1))
+            for row in rows
+            if row.get("phase") in ("main", EVALUATION) and is_number(row.get(name))
+        ]
+        if points and (name != "reward" or any(row.get("phase") == "main" for row in rows)):
+            points = sorted(dict(points).items())
+            lines.append(Line(label=label, x=[x for x, _ in points], y=[y for _, y in points], style=style))
+    if not lines:
+        return None
+    return Chart(title=title, x_label="step", y_label=unit, lines=tuple(lines))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size

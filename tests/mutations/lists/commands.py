@@ -105,14 +105,14 @@ MUTATIONS = (
     # ---------------------------------------------------------------- the runner
     Mutation(
         name="runner-step-ignores-boundaries",
-        file="toolkit/runner/loss_runner.py",
+        file="toolkit/runner/steps.py",
         line="bounds = None if all(value is None for value in cu_seq_lens) else cu_seq_lens",
         becomes="bounds = None",
         tests=("tests/test_runner.py::test_step_reads_boundaries",),
     ),
     Mutation(
         name="runner-reports-one-rank",
-        file="toolkit/runner/loss_runner.py",
+        file="toolkit/runner/steps.py",
         line="metrics = reduce_metrics(merge_metrics(parts))",
         becomes="metrics = merge_metrics(parts)",
         tests=("tests/test_distributed.py::test_runner_step_over_two_processes",),
@@ -161,7 +161,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="cross-entropy-takes-anything",
-        file="toolkit/runner/loss_runner.py",
+        file="toolkit/runner/items.py",
         line="unread = [name for name in RL_FIELDS if name in values and name not in item_cls.model_fields]",
         becomes="unread = []",
         tests=("tests/test_runner.py::test_cross_entropy_refuses_what_it_does_not_read",),
@@ -189,8 +189,8 @@ MUTATIONS = (
     ),
     Mutation(
         name="a-micro-batch-without-old-logprobs",
-        file="toolkit/runner/loss_runner.py",
-        line="check_alike(items, self.loss_cfg.ignore_idx)",
+        file="toolkit/runner/steps.py",
+        line="check_alike(items, cfg.ignore_idx)",
         becomes="pass",
         tests=("tests/test_wrong_inputs.py::test_calls",),
     ),

@@ -5,7 +5,7 @@ Legend: B rows, T positions that have hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +26,17 @@ FIELDS = ("input_ids", "shifted_labels", "loss_mask", "attention_mask", "cu_seq_
 """Keys of a batch that the loss reads; all others are for the caller's forward."""
 
 
-def check_names(fields: Mapping[str, Any], loss_cfg: BaseLossConfig, *, may_have_others: bool = False) -> None:
-    """Raise `DataError` if a name is unknown; others, for the caller's forward, only if they look like a field's."""
+def check_names(fields: Mapping[str, Any], loss_cfg: BaseLossConfig, *, strictly: Collection[str] = ()) -> None:
+    """Raise `DataError` if one of the names `strictly` is unknown, or another looks like a field's and is not.
+
+    Others may be for the caller's forward.
+    """
     known = tuple(dict.fromkeys((*FIELDS, *_item_cls(loss_cfg).model_fields)))
     from_rewards = OF_REWARDS if has_rewards(fields, loss_cfg) else ()
     for name in fields:
         if name in known or name in from_rewards:
             continue
-        message = not_a_field(name, fields, known, loss_cfg, may_have_others)
+        message = not_a_field(name, fields, known, loss_cfg, name not in strictly)
         if message is not None:
             raise DataError(message)
 
@@ -107,7 +110,7 @@ def item_of(
         DataError: a field is unknown, missing or of the wrong shape.
     """
     item_cls = _item_cls(loss_cfg)
-    check_names(fields, loss_cfg, may_have_others=True)
+    check_names(fields, loss_cfg)
     like = next((value for value in fields.values() if isinstance(value, Tensor)), None)
     known = {*FIELDS, *item_cls.model_fields} - {"advantages"}  # a number is an advantage, too
     fields = {

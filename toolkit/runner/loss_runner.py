@@ -160,11 +160,12 @@ class LossRunner:
             fields["advantage"] = advantage  # an unknown name, unless there are rewards
         rewarded = (advantage, advantage_options)
         if is_model(hidden_states, head_weight):
+            check_names({**(head_weight or {}), **fields}, self.loss_cfg, strictly=fields)
             runs = self._of_model(hidden_states, head_weight, fields)
             result = run_call(runs, self.loss_cfg, rewarded, is_first=self._is_first)
             self._is_first = False
             return result
-        check_names(fields, self.loss_cfg)
+        check_names(fields, self.loss_cfg, strictly=fields)
         head = head_tensors(hidden_states, head_weight, head_bias)
         context = self._context(fields, head[0], rewarded)
         loss, extra = context.forward(*head)
@@ -196,7 +197,7 @@ class LossRunner:
         """
         if by_position:
             raise DataError(BY_NAME.format(type(by_position[0]).__name__))
-        check_names(fields, self.loss_cfg)
+        check_names(fields, self.loss_cfg, strictly=fields)
         head = head_tensors(hidden_states, head_weight, head_bias)
         return self._context(fields, head[0], ("grpo", None)).explain(*head)
 

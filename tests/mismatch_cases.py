@@ -38,6 +38,8 @@ def tiny_lm(kind: str) -> Any:
         return tf.Qwen3ForCausalLM(tf.Qwen3Config(**sizes, **few, head_dim=16, tie_word_embeddings=True))
     if kind == "neox":
         return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**sizes, intermediate_size=96, hidden_dropout=0.0))
+    if kind == "opt":
+        return tf.OPTForCausalLM(tf.OPTConfig(**sizes, ffn_dim=96, word_embed_proj_dim=48, dropout=0.0))
     raise ValueError(kind)
 
 

@@ -21,6 +21,8 @@ from toolkit.losses.items import LossContextInputItem
 from toolkit.metrics import metrics_in
 from toolkit.runner.arguments import check_has_graph, head_tensors, why_without_graph
 from toolkit.runner.batches import model_batch
+from toolkit.runner.diagnosis import Diagnosis, diagnose
+from toolkit.runner.diagnosis.of_model import diagnose_model
 from toolkit.runner.items import FIELDS, check_names, item_of, with_advantages
 from toolkit.runner.mistakes import BY_NAME, naming_batches, not_a_config, not_a_list, not_of_loss
 from toolkit.runner.models import is_model, model_call
@@ -265,6 +267,54 @@ class LossRunner:
             raise DataError(f"logprobs() got {a_type(model)} and {a_type(batch)}; write runner.logprobs(model, batch)")
         call = model_call(model)
         return call.logprobs(model_batch({**(batch or {}), **fields}, call.device), self.loss_cfg)
+
+    def diagnose(
+        self,
+        rollout_logprobs: Any = None,
+        trainer_logprobs: Any = None,
+        mask: Any = None,
+        ids: Any = None,
+        *,
+        model: nn.Module | None = None,
+        batch: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
+        bos_id: int | None = None,
+    ) -> Diagnosis:
+        """Say why a sampler's log-probabilities differ from a trainer's, on raw arrays; ``print`` the result.
+
+        ``runner.diagnose(rollout, trainer, mask, ids)`` compares arrays of the same tokens in the same places.
+        ``runner.diagnose(rollout, model=model, batch=batch)`` scores the batch by the model, and makes each fault again
+        on up to 16 rows, so it also tells apart what looks alike in the arrays.
+
+        Args:
+            rollout_logprobs: [B, T] in nats, as the sampler reported them; None: those in the batch. With a model value
+                t is of token t + 1, as in `__call__`.
+            trainer_logprobs: [B, T] in nats; not with a model.
+            mask: [B, T], 1 at the tokens to compare; not with a model, whose batch has ``loss_mask``.
+            ids: [B, T] the token that each value is of; not with a model.
+            model: as in `step`.
+            batch: of the model, with ``input_ids``.
+            vocab_size: V; None: from `ids`, or not used.
+            bos_id: with a model: the token that begins every sequence; None: the first token of each row.
+
+        Raises:
+            DataError: an argument is missing, or shapes differ.
+        """
+        if model is None:
+            if batch is not None or rollout_logprobs is None or trainer_logprobs is None:
+                raise DataError(
+                    "diagnose() needs rollout_logprobs and trainer_logprobs, or model=... and batch=... in the place of "
+                    "trainer_logprobs"
+                )
+            return diagnose(rollout_logprobs, trainer_logprobs, mask, ids, vocab_size=vocab_size)
+        arrays = {"trainer_logprobs": trainer_logprobs, "mask": mask, "ids": ids}
+        unread = [name for name, value in arrays.items() if value is not None]
+        if unread:
+            raise DataError(f"{unread[0]} has no effect beside model=; the batch has input_ids and loss_mask")
+        if not isinstance(batch, Mapping):
+            raise DataError(f"batch is {a_type(batch)}; give the batch of the model, with input_ids")
+        fields = dict(batch) | ({} if rollout_logprobs is None else {"rollout_logprobs": rollout_logprobs})
+        return diagnose_model(model_call(model), self.loss_cfg, fields, bos_id=bos_id)
 
     def _of_model(self, model: nn.Module, batch: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> OfModel:
         """Return how to run a model on one batch; `fields` were given by name."""

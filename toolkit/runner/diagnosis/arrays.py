@@ -161,9 +161,8 @@ def _signatures(pair: Pair, at: dict[str, float], size: int | None) -> Iterator[
     is_worse = size is None or at["mean_trainer"] < -math.log(size)
     if at["correlation"] < UNRELATED and at["mean_rollout"] - at["mean_trainer"] > 1 and is_worse:
         words = f"correlation {at['correlation']:.2f}, and the trainer gives its tokens {at['mean_trainer']:.2g} nats"
-        is_known = size is not None
         uniform = f", less than a uniform guess over {size:,} tokens" if size is not None else ""
-        yield ("tokenizer_offset",) if is_known else ("tokenizer_offset", "prompt_missing"), words + uniform
+        yield ("tokenizer_offset", "prompt_missing"), words + uniform
     if at["explained_by_value"] > BY_VALUE and at["correlation"] > 1 - 2 * UNRELATED:
         words = f"the value explains {at['explained_by_value']:.0%} of the difference (slope {at['slope']:.2f}, near the "
         yield ("temperature",), words + "sampler's temperature over the trainer's)"

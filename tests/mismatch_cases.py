@@ -211,3 +211,49 @@ def _after(kind: str, case: Case, world: World, drawn: Drawn, seed: int) -> Case
         starts = mask.long().argmax(-1, keepdim=True)
         return replace(case, mask=torch.arange(LENGTH) >= starts)
     return case
+
+
+def names(case: Case, kind: str, world: World, *, with_model: bool) -> tuple[str, ...]:
+    """Return the kinds that `diagnose` names for a pair, from the arrays or from the trainer's model and batch."""
+    from toolkit import GRPOLossConfig, LossRunner
+
+    runner = LossRunner(GRPOLossConfig())
+    if not with_model:
+        return runner.diagnose(case.rollout, case.trainer, case.mask, case.ids).kinds
+    batch = {"input_ids": case.ids, "loss_mask": case.mask.long()}
+    if kind == "prompt_missing":
+        batch["attention_mask"] = case.attention * (case.mask | (torch.arange(LENGTH) == 0)).long()
+    elif kind != "padding_scored":  # a loss that knows the padding does not score it
+        batch["attention_mask"] = case.attention
+    at_positions = torch.nn.functional.pad(case.rollout[:, 1:], (0, 1))
+    return runner.diagnose(at_positions, model=world.lm, batch=batch).kinds
+
+
+def table(world: World, seeds: range, *, with_model: bool) -> dict[str, dict[tuple[str, ...], int]]:
+    """Return for each kind, and for clean pairs, how often each answer was given."""
+    result: dict[str, dict[tuple[str, ...], int]] = {}
+    for kind in ("clean", *KINDS):
+        answers = result.setdefault(kind, {})
+        for seed in seeds:
+            answer = names(make(kind, world, seed), kind, world, with_model=with_model)
+            answers[answer] = answers.get(answer, 0) + 1
+    return result
+
+
+def main(kinds_of_models: list[str]) -> None:
+    """Print the table of ten seeds, and how many of 25 clean pairs are flagged: python -m tests.mismatch_cases neox opt"""
+    for kind_of_model in kinds_of_models:
+        world = world_of(kind_of_model)
+        for with_model in (False, True):
+            for kind, answers in table(world, range(10), with_model=with_model).items():
+                shown = ", ".join(f"{number} x {' or '.join(answer) or 'none'}" for answer, number in answers.items())
+                print(f"{kind_of_model:6} {'model ' if with_model else 'arrays'} {kind:17} {shown}", flush=True)
+        pairs = [make("clean", world, seed) for seed in range(25)]
+        flagged = sum(bool(names(pair, "clean", world, with_model=False)) for pair in pairs)
+        print(f"{kind_of_model:6} {flagged} of 25 clean pairs flagged", flush=True)
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

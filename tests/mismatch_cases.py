@@ -51,7 +51,9 @@ def texts(number: int, generator: torch.Generator, tables: Tensor) -> tuple[Tens
     for row in range(number):
         length = int(torch.randint(LENGTH // 2, LENGTH, (1,), generator=generator))
         ids[row, 0], ids[row, 1] = BOS, FIRST + topics[row]
-        ids[row, 2 : prompts[row]] = torch.randint(FIRST + TOPICS, VOCABULARY, (int(prompts[row]) - 2,), generator=generator)
+        ids[row, 2 : prompts[row]] = torch.randint(
+            FIRST + TOPICS, VOCABULARY, (int(prompts[row]) - 2,), generator=generator
+        )
         for column in range(int(prompts[row]), length):
             weights = tables[topics[row], ids[row, column - 1]]
             ids[row, column] = torch.multinomial(weights, 1, generator=generator)
@@ -100,11 +102,17 @@ class Drawn:
 Change = Callable[[Tensor], Tensor]
 
 
-def draw(lm: Any, prompts: Tensor, lengths: Tensor, seed: int, change: Change = lambda x: x, before: tuple[int, ...] = ()) -> Drawn:
+def draw(
+    lm: Any, prompts: Tensor, lengths: Tensor, seed: int, change: Change = lambda x: x, before: tuple[int, ...] = ()
+) -> Drawn:
     """Draw completions of prompts [B, T] from ``change(logits)``, log-softmaxed in fp32; `before` comes first."""
     generator, ids, number = torch.Generator().manual_seed(seed), prompts.clone(), len(prompts)
     more = torch.tensor([before], dtype=torch.long).expand(number, -1)
-    scores, mask, is_done = torch.zeros(ids.shape), torch.zeros(ids.shape, dtype=torch.bool), torch.zeros(number, dtype=torch.bool)
+    scores, mask, is_done = (
+        torch.zeros(ids.shape),
+        torch.zeros(ids.shape, dtype=torch.bool),
+        torch.zeros(number, dtype=torch.bool),
+    )
     for column in range(int(lengths.min()), LENGTH):
         context = torch.cat([more, ids[:, :column]], 1)
         logprobs = change(lm(input_ids=context).logits[:, -1].float()).log_softmax(-1)
@@ -204,7 +212,9 @@ def _after(kind: str, case: Case, world: World, drawn: Drawn, seed: int) -> Case
             other[row, start : start + len(values)] = values[:room]
         return replace(case, rollout=other)
     if kind == "prompt_missing":
-        return replace(case, trainer=scored(world.lm, ids, case.attention * (mask | (torch.arange(LENGTH) == 0)).long()))
+        return replace(
+            case, trainer=scored(world.lm, ids, case.attention * (mask | (torch.arange(LENGTH) == 0)).long())
+        )
     if kind == "probabilities":
         return replace(case, rollout=rollout.exp())
     if kind == "padding_scored":

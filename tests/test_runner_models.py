@@ -63,7 +63,9 @@ def test_a_model_gives_what_its_logits_give(kind: str) -> None:
     runner = LossRunner(GRPOLossConfig(temperature=0.5))
     batch = {"input_ids": ROWS, "loss_mask": MASKS, "advantages": ADVANTAGES}
     reference = by_hand(lm, temperature=0.5)
-    torch.testing.assert_close(runner.logprobs(lm, batch).double(), reference.detach(), rtol=2e-6, atol=2e-6, equal_nan=True)
+    torch.testing.assert_close(
+        runner.logprobs(lm, batch).double(), reference.detach(), rtol=2e-6, atol=2e-6, equal_nan=True
+    )
     is_scored = F.pad(torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0]]), (0, 1)).bool()
     expected = -(torch.tensor(ADVANTAGES).unsqueeze(-1) * (reference - reference.detach()).exp())[is_scored].mean()
     result = runner(lm, batch)
@@ -124,7 +126,9 @@ def test_rewards_become_advantages_over_all_batches_of_a_step() -> None:
         texts = {"input_ids": ROWS, "loss_mask": MASKS}
         one, two = copy.deepcopy(lm), copy.deepcopy(lm)
         by_hand = [{**texts, "advantages": part} for part in values.split(3)]
-        rewarded = [{**texts, "rewards": r, "group_ids": g} for r, g in zip(rewards.split(3), groups.split(3), strict=True)]
+        rewarded = [
+            {**texts, "rewards": r, "group_ids": g} for r, g in zip(rewards.split(3), groups.split(3), strict=True)
+        ]
         first = runner.step(by_hand, model=one)
         second = runner.step(rewarded, model=two, advantage=name, advantage_options=options)
         assert second.loss.item() == pytest.approx(first.loss.item(), abs=1e-12)
@@ -132,7 +136,9 @@ def test_rewards_become_advantages_over_all_batches_of_a_step() -> None:
     hidden, head = torch.randn(3, 4, 16), torch.randn(50, 16)
     ids = torch.tensor([[1, 2, 3, 4]] * 3)
     fields = {"input_ids": ids, "rewards": [1.0, 0.0, 2.0], "group_ids": [7, 7, 7]}
-    values = advantage("grpo").compute(RewardTerms(rewards=torch.tensor([1.0, 0.0, 2.0]), group_ids=torch.zeros(3).long()))
+    values = advantage("grpo").compute(
+        RewardTerms(rewards=torch.tensor([1.0, 0.0, 2.0]), group_ids=torch.zeros(3).long())
+    )
     assert runner(hidden, head, **fields).loss.item() == pytest.approx(
         runner(hidden, head, input_ids=ids, advantages=values).loss.item(), abs=1e-6
     )

@@ -19,12 +19,18 @@ def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object
     """
     head = "".join(f'<th scope="col" style="{CELL};opacity:0.7">{escape(str(cell))}</th>' for cell in header)
     body = "".join(
-        "<tr style='background:none'>" + "".join(f'<td style="{CELL}">{escape(str(cell))}</td>' for cell in row) + "</tr>"
+        "<tr style='background:none'>"
+        + "".join(f'<td style="{CELL}">{escape(str(cell))}</td>' for cell in row)
+        + "</tr>"
         for row in rows
     )
     return (
         f'<div style="color:inherit"><b>{escape(title)}</b>'
-        + (f'<table style="border-collapse:collapse;color:inherit">{f"<tr>{head}</tr>" if head else ""}{body}</table>' if body else "")
+        + (
+            f'<table style="border-collapse:collapse;color:inherit">{f"<tr>{head}</tr>" if head else ""}{body}</table>'
+            if body
+            else ""
+        )
         + (f'<div style="opacity:0.8">{escape(note)}</div>' if note else "")
         + "</div>"
     )

@@ -40,9 +40,7 @@ class ModelBatch:
     def num_positions(self) -> int:
         """Positions of the fields, T, or T - 1 if they leave out the last one, which predicts nothing."""
         short = self.input_ids.shape[1] - 1
-        widths = [
-            value.shape[1] for name, value in self.fields.items() if name in BY_TOKEN and _is_matrix(value, name)
-        ]
+        widths = [value.shape[1] for name, value in self.fields.items() if name in BY_TOKEN and _is_matrix(value, name)]
         return short if short in widths else short + 1
 
 

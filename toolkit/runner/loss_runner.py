@@ -13,25 +13,22 @@ from torch import Tensor, nn
 
 from toolkit.errors import ConfigError, DataError, a_type, warn_once
 from toolkit.explain.lint import mistyped_values
-from toolkit.head import HeadPlan
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.logprob_spec import LogprobSpec
-from toolkit.losses.context import BaseLossContext
 from toolkit.losses.items import LossContextInputItem
 from toolkit.metrics import metrics_in
 from toolkit.runner.arguments import check_has_graph, head_tensors, why_without_graph
 from toolkit.runner.batches import model_batch
-from toolkit.runner.diagnosis import Diagnosis, diagnose
-from toolkit.runner.diagnosis.of_model import diagnose_model
-from toolkit.runner.items import FIELDS, check_names, item_of, with_advantages
-from toolkit.runner.mistakes import BY_NAME, naming_batches, not_a_config, not_a_list, not_of_loss
+from toolkit.runner.inspection import Inspection
+from toolkit.runner.items import FIELDS, check_names
+from toolkit.runner.mistakes import BY_NAME, not_a_config, not_a_list, not_of_loss
 from toolkit.runner.models import is_model, model_call
 from toolkit.runner.result import LossResult
-from toolkit.runner.steps import Forward, OfModel, run_call, run_step, runs_of
+from toolkit.runner.steps import Forward, OfModel, run_call, run_step, runs_of, tensors_context
 from toolkit.runner.suspicions import warn_of_frozen, warn_of_log_probabilities
 
 
-class LossRunner:
+class LossRunner(Inspection):
     """Runs a configured loss and hides items, kwargs and contexts. A cell may be run again: calls do not change it.
 
     Example:
@@ -45,6 +42,8 @@ class LossRunner:
             raise ConfigError(not_a_config(loss_cfg, settings))
         self.loss_cfg = loss_cfg
         self._is_first = True
+        self._overrides: tuple[str, ...] | None = None
+        self._config_dir: str | os.PathLike[str] | None = None
         for message in mistyped_values(loss_cfg):
             warn_once(message)
 
@@ -74,7 +73,9 @@ class LossRunner:
             if not is_of_loss(override):
                 compose_config(chosen, config_dir=config_dir)  # raises if the override is mistyped
                 raise ConfigError(not_of_loss(override.input_line or "", str(override.key_or_group)))
-        return cls(load_loss(chosen, config_dir=config_dir))
+        runner = cls(load_loss(chosen, config_dir=config_dir))
+        runner._overrides, runner._config_dir = tuple(chosen), config_dir
+        return runner
 
     def __call__(
         self,
@@ -169,39 +170,13 @@ class LossRunner:
             return result
         check_names(fields, self.loss_cfg, strictly=fields)
         head = head_tensors(hidden_states, head_weight, head_bias)
-        context = self._context(fields, head[0], rewarded)
+        context = tensors_context(fields, head[0], self.loss_cfg, rewarded, is_first=self._is_first)
         loss, extra = context.forward(*head)
         metrics = metrics_in(extra)
         if self._was_first():
             warn_of_frozen(*head[:2], "runner(hidden_states, head_weight)")
             warn_of_log_probabilities(metrics, context, *head)
         return LossResult(loss, metrics, _reason=why_without_graph(*head[:2], type(context).__name__))
-
-    def explain(
-        self,
-        hidden_states: Any,
-        head_weight: Any = None,
-        head_bias: Tensor | None = None,
-        *by_position: Any,
-        **fields: Any,
-    ) -> HeadPlan:
-        """Return the pass of the head that a call with these arguments would take, why, and its cost; ``print`` it.
-
-        Args:
-            hidden_states: [B, T, D]; all arguments are as in `__call__`.
-            head_weight: [V, D].
-            head_bias: [V], optional.
-            by_position: raises; all fields are given by name.
-            fields: ``input_ids``, ``advantages`` ...
-
-        Raises:
-            DataError: as `__call__`.
-        """
-        if by_position:
-            raise DataError(BY_NAME.format(type(by_position[0]).__name__))
-        check_names(fields, self.loss_cfg, strictly=fields)
-        head = head_tensors(hidden_states, head_weight, head_bias)
-        return self._context(fields, head[0], ("grpo", None)).explain(*head)
 
     def step(
         self,
@@ -249,73 +224,6 @@ class LossRunner:
             optimizer.step()
         return result
 
-    def logprobs(self, model: nn.Module, batch: Mapping[str, Any] | None = None, **fields: Any) -> Tensor:
-        """Return the log-probabilities [B, T] of a batch in nats, for ``old_logprobs=`` or ``ref_logprobs=``.
-
-        Position t holds that of token t + 1, at the temperature of the loss; NaN where no token is predicted (the last
-        position, padding). Without gradient, and in the mode that the model is in: with dropout call ``model.eval()``.
-
-        Args:
-            model: as in `step`.
-            batch: with ``input_ids``, as in `step`; fields may also be given by name.
-            fields: of the batch.
-
-        Raises:
-            DataError: there are no token ids; or the argument is not a model.
-        """
-        if not is_model(model, batch):
-            raise DataError(f"logprobs() got {a_type(model)} and {a_type(batch)}; write runner.logprobs(model, batch)")
-        call = model_call(model)
-        return call.logprobs(model_batch({**(batch or {}), **fields}, call.device), self.loss_cfg)
-
-    def diagnose(
-        self,
-        rollout_logprobs: Any = None,
-        trainer_logprobs: Any = None,
-        mask: Any = None,
-        ids: Any = None,
-        *,
-        model: nn.Module | None = None,
-        batch: Mapping[str, Any] | None = None,
-        vocab_size: int | None = None,
-        bos_id: int | None = None,
-    ) -> Diagnosis:
-        """Say why a sampler's log-probabilities differ from a trainer's, on raw arrays; ``print`` the result.
-
-        ``runner.diagnose(rollout, trainer, mask, ids)`` compares arrays of the same tokens in the same places.
-        ``runner.diagnose(rollout, model=model, batch=batch)`` scores the batch by the model, and makes each fault again
-        on up to 16 rows, so it also tells apart what looks alike in the arrays.
-
-        Args:
-            rollout_logprobs: [B, T] in nats, as the sampler reported them; None: those in the batch. With a model value
-                t is of token t + 1, as in `__call__`.
-            trainer_logprobs: [B, T] in nats; not with a model.
-            mask: [B, T], 1 at the tokens to compare; not with a model, whose batch has ``loss_mask``.
-            ids: [B, T] the token that each value is of; not with a model.
-            model: as in `step`.
-            batch: of the model, with ``input_ids``.
-            vocab_size: V; None: from `ids`, or not used.
-            bos_id: with a model: the token that begins every sequence; None: the first token of each row.
-
-        Raises:
-            DataError: an argument is missing, or shapes differ.
-        """
-        if model is None:
-            if batch is not None or rollout_logprobs is None or trainer_logprobs is None:
-                raise DataError(
-                    "diagnose() needs rollout_logprobs and trainer_logprobs, or model=... and batch=... in the place of "
-                    "trainer_logprobs"
-                )
-            return diagnose(rollout_logprobs, trainer_logprobs, mask, ids, vocab_size=vocab_size)
-        arrays = {"trainer_logprobs": trainer_logprobs, "mask": mask, "ids": ids}
-        unread = [name for name, value in arrays.items() if value is not None]
-        if unread:
-            raise DataError(f"{unread[0]} has no effect beside model=; the batch has input_ids and loss_mask")
-        if not isinstance(batch, Mapping):
-            raise DataError(f"batch is {a_type(batch)}; give the batch of the model, with input_ids")
-        fields = dict(batch) | ({} if rollout_logprobs is None else {"rollout_logprobs": rollout_logprobs})
-        return diagnose_model(model_call(model), self.loss_cfg, fields, bos_id=bos_id)
-
     def _of_model(self, model: nn.Module, batch: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> OfModel:
         """Return how to run a model on one batch; `fields` were given by name."""
         by_name = {name: value for name, value in fields.items() if value is not None}
@@ -329,20 +237,3 @@ class LossRunner:
         """Whether this is the first call or step; later ones are not."""
         was_first, self._is_first = self._is_first, False
         return was_first
-
-    def _context(
-        self, fields: Mapping[str, Any], hidden_states: Tensor, rewarded: tuple[Any, Any]
-    ) -> BaseLossContext[Any]:
-        """Return the context of one batch."""
-        width = hidden_states.shape[-2] if hidden_states.dim() > 1 else None
-        (fields,) = with_advantages([fields], [width], self.loss_cfg, *rewarded)
-        item = item_of(fields, width, self.loss_cfg, is_first=self._is_first)
-        bounds = None if fields.get("cu_seq_lens") is None else [fields["cu_seq_lens"]]
-        context = self.loss_cfg.loss_ctx_cls
-        with naming_batches(""):
-            (kwargs,) = context.build_batches_loss_kwargs([item], self.loss_cfg, bounds)
-        return context(self.loss_cfg, kwargs)
-
-    def __repr__(self) -> str:
-        lines = [f"  {name}={value!r}" for name, value in self.loss_cfg.model_dump().items()]
-        return "\n".join([f"LossRunner({type(self.loss_cfg).__name__}", *lines, ")"])

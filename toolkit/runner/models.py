@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.errors import DataError, a_type
-from toolkit.head import token_logprobs
+from toolkit.head import HeadPlan, token_logprobs
 from toolkit.head.adapters import HeadTensors
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.models.policy import Policy, check_head
@@ -71,7 +71,7 @@ class ModelCall:
     def loss(self, batch: ModelBatch, context: Any, watch: Watch | None = None) -> tuple[Tensor, Any]:
         """Return the loss (0-dim) and the metrics of `context` on one batch, in one forward of the wrapper."""
         length = batch.input_ids.shape[1]
-        watched = _Watched(context, length, watch)
+        watched = Fitted(context, length, watch)
         if self.policy is None:
             return watched.forward(*self._of_module(batch))
         options = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
@@ -184,7 +184,7 @@ def _through(wrapper: nn.Module, inner: nn.Module, policy: Policy, arguments: An
 
 
 @dataclass(frozen=True)
-class _Watched:
+class Fitted:
     """A context of T positions that gets hidden states of T or T - 1, and shows them to a `watch`."""
 
     context: Any
@@ -193,16 +193,27 @@ class _Watched:
 
     @property
     def loss_cfg(self) -> Any:
+        """The loss."""
         return self.context.loss_cfg
 
     def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Any]:
-        context, kwargs = self.context, getattr(self.context, "loss_kwargs", None)
-        if kwargs is not None and hidden.shape[-2] == self.length - 1 == kwargs.shifted_labels.shape[-1] - 1:
-            context = type(context)(context.loss_cfg, kwargs.chunk(self.length - 1)[0])  # the last one has no label
+        """Return loss (0-dim) and metrics of `hidden` [B, T - 1, D] or [B, T, D], `weight` [V, D] and `bias` [V]."""
+        context = self._of(hidden)
         loss, metrics = context.forward(hidden, weight, bias)
         if self.watch is not None:
             self.watch(metrics, context, hidden, weight, bias)
         return loss, metrics
+
+    def explain(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> HeadPlan:
+        """Return the pass that `forward` takes for `hidden` [B, T, D], `weight` [V, D] and `bias` [V], and its cost."""
+        plan: HeadPlan = self._of(hidden).explain(hidden, weight, bias)
+        return plan
+
+    def _of(self, hidden: Tensor) -> Any:
+        kwargs = getattr(self.context, "loss_kwargs", None)
+        if kwargs is None or not hidden.shape[-2] == self.length - 1 == kwargs.shifted_labels.shape[-1] - 1:
+            return self.context
+        return type(self.context)(self.loss_cfg, kwargs.chunk(self.length - 1)[0])  # the last one has no label
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,9 @@ def advantages_of(
             f"advantage={estimator.name!r} compares all sequences of a step, but rewards= is computed on each rank "
             "alone; compute the advantages of all ranks first and pass advantages="
         )
-    rewards = torch.cat([_numbers("rewards", fields, part).to(torch.float32) for fields, part in zip(batches, sequences, strict=True)])
+    rewards = torch.cat(
+        [_numbers("rewards", fields, part).to(torch.float32) for fields, part in zip(batches, sequences, strict=True)]
+    )
     groups = torch.cat([_groups(fields, part, estimator) for fields, part in zip(batches, sequences, strict=True)])
     width = max(part.index.shape[1] for part in sequences)
     mask = torch.cat([part.by_sequence(part.is_scored, width, False) for part in sequences])
@@ -122,7 +124,9 @@ def _logprobs(batches: Sequence[Mapping[str, Any]], sequences: Sequence[Sequence
     """Return the log-probabilities of the sampler [S, T] (or those before the step); None if a batch has neither."""
     rows = []
     for fields, part in zip(batches, sequences, strict=True):
-        value = next((fields[name] for name in ("rollout_logprobs", "old_logprobs") if fields.get(name) is not None), None)
+        value = next(
+            (fields[name] for name in ("rollout_logprobs", "old_logprobs") if fields.get(name) is not None), None
+        )
         value = as_tensor("rollout_logprobs", value, part.index.device)
         if value is None or value.reshape(-1).shape != part.index.reshape(-1).shape:
             return None

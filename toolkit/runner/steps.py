@@ -220,3 +220,22 @@ def run_call(runs: Runs, loss_cfg: BaseLossConfig, rewarded: tuple[Any, Any], *,
     watched = _Watched("runner(model, batch)", is_first=is_first)
     loss, extra = runs.loss(0, context, watched)
     return LossResult(loss, metrics_in(extra), _reason=watched.reason)
+
+
+def tensors_context(
+    fields: Mapping[str, Any],
+    hidden_states: Tensor,
+    loss_cfg: BaseLossConfig,
+    rewarded: tuple[Any, Any],
+    *,
+    is_first: bool,
+) -> Any:
+    """Return the context of one batch whose hidden states [B, T, D] the caller has."""
+    width = hidden_states.shape[-2] if hidden_states.dim() > 1 else None
+    (fields,) = with_advantages([fields], [width], loss_cfg, *rewarded)
+    item = item_of(fields, width, loss_cfg, is_first=is_first)
+    bounds = None if fields.get("cu_seq_lens") is None else [fields["cu_seq_lens"]]
+    context = loss_cfg.loss_ctx_cls
+    with naming_batches(""):
+        (kwargs,) = context.build_batches_loss_kwargs([item], loss_cfg, bounds)
+    return context(loss_cfg, kwargs)

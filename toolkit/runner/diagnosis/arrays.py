@@ -72,7 +72,9 @@ def diagnose(
     return _by_signature(pair, size)
 
 
-def result(pair: Pair, kinds: tuple[str, ...], because: str, unexplained: float = math.nan, **numbers: float) -> Diagnosis:
+def result(
+    pair: Pair, kinds: tuple[str, ...], because: str, unexplained: float = math.nan, **numbers: float
+) -> Diagnosis:
     """Return the diagnosis of a pair."""
     finite = pair.without(~pair.rollout.isfinite())
     return Diagnosis(kinds, because, finite.mean_difference, int(pair.mask.sum()), unexplained, numbers)
@@ -123,7 +125,10 @@ def _missing(pair: Pair) -> Diagnosis | None:
     if not bool(is_missing.any()):
         return None
     rest = pair.without(is_missing)
-    if rest.mean_difference > CLOSER * pair.without(~pair.rollout.isfinite()).mean_difference and rest.mean_difference > USUAL:
+    if (
+        rest.mean_difference > CLOSER * pair.without(~pair.rollout.isfinite()).mean_difference
+        and rest.mean_difference > USUAL
+    ):
         return None
     lengths = is_missing.sum(-1)
     longest, rows = int(lengths.max()), int((lengths > 0).sum())
@@ -164,12 +169,15 @@ def _signatures(pair: Pair, at: dict[str, float], size: int | None) -> Iterator[
         uniform = f", less than a uniform guess over {size:,} tokens" if size is not None else ""
         yield ("tokenizer_offset", "prompt_missing"), words + uniform
     if at["explained_by_value"] > BY_VALUE and at["correlation"] > 1 - 2 * UNRELATED:
-        words = f"the value explains {at['explained_by_value']:.0%} of the difference (slope {at['slope']:.2f}, near the "
+        words = (
+            f"the value explains {at['explained_by_value']:.0%} of the difference (slope {at['slope']:.2f}, near the "
+        )
         yield ("temperature",), words + "sampler's temperature over the trainer's)"
     words = f"differences on both sides ({at['share_below']:.0%} below), {usual:.2g} nats"
     if usual <= SMALL:
-        yield ("dtype_noise", "stale_weights", "duplicated_bos"), words + " on average, with no pattern in value or place"
+        yield (
+            ("dtype_noise", "stale_weights", "duplicated_bos"),
+            words + " on average, with no pattern in value or place",
+        )
     kinds = ("stale_weights", "duplicated_bos", "prompt_missing")
     yield kinds, words + " on average: the context or the weights differ; give the model to tell which"
-
-

@@ -89,4 +89,6 @@ class Diagnosis:
 
     def _repr_html_(self) -> str:
         title = " or ".join(self.kinds) or "no fault seen"
-        return html_table(title, ("kind", "what", "what to do"), self._rows(), note=f"{self.because}. {self._summary()}.")
+        return html_table(
+            title, ("kind", "what", "what to do"), self._rows(), note=f"{self.because}. {self._summary()}."
+        )

@@ -105,7 +105,7 @@ def test_other_tokens_are_less_likely_than_a_guess() -> None:
 
 def test_other_weights_are_named_as_a_set() -> None:
     small = diagnose(*drawn(lambda z: z + 0.1 * torch.randn(z.shape)))
-    assert "stale_weights" in small.kinds and "dtype_noise" in small.kinds
+    assert {"stale_weights", "dtype_noise"} <= {*small.kinds}
     large = diagnose(*drawn(lambda z: z + 0.8 * torch.randn(z.shape)))
     assert large.kinds == ("stale_weights", "duplicated_bos", "prompt_missing")
 
@@ -138,9 +138,9 @@ def test_a_diagnosis_shows_what_decided_and_what_to_do() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind_of_model", ["neox", "opt"])
+@pytest.mark.parametrize("kind_of_model", ["opt", "phi"])
 def test_faults_of_models_that_no_threshold_was_chosen_on(kind_of_model: str) -> None:
-    """The table of ``python -m tests.mismatch_cases neox opt`` with two seeds; with the model few sets are left."""
+    """The table of ``python -m tests.mismatch_cases opt phi`` with two seeds; with the model few sets are left."""
     world = world_of(kind_of_model)
     assert not any(names(make("clean", world, seed), "clean", world, with_model=False) for seed in range(25))
     for kind in KINDS:

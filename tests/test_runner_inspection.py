@@ -90,9 +90,15 @@ def test_compare_takes_configs_runners_lists_and_names() -> None:
     hidden, weight, fields = batch_of()
     runner = LossRunner.from_overrides(["loss=grpo", "policy_loss=gspo"])
     comparison = runner.compare(
-        {"as it is": runner, "wide": ["policy_loss=vanilla", "policy_loss.cliprange_high=0.4"], "plain": GRPOLossConfig()},
-        hidden, weight, **fields,
-    )  # fmt: skip
+        {
+            "as it is": runner,
+            "wide": ["policy_loss=vanilla", "policy_loss.cliprange_high=0.4"],
+            "plain": GRPOLossConfig(),
+        },
+        hidden,
+        weight,
+        **fields,
+    )
     assert [each.name for each in comparison.losses] == ["as it is", "wide", "plain"]
     assert comparison["as it is"].loss == pytest.approx(runner(hidden, weight, **fields).loss.item(), rel=1e-6)
 
@@ -124,11 +130,14 @@ def test_wrong_comparisons_are_answered(call: Any, message: str) -> None:
 
 def test_tables_show_units_and_escape() -> None:
     hidden, weight, fields = batch_of()
-    comparison = LossRunner(GRPOLossConfig()).compare({"<a>": GRPOLossConfig(), "b": "policy_loss=gspo"}, hidden, weight, **fields)  # fmt: skip
-    assert "gradient norm" in repr(comparison) and "time (ms)" in repr(comparison)
+    losses = {"<a>": GRPOLossConfig(), "b": "policy_loss=gspo"}
+    comparison = LossRunner(GRPOLossConfig()).compare(losses, hidden, weight, **fields)
+    assert "gradient norm" in repr(comparison)
+    assert "time (ms)" in repr(comparison)
     assert "1.000" in repr(comparison)
     html = comparison._repr_html_()
-    assert "&lt;a&gt;" in html and "<a>" not in html
+    assert "&lt;a&gt;" in html
+    assert "<a>" not in html
     flat = Comparison(comparison.losses, torch.full((2, 2), float("nan")), "nothing")
     assert " nan" not in repr(flat)
 
@@ -144,8 +153,9 @@ def test_runner_result_config_and_records_show_themselves() -> None:
     shown = [runner, result, runner.loss_cfg, runner.explain(hidden, weight, **fields), runner.explain()]
     for each in shown:
         html = each._repr_html_()
-        assert html.startswith("<div") and html.count("<div") == html.count("</div>")
-        assert "background:#" not in html and "color:#" not in html  # inherited: light and dark
+        assert html.startswith("<div")
+        assert html.count("<div") == html.count("</div>")
+        assert ":#" not in html  # colours are inherited: light and dark
     html = result._repr_html_()
     assert html.index(">entropy<") < html.index(">kl_old<") < html.index(">policy_loss<")
     assert ">nats<" in html

@@ -1,4 +1,4 @@
-"""`LossRunner` on a model: the same as hidden states and head, for every kind of head; batches and rewards as they come."""
+"""`LossRunner` on a model: the same as its logits give, for every kind of head; batches and rewards as they come."""
 
 from __future__ import annotations
 
@@ -109,7 +109,11 @@ def test_batches_in_every_form_are_the_same() -> None:
 
 def test_a_packed_row_of_a_model() -> None:
     lm, runner = causal_lm("plain"), LossRunner(GRPOLossConfig())
-    packed = {"input_ids": torch.tensor([sum(ROWS, [])]), "loss_mask": torch.tensor([sum(MASKS, [])]), "cu_seq_lens": torch.tensor([0, 5, 8, 12])}  # fmt: skip
+    packed = {
+        "input_ids": torch.tensor([[token for row in ROWS for token in row]]),
+        "loss_mask": torch.tensor([[is_scored for row in MASKS for is_scored in row]]),
+        "cu_seq_lens": torch.tensor([0, 5, 8, 12]),
+    }
     rewards = {"rewards": [1.0, 0.0, 1.0], "group_ids": [0, 0, 0]}
     rows = runner(lm, {"input_ids": ROWS, "loss_mask": MASKS, **rewards}).loss
     assert runner(lm, {**packed, **rewards}).loss.item() == pytest.approx(rows.item(), abs=1e-9)
@@ -175,28 +179,42 @@ def test_a_module_that_returns_states_and_head_and_a_policy_are_models() -> None
     assert runner(Policy(lm), batch).loss.item() == pytest.approx(runner(lm, batch).loss.item(), abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda runner, lm: runner(lm, {"advantages": 1.0}), "batch has no input_ids"),
-        (lambda runner, lm: runner(lm, {"input_ids": ROWS, "loss_mask": MASKS[:2], "advantages": 1.0}), "loss_mask has 2 rows, but input_ids has 3"),
-        (lambda runner, lm: runner(lm, {"input_ids": ROWS, "old_logprobs": [[0.1], [0.1], [0.1]], "advantages": 1.0}), r"old_logprobs\[0\] has 1 values, .* 5 tokens"),
-        (lambda runner, lm: runner(lm, {"input_ids": [1, 2, 3], "advantages": 1.0}), r"one row: input_ids\[None\]"),
-        (lambda runner, lm: runner(lm, {"input_ids": ROWS}, rewards=[1.0, 2.0, 3.0]), "group_ids is missing beside rewards"),
-        (lambda runner, lm: runner(lm, {"input_ids": ROWS}, rewards=[1.0, 2.0], group_ids=[0, 0, 0]), r"one number for each of the 3 sequences"),
-        (lambda runner, lm: runner(lm, {"input_ids": ROWS, "advantages": 1.0}, advantages=2.0), "also given by name"),
-        (lambda runner, lm: runner.step([{"input_ids": ROWS}], lambda b: b, model=lm), "give one of them"),
-        (lambda runner, lm: runner.step([{"input_ids": ROWS, "advantages": 1.0}], model=lm, optimizer=0.1), r"optimizer is a float without step\(\)"),
-        (lambda runner, lm: runner.step([{"input_ids": ROWS}], model="gpt2"), "model is a str"),
-        (lambda runner, lm: runner(nn.Linear(2, 2), {"input_ids": ROWS, "advantages": 1.0}), "takes no input_ids"),
-        (lambda runner, lm: runner.logprobs(torch.ones(2), {"input_ids": ROWS}), r"write runner\.logprobs\(model, batch\)"),
-        (lambda runner, lm: runner(lm, {"input_ids": ROWS}, rewards=[1, 2, 3], group_ids=[0, 0, 0], advantage="grp"), "did you mean 'grpo'"),
-        (lambda runner, lm: LossRunner(CELossConfig())(lm, {"input_ids": ROWS}, rewards=[1, 2, 3]), "rewards"),
-    ],
-)  # fmt: skip
-def test_wrong_calls_are_answered(call: Any, message: str) -> None:
+Answered = list[tuple[dict[str, Any], dict[str, Any], str]]
+WRONG: Answered = [
+    ({"advantages": 1.0}, {}, "batch has no input_ids"),
+    ({"input_ids": ROWS, "loss_mask": MASKS[:2], "advantages": 1.0}, {}, "loss_mask has 2 rows, but input_ids has 3"),
+    (
+        {"input_ids": ROWS, "old_logprobs": [[0.1]] * 3, "advantages": 1.0},
+        {},
+        r"old_logprobs\[0\] has 1 values, .* 5 t",
+    ),
+    ({"input_ids": [1, 2, 3], "advantages": 1.0}, {}, r"one row: input_ids\[None\]"),
+    ({"input_ids": ROWS}, {"rewards": [1.0, 2.0, 3.0]}, "group_ids is missing beside rewards"),
+    ({"input_ids": ROWS}, {"rewards": [1.0, 2.0], "group_ids": [0, 0, 0]}, "one number for each of the 3 sequences"),
+    ({"input_ids": ROWS, "advantages": 1.0}, {"advantages": 2.0}, "also given by name"),
+    ({"input_ids": ROWS}, {"rewards": [1, 2, 3], "group_ids": [0] * 3, "advantage": "grp"}, "did you mean 'grpo'"),
+]
+"""Batch, fields by name, and the answer."""
+
+
+@pytest.mark.parametrize(("batch", "fields", "message"), WRONG)
+def test_wrong_batches_are_answered(batch: dict[str, Any], fields: dict[str, Any], message: str) -> None:
     with pytest.raises((DataError, ConfigError), match=message):
-        call(LossRunner(GRPOLossConfig()), causal_lm("plain"))
+        LossRunner(GRPOLossConfig())(causal_lm("plain"), batch, **fields)
+
+
+def test_wrong_models_are_answered() -> None:
+    lm, runner, batch = causal_lm("plain"), LossRunner(GRPOLossConfig()), {"input_ids": ROWS, "advantages": 1.0}
+    for call, message in (
+        (lambda: runner.step([batch], lambda b: b, model=lm), "give one of them"),
+        (lambda: runner.step([batch], model=lm, optimizer=0.1), r"optimizer is a float without step\(\)"),
+        (lambda: runner.step([batch], model="gpt2"), "model is a str"),
+        (lambda: runner(nn.Linear(2, 2), batch), "takes no input_ids"),
+        (lambda: runner.logprobs(torch.ones(2), batch), r"write runner\.logprobs\(model, batch\)"),
+        (lambda: LossRunner(CELossConfig())(lm, {"input_ids": ROWS}, rewards=[1, 2, 3]), "rewards"),
+    ):
+        with pytest.raises(DataError, match=message):
+            call()
 
 
 def _compare_ddp(rank: int, world: int) -> None:

@@ -228,7 +228,7 @@ class Inspection:
                 (context,) = contexts_of(runs, config, rewarded, name="")
                 return Fitted(context, length, None)
 
-            parameters = [parameter for parameter in call.inner.parameters() if parameter.requires_grad]
+            parameters: list[Tensor] = [parameter for parameter in call.inner.parameters() if parameter.requires_grad]
             return call.head(batch), build_for_model, parameters, "the model's parameters"
         head = head_tensors(hidden_states, head_weight, head_bias)
 

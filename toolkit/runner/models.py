@@ -36,8 +36,9 @@ def is_model(value: Any, second: Any) -> bool:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel and torch.compile."""
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            model = compiled
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         else:
@@ -76,7 +77,7 @@ class ModelCall:
             return watched.forward(*self._of_module(batch))
         options = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
         arguments = (batch.input_ids, batch.attention_mask, watched)
-        return _through(self.wrapper, self.inner, self.policy, arguments, options)  # type: ignore[no-any-return]
+        return _through(self.wrapper, self.inner, self.policy, arguments, options)
 
     def head(self, batch: ModelBatch) -> HeadTensors:
         """Return hidden states [B, T - 1, D] (or [B, T, D]), weight and bias, as a loss would get them."""

@@ -127,8 +127,8 @@ def pair_of(rollout: Any, trainer: Any, mask: Any) -> Pair:
             continue
         array = as_tensor(name, value, torch.device("cpu"))
         if not isinstance(array, Tensor) or array.dim() not in (1, 2):
-            shape = list(array.shape) if isinstance(array, Tensor) else a_type(value)
-            raise DataError(f"{name} is {shape}; give one value for each token, [B, T] or [T]")
+            what = list(array.shape) if isinstance(array, Tensor) else a_type(value)
+            raise DataError(f"{name} is {what}; give one value for each token, [B, T] or [T]")
         arrays[name] = array.detach().cpu().reshape(-1, array.shape[-1])
     shape = arrays["rollout_logprobs"].shape
     for name, array in arrays.items():

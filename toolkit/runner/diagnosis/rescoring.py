@@ -22,6 +22,8 @@ TEMPERATURES = tuple(step / 20 for step in range(6, 41))
 """Of the sampler over the loss's: 0.3 to 2."""
 NUCLEI = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
 TOP_KS = (2, 5, 10, 20, 40, 50, 64, 100)
+MOST_RULED_OUT = 0.02
+"""Share of the tokens that rounding moves out of a cut vocabulary."""
 OFFSETS = (-3, -2, -1, 1, 2, 3)
 
 
@@ -81,8 +83,11 @@ def with_model(first: Diagnosis, sequences: list[Sequence], logits: Logits, begi
     if not sequences or (len(first.kinds) < 2 and not {*first.kinds} & {"temperature", "top_p", "tokenizer_offset"}):
         return first
     best: tuple[float, str, str] | None = None
+    as_read = _difference(sequences, [_scores(one, logits(one.ids)) for one in sequences])  # with all tokens read
     for kind, words, values in _faults(sequences, logits, begins):
         left = _difference(sequences, values)
+        if kind in ("temperature", "top_p") and left > CLOSER * as_read:
+            continue  # the plain model is as close
         if best is None or left < best[0]:
             best = left, kind, words
     usual = first.mean_difference
@@ -127,8 +132,8 @@ def _faults(sequences: list[Sequence], logits: Logits, begins: int | None) -> It
         size = size or logits(sequences[0].ids[:1]).shape[-1]
         values = []
         for one in sequences:
-            ids = (one.ids + offset) % size
-            values.append(_scores(replace(one, ids=ids), logits(ids)))
+            other = (one.ids + offset) % size
+            values.append(_scores(replace(one, ids=other), logits(other)))
         yield "tokenizer_offset", f"token ids {offset:+d}", values
 
 
@@ -173,10 +178,10 @@ def _scores(one: Sequence, logits: Tensor) -> Tensor:
 
 
 def _difference(sequences: list[Sequence], values: list[Tensor]) -> float:
-    """Return the mean difference in nats from the sampler's values; tokens that a fault rules out count 10 nats."""
-    parts = []
-    for one, scores in zip(sequences, values, strict=True):
-        d = (one.rollout.to(scores.device) - scores).abs()
-        parts.append(d[~scores.isnan()].clamp(max=10.0))
-    joined = torch.cat(parts)
-    return float(joined.mean()) if len(joined) else float("inf")
+    """Return the mean difference in nats from the sampler's values; inf if the fault rules out many tokens."""
+    pairs = zip(sequences, values, strict=True)
+    joined = torch.cat([(one.rollout.to(scores.device) - scores)[~scores.isnan()].abs() for one, scores in pairs])
+    is_possible = joined.isfinite()
+    if not bool(is_possible.any()) or float((~is_possible).double().mean()) > MOST_RULED_OUT:
+        return float("inf")
+    return float(joined[is_possible].mean())

@@ -52,7 +52,7 @@ class Sequences:
         return result
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return one value for each sequence [number], or for each of its positions [number, >= T], as [B, T]."""
+        """Return `values` [number], one for each sequence, or [number, >= T], for each of its positions, as [B, T]."""
         if values.dim() == 1:
             return values[self.index]
         columns = torch.arange(self.index.shape[1], device=values.device).expand_as(self.index)

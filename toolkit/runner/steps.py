@@ -230,7 +230,7 @@ def tensors_context(
     *,
     is_first: bool,
 ) -> Any:
-    """Return the context of one batch whose hidden states [B, T, D] the caller has."""
+    """Return the context of one batch whose `hidden_states` [B, T, D] the caller has."""
     width = hidden_states.shape[-2] if hidden_states.dim() > 1 else None
     (fields,) = with_advantages([fields], [width], loss_cfg, *rewarded)
     item = item_of(fields, width, loss_cfg, is_first=is_first)

@@ -120,7 +120,7 @@ def _rows_and_lags(pair: Pair) -> Diagnosis | None:
 
 
 def _missing(pair: Pair) -> Diagnosis | None:
-    """Find values that are no log-probabilities at the ends of rows: of an end token, or of padding."""
+    """Find values without a probability at the ends of rows: of an end token, or of padding."""
     is_missing = missing_values(pair, USUAL)
     if not bool(is_missing.any()):
         return None

@@ -159,6 +159,9 @@ def test_runner_result_config_and_records_show_themselves() -> None:
     html = result._repr_html_()
     assert html.index(">entropy<") < html.index(">kl_old<") < html.index(">policy_loss<")
     assert ">nats<" in html
+    lines = repr(result).splitlines()
+    assert lines[1:-1] == sorted(lines[1:-1])
+    assert any(line.startswith("  entropy=") and line.endswith(" nats") for line in lines)
     assert "cliprange_high" in runner.loss_cfg._repr_html_()
     assert "All settings at their defaults" in LossRunner(GRPOLossConfig())._repr_html_()
     item_html = GRPOLossConfig().loss_ctx_cls.build_batches_loss_kwargs  # kwargs come from items

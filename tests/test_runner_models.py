@@ -117,9 +117,9 @@ def test_a_packed_row_of_a_model() -> None:
     rewards = {"rewards": [1.0, 0.0, 1.0], "group_ids": [0, 0, 0]}
     rows = runner(lm, {"input_ids": ROWS, "loss_mask": MASKS, **rewards}).loss
     assert runner(lm, {**packed, **rewards}).loss.item() == pytest.approx(rows.item(), abs=1e-9)
-    torch.testing.assert_close(
-        runner.logprobs(lm, packed)[0, :4].double(), by_hand(lm)[0, :4].detach(), rtol=2e-6, atol=2e-6
-    )
+    alone = torch.cat([scores[: len(row)] for scores, row in zip(by_hand(lm).detach(), ROWS, strict=True)])
+    packed_scores = runner.logprobs(lm, packed)[0].double()  # each sequence is read as if it were alone
+    torch.testing.assert_close(packed_scores, alone, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
 def test_rewards_become_advantages_over_all_batches_of_a_step() -> None:
@@ -215,6 +215,8 @@ def test_wrong_models_are_answered() -> None:
     ):
         with pytest.raises(DataError, match=message):
             call()
+    with pytest.raises(ConfigError, match="DataParallel copies the model"):
+        runner(nn.DataParallel(lm), batch)
 
 
 def _compare_ddp(rank: int, world: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import DataError, a_type
 from toolkit.head import HeadPlan, token_logprobs
-from toolkit.head.adapters import HeadTensors
+from toolkit.head.adapters import HeadTensors, refuse_wrappers
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.models.policy import Policy, check_head
 from toolkit.runner.arguments import head_tensors, last_hidden, returned_by
@@ -144,6 +144,7 @@ def model_call(model: nn.Module) -> ModelCall:
         ConfigError: the model has a head that a loss cannot use; says why.
     """
     inner = unwrapped(model)
+    refuse_wrappers(inner)
     if isinstance(inner, Policy):
         return ModelCall(model, inner, inner)
     is_causal_lm = any(hasattr(inner, name) for name in ("get_output_embeddings", "get_base_model"))

@@ -115,13 +115,16 @@ class LossResult(NotATuple):
                 "backward() was called twice: the first call freed the graph; call the model and the runner again"
             ) from None
 
-    def _repr_html_(self) -> str:
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Return name, value and unit of the metrics, sorted by name, without those that were not measured."""
         values = {name: value for name, value in self.metrics.items() if name != "loss" and value == value}
-        rows = [("loss", f"{float(self.loss.detach()):.6g}", "")]
-        rows += [(name, f"{values[name]:.4g}", unit_of(name)) for name in sorted(values)]
+        return [(name, f"{values[name]:.4g}", unit_of(name)) for name in sorted(values)]
+
+    def _repr_html_(self) -> str:
+        rows = [("loss", f"{float(self.loss.detach()):.6g}", ""), *self._rows()]
         note = "gradients are accumulated" if self.is_of_step else ""
         return html_table("LossResult", ("", "value", "unit"), rows, note=note)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items() if name != "loss")
-        return f"LossResult(loss={float(self.loss.detach()):.6g}, {shown})"
+        lines = [f"  {name}={value} {unit}".rstrip() for name, value, unit in self._rows()]
+        return "\n".join([f"LossResult(loss={float(self.loss.detach()):.6g}", *lines, ")"])

@@ -245,3 +245,20 @@ def _compare_ddp(rank: int, world: int) -> None:
 @pytest.mark.dist
 def test_a_model_in_ddp_gets_the_gradient_of_all_ranks_together() -> None:
     run_processes(2, _compare_ddp)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_launched_step_is_the_step_of_one_process() -> None:
+    lm, runner = causal_lm("tied"), LossRunner(GRPOLossConfig())
+    one = {"input_ids": ROWS, "loss_mask": MASKS, "rewards": [1.0, 0.0, 0.5], "group_ids": [0, 0, 1]}
+    batches = [one, {**one, "rewards": [0.0, 3.0, 1.0]}]  # groups across both
+    launched = runner.launch(batches, lm, num_processes=2)
+    assert lm.lm_head.weight.grad is None
+    alone = runner.step(batches, model=lm)
+    norm = torch.stack([p.grad.square().sum() for p in lm.parameters() if p.grad is not None]).sum().sqrt()
+    assert launched.loss.item() == pytest.approx(alone.loss.item(), abs=1e-9)
+    assert launched.metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert launched.metrics["denominator"] == alone.metrics["denominator"] == 14
+    with pytest.raises(DataError, match="has 1 micro-batches for num_processes=2"):
+        runner.launch([one], lm)

@@ -21,6 +21,7 @@ from toolkit.runner.arguments import check_has_graph, head_tensors, why_without_
 from toolkit.runner.batches import model_batch
 from toolkit.runner.inspection import Inspection
 from toolkit.runner.items import FIELDS, check_names
+from toolkit.runner.launching import launch_step
 from toolkit.runner.mistakes import BY_NAME, not_a_config, not_a_list, not_of_loss
 from toolkit.runner.models import is_model, model_call
 from toolkit.runner.result import LossResult
@@ -223,6 +224,34 @@ class LossRunner(Inspection):
         if optimizer is not None:
             optimizer.step()
         return result
+
+    def launch(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        model: nn.Module,
+        *,
+        num_processes: int = 2,
+        advantage: Any = "grpo",
+        advantage_options: Mapping[str, Any] | None = None,
+    ) -> LossResult:
+        """Return loss and metrics of a step over new processes on the CPU, each with a copy of the model in DDP.
+
+        They are those of ``step(batches, model=model)`` in one process, and ``gradient_norm``, the L2 norm of the
+        averaged gradient, besides. Starting the processes takes seconds; the model here keeps its gradients. Classes
+        and functions that the loss needs must be in files: new processes do not know the cells of a notebook.
+
+        Args:
+            batches: as in `step`; a multiple of `num_processes`.
+            model: as in `step`, without a wrapper; on the CPU.
+            num_processes: how many.
+            advantage: as in `step`; rewards of all processes are compared together.
+            advantage_options: of that estimator; None: its defaults.
+
+        Raises:
+            DataError: an argument is wrong; or as `step`.
+            LaunchError: a process died.
+        """
+        return launch_step(self.loss_cfg, batches, model, num_processes, (advantage, advantage_options))
 
     def _of_model(self, model: nn.Module, batch: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> OfModel:
         """Return how to run a model on one batch; `fields` were given by name."""

@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
+from toolkit.display import html_table
 from toolkit.errors import ConfigError, ToolkitError, a_type, did_you_mean, listed, nearest
 
 _where: ContextVar[str | None] = ContextVar("where", default=None)
@@ -154,6 +155,36 @@ class Config(Model):
             name: "???" if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
             for name, field in cls.model_fields.items()
         }
+
+    def _repr_html_(self) -> str:
+        changed = changed_fields(self)
+        header = ("setting", "value", "default") if changed else ()
+        others = len(type(self).model_fields) - len({name.partition(".")[0] for name, *_ in changed})
+        rows = [(name, repr(value), repr(default)) for name, value, default in changed]
+        return html_table(type(self).__name__, header, rows, note=f"{others} settings are at their defaults")
+
+
+def changed_fields(config: Config) -> list[tuple[str, Any, Any]]:
+    """Return name, value and default of each setting that differs from its default; options of a mapping one by one."""
+    model, result = type(config), list[tuple[str, Any, Any]]()
+    required = {name: getattr(config, name) for name, field in model.model_fields.items() if field.is_required()}
+    defaults = model(**required)
+    for name in model.model_fields:
+        value, default = getattr(config, name), getattr(defaults, name)
+        if name in required:
+            result.append((name, value, "(required)"))
+        elif isinstance(value, Mapping) and isinstance(default, Mapping) and value.keys() == default.keys():
+            result += [(f"{name}.{key}", value[key], default[key]) for key in value if value[key] != default[key]]
+        elif value != default and _plain(value) != _plain(default):
+            result.append((name, value, default))
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """Return a config as its settings and a sequence as a tuple, to compare a checked value with a default."""
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _holds_boolean(value: Any) -> bool:

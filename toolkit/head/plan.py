@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from toolkit.display import html_table
 from toolkit.errors import ConfigError, listed
 from toolkit.head.cost import (
     Course,
@@ -77,6 +78,10 @@ class HeadPlan(Course):
                 f"{self.sent_bytes / 2**20:,.1f} MiB"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [line.split(maxsplit=1) for line in str(self).splitlines()]
+        return html_table("head", (), rows)
 
 
 def job_of(inputs: HeadInputs, options: HeadOptions, *, scope: Scope | None, sequence_ids: Tensor | None = None) -> Job:

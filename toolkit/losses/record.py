@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from toolkit.display import html_table
 from toolkit.distributed import sp_split
 from toolkit.errors import ConfigError, DataError, ToolkitError, listed
 from toolkit.schema import Model
@@ -168,6 +169,16 @@ class TensorRecord(Model):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                rows.append((name, str(list(value.shape)), str(value.dtype).removeprefix("torch."), str(value.device)))
+            elif value is not None:
+                rows.append((name, repr(value), "", ""))
+        return html_table(type(self).__name__, ("field", "shape", "dtype", "device"), rows)
 
 
 @cache

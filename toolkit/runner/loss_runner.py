@@ -6,56 +6,30 @@ Legend: B rows, T positions that have hidden states, K candidates, D hidden widt
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from toolkit.distributed import reduce_metrics
 from toolkit.errors import ConfigError, DataError, a_type, warn_once
 from toolkit.explain.lint import mistyped_values
-from toolkit.head import HeadPlan
 from toolkit.losses.config.base import BaseLossConfig
-from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.config.logprob_spec import LogprobSpec
-from toolkit.losses.context import BaseLossContext
-from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
-from toolkit.losses.step.builder import item_class
-from toolkit.losses.step.weights import loss_metric
-from toolkit.metrics import Metric, merge_metrics, metrics_in, to_floats
-from toolkit.runner.arguments import (
-    RETURNS,
-    as_tensor,
-    call_forward,
-    check_alike,
-    check_has_graph,
-    head_tensors,
-    labels_of,
-    padding_of,
-    returned_by,
-    spread,
-    why_without_graph,
-)
-from toolkit.runner.mistakes import (
-    BY_NAME,
-    naming_batches,
-    not_a_config,
-    not_a_field,
-    not_a_list,
-    not_of_loss,
-)
+from toolkit.losses.items import LossContextInputItem
+from toolkit.metrics import metrics_in
+from toolkit.runner.arguments import check_has_graph, head_tensors, why_without_graph
+from toolkit.runner.batches import model_batch
+from toolkit.runner.inspection import Inspection
+from toolkit.runner.items import FIELDS, check_names
+from toolkit.runner.launching import launch_step
+from toolkit.runner.mistakes import BY_NAME, not_a_config, not_a_list, not_of_loss
+from toolkit.runner.models import is_model, model_call
 from toolkit.runner.result import LossResult
-from toolkit.runner.suspicions import warn_of_frozen, warn_of_log_probabilities, warn_of_masks, warn_of_values
-
-RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
-FIELDS = ("input_ids", "shifted_labels", "loss_mask", "attention_mask", "cu_seq_lens", *RL_FIELDS)
-"""Keys of a batch that the loss reads; all others are for the caller's forward."""
-Forward = Callable[[Mapping[str, Any]], tuple[Any, ...]]
-"""``forward(batch) -> (hidden_states, head_weight)`` or ``(hidden_states, head_weight, head_bias)``; see `__call__`."""
+from toolkit.runner.steps import Forward, OfModel, run_call, run_step, runs_of, tensors_context
+from toolkit.runner.suspicions import warn_of_frozen, warn_of_log_probabilities
 
 
-class LossRunner:
+class LossRunner(Inspection):
     """Runs a configured loss and hides items, kwargs and contexts. A cell may be run again: calls do not change it.
 
     Example:
@@ -69,6 +43,8 @@ class LossRunner:
             raise ConfigError(not_a_config(loss_cfg, settings))
         self.loss_cfg = loss_cfg
         self._is_first = True
+        self._overrides: tuple[str, ...] | None = None
+        self._config_dir: str | os.PathLike[str] | None = None
         for message in mistyped_values(loss_cfg):
             warn_once(message)
 
@@ -98,12 +74,14 @@ class LossRunner:
             if not is_of_loss(override):
                 compose_config(chosen, config_dir=config_dir)  # raises if the override is mistyped
                 raise ConfigError(not_of_loss(override.input_line or "", str(override.key_or_group)))
-        return cls(load_loss(chosen, config_dir=config_dir))
+        runner = cls(load_loss(chosen, config_dir=config_dir))
+        runner._overrides, runner._config_dir = tuple(chosen), config_dir
+        return runner
 
     def __call__(
         self,
         hidden_states: Any,
-        head_weight: Any,
+        head_weight: Any = None,
         head_bias: Tensor | None = None,
         *by_position: Any,
         input_ids: Tensor | None = None,
@@ -123,9 +101,15 @@ class LossRunner:
         ref_topk_ids: Tensor | None = None,
         ref_topk_logprobs: Tensor | None = None,
         cu_seq_lens: Tensor | None = None,
+        rewards: Tensor | None = None,
+        advantage: Any = "grpo",
+        advantage_options: Mapping[str, Any] | None = None,
         **extra_fields: Any,
     ) -> LossResult:
         """Return the loss of one batch, normalised over this batch (and the other ranks, if there are any).
+
+        ``runner(model, batch)`` runs a model on a mapping of fields (see `step`); ``runner(hidden_states, head,
+        input_ids=...)`` takes what a model gave.
 
         Give either `input_ids`, which are shifted here, or `shifted_labels`. All other fields are indexed by the
         position that predicts a token. Sampler outputs are indexed by token:
@@ -137,8 +121,10 @@ class LossRunner:
         It waits for the device and computes the logits of up to 256 tokens again; later calls do neither.
 
         Args:
-            hidden_states: [B, T, D]; or the output of a model of transformers, of which the last ones are taken.
-            head_weight: [V, D]; or the LM head itself, an ``nn.Linear``, with or without LoRA.
+            hidden_states: [B, T, D]; or the output of a model of transformers, of which the last ones are taken; or
+                the model itself, as in `step`.
+            head_weight: [V, D]; or the LM head itself, an ``nn.Linear``, with or without LoRA; after a model, the
+                batch: a mapping of the fields, which may also be given by name.
             head_bias: [V], optional; that of a module is used without it.
             input_ids: [B, T] token ids (or [B, T + 1] when the last one has no hidden state).
             shifted_labels: [B, T], -100 (`ignore_idx`) where nothing is scored.
@@ -159,6 +145,10 @@ class LossRunner:
             ref_topk_ids: [B, T, K] the same of the reference.
             ref_topk_logprobs: [B, T, K] the same of the reference; for an exact KL.
             cu_seq_lens: [S + 1] boundaries of the sequences in one packed row.
+            rewards: [B] one number for each row (or sequence of a packed row), instead of advantages; `group_ids` then
+                say which rows answer one prompt.
+            advantage: the registered estimator that compares them, by name.
+            advantage_options: of that estimator; None: its defaults.
             by_position: raises; all fields are given by name.
             extra_fields: other fields that the items of a custom loss declare.
 
@@ -169,9 +159,19 @@ class LossRunner:
         if by_position:
             raise DataError(BY_NAME.format(type(by_position[0]).__name__))
         fields = {name: fields[name] for name in FIELDS} | extra_fields
-        self._check_names(fields)
+        fields |= {"rewards": rewards} if rewards is not None else {}
+        if advantage != "grpo" and rewards is None:
+            fields["advantage"] = advantage  # an unknown name, unless there are rewards
+        rewarded = (advantage, advantage_options)
+        if is_model(hidden_states, head_weight):
+            check_names({**(head_weight or {}), **fields}, self.loss_cfg, strictly=fields)
+            runs = self._of_model(hidden_states, head_weight, fields)
+            result = run_call(runs, self.loss_cfg, rewarded, is_first=self._is_first)
+            self._is_first = False
+            return result
+        check_names(fields, self.loss_cfg, strictly=fields)
         head = head_tensors(hidden_states, head_weight, head_bias)
-        context = self._context(fields, head[0])
+        context = tensors_context(fields, head[0], self.loss_cfg, rewarded, is_first=self._is_first)
         loss, extra = context.forward(*head)
         metrics = metrics_in(extra)
         if self._was_first():
@@ -179,35 +179,32 @@ class LossRunner:
             warn_of_log_probabilities(metrics, context, *head)
         return LossResult(loss, metrics, _reason=why_without_graph(*head[:2], type(context).__name__))
 
-    def explain(
-        self, hidden_states: Any, head_weight: Any, head_bias: Tensor | None = None, *by_position: Any, **fields: Any
-    ) -> HeadPlan:
-        """Return the pass of the head that a call with these arguments would take, why, and its cost; ``print`` it.
-
-        Args:
-            hidden_states: [B, T, D]; all arguments are as in `__call__`.
-            head_weight: [V, D].
-            head_bias: [V], optional.
-            by_position: raises; all fields are given by name.
-            fields: ``input_ids``, ``advantages`` ...
-
-        Raises:
-            DataError: as `__call__`.
-        """
-        if by_position:
-            raise DataError(BY_NAME.format(type(by_position[0]).__name__))
-        self._check_names(fields)
-        head = head_tensors(hidden_states, head_weight, head_bias)
-        return self._context(fields, head[0]).explain(*head)
-
-    def step(self, batches: Iterable[Mapping[str, Any] | LossContextInputItem], forward: Forward) -> LossResult:
-        """Accumulate the gradient of several micro-batches as if they were one batch; run the optimizer step yourself.
+    def step(
+        self,
+        batches: Iterable[Mapping[str, Any] | LossContextInputItem],
+        forward: Forward | None = None,
+        *,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        advantage: Any = "grpo",
+        advantage_options: Mapping[str, Any] | None = None,
+    ) -> LossResult:
+        """Accumulate the gradient of several micro-batches as if they were one batch.
 
         Args:
             batches: mappings with the fields of `__call__` (and whatever else `forward` reads), or items, whose fields
-                `forward` then gets.
+                `forward` then gets. For a model each has ``input_ids``: a tensor or array [B, T], or a list of rows of
+                any length, which are padded on the right; what a tokenizer of transformers returns is one.
             forward: returns the hidden states and the head (and its bias) of one batch; called once for each, with
                 gradients enabled. What they may be is as in `__call__`.
+            model: instead of `forward`: a causal language model of transformers, with LoRA, tied, with a logit scale
+                or soft cap; a `toolkit.models.policy.Policy`; a module whose forward returns hidden states and head;
+                or one of these in DistributedDataParallel, with the same number of batches on every rank. It runs in
+                the mode that it is in (training or evaluation).
+            optimizer: clears the gradients before, and takes its step after; None: both are left to the caller.
+            advantage: the registered estimator for batches with ``rewards`` [B], which are compared over all batches of
+                the step, but not over ranks.
+            advantage_options: of that estimator; None: its defaults.
 
         Returns:
             The loss of all batches together (detached) and its metrics, summed over ranks too.
@@ -216,105 +213,56 @@ class LossRunner:
             DataError: as `__call__`; or `forward` returns something else, or what has no gradient.
         """
         check_has_graph(None, "step()")
-        if not callable(forward):
-            raise DataError(f"forward is {a_type(forward)}; give a function forward(batch) that returns {RETURNS}")
-        if isinstance(batches, Mapping):
-            raise DataError("step() takes a list of batches; for a single one write step([batch], forward)")
-        if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-            raise DataError(f"batches is {a_type(batches)}; give a list of mappings, one for each micro-batch")
-        rows = [dict(each) if isinstance(each, LossContextInputItem) else each for each in batches]
-        strange = next((batch for batch in rows if not isinstance(batch, Mapping)), None)
-        if strange is not None:
-            raise DataError(
-                f"batches holds {a_type(strange)}; give a mapping of fields for each micro-batch, such as "
-                "dict(input_ids=..., advantages=...)"
-            )
-        if not rows:
-            raise DataError("step() got no batches; give at least one, masked everywhere if there is nothing to learn")
-        items = [self._item(batch, None) for batch in rows]
-        check_alike(items, self.loss_cfg.ignore_idx)
-        cu_seq_lens = [batch.get("cu_seq_lens") for batch in rows]
-        bounds = None if all(value is None for value in cu_seq_lens) else cu_seq_lens
-        context = self.loss_cfg.loss_ctx_cls
-        parts: list[dict[str, Metric]] = []
-        with naming_batches("batches"):
-            built = context.build_batches_loss_kwargs(items, self.loss_cfg, bounds)
-        for batch, kwargs in zip(rows, built, strict=True):
-            hidden_states, weight, bias = returned_by(call_forward(forward, batch))
-            width = kwargs.shifted_labels.shape[-1]
-            if hidden_states.shape[-2] == width - 1 and batch.get("input_ids") is not None:
-                kwargs = kwargs.chunk(width - 1)[0]  # without the last position, which has no label
-            ctx = context(self.loss_cfg, kwargs)
-            loss, extra = ctx.forward(hidden_states, weight, bias)
-            check_has_graph(loss, "forward(batch)", why_without_graph(hidden_states, weight, context.__name__))
-            if self._was_first():
-                warn_of_frozen(hidden_states, weight, "forward(batch)")
-                warn_of_log_probabilities(metrics_in(extra), ctx, hidden_states, weight, bias)
-            loss.backward()
-            parts.append({**metrics_in(extra), "loss": loss_metric(loss, self.loss_cfg.gradient_reduction)})
-        metrics = reduce_metrics(merge_metrics(parts))
-        number = to_floats({"loss": metrics["loss"]})["loss"]  # waits for the device
-        return LossResult(torch.tensor(number, dtype=torch.float64), metrics, is_of_step=True)
+        for name in ("step", "zero_grad"):
+            if optimizer is not None and not callable(getattr(optimizer, name, None)):
+                raise DataError(f"optimizer is {a_type(optimizer)} without {name}(); give a torch.optim.Optimizer")
+        runs = runs_of(batches, forward, model)
+        if optimizer is not None:
+            optimizer.zero_grad()
+        result = run_step(runs, self.loss_cfg, (advantage, advantage_options), is_first=self._is_first)
+        self._is_first = False
+        if optimizer is not None:
+            optimizer.step()
+        return result
+
+    def launch(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        model: nn.Module,
+        *,
+        num_processes: int = 2,
+        advantage: Any = "grpo",
+        advantage_options: Mapping[str, Any] | None = None,
+    ) -> LossResult:
+        """Return loss and metrics of a step over new processes on the CPU, each with a copy of the model in DDP.
+
+        They are those of ``step(batches, model=model)`` in one process, and ``gradient_norm``, the L2 norm of the
+        averaged gradient, besides. Starting the processes takes seconds; the model here keeps its gradients. Classes
+        and functions that the loss needs must be in files: new processes do not know the cells of a notebook.
+
+        Args:
+            batches: as in `step`; a multiple of `num_processes`.
+            model: as in `step`, without a wrapper; on the CPU.
+            num_processes: how many.
+            advantage: as in `step`; rewards of all processes are compared together.
+            advantage_options: of that estimator; None: its defaults.
+
+        Raises:
+            DataError: an argument is wrong; or as `step`.
+            LaunchError: a process died.
+        """
+        return launch_step(self.loss_cfg, batches, model, num_processes, (advantage, advantage_options))
+
+    def _of_model(self, model: nn.Module, batch: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> OfModel:
+        """Return how to run a model on one batch; `fields` were given by name."""
+        by_name = {name: value for name, value in fields.items() if value is not None}
+        both = sorted({*by_name} & {*(batch or {})})
+        if both:
+            raise DataError(f"{both[0]} is in the batch and also given by name; leave out one of them")
+        call = model_call(model)
+        return OfModel([model_batch({**(batch or {}), **by_name}, call.device)], call)
 
     def _was_first(self) -> bool:
         """Whether this is the first call or step; later ones are not."""
         was_first, self._is_first = self._is_first, False
         return was_first
-
-    def _context(self, fields: Mapping[str, Any], hidden_states: Tensor) -> BaseLossContext[Any]:
-        """Return the context of one batch."""
-        item = self._item(fields, hidden_states.shape[-2] if hidden_states.dim() > 1 else None)
-        bounds = None if fields.get("cu_seq_lens") is None else [fields["cu_seq_lens"]]
-        context = self.loss_cfg.loss_ctx_cls
-        with naming_batches(""):
-            (kwargs,) = context.build_batches_loss_kwargs([item], self.loss_cfg, bounds)
-        return context(self.loss_cfg, kwargs)
-
-    def _item(self, fields: Mapping[str, Any], num_positions: int | None) -> LossContextInputItem:
-        item_cls = self._item_cls
-        self._check_names(fields, may_have_others=True)
-        like = next((value for value in fields.values() if isinstance(value, Tensor)), None)
-        known = {*FIELDS, *item_cls.model_fields} - {"advantages"}  # a number is an advantage, too
-        fields = {
-            name: as_tensor(name, value, None if like is None else like.device) if name in known else value
-            for name, value in fields.items()
-        }
-        labels = labels_of(fields, num_positions, self.loss_cfg.ignore_idx)
-        names = {*RL_FIELDS, *item_cls.model_fields} - {"shifted_labels"}
-        values = {name: fields[name] for name in names if fields.get(name) is not None}
-        unread = [name for name in RL_FIELDS if name in values and name not in item_cls.model_fields]
-        if unread:
-            if isinstance(self.loss_cfg, CELossConfig):
-                raise DataError(f"{unread[0]} has no effect on cross-entropy; leave it out or use a policy loss")
-            raise DataError(
-                f"{unread[0]} has no effect on {type(self.loss_cfg).__name__}, whose context takes "
-                f"{item_cls.__name__}; leave it out, or write item_cls = RLLossContextInputItem in "
-                f"{self.loss_cfg.loss_ctx_cls.__name__}"
-            )
-        for name in ("advantages", "group_ids"):
-            if name in values:
-                values[name] = spread(name, values[name], labels)
-        item = item_cls(shifted_labels=labels, **values)
-        if self._is_first:
-            if fields.get("input_ids") is not None and fields.get("cu_seq_lens") is None:
-                is_policy_loss = not isinstance(self.loss_cfg, CELossConfig)
-                masks = fields.get("loss_mask"), padding_of(fields)
-                warn_of_masks(fields["input_ids"], *masks, is_policy_loss=is_policy_loss)
-            warn_of_values(item, self.loss_cfg)
-        return item
-
-    @property
-    def _item_cls(self) -> type[LossContextInputItem]:
-        return item_class(self.loss_cfg.loss_ctx_cls)
-
-    def _check_names(self, fields: Mapping[str, Any], *, may_have_others: bool = False) -> None:
-        """Raise if a name is unknown; others, for the caller's forward, only if they look like a misspelled field."""
-        known = tuple(dict.fromkeys((*FIELDS, *self._item_cls.model_fields)))
-        for name in fields:
-            message = None if name in known else not_a_field(name, fields, known, self.loss_cfg, may_have_others)
-            if message is not None:
-                raise DataError(message)
-
-    def __repr__(self) -> str:
-        lines = [f"  {name}={value!r}" for name, value in self.loss_cfg.model_dump().items()]
-        return "\n".join([f"LossRunner({type(self.loss_cfg).__name__}", *lines, ")"])

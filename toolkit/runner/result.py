@@ -7,9 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from toolkit.display import html_table
 from toolkit.errors import DataError
 from toolkit.metrics import Metrics, to_floats
 from toolkit.runner.arguments import check_has_graph
+
+UNITS = {
+    "nats": ("kl", "entropy", "log_ratio_abs", "mismatch"),
+    "share": ("fraction", "clamped", "rejected", "share"),
+    "tokens": ("tokens", "denominator"),
+    "sequences": ("sequences",),
+}
+"""Units, and parts of the names of metrics that have them."""
+
+
+def unit_of(name: str) -> str:
+    """Return the unit of a metric; empty where it has none, such as a ratio, or is not known."""
+    if name.endswith("_loss") or name.startswith("ratio"):
+        return ""
+    if name.endswith(("tokens", "sequences")):
+        return name.rpartition("_")[2]
+    return next((unit for unit, parts in UNITS.items() if any(part in name for part in parts)), "")
 
 
 class NotATensor(DataError, AttributeError, TypeError):
@@ -97,6 +115,16 @@ class LossResult(NotATuple):
                 "backward() was called twice: the first call freed the graph; call the model and the runner again"
             ) from None
 
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Return name, value and unit of the metrics, sorted by name, without those that were not measured."""
+        values = {name: value for name, value in self.metrics.items() if name != "loss" and value == value}
+        return [(name, f"{values[name]:.4g}", unit_of(name)) for name in sorted(values)]
+
+    def _repr_html_(self) -> str:
+        rows = [("loss", f"{float(self.loss.detach()):.6g}", ""), *self._rows()]
+        note = "gradients are accumulated" if self.is_of_step else ""
+        return html_table("LossResult", ("", "value", "unit"), rows, note=note)
+
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items() if name != "loss")
-        return f"LossResult(loss={float(self.loss.detach()):.6g}, {shown})"
+        lines = [f"  {name}={value} {unit}".rstrip() for name, value, unit in self._rows()]
+        return "\n".join([f"LossResult(loss={float(self.loss.detach()):.6g}", *lines, ")"])

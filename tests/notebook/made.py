@@ -36,7 +36,7 @@ def token_samples(number: int, length: int, seed: int = 0) -> list[dict[str, Any
         current = [value + draw.gauss(0, 0.15) for value in old]
         ratio = [math.exp(new - value) for new, value in zip(current, old, strict=True)]
         status = [
-            "clipped above" if r > 1.2 and advantage > 0 else "clipped below" if r < 0.8 and advantage < 0 else None
+            "clipped_high" if r > 1.2 and advantage > 0 else "clipped_low" if r < 0.8 and advantage < 0 else "learns"
             for r in ratio
         ]
         tokens = {
@@ -44,7 +44,7 @@ def token_samples(number: int, length: int, seed: int = 0) -> list[dict[str, Any
             "id": [draw.randrange(1000) for _ in range(length)],
             "advantage": [advantage] * length,
             "ratio": ratio,
-            "coefficient": [0.0 if s else -advantage * r for s, r in zip(status, ratio, strict=True)],
+            "coefficient": [advantage * r if s == "learns" else 0.0 for s, r in zip(status, ratio, strict=True)],
             "weight": [1 / length / number] * length,
             "entropy": [abs(draw.gauss(1, 0.5)) for _ in range(length)],
             "old": old,

@@ -26,7 +26,7 @@ def records() -> list[TokenRecord]:
         record_of(
             {
                 "text": [f"w{index}", " end"], "ratio": ratio,
-                "status": ["clipped above" if ratio[0] > 2 else None, None],
+                "status": ["clipped_high" if ratio[0] > 2 else None, None],
             },
             prompt=f"question {group}", reward=reward, step=int(group), group=group, sample=index % 2,
         )
@@ -107,7 +107,7 @@ def test_colours() -> None:
     assert low[2] > low[0]  # blue
     assert color_of(None, scale) is None
     model.signal = "status"
-    assert model.scale() == {"kind": "status", "names": ["clipped above"]}
+    assert model.scale() == {"kind": "status", "names": ["clipped_high"]}
     least = TokenModel([record_of({"text": ["a", "b", "c"], "logprob": [-9.0, -1.0, 0.0]})]).scale()
     assert least["is_reversed"]  # the unlikely token stands out
     assert token_picture(model).startswith(b"\x89PNG")
@@ -125,7 +125,7 @@ def test_samples_of_a_run(tmp_path: Path) -> None:
     for source in (run, str(run), run / "samples.jsonl"):
         known = records_from(source)
         assert len(known) == 6
-        assert known[1].tokens["status"][1] == "clipped above"
+        assert known[1].tokens["status"][1] == "clipped_high"
         assert (known[0].step, known[0].group, known[0].reward) == (0, "0", 0.0)
         assert known[5].text == "drow 1"
     assert len(records_from(run, most=3)) == 3

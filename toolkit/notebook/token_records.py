@@ -20,7 +20,7 @@ SIGNALS: dict[str, str] = {
     "entropy": "entropy (nats)",
     "kl": "KL to the reference, k3 (nats)",
     "loss": "token loss",
-    "coefficient": "gradient coefficient, d loss / d log pi",
+    "coefficient": "gradient coefficient: how much a step raises log pi, over the weight",
     "weight": "weight in the loss",
     "mismatch": "log pi_old - log pi_rollout (nats)",
     "status": "clipped or rejected by",

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.notebook.token_records import TEXT, TokenRecord, record_of, record_of_text
+from toolkit.notebook.token_records import STATUS, TEXT, TokenRecord, record_of, record_of_text
 from toolkit.report.runs import Run
 from toolkit.report.samples import read_samples
+
+UNMARKED = ("learns", "unscored")
+"""Statuses of tokens that nothing clipped or rejected."""
 
 
 def read(folder: Path, most: int | None = None) -> list[TokenRecord]:
@@ -38,5 +41,7 @@ def of_sample(sample: Mapping[str, Any]) -> TokenRecord:
     tokens = sample.get("tokens")
     if tokens and tokens.get(TEXT):
         lists = {name: values for name, values in tokens.items() if isinstance(values, list)}
+        if STATUS in lists:
+            lists[STATUS] = [None if status in UNMARKED else status for status in lists[STATUS]]
         return record_of(lists, advantage=sample.get("advantage"), **fields)
     return record_of_text(str(sample.get("completion") or ""), sample.get("advantage"), **fields)

@@ -81,6 +81,7 @@ def test_in_a_browser_without_a_network(tmp_path: Path, width: int) -> None:
     assert dom.count("<svg") >= 5
     assert "1 to 20 of 72 samples" in dom
     assert 'class="token clipped"' in dom
+    assert dom.count('class="bar"') == 3  # rewards 0, 0.5 and 1
     assert "word 0 &lt;b&gt;&amp;amp;&lt;/script&gt;" in dom
 
 

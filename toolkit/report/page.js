@@ -144,6 +144,16 @@ function tokens(record, signal) {
       style: share ? `background:rgba(var(--${share > 0 ? "up" : "down"}), ${(.1 + .5 * Math.min(1, Math.abs(share))).toFixed(2)})` : null }, text);
   }));
 }
+function histogram(chosen, choose) {
+  const rewards = chosen.map((s) => s.reward).filter((value) => typeof value === "number");
+  if (rewards.length < 2) return "";
+  const low = rewards.reduce((m, v) => Math.min(m, v), Infinity), high = rewards.reduce((m, v) => Math.max(m, v), -Infinity), values = [...new Set(rewards)].sort((a, b) => a - b);
+  const edges = values.length <= 12 ? values.map((v) => [v, v]) : Array.from({ length: 12 }, (_, i) => [low + (high - low) * i / 12, low + (high - low) * (i + 1) / 12]);
+  const counts = edges.map(([from, to], i) => rewards.filter((v) => v >= from && (from === to || i === edges.length - 1 ? v <= to : v < to)).length), most = Math.max(...counts);
+  return element("div", { class: "bars", role: "group", "aria-label": "how many samples have which reward" }, ...edges.map(([from, to], i) => element("button", { type: "button", class: "bar",
+    title: `reward ${from === to ? number(from) : `${number(from)} to ${number(to)}`}: ${counts[i].toLocaleString("en")} samples`, onclick: () => choose(from, to) },
+    element("span", { style: `height:${Math.round(60 * counts[i] / most) + 1}px` }), element("small", {}, number(from, 2)))));
+}
 function samples() {
   const part = byId("sampling");
   if (!data.samples.length) return part.append(element("p", { class: "soft" }, "No samples were kept: tracker.samples=some keeps a few of every step."));
@@ -153,7 +163,7 @@ function samples() {
   const run = element("select", { "aria-label": "run" }, element("option", { value: "" }, "all runs"), ...data.runs.map((r, index) => element("option", { value: index }, r.name)));
   const signals = ["advantage", "coefficient", "ratio", "weight", "entropy", "old", "current", "rollout", "ref"].filter((name) => data.samples.some((s) => s.tokens && s.tokens[name]));
   const signal = element("select", { "aria-label": "colour tokens by" }, ...signals.map((name) => element("option", {}, name)));
-  const list = element("div"), state = element("span", { class: "soft", role: "status" }), size = 20;
+  const bars = element("div"), list = element("div"), state = element("span", { class: "soft", role: "status" }), size = 20;
   let start = 0;
   const later = element("button", { type: "button", onclick: () => { start += size; draw(); } }, "next"), earlier = element("button", { type: "button", onclick: () => { start -= size; draw(); } }, "previous");
   function draw() {
@@ -163,6 +173,7 @@ function samples() {
     start = Math.max(0, Math.min(start, kept.length - 1)); start -= start % size;
     earlier.disabled = start === 0; later.disabled = start + size >= kept.length;
     state.textContent = kept.length ? `${start + 1} to ${Math.min(start + size, kept.length)} of ${kept.length.toLocaleString("en")} samples` : "no sample fits";
+    bars.replaceChildren(histogram(kept, (from, to) => { least.value = from; most.value = to; start = 0; draw(); }));
     list.replaceChildren(...kept.slice(start, start + size).map((s) => element("div", { class: "sample" },
       element("div", { class: "soft" }, `${data.runs.length > 1 ? data.runs[s.run].name + " · " : ""}${s.phase === "evaluation" ? "held out, after step" : "step"} ${s.step + 1} · prompt ${s.prompt_index} sample ${s.sample} · `,
         element("b", {}, `reward ${number(s.reward)}`), ...Object.entries(s.parts || {}).map(([name, value]) => ` · ${name} ${number(value)}`),
@@ -172,7 +183,7 @@ function samples() {
   for (const control of [text, least, most, step, run, signal]) control.addEventListener("input", () => { start = 0; draw(); });
   const legend = signals.length ? " Tokens: blue is above 0 (a ratio: above 1), orange below; a wavy line marks what the loss clipped or rejected; nothing is learnt from pale ones. Point at a token for its numbers." : "";
   part.append(element("p", { class: "soft" }, data.sampled + legend), element("div", { class: "controls" }, text, element("span", {}, "reward ", least, " to ", most), step, data.runs.length > 1 ? run : null,
-    signals.length ? element("label", {}, "colour by ", signal) : null, earlier, later, state), list);
+    signals.length ? element("label", {}, "colour by ", signal) : null, earlier, later, state), bars, list);
   draw();
 }
 function settings() {

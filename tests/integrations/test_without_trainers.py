@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -202,3 +203,10 @@ def test_options_of_an_estimator() -> None:
     assert options.advantage_options("advantage.std=none advantage.eps=1e-6") == {"std": "none", "eps": 1e-6}
     with pytest.raises(ConfigError, match=r"advantage=rloo is not an option of an estimator"):
         options.advantage_options("advantage=rloo")
+
+
+def test_without_trl_the_import_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "toolkit.integrations.trl.trainer", raising=False)
+    with pytest.raises(ImportError, match=r"ToolkitGRPOTrainer needs TRL: pip install .* trl==1\.16\.0"):
+        from toolkit.integrations.trl import ToolkitGRPOTrainer  # noqa: F401

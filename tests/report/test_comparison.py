@@ -98,6 +98,13 @@ def test_unfinished_runs_are_compared_by_their_last_rewards(tmp_path: Path) -> N
     ]
 
 
+def test_equal_results_are_equal(tmp_path: Path) -> None:
+    for policy in ("vanilla", "gspo"):
+        make_run(tmp_path / policy, rewards=[0.5] * 10, policy=policy, overrides=[f"policy_loss={policy}"])
+    verdict = compare(read_runs([tmp_path])).verdict
+    assert verdict.endswith("are equal in mean reward of the last 10 steps (0.500).")
+
+
 @pytest.mark.parametrize(
     ("rates", "labels"),
     [

@@ -36,6 +36,15 @@ def test_a_run_that_learnt(tmp_path: Path) -> None:
     assert said(far) == ["good: The held-out accuracy went from 0.000 to 0.900, more than 20 standard errors."]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "tone"), [(0.3, 0.4, "good"), (0.3, 0.3, "note"), (0.3, 0.2, "note"), (0.0, 0.0, "note")]
+)
+def test_only_a_gain_is_good(tmp_path: Path, before: float, after: float, tone: str) -> None:
+    summary = {**ENDED, "accuracy_before": before, "accuracy_after": after}
+    folder = make_run(tmp_path / "a", rewards=curve(0.9, 0), summary=summary)
+    assert said(folder)[0].startswith(f"{tone}: The held-out accuracy went from {before:.3f} to {after:.3f}")
+
+
 def test_a_run_that_was_cut_or_still_runs(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", rewards=curve(0.9, 0)[:17])
     assert said(folder)[0].startswith("bad: It has not come to its end: 17 of 40 steps are there.")

@@ -125,6 +125,16 @@ def test_records_of_tokens_are_what_the_last_update_saw(tmp_path: Path, packed: 
     assert max(abs(ratio - 1) for ratio in ratios) > 0.01  # other updates of the step came before
 
 
+@pytest.mark.parametrize("recipe", ["rloo", "reinforce_pp", "grpo", "dapo", "gspo", "cispo"])
+def test_recipes_have_records(tmp_path: Path, recipe: str) -> None:
+    """With the KL in the reward rows have lost the sampler's log-probabilities when records begin."""
+    skips = "rollout.skip_uniform_groups=true"
+    sampled(tmp_path, f"experiment={recipe}", "rollout.prompts_per_step=16", skips, steps=1, samples="all")
+    for line in lines(tmp_path):
+        assert {len(values) for values in line["tokens"].values()} == {line["num_tokens"]}
+        assert None not in line["tokens"]["rollout"]
+
+
 def test_rows_that_no_update_used_say_so(tmp_path: Path) -> None:
     sampled(tmp_path, "rollout.skip_uniform_groups=true", steps=1, samples="all")
     skipped = [line for line in lines(tmp_path) if line["advantage"] == 0]

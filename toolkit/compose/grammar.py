@@ -132,8 +132,9 @@ def _with_value(word: str, following: str | None) -> str:
     if not any(word in choices for choices in groups.values()):
         word = word.lower().replace("-", "_")
     ways = {group: f"{group}={word}" for group, choices in groups.items() if word in choices}
-    if len(ways) > 1:
-        ways.pop("bench", None)
+    for group in ("bench", "experiment"):  # a recipe sets more than the loss that it is called by
+        if len(ways) > 1:
+            ways.pop(group, None)
     if ways:
         return f"try: {' or '.join(ways.values())}"
     return LOOKS_LIKE

@@ -44,6 +44,7 @@ from toolkit.compose.plugins import load_plugins
 from toolkit.compose.schemas import BEHAVIOUR, conf_dir, register_schemas
 from toolkit.compose.screen import adds_what_exists, choices_of, missing_keys, with_values
 from toolkit.compose.settings import settings_in
+from toolkit.compose.sweepers import check_sweepers
 from toolkit.errors import ConfigError
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.schema import Config
@@ -301,6 +302,7 @@ def check_command_line(
             "-m runs one job after another in one process, but WORLD_SIZE is above 1; start each job separately"
         )
     check_repeated(parse(overrides))
+    check_sweepers(parse(overrides))
     if multirun:
         jobs = islice(sweep_jobs(overrides) or [], MAX_CHECKED_JOBS)
 

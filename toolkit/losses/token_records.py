@@ -38,7 +38,7 @@ class TokenRecords:
     """What the loss does to the tokens of a micro-batch, as its kwargs hold them; 0 where nothing is scored."""
 
     weight: Tensor
-    """[B, T] of the token in the policy loss, over all micro-batches and ranks of the step."""
+    """[B, T] of the token in the policy loss, over all micro-batches and ranks of the optimizer step."""
     coefficient: Tensor | None
     """[B, T] how much a step raises the token's log-probability (negative: lowers it), over its weight: minus the
     derivative of the loss by it. With ``policy_loss=vanilla`` and nothing clipped it is advantage times ratio. A KL

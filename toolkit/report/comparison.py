@@ -19,6 +19,8 @@ MEASURES = {
 """Result in a summary -> what it is, and 1 if more is better, -1 if less is. The first that all runs have counts."""
 LAST = 10
 """Steps whose mean reward stands for a run that measured nothing on held-out examples."""
+LEAST = 0.0005
+"""Difference that is shown as 0.001; below it two results are equal."""
 SEED = "seed"
 NO_CHOICE = re.compile(r"^(training\.(resume|overwrite|timeout_s|log_every|checkpoint_every|num_processes)|tracker\b)")
 """Settings that change no result."""
@@ -84,6 +86,8 @@ class Comparison:
         assert best.mean is not None
         assert second.mean is not None
         lead = (best.mean - second.mean) * self.sign
+        if abs(lead) < LEAST:
+            return f"{best.label} and {second.label} are equal in {self.measure} ({best.mean:.3f})."
         ahead = f"{best.label} is ahead of {second.label} by {lead:.3f} in {self.measure}"
         behind = self.behind[self.choices.index(second)]
         if behind is None:
@@ -164,8 +168,8 @@ def _labels(runs: Sequence[Run], groups: Sequence[Sequence[int]], differing: dic
         for i in firsts
     ]
     common = set.intersection(*map(set, chosen))
-    told = [[each for each in of_choice if each not in common] for of_choice in chosen]
-    for written in (map(_readable, each) for each in told), told:
+    overrides = [[each for each in of_choice if each not in common] for of_choice in chosen]
+    for written in (map(_readable, each) for each in overrides), overrides:
         labels = [" ".join(each) or "no override" for each in written]
         if len(set(labels)) == len(labels):
             return labels

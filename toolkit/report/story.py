@@ -127,15 +127,16 @@ def _curves(run: Run) -> Iterator[Remark]:
 
 
 def _result(run: Run) -> Iterator[Remark]:
-    for name, words in (
-        ("accuracy", "held-out accuracy"),
-        ("heldout_reward", "held-out reward"),
-        ("heldout_nll", "held-out nll"),
+    for name, words, sign in (
+        ("accuracy", "held-out accuracy", 1),
+        ("heldout_reward", "held-out reward", 1),
+        ("heldout_nll", "held-out nll", -1),
     ):
         before, after = (run.summary.get(f"{name}_{when}") for when in ("before", "after"))
         if before is not None and after is not None:
+            tone: Tone = "good" if sign * (after - before) > 0 else "note"
             yield Remark(
-                "good", f"The {words} went from {before:.3f} to {after:.3f}{_in_errors(run, name, before, after)}."
+                tone, f"The {words} went from {before:.3f} to {after:.3f}{_in_errors(run, name, before, after)}."
             )
             return
 

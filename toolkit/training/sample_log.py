@@ -104,7 +104,7 @@ class SampleLog:
                 "stop": _stop(completions, row),
             }
             if self.keeps_tokens(step):
-                sample["tokens"] = first_record(rows, is_sampled, row, advantages, self._tokenizer)
+                sample["tokens"] = first_record(rows, completions, row, advantages, self._tokenizer)
             self._taken.append((keys[row], first_sampled(is_sampled[row]), sample))
 
     def flush(self, token_log: TokenLog | None = None) -> None:

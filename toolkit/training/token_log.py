@@ -21,6 +21,7 @@ from torch import Tensor
 from toolkit.head import TokenScores
 from toolkit.losses.grpo import GRPOLossContext
 from toolkit.losses.token_records import CODES, STATUSES, TokenRecords, token_records
+from toolkit.rollout.sampler import Completions
 from toolkit.training.experience import IGNORED, Rows
 from toolkit.training.packing import MicroBatch, Plan
 
@@ -86,23 +87,24 @@ class TokenLog:
         return {**record, **{name: each[first : first + number] for name, each in values.items()}}
 
 
-def first_record(rows: Rows, is_sampled: Tensor, row: int, advantages: Tensor, tokenizer: Any) -> dict[str, list[Any]]:
+def first_record(
+    rows: Rows, completions: Completions, row: int, advantages: Tensor, tokenizer: Any
+) -> dict[str, list[Any]]:
     """Return what is known of the tokens of a row when it has been sampled.
 
     Args:
-        rows: of the completions.
-        is_sampled: [R, T - 1] bool, not at the prompt nor at observations.
+        rows: of the completions; they need not have the sampler's log-probabilities any more.
+        completions: R rows.
         row: its number.
         advantages: [R, 1] or [R, T - 1].
         tokenizer: gives each token's text.
     """
-    first = first_sampled(is_sampled[row])
-    number = int(rows.attention_mask[row, 1:][first:].sum())
-    span = slice(first, first + number)
+    is_sampled = completions.is_new[row, 1:].cpu()
+    first = first_sampled(is_sampled)
+    span = slice(first, first + int(rows.attention_mask[row, 1:][first:].sum()))
     ids = rows.input_ids[row, 1:][span].tolist()
-    assert rows.rollout_logprobs is not None
-    of_tokens = {"rollout": rows.rollout_logprobs[row], "advantage": advantages[row].expand(is_sampled.shape[1])}
-    values = {name: _listed(name, each.cpu()[span], is_sampled[row][span]) for name, each in of_tokens.items()}
+    of_tokens = {"rollout": completions.logprobs[row, 1:], "advantage": advantages[row].expand(len(is_sampled))}
+    values = {name: _listed(name, each.cpu()[span], is_sampled[span]) for name, each in of_tokens.items()}
     return {"id": ids, "text": [tokenizer.decode([token]) for token in ids], **values}
 
 
@@ -137,4 +139,4 @@ def _listed(name: str, values: Tensor, is_scored: Tensor) -> list[Any]:
 
 
 def _short(value: float) -> float | None:
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return float(f"{value:.{DIGITS}g}") + 0.0 if math.isfinite(value) else None  # no -0.0

@@ -14,9 +14,16 @@ if TYPE_CHECKING:
     from toolkit.integrations.trl.trainer import ToolkitLossMixin as ToolkitLossMixin
 
 __all__ = ["ToolkitGRPOTrainer", "ToolkitLossMixin"]
+TESTED = "1.16.0"
+"""The version of TRL that the tests ran with."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.trainer"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.trainer"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "trl":
+            raise
+        raise ImportError(f'{name} needs TRL: pip install "rl-loss-toolkit[train]" trl=={TESTED}') from None

@@ -47,6 +47,23 @@ def test_before_during_and_after(tmp_path: Path) -> None:
     assert model.status() == "run: ended after 2 steps"
 
 
+def test_evaluations_are_curves_of_their_own(tmp_path: Path) -> None:
+    steps = [{"phase": "main", "step": step, "reward": 0.25 * step, "tokens_per_second": 90.0} for step in range(2)]
+    held_out = {"phase": "evaluation", "step": 1, "reward": 0.75, "tokens_per_second": 7.0}
+    add(tmp_path / "run", {"phase": "warmup", "step": 0, "reward": 9.0}, *steps, held_out)
+    model = WatchModel(tmp_path / "run")
+    model.refresh()
+    rewards, speed = model.view().charts
+    reward, heldout = rewards.lines
+    assert (reward.label, reward.x, reward.y) == ("mean reward", [1, 2], [0.0, 0.25])
+    assert (heldout.label, heldout.x, heldout.y) == ("held-out reward", [1], [0.75])
+    assert speed.lines[0].y == [90.0, 90.0]
+
+    add(tmp_path / "run", {"phase": "evaluation", "step": 2, "reward": 0.75, "accuracy": 0.5})
+    model.refresh()
+    assert [line.label for line in model.view().charts[0].lines] == ["mean reward", "held-out accuracy"]
+
+
 def test_a_finished_run_is_told_about(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", rewards=[0.0] * 10, summary={"wall_seconds": 9.0}, steps=10,
                    row=lambda step: {"uniform_groups": 1.0, "grad_norm": "absent"})  # fmt: skip

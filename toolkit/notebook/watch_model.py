@@ -14,8 +14,15 @@ from toolkit.notebook.token_records import is_number
 from toolkit.report.runs import METRICS, SAMPLES, Run, read_run
 from toolkit.report.story import remarks
 
+EVALUATION = "evaluation"
+HELD_OUT = "held-out "
+"""What the label of a curve begins with that is read from evaluations; the others are of the main phase."""
 PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("Reward", "reward", (("reward", "mean reward"), ("accuracy", "held-out accuracy"))),
+    (
+        "Reward",
+        "reward",
+        (("reward", "mean reward"), ("accuracy", f"{HELD_OUT}accuracy"), ("reward", f"{HELD_OUT}reward")),
+    ),
     ("KL", "nats", (("kl_old", "to the old policy"), ("kl_ref", "to the reference"))),
     ("Policy entropy", "nats", (("entropy", "entropy"),)),
     (
@@ -32,7 +39,6 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
 )
 """Title, unit and metrics of each chart; charts without a value are left out."""
 PERCENT = "% of tokens"
-EVALUATION = "evaluation"
 QUIET = 120.0
 """Seconds without a new line after which a run without a summary is said to be silent."""
 
@@ -91,15 +97,17 @@ class WatchModel:
 def _chart(
     rows: Sequence[Mapping[str, Any]], title: str, unit: str, metrics: Sequence[tuple[str, str]]
 ) -> Chart | None:
-    lines = []
+    lines: list[Line] = []
     for style, (name, label) in enumerate(metrics):
+        phase = EVALUATION if label.startswith(HELD_OUT) else "main"
         points = [
             # An evaluation stands after the step whose number it carries, as in the report.
-            (row["step"] + (row["phase"] != EVALUATION), row[name] * (100 if unit == PERCENT else 1))
+            (row["step"] + (phase != EVALUATION), row[name] * (100 if unit == PERCENT else 1))
             for row in rows
-            if row.get("phase") in ("main", EVALUATION) and is_number(row.get(name))
+            if row.get("phase") == phase and is_number(row.get(name))
         ]
-        if points and (name != "reward" or any(row.get("phase") == "main" for row in rows)):
+        is_told = phase == EVALUATION and any(line.label.startswith(HELD_OUT) for line in lines)
+        if points and not is_told:
             points = sorted(dict(points).items())
             lines.append(Line(label=label, x=[x for x, _ in points], y=[y for _, y in points], style=style))
     if not lines:

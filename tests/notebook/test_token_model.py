@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
+
 
 from tests.notebook.made import token_samples
 from tests.report.made import made_samples, make_run
 from toolkit import DataError, RLLossContextInputItem
 from toolkit.notebook.readers import trl
 from toolkit.notebook.token_model import TokenModel, bin_of, edges_of
-from toolkit.notebook.token_picture import color_of, token_picture
+from toolkit.notebook.token_picture import DOWN, UP, color_of, scale_words, token_picture
 from toolkit.notebook.token_records import TokenRecord, record_of, record_of_text
 from toolkit.notebook.token_source import records_from
 
@@ -103,8 +105,11 @@ def test_colours() -> None:
     high, low = color_of(4.0, scale), color_of(0.1, scale)
     assert high is not None
     assert low is not None
-    assert high[0] > high[2]  # orange
-    assert low[2] > low[0]  # blue
+    assert high[2] > high[0]  # blue
+    assert low[0] > low[2]  # orange
+    assert scale_words({**scale, "reach": 0.5}) == " (orange 0.5, white 1, blue 1.5)"
+    script = (files("toolkit.notebook") / "tokens.js").read_text()
+    assert f"const UP = {list(UP)}, DOWN = {list(DOWN)}," in script
     assert color_of(None, scale) is None
     model.signal = "status"
     assert model.scale() == {"kind": "status", "names": ["clipped_high"]}

@@ -8,9 +8,9 @@ from toolkit.notebook.charts import small_png
 from toolkit.notebook.token_model import TokenModel, title_of
 from toolkit.notebook.token_records import SIGNALS, STATUS, TEXT, is_number
 
-UP, DOWN, ONE = (213, 94, 0), (0, 114, 178), (204, 121, 167)
+UP, DOWN, ONE = (0, 114, 178), (213, 94, 0), (204, 121, 167)
 MARKS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178))
-"""The colours of tokens.js."""
+"""The colours of tokens.js; above the middle is blue as in the page of the report."""
 WIDTH, LINE = 110, 0.19
 """Characters of a line, and its height in inches."""
 FONT_SIZE = 8.0
@@ -45,7 +45,7 @@ def scale_words(scale: dict[str, Any]) -> str:
     """Return what the colours mean."""
     if scale["kind"] == "two ways":
         low, high = scale["center"] - scale["reach"], scale["center"] + scale["reach"]
-        return f" (blue {low:.3g}, white {scale['center']:g}, orange {high:.3g})"
+        return f" (orange {low:.3g}, white {scale['center']:g}, blue {high:.3g})"
     if scale["kind"] == "one way":
         pale, full = (scale["high"], scale["low"]) if scale["is_reversed"] else (scale["low"], scale["high"])
         return f" (white {pale:.3g}, pink {full:.3g})"

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 from tests.notebook.made import token_samples
 from tests.report.made import made_samples, make_run
 from toolkit import DataError, RLLossContextInputItem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ def test_before_during_and_after(tmp_path: Path) -> None:
     model = WatchModel(folder)
     assert model.refresh()
     assert not model.refresh()
+    assert model.view().notes == (f"waiting for {folder}: the folder does not exist",)
+    folder.mkdir()
+    assert model.refresh()
     assert model.view().notes == (f"waiting for {folder / 'metrics.jsonl'}: the run has not made a step",)
 
     add(folder, {"phase": "main", "step": 0, "reward": 0.25, "clip_fraction_high": 0.1, "kl_old": 0.5})
@@ -90,8 +94,33 @@ def test_a_broken_file_is_a_remark(tmp_path: Path) -> None:
     with (tmp_path / "run/metrics.jsonl").open("a") as file:
         file.write("nonsense\n{}\n")
     assert model.refresh()
-    assert "Its files cannot be read: " in model.view().notes[1]
+    assert model.view().notes[0].startswith("error: line 2 of ")
     assert len(model.view().charts) == 1  # what was known stays
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"metrics.jsonl": '{"schema": 9, "phase": "main", "step": 0}\n'}, "was written by a later version: schema 9"),
+        ({"metrics.jsonl": 'nonsense\n{"phase": "main", "step": 0}\n'}, "line 1 of .* cannot be read"),
+        ({"metrics.jsonl": "", "summary.json": "{"}, "summary.json cannot be read"),
+        ({"metrics.jsonl": "", "summary.json": "[1]"}, "summary.json cannot be read: it is not a mapping"),
+        ({"metrics.jsonl": "", "summary.json": '{"seed": 1}'}, "ended, but metrics.jsonl is empty"),
+        ({"summary.json": '{"seed": 1}'}, "ended, but no metrics.jsonl"),
+        ({"0/metrics.jsonl": "", "1/metrics.jsonl": ""}, "is not a run but holds several; watch one of 2, .*run/0'"),
+        ({"multirun.yaml": ""}, "is not a run but holds several; watch one, such as '.*run/0'"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(tmp_path: Path, files: dict[str, str], words: str) -> None:
+    for name, text in files.items():
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    model = WatchModel(tmp_path / "run")
+    model.refresh()
+    assert re.search(words, model.status())
+    assert "waiting" not in model.status()
+    assert model.view().notes[0] == model.status()
 
 
 def test_a_silent_run_is_named(tmp_path: Path) -> None:

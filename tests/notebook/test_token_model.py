@@ -209,6 +209,14 @@ def test_items_of_a_batch() -> None:
         (lambda path: path, "holds no samples.jsonl and no dump"),
         (lambda path: [], "holds no completions"),
         (lambda path: 3, "token_view got an int"),
+        (
+            lambda path: [{"foo": 1}],
+            "a sample needs the key 'completion', or 'tokens' with the key 'text'; one has foo",
+        ),
+        (lambda path: [{"tokens": {"id": [1]}}], "a sample needs the key .*; one has tokens"),
+        (lambda path: {}, "a sample needs the key .*; one is empty"),
+        (lambda path: make_run(path / "a", rewards=[0.1]), "^no samples.jsonl in .*a; tracker.samples=none keeps none"),
+        (lambda path: make_run(path / "a") / "samples.jsonl", "^no samples.jsonl in .*a; tracker.samples=none keeps"),
         (lambda path: [3], "token_view got an int among its completions"),
     ],
 )

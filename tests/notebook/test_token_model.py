@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.notebook.made import token_samples
 from tests.report.made import made_samples, make_run
 from toolkit import DataError, RLLossContextInputItem
 from toolkit.notebook.readers import trl
 from toolkit.notebook.token_model import TokenModel, bin_of, edges_of
-from toolkit.notebook.token_picture import DOWN, UP, color_of, scale_words, token_picture
+from toolkit.notebook.token_picture import DOWN, UP, color_of, picture_layout, scale_words, token_picture
 from toolkit.notebook.token_records import TokenRecord, record_of, record_of_text
 from toolkit.notebook.token_source import records_from
 
@@ -115,6 +118,31 @@ def test_colours() -> None:
     least = TokenModel([record_of({"text": ["a", "b", "c"], "logprob": [-9.0, -1.0, 0.0]})]).scale()
     assert least["is_reversed"]  # the unlikely token stands out
     assert token_picture(model).startswith(b"\x89PNG")
+
+
+def test_what_the_picture_leaves_out_is_said() -> None:
+    # A completion of 40 short words takes two lines, one for its title and an empty one: ten in MOST_LINES.
+    model = TokenModel([record_of({"text": ["word "] * 40}) for _ in range(96)])
+    cells, titles, end, _ = picture_layout(model)
+    assert (len(titles), end) == (10, "... and 86 more")
+    assert {line + 1 for line, _ in titles} <= {cell[0] for cell in cells}
+    for number, left in ((1, ""), (3, ", and 2 more")):
+        long = TokenModel([record_of({"text": ["word "] * 1500}) for _ in range(number)])
+        assert picture_layout(long)[2] == f"... the last one goes on{left}"
+    # One more line fits its title, not its tokens.
+    filled = [record_of({"text": ["word "] * 22 * 37}), record_of({"text": ["word "]})]
+    assert [line for line, _ in picture_layout(TokenModel(filled))[1]] == [0]
+    assert picture_layout(TokenModel(records()))[2] == ""
+
+
+def test_the_picture_is_as_wide_as_its_texts() -> None:
+    record = record_of({"text": ["m" * 100], "coefficient": [1.0]}, details={"words": "w" * 60, "more": "w" * 60})
+    pixels = np.asarray(Image.open(io.BytesIO(token_picture(TokenModel([record])))).convert("RGB")).astype(int)
+    is_dark, is_blue = pixels.max(axis=2) < 90, pixels[..., 2] - pixels[..., 0] > 90
+    rows = is_blue.any(axis=1)
+    assert rows.any()
+    assert is_dark[rows].any(axis=0).nonzero()[0].max() <= is_blue.any(axis=0).nonzero()[0].max()
+    assert (pixels[:, -5:] > 240).all()
 
 
 def test_a_text_without_tokens() -> None:

@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.report.made import make_run
+from toolkit.notebook.charts import Chart, Line, _draw
 from toolkit.notebook.watch_model import QUIET, WatchModel
 
 
@@ -66,6 +68,13 @@ def test_evaluations_are_curves_of_their_own(tmp_path: Path) -> None:
     add(tmp_path / "run", {"phase": "evaluation", "step": 2, "reward": 0.75, "accuracy": 0.5})
     model.refresh()
     assert [line.label for line in model.view().charts[0].lines] == ["mean reward", "held-out accuracy"]
+
+
+def test_steps_on_the_axis_are_whole_numbers() -> None:
+    axis = Figure().subplots()
+    _draw(axis, Chart(title="", x_label="step", y_label="", lines=(Line(label="", x=[1, 2, 3], y=[0.0, 0.5, 1.0]),)))
+    assert set(axis.get_xticks()) >= {1.0, 2.0, 3.0}
+    assert all(tick.is_integer() for tick in axis.get_xticks())
 
 
 def test_a_finished_run_is_told_about(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def small_png(figure: Any) -> bytes:
     from PIL import Image
 
     drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
+    figure.savefig(drawn, format="png", dpi="figure")
     Image.open(drawn).convert("RGB").quantize(PALETTE).save(packed, format="png", optimize=True)
     return packed.getvalue()
 
@@ -171,6 +171,8 @@ def _draw(axis: Any, chart: Chart) -> None:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.xaxis.set_minor_formatter(lambda value, _: "")
+    elif all(float(x).is_integer() for line in chart.lines for x in line.x):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for band in chart.bands:
         look: dict[str, Any] = {"alpha": 0.18, "color": "gray", "linewidth": 0}
         if not band.is_strong:
@@ -186,6 +188,7 @@ def _draw(axis: Any, chart: Chart) -> None:
             dashes=DASHES[line.style % len(DASHES)] or (None, None),
             label=line.label,
             linewidth=1.8,
+            marker="o" if len(line.x) == 1 else "",
         )
     if len(chart.lines) > 1:
         axis.legend(fontsize=7, frameon=False)

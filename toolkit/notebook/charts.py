@@ -125,7 +125,8 @@ def picture(view: View, columns: int = 2) -> bytes:
     rows = max(1, math.ceil(len(view.charts) / columns))
     texts = [*view.notes, *(f"{text.label}: {text.text}" for text in view.texts)]
     lines_of_text = [line for text in texts for line in textwrap.wrap(text, 72 * columns, subsequent_indent="    ")]
-    figure = Figure(figsize=(5.2 * columns, 2.8 * rows + 0.2 * len(lines_of_text)), dpi=100, layout="constrained")
+    height = 2.8 * rows if view.charts else 0.3
+    figure = Figure(figsize=(5.2 * columns, height + 0.2 * len(lines_of_text)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(view.charts) :]:

@@ -100,8 +100,8 @@ class WatchModel:
             return f"waiting for {self.folder}: the folder does not exist"
         if self.others or (self.folder / SWEEP).is_file():
             example = self.others[0] if self.others else self.folder / "0"
-            found = f" of {len(self.others)}" if self.others else ""
-            return f"{self.folder} is not a run but holds several; watch one{found}, such as {str(example)!r}"
+            number = f" of {len(self.others)}" if self.others else ""
+            return f"{self.folder} is not a run but holds several; watch one{number}, such as {str(example)!r}"
         if (self.folder / SUMMARY).is_file():
             return f"{self.folder} has {SUMMARY}, so the run has ended, but no {METRICS}: no step is known"
         return f"waiting for {self.folder / METRICS}: the run has not made a step"
@@ -128,8 +128,8 @@ def _chart(
             for row in rows
             if row.get("phase") == phase and is_number(row.get(name))
         ]
-        is_told = phase == EVALUATION and any(line.label.startswith(HELD_OUT) for line in lines)
-        if points and not is_told:
+        has_evaluation = any(line.label.startswith(HELD_OUT) for line in lines)
+        if points and not (phase == EVALUATION and has_evaluation):  # accuracy and reward are often the same
             points = sorted(dict(points).items())
             lines.append(Line(label=label, x=[x for x, _ in points], y=[y for _, y in points], style=style))
     if not lines:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -55,5 +57,34 @@ def test_rows_without_boundaries_are_sequences() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="CELossConfig is not built on a policy loss"):
         batch_records([packed()], LossRunner.from_overrides("loss=ce"))
-    with pytest.raises(DataError, match="batch_view got an int"):
-        batch_records([3])  # type: ignore[list-item]
+
+
+RUNNER = LossRunner(GRPOLossConfig())
+NEEDED = "batch_view needs a list of RLLossContextInputItem, one for each micro-batch"
+MADE = "; RLLossContextInputItem.from_unshifted(input_ids, mask, ...) makes one"
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (3, f", not an int{MADE}"),
+        (None, f", not None{MADE}"),
+        ({"input_ids": torch.ones(1, 2)}, f", not a dict{MADE}"),
+        (packed(), ", not the item itself: call batch_view([item], runner)"),
+        (RUNNER, "; the first argument is a LossRunner: call batch_view(items, runner)"),
+        (GRPOLossConfig(), "; the first argument is a GRPOLossConfig: call batch_view(items, runner)"),
+        ([], "; the list is empty"),
+        ([packed(), 3], f"; the list holds an int{MADE}"),
+    ],
+)
+def test_what_is_no_list_of_items(items: Any, words: str) -> None:
+    for other in (RUNNER, [packed()]):
+        with pytest.raises(DataError) as caught:
+            batch_records(items, other)
+        assert str(caught.value) == NEEDED + words
+
+
+def test_boundaries_that_are_no_list() -> None:
+    for wrong in (BOUNDS[0], [], BOUNDS * 2):
+        with pytest.raises(DataError, match="a list with the boundaries of each of the 1 items"):
+            batch_records([packed()], None, wrong)  # type: ignore[arg-type]

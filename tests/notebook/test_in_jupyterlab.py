@@ -69,7 +69,7 @@ def test_a_run_is_followed(tmp_path: Path) -> None:
         "batch_view([packed()], cu_seq_lens_list=BOUNDS)",
     ]
     with lab(tmp_path, cells, ROOT) as address, browser(tmp_path) as page:
-        run_all(page, address, "document.body.innerText.includes('the run has not made a step')")
+        run_all(page, address, "document.body.innerText.includes('the folder does not exist')")
         for step in range(3):
             add(run, {"phase": "main", "step": step, "reward": 0.1 * step, "entropy": 2.0 - step, "kl_old": 0.01 * step,
                       "clip_fraction_low": 0.02, "clip_fraction_high": 0.05, "tokens_per_second": 900.0})  # fmt: skip

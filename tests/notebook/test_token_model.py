@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.notebook.made import token_samples
 from tests.report.made import made_samples, make_run
 from toolkit import DataError, RLLossContextInputItem
 from toolkit.notebook.readers import trl
 from toolkit.notebook.token_model import TokenModel, bin_of, edges_of
-from toolkit.notebook.token_picture import color_of, token_picture
+from toolkit.notebook.token_picture import DOWN, UP, color_of, picture_layout, scale_words, token_picture
 from toolkit.notebook.token_records import TokenRecord, record_of, record_of_text
 from toolkit.notebook.token_source import records_from
 
@@ -103,14 +107,42 @@ def test_colours() -> None:
     high, low = color_of(4.0, scale), color_of(0.1, scale)
     assert high is not None
     assert low is not None
-    assert high[0] > high[2]  # orange
-    assert low[2] > low[0]  # blue
+    assert high[2] > high[0]  # blue
+    assert low[0] > low[2]  # orange
+    assert scale_words({**scale, "reach": 0.5}) == " (orange 0.5, white 1, blue 1.5)"
+    script = (files("toolkit.notebook") / "tokens.js").read_text()
+    assert f"const UP = {list(UP)}, DOWN = {list(DOWN)}," in script
     assert color_of(None, scale) is None
     model.signal = "status"
     assert model.scale() == {"kind": "status", "names": ["clipped_high"]}
     least = TokenModel([record_of({"text": ["a", "b", "c"], "logprob": [-9.0, -1.0, 0.0]})]).scale()
     assert least["is_reversed"]  # the unlikely token stands out
     assert token_picture(model).startswith(b"\x89PNG")
+
+
+def test_what_the_picture_leaves_out_is_said() -> None:
+    # A completion of 40 short words takes two lines, one for its title and an empty one: ten in MOST_LINES.
+    model = TokenModel([record_of({"text": ["word "] * 40}) for _ in range(96)])
+    cells, titles, end, _ = picture_layout(model)
+    assert (len(titles), end) == (10, "... and 86 more")
+    assert {line + 1 for line, _ in titles} <= {cell[0] for cell in cells}
+    for number, left in ((1, ""), (3, ", and 2 more")):
+        long = TokenModel([record_of({"text": ["word "] * 1500}) for _ in range(number)])
+        assert picture_layout(long)[2] == f"... the last one goes on{left}"
+    # One more line fits its title, not its tokens.
+    filled = [record_of({"text": ["word "] * 22 * 37}), record_of({"text": ["word "]})]
+    assert [line for line, _ in picture_layout(TokenModel(filled))[1]] == [0]
+    assert picture_layout(TokenModel(records()))[2] == ""
+
+
+def test_the_picture_is_as_wide_as_its_texts() -> None:
+    record = record_of({"text": ["m" * 100], "coefficient": [1.0]}, details={"words": "w" * 60, "more": "w" * 60})
+    pixels = np.asarray(Image.open(io.BytesIO(token_picture(TokenModel([record])))).convert("RGB")).astype(int)
+    is_dark, is_blue = pixels.max(axis=2) < 90, pixels[..., 2] - pixels[..., 0] > 90
+    rows = is_blue.any(axis=1)
+    assert rows.any()
+    assert is_dark[rows].any(axis=0).nonzero()[0].max() <= is_blue.any(axis=0).nonzero()[0].max()
+    assert (pixels[:, -5:] > 240).all()
 
 
 def test_a_text_without_tokens() -> None:
@@ -205,6 +237,14 @@ def test_items_of_a_batch() -> None:
         (lambda path: path, "holds no samples.jsonl and no dump"),
         (lambda path: [], "holds no completions"),
         (lambda path: 3, "token_view got an int"),
+        (
+            lambda path: [{"foo": 1}],
+            "a sample needs the key 'completion', or 'tokens' with the key 'text'; one has foo",
+        ),
+        (lambda path: [{"tokens": {"id": [1]}}], "a sample needs the key .*; one has tokens"),
+        (lambda path: {}, "a sample needs the key .*; one is empty"),
+        (lambda path: make_run(path / "a", rewards=[0.1]), "^no samples.jsonl in .*a; tracker.samples=none keeps none"),
+        (lambda path: make_run(path / "a") / "samples.jsonl", "^no samples.jsonl in .*a; tracker.samples=none keeps"),
         (lambda path: [3], "token_view got an int among its completions"),
     ],
 )

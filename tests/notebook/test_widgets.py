@@ -14,7 +14,7 @@ pytest.importorskip("anywidget")
 
 from tests.notebook.made import token_samples
 from tests.notebook.test_watch import add
-from toolkit import ConfigError, LossRunner
+from toolkit import ConfigError, GRPOLossConfig, LossRunner
 from toolkit.functional.policy.registry import policy_loss_names
 from toolkit.notebook import batch_view, loss_explorer, token_view, watch
 
@@ -121,6 +121,9 @@ def test_watching_what_is_not_a_run(tmp_path: Path) -> None:
         watch(tmp_path / "a")
     with pytest.raises(ConfigError, match="every=0"):
         watch(tmp_path, every=0)
+    for wrong, name in ((3, "an int"), (None, "None"), (LossRunner(GRPOLossConfig()), "a LossRunner")):
+        with pytest.raises(ConfigError, match=f"^watch got {name}; give the output folder of a run, such as"):
+            watch(wrong)  # type: ignore[arg-type]
     watched = watch(tmp_path)
     watched.show_samples()
     assert "does not exist" in watched._samples.children[0].value

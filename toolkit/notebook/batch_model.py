@@ -43,13 +43,16 @@ def batch_records(
         DataError: `items` is empty or holds something else, or boundaries are invalid.
         ConfigError: the loss is not built on a policy loss.
     """
+    _check_items(items)
     cfg = GRPOLossConfig() if runner is None else getattr(runner, "loss_cfg", runner)
     if not isinstance(cfg, BaseRLLossConfig):
         raise ConfigError(f"{type(cfg).__name__} is not built on a policy loss; give a runner of GRPOLossConfig")
-    if not items or not all(isinstance(item, RLLossContextInputItem) for item in items):
-        wrong = next((item for item in items if not isinstance(item, RLLossContextInputItem)), items)
-        raise DataError(f"batch_view got {a_type(wrong)}; give a list of items, one for each micro-batch")
-    bounds = cu_seq_lens_list or [None] * len(items)
+    bounds = [None] * len(items) if cu_seq_lens_list is None else cu_seq_lens_list
+    if not isinstance(bounds, (list, tuple)) or len(bounds) != len(items):
+        raise DataError(
+            f"cu_seq_lens_list must be a list with the boundaries of each of the {len(items)} items, or None for an "
+            "item whose rows are sequences"
+        )
     weights = _weights(items, cfg, bounds)
     counts = _counts(items, bounds, cfg.ignore_idx)
     records = []
@@ -61,6 +64,23 @@ def batch_records(
                 words = _words(cfg.aggregation, int((labels[part] != cfg.ignore_idx).sum()), counts)
                 records.append(_record(item, row, part, weight, cfg.ignore_idx, decode, words, fields))
     return records
+
+
+def _check_items(items: Any) -> None:
+    """Raise if `items` is not a list of items."""
+    wanted = "batch_view needs a list of RLLossContextInputItem, one for each micro-batch"
+    made = "RLLossContextInputItem.from_unshifted(input_ids, mask, ...) makes one"
+    if isinstance(items, BaseRLLossConfig) or hasattr(items, "loss_cfg"):
+        raise DataError(f"{wanted}; the first argument is {a_type(items)}: call batch_view(items, runner)")
+    if isinstance(items, RLLossContextInputItem):
+        raise DataError(f"{wanted}, not the item itself: call batch_view([item], runner)")
+    if not isinstance(items, (list, tuple)):
+        raise DataError(f"{wanted}, not {a_type(items)}; {made}")
+    if not items:
+        raise DataError(f"{wanted}; the list is empty")
+    wrong = [item for item in items if not isinstance(item, RLLossContextInputItem)]
+    if wrong:
+        raise DataError(f"{wanted}; the list holds {a_type(wrong[0])}; {made}")
 
 
 def spans(labels: Tensor, bounds: Tensor | None) -> list[tuple[int, int]]:

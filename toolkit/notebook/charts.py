@@ -125,7 +125,8 @@ def picture(view: View, columns: int = 2) -> bytes:
     rows = max(1, math.ceil(len(view.charts) / columns))
     texts = [*view.notes, *(f"{text.label}: {text.text}" for text in view.texts)]
     lines_of_text = [line for text in texts for line in textwrap.wrap(text, 72 * columns, subsequent_indent="    ")]
-    figure = Figure(figsize=(5.2 * columns, 2.8 * rows + 0.2 * len(lines_of_text)), dpi=100, layout="constrained")
+    height = 2.8 * rows if view.charts else 0.3
+    figure = Figure(figsize=(5.2 * columns, height + 0.2 * len(lines_of_text)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(view.charts) :]:
@@ -149,7 +150,7 @@ def small_png(figure: Any) -> bytes:
     from PIL import Image
 
     drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
+    figure.savefig(drawn, format="png", dpi="figure")
     Image.open(drawn).convert("RGB").quantize(PALETTE).save(packed, format="png", optimize=True)
     return packed.getvalue()
 
@@ -171,6 +172,8 @@ def _draw(axis: Any, chart: Chart) -> None:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.xaxis.set_minor_formatter(lambda value, _: "")
+    elif all(float(x).is_integer() for line in chart.lines for x in line.x):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for band in chart.bands:
         look: dict[str, Any] = {"alpha": 0.18, "color": "gray", "linewidth": 0}
         if not band.is_strong:
@@ -186,6 +189,7 @@ def _draw(axis: Any, chart: Chart) -> None:
             dashes=DASHES[line.style % len(DASHES)] or (None, None),
             label=line.label,
             linewidth=1.8,
+            marker="o" if len(line.x) == 1 else "",
         )
     if len(chart.lines) > 1:
         axis.legend(fontsize=7, frameon=False)

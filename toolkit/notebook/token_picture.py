@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from toolkit.notebook.charts import small_png
 from toolkit.notebook.token_model import TokenModel, title_of
 from toolkit.notebook.token_records import SIGNALS, STATUS, TEXT, is_number
 
-UP, DOWN, ONE = (213, 94, 0), (0, 114, 178), (204, 121, 167)
+UP, DOWN, ONE = (0, 114, 178), (213, 94, 0), (204, 121, 167)
 MARKS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178))
-"""The colours of tokens.js."""
+"""The colours of tokens.js; above the middle is blue as in the page of the report."""
 WIDTH, LINE = 110, 0.19
 """Characters of a line, and its height in inches."""
 FONT_SIZE = 8.0
-LETTER = 0.602 * FONT_SIZE / 72
-"""Width of a letter of matplotlib's monospaced font, DejaVu Sans Mono, in inches."""
+HEAD_SIZE, TITLE_SIZE = 9.0, 7.5
+"""Font sizes of the heading and of the line above a completion."""
+DPI = 100
+MARGIN = 0.1
+"""Inches left and right."""
 MOST_LINES = 40
 Cell = tuple[int, int, str, Any, Any]
 """Line, column, text, value of the signal and status of a token."""
@@ -45,7 +49,7 @@ def scale_words(scale: dict[str, Any]) -> str:
     """Return what the colours mean."""
     if scale["kind"] == "two ways":
         low, high = scale["center"] - scale["reach"], scale["center"] + scale["reach"]
-        return f" (blue {low:.3g}, white {scale['center']:g}, orange {high:.3g})"
+        return f" (orange {low:.3g}, white {scale['center']:g}, blue {high:.3g})"
     if scale["kind"] == "one way":
         pale, full = (scale["high"], scale["low"]) if scale["is_reversed"] else (scale["low"], scale["high"])
         return f" (white {pale:.3g}, pink {full:.3g})"
@@ -57,19 +61,27 @@ def token_picture(model: TokenModel) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    cells, titles, row = _layout(model)
-    lines = row + 3
-    figure = Figure(figsize=(WIDTH * LETTER + 0.2, LINE * lines), dpi=100)
-    FigureCanvasAgg(figure)
-    axis = figure.add_axes((0.1 / (WIDTH * LETTER + 0.2), 0.0, WIDTH * LETTER / (WIDTH * LETTER + 0.2), 1.0))
-    axis.set_xlim(0, WIDTH)
-    axis.set_ylim(lines - 1, -1)
-    axis.set_axis_off()
+    cells, titles, end, row = picture_layout(model)
+    width = WIDTH * text_width("m" * 100, FONT_SIZE, "monospace") / 100
     scale = model.scale()
-    title = f"{model.status()}, coloured by {SIGNALS.get(model.signal, 'nothing')}{scale_words(scale)}"
-    axis.text(0, -0.4, title, fontsize=9)
-    for line, title in titles:
-        axis.text(0, line + 0.5, title, fontsize=7.5, color="#555555", va="center")
+    heading = f"{model.status()}, coloured by {SIGNALS.get(model.signal, 'nothing')}{scale_words(scale)}"
+    head = wrapped(heading, HEAD_SIZE, width)
+    lines = len(head) + row + bool(end)
+    figure = Figure(figsize=(width + 2 * MARGIN, LINE * lines), dpi=DPI)
+    FigureCanvasAgg(figure)
+    axis = figure.add_axes((MARGIN / (width + 2 * MARGIN), 0.0, width / (width + 2 * MARGIN), 1.0))
+    axis.set_xlim(0, WIDTH)
+    axis.set_ylim(lines - len(head), -len(head))
+    axis.set_axis_off()
+
+    def write(line: int, text: str, size: float, **look: Any) -> None:
+        axis.text(0, line + 0.5, text, fontsize=size, va="center", parse_math=False, **look)
+
+    for number, text in enumerate(head):
+        write(number - len(head), text, HEAD_SIZE)
+    for line, title in [*titles, (row, end)]:
+        first, *more = wrapped(title, TITLE_SIZE, width - 0.1)
+        write(line, first + " …" * bool(more), TITLE_SIZE, color="#555555")
     texts: dict[int, str] = {}
     spans: dict[int, list[Any]] = {}
     for line, column, text, value, mark in cells:
@@ -84,18 +96,38 @@ def token_picture(model: TokenModel) -> bytes:
         parts, colors = zip(*colored, strict=True)
         axis.broken_barh(parts, (line + 0.06, 0.88), facecolors=colors, linewidth=0)
     for line, text in texts.items():
-        shown = text.replace("$", r"\$")
-        axis.text(0, line + 0.5, shown, fontsize=FONT_SIZE, family="monospace", va="center")
+        write(line, text, FONT_SIZE, family="monospace")
     return small_png(figure)
 
 
-def _layout(model: TokenModel) -> tuple[list[Cell], list[tuple[int, str]], int]:
-    """Return pieces of tokens as `Cell`s, titles as (line, text), and the number of lines."""
+def text_width(text: str, size: float, family: str = "sans-serif") -> float:
+    """Return how wide a text is drawn, in inches: hinting rounds each letter to pixels."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    font = FontProperties(family=family, size=size)
+    return float(RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0]) / DPI
+
+
+def wrapped(text: str, size: float, width: float) -> list[str]:
+    """Return a text in lines that are at most `width` inches wide, at least one."""
+    letters = max(1, int(len(text) * width / max(text_width(text, size), 1e-9)))
+    while len(lines := textwrap.wrap(text, letters) or [""]) > 1 or letters > 1:
+        if all(text_width(line, size) <= width for line in lines):
+            break
+        letters -= 1
+    return lines
+
+
+def picture_layout(model: TokenModel) -> tuple[list[Cell], list[tuple[int, str]], str, int]:
+    """Return pieces of tokens as `Cell`s, titles as (line, text), what is left out in words, and the lines."""
     cells: list[Cell] = []
     titles: list[tuple[int, str]] = []
     row = 0
-    for index in model.chosen():
-        if row >= MOST_LINES:
+    chosen = model.chosen()
+    is_cut = False
+    for index in chosen:
+        if row + 1 >= MOST_LINES:  # no line for its tokens
             break
         record = model.records[index]
         titles.append((row, title_of(record)))
@@ -107,10 +139,15 @@ def _layout(model: TokenModel) -> tuple[list[Cell], list[tuple[int, str]], int]:
             if column + len(seen) > WIDTH:
                 row, column = row + 1, 0
             if row >= MOST_LINES:
+                is_cut = True
                 break
             cells.append((row, column, seen, value, mark))
             column += len(seen)
             if "\n" in text:
                 row, column = row + 1, 0
         row += 2
-    return cells, titles, row
+    left = len(chosen) - len(titles)
+    end = f"... and {left:,} more" if left else ""
+    if is_cut:
+        end = f"... the last one goes on{f', and {left:,} more' if left else ''}"
+    return cells, titles, end, row

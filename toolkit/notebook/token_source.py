@@ -11,8 +11,8 @@ from typing import Any
 from toolkit.errors import DataError, a_type
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.notebook.readers import items, prime_rl, samples, trl, verl
-from toolkit.notebook.token_records import TokenRecord
-from toolkit.report.runs import SAMPLES, Run
+from toolkit.notebook.token_records import TEXT, TokenRecord
+from toolkit.report.runs import METRICS, SAMPLES, SUMMARY, Run
 
 ACCEPTED = (
     "a run's folder or its samples.jsonl, a Parquet file of TRL, a .jsonl file of verl or prime-rl, items, or samples "
@@ -49,11 +49,14 @@ def _of_path(path: Path, most: int | None) -> list[TokenRecord]:
     if path.is_dir():
         if (path / SAMPLES).is_file():
             return samples.read(path, most)
+        _check_has_samples(path)
         files = sorted([*path.glob("*.parquet"), *path.glob("*.jsonl")], key=lambda each: (len(each.name), each.name))
         if not files:
             raise DataError(f"{path} holds no {SAMPLES} and no dump of completions; give {ACCEPTED}")
         return [record for file in files for record in _of_path(file, None)]
     if not path.is_file():
+        if path.name == SAMPLES:
+            _check_has_samples(path.parent)
         raise DataError(f"{path} does not exist; give {ACCEPTED}")
     if path.suffix == ".parquet":
         return trl.read(path)
@@ -68,6 +71,12 @@ def _of_path(path: Path, most: int | None) -> list[TokenRecord]:
         return [samples.of_sample(line) for line in lines]
     keys = ", ".join(list(lines[0])[:8])
     raise DataError(f"{path} is not a dump that is known: its lines have {keys}; give {ACCEPTED}")
+
+
+def _check_has_samples(folder: Path) -> None:
+    """Raise if `folder` is that of a run, which has kept no samples."""
+    if any((folder / name).exists() for name in (METRICS, SUMMARY, ".hydra")):
+        raise DataError(f"no {SAMPLES} in {folder}; tracker.samples=none keeps none, tracker.samples=some a few")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -93,6 +102,10 @@ def _of_object(each: Any, decode: Callable[[int], str] | None) -> list[TokenReco
         return [each]
     if isinstance(each, RLLossContextInputItem):
         return items.of_items([each], decode)
-    if isinstance(each, Mapping) and ("completion" in each or "tokens" in each):
+    if isinstance(each, Mapping):
+        tokens = each.get("tokens")
+        if "completion" not in each and not (isinstance(tokens, Mapping) and TEXT in tokens):
+            has = f"one has {', '.join(map(str, list(each)[:8]))}" if each else "one is empty"
+            raise DataError(f"a sample needs the key 'completion', or 'tokens' with the key 'text'; {has}")
         return [samples.of_sample(each)]
     raise DataError(f"token_view got {a_type(each)} among its completions; give {ACCEPTED}")

@@ -11,7 +11,7 @@ const STYLE = `
 .tk-ramp { width: 150px; height: 12px; display: inline-block; border: 1px solid var(--tk-line); vertical-align: middle; }
 .tk-mark { padding: 0 5px; margin-right: 6px; border: 1px solid var(--tk-line); color: #000; }
 .tk-said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }`;
-const UP = [213, 94, 0], DOWN = [0, 114, 178], ONE = [204, 121, 167], MARKS = [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [204, 121, 167], [213, 94, 0], [0, 114, 178]];
+const UP = [0, 114, 178], DOWN = [213, 94, 0], ONE = [204, 121, 167], MARKS = [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [204, 121, 167], [213, 94, 0], [0, 114, 178]];
 const FONT = 13, LINE = 19, HEAD = 18, GAP = 10, PAD = 8, TALLEST = 460;
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError, DataError, a_type
 from toolkit.notebook.charts import picture
 from toolkit.notebook.extra import check_extra
+from toolkit.notebook.token_records import is_number
 from toolkit.notebook.token_source import records_from
 from toolkit.notebook.watch_model import WatchModel
 from toolkit.report.runs import SAMPLES
@@ -37,9 +38,13 @@ def watch(run_dir: str | os.PathLike[str], *, every: float = 2.0) -> RunWatch:
         every: seconds between two looks at its files.
 
     Raises:
-        ConfigError: `every` is not above 0, or `run_dir` is a file.
+        ConfigError: `every` is not above 0, or `run_dir` is a file or not a path.
     """
-    if not every > 0:
+    if not isinstance(run_dir, (str, os.PathLike)):
+        raise ConfigError(
+            f"watch got {a_type(run_dir)}; give the output folder of a run, such as 'outputs/2026-11-30/10-00-00'"
+        )
+    if not is_number(every) or every <= 0:
         raise ConfigError(f"every={every} must be a number of seconds above 0")
     if Path(run_dir).is_file():
         raise ConfigError(f"{run_dir} is a file; give the output folder of the run")

@@ -74,7 +74,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise ConfigError(f"{path} is not a folder; give the output directory of a run, or of a sweep")
-        in_path = sorted(_folders(path, DEPTH), key=_natural)
+        in_path = folders_of_runs(path)
         if not in_path:
             raise ConfigError(f"{path} and the folders below it hold no {METRICS}: no run has made a step there")
         folders |= {folder.resolve(): folder for folder in in_path}
@@ -95,9 +95,16 @@ def read_run(folder: Path) -> Run:
     if (folder / SUMMARY).is_file():
         try:
             summary = json.loads((folder / SUMMARY).read_text())
+            if not isinstance(summary, dict):
+                raise ValueError("it is not a mapping")
         except ValueError as error:
             raise ConfigError(f"{folder / SUMMARY} cannot be read: {error}") from None
     return Run(folder, rows, settings, overrides, summary)
+
+
+def folders_of_runs(path: Path) -> list[Path]:
+    """Return the folders that hold a run, `path` or those below it, in natural order."""
+    return sorted(_folders(path, DEPTH), key=_natural)
 
 
 def _folders(path: Path, depth: int) -> Iterator[Path]:

@@ -53,9 +53,16 @@ MUTATIONS = (
     Mutation(
         name="watch-draws-fractions-as-percent",
         file="toolkit/notebook/watch_model.py",
-        line='(row["step"] + (row["phase"] != EVALUATION), row[name] * (100 if unit == PERCENT else 1))',
-        becomes='(row["step"] + (row["phase"] != EVALUATION), row[name])',
+        line='(row["step"] + (phase != EVALUATION), row[name] * (100 if unit == PERCENT else 1))',
+        becomes='(row["step"] + (phase != EVALUATION), row[name])',
         tests=(f"{WATCH}::test_before_during_and_after",),
+    ),
+    Mutation(
+        name="watch-mixes-evaluations-into-the-curves",
+        file="toolkit/notebook/watch_model.py",
+        line='if row.get("phase") == phase and is_number(row.get(name))',
+        becomes='if row.get("phase") in (phase, EVALUATION) and is_number(row.get(name))',
+        tests=(f"{WATCH}::test_evaluations_are_curves_of_their_own",),
     ),
     Mutation(
         name="batch-weight-of-masked-positions",

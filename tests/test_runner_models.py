@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,16 @@ WRONG: Answered = [
     ({"input_ids": [1, 2, 3], "advantages": 1.0}, {}, r"one row: input_ids\[None\]"),
     ({"input_ids": ROWS}, {"rewards": [1.0, 2.0, 3.0]}, "group_ids is missing beside rewards"),
     ({"input_ids": ROWS}, {"rewards": [1.0, 2.0], "group_ids": [0, 0, 0]}, "one number for each of the 3 sequences"),
+    (
+        {"input_ids": ROWS},
+        {"rewards": [0.0, math.nan, 1.0], "group_ids": [0, 0, 0]},
+        r"^rewards\[1\] is nan \(1 of 3 rewards",
+    ),
+    (
+        {"input_ids": ROWS},
+        {"rewards": [0.0, 1.0, -math.inf], "group_ids": [0, 0, 0]},
+        r"^rewards\[2\] is -inf",
+    ),
     ({"input_ids": ROWS, "advantages": 1.0}, {"advantages": 2.0}, "also given by name"),
     ({"input_ids": ROWS}, {"rewards": [1, 2, 3], "group_ids": [0] * 3, "advantage": "grp"}, "did you mean 'grpo'"),
 ]
@@ -201,6 +212,12 @@ WRONG: Answered = [
 def test_wrong_batches_are_answered(batch: dict[str, Any], fields: dict[str, Any], message: str) -> None:
     with pytest.raises((DataError, ConfigError), match=message):
         LossRunner(GRPOLossConfig())(causal_lm("plain"), batch, **fields)
+
+
+def test_a_reward_that_is_no_number_is_named_with_its_batch_and_row() -> None:
+    lm, fields = causal_lm("plain"), {"input_ids": ROWS, "group_ids": [0, 0, 0], "rewards": [1.0, 0.0, 0.5]}
+    with pytest.raises(DataError, match=r"^batches\[1\]: rewards\[2\] is inf"):
+        LossRunner(GRPOLossConfig()).step([fields, {**fields, "rewards": [0.0, 1.0, math.inf]}], model=lm)
 
 
 def test_wrong_models_are_answered() -> None:

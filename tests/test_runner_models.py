@@ -229,6 +229,17 @@ def test_wrong_models_are_answered() -> None:
         (lambda: runner(nn.Linear(2, 2), batch), "takes no input_ids"),
         (lambda: runner.logprobs(torch.ones(2), batch), r"write runner\.logprobs\(model, batch\)"),
         (lambda: LossRunner(CELossConfig())(lm, {"input_ids": ROWS}, rewards=[1, 2, 3]), "rewards"),
+        (lambda: LossRunner(CELossConfig())(lm, {"input_ids": ROWS}, advantage="rloo"), "no effect on CELossConfig"),
+        (lambda: runner(lm, {**batch, "rewards": [1, 2, 3]}), "give rewards or advantages, not both"),
+        (lambda: runner.step([{**batch, "rewards": [1, 2, 3]}], model=lm), "give rewards or advantages, not both"),
+        (lambda: runner.step([batch], model=lm, advantage="grpo"), "^advantage='grpo' needs rewards"),
+        (lambda: runner.explain(lm, batch, advantage="grpo"), "^advantage='grpo' needs rewards"),
+        (lambda: runner(lm, {"input_ids": ROWS, "reward": [1, 2, 3]}), "did you mean 'rewards'"),
+        (
+            lambda: runner.step([{"input_ids": ROWS, "reward": [1, 2, 3]}], model=lm, advantage="grpo"),
+            "needs rewards, .*the batch has 'reward'; did you mean 'rewards'",
+        ),
+        (lambda: runner(lm, {"input_ids": ROWS, "rewards": [1, 2, 3], "advantage": "rloo"}), "an argument of the call"),
     ):
         with pytest.raises(DataError, match=message):
             call()

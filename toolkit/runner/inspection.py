@@ -217,7 +217,7 @@ class Inspection:
         """Return the inputs of the head, how contexts are built, and what gradients are of: tensors [...]."""
         if by_position:
             raise DataError(BY_NAME.format(type(by_position[0]).__name__))
-        rewarded = fields.pop("advantage", "grpo"), fields.pop("advantage_options", None)
+        rewarded = fields.pop("advantage", None), fields.pop("advantage_options", None)
         check_names(fields, self.loss_cfg, strictly=fields)
         if is_model(hidden_states, head_weight):
             call = model_call(hidden_states)

@@ -102,7 +102,7 @@ class LossRunner(Inspection):
         ref_topk_logprobs: Tensor | None = None,
         cu_seq_lens: Tensor | None = None,
         rewards: Tensor | None = None,
-        advantage: Any = "grpo",
+        advantage: Any = None,
         advantage_options: Mapping[str, Any] | None = None,
         **extra_fields: Any,
     ) -> LossResult:
@@ -145,9 +145,9 @@ class LossRunner(Inspection):
             ref_topk_ids: [B, T, K] the same of the reference.
             ref_topk_logprobs: [B, T, K] the same of the reference; for an exact KL.
             cu_seq_lens: [S + 1] boundaries of the sequences in one packed row.
-            rewards: [B] one number for each row (or sequence of a packed row), instead of advantages; `group_ids` then
-                say which rows answer one prompt.
-            advantage: the registered estimator that compares them, by name.
+            rewards: [B] one number for each row (or sequence of a packed row), not together with advantages;
+                `group_ids` then say which rows answer one prompt.
+            advantage: the registered estimator that compares them, by name; None: grpo. Only with rewards.
             advantage_options: of that estimator; None: its defaults.
             by_position: raises; all fields are given by name.
             extra_fields: other fields that the items of a custom loss declare.
@@ -160,8 +160,6 @@ class LossRunner(Inspection):
             raise DataError(BY_NAME.format(type(by_position[0]).__name__))
         fields = {name: fields[name] for name in FIELDS} | extra_fields
         fields |= {"rewards": rewards} if rewards is not None else {}
-        if advantage != "grpo" and rewards is None:
-            fields["advantage"] = advantage  # an unknown name, unless there are rewards
         rewarded = (advantage, advantage_options)
         if is_model(hidden_states, head_weight):
             check_names({**(head_weight or {}), **fields}, self.loss_cfg, strictly=fields)
@@ -186,7 +184,7 @@ class LossRunner(Inspection):
         *,
         model: nn.Module | None = None,
         optimizer: Any = None,
-        advantage: Any = "grpo",
+        advantage: Any = None,
         advantage_options: Mapping[str, Any] | None = None,
     ) -> LossResult:
         """Accumulate the gradient of several micro-batches as if they were one batch.
@@ -203,7 +201,7 @@ class LossRunner(Inspection):
                 the mode that it is in (training or evaluation).
             optimizer: clears the gradients before, and takes its step after; None: both are left to the caller.
             advantage: the registered estimator for batches with ``rewards`` [B], which are compared over all batches of
-                the step, but not over ranks.
+                the step, but not over ranks; None: grpo. Only with rewards.
             advantage_options: of that estimator; None: its defaults.
 
         Returns:
@@ -231,7 +229,7 @@ class LossRunner(Inspection):
         model: nn.Module,
         *,
         num_processes: int = 2,
-        advantage: Any = "grpo",
+        advantage: Any = None,
         advantage_options: Mapping[str, Any] | None = None,
     ) -> LossResult:
         """Return loss and metrics of a step over new processes on the CPU, each with a copy of the model in DDP.

@@ -84,6 +84,12 @@ def not_a_field(
         elsewhere = counterpart_keyword(name, fields[name], settings)
         if elsewhere is not None:
             return f"{where} but a setting of the loss config; {elsewhere}"
+    if name in ("advantage", "advantage_options") and fields.get("rewards") is not None:
+        call = f"runner(model, batch, {name}=...)"
+        return f"{where} but an argument of the call; write {call} or runner.step(batches, model=model, {name}=...)"
+    if name == "reward" and "rewards" in known and fields.get("rewards") is None:
+        has_it = may_have_others and fields.get("advantages") is not None
+        return None if has_it else f"{where} (did you mean 'rewards'?); it has: {', '.join(known)}"
     counterpart, ours = counterpart_field(name, known), replaces(name, known)
     if counterpart is not None and not may_have_others:
         has_it = ours is not None and fields.get(ours) is not None

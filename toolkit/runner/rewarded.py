@@ -20,8 +20,8 @@ from toolkit.functional.rewards import RewardTerms
 from toolkit.functional.segments import sequence_ids
 from toolkit.runner.arguments import as_tensor
 
-OF_REWARDS = ("rewards", "advantage", "advantage_options")
-"""Fields of a call that become advantages."""
+DEFAULT = "grpo"
+"""The estimator of a call that names none."""
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,8 @@ def test_step_with_a_model_accumulates_clears_and_steps() -> None:
     runner.step(parts, model=lm, optimizer=optimizer)  # what the first call left is cleared
     torch.testing.assert_close(lm.lm_head.weight.grad, together)
     torch.testing.assert_close(lm.lm_head.weight.detach(), before - 0.5 * together)
+    one_of_them = torch.optim.SGD([nn.Parameter(torch.ones(1)), lm.lm_head.weight], lr=0.5)
+    runner.step(parts, model=lm, optimizer=one_of_them)  # a part of the model may be trained
 
 
 class StatesAndHead(nn.Module):
@@ -225,6 +227,11 @@ def test_wrong_models_are_answered() -> None:
     for call, message in (
         (lambda: runner.step([batch], lambda b: b, model=lm), "give one of them"),
         (lambda: runner.step([batch], model=lm, optimizer=0.1), r"optimizer is a float without step\(\)"),
+        (lambda: runner.step([batch], model=lm, optimizer=torch.optim.SGD), r"is the class SGD; .* SGD\(model\.param"),
+        (
+            lambda: runner.step([batch], model=lm, optimizer=torch.optim.SGD(copy.deepcopy(lm).parameters(), lr=0.1)),
+            "^the optimizer holds none of the model's parameters",
+        ),
         (lambda: runner.step([batch], model="gpt2"), "model is a str"),
         (lambda: runner(nn.Linear(2, 2), batch), "takes no input_ids"),
         (lambda: runner.logprobs(torch.ones(2), batch), r"write runner\.logprobs\(model, batch\)"),

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from toolkit.errors import ConfigError, DataError, a_type, warn_once
+from toolkit.errors import ConfigError, DataError, warn_once
 from toolkit.explain.lint import mistyped_values
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.logprob_spec import LogprobSpec
@@ -25,7 +25,7 @@ from toolkit.runner.launching import launch_step
 from toolkit.runner.mistakes import BY_NAME, not_a_config, not_a_list, not_of_loss
 from toolkit.runner.models import is_model, model_call
 from toolkit.runner.result import LossResult
-from toolkit.runner.steps import Forward, OfModel, run_call, run_step, runs_of, tensors_context
+from toolkit.runner.steps import Forward, OfModel, check_optimizer, run_call, run_step, runs_of, tensors_context
 from toolkit.runner.suspicions import warn_of_frozen, warn_of_log_probabilities
 
 
@@ -208,12 +208,11 @@ class LossRunner(Inspection):
             The loss of all batches together (detached) and its metrics, summed over ranks too.
 
         Raises:
-            DataError: as `__call__`; or `forward` returns something else, or what has no gradient.
+            DataError: as `__call__`; or `forward` returns something else, or what has no gradient; or the optimizer
+                holds none of the model's parameters.
         """
         check_has_graph(None, "step()")
-        for name in ("step", "zero_grad"):
-            if optimizer is not None and not callable(getattr(optimizer, name, None)):
-                raise DataError(f"optimizer is {a_type(optimizer)} without {name}(); give a torch.optim.Optimizer")
+        check_optimizer(optimizer, model)
         runs = runs_of(batches, forward, model)
         if optimizer is not None:
             optimizer.zero_grad()

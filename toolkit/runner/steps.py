@@ -30,7 +30,7 @@ from toolkit.runner.arguments import (
 from toolkit.runner.batches import ModelBatch, model_batch
 from toolkit.runner.items import item_of, with_advantages
 from toolkit.runner.mistakes import naming_batches
-from toolkit.runner.models import ModelCall, Watch, model_call
+from toolkit.runner.models import ModelCall, Watch, model_call, unwrapped
 from toolkit.runner.result import LossResult
 from toolkit.runner.suspicions import warn_of_frozen, warn_of_log_probabilities
 
@@ -116,6 +116,36 @@ class OfModel:
     def backward_context(self, index: int) -> AbstractContextManager[Any]:
         """Return a context in which gradients are averaged over ranks in the last micro-batch only."""
         return self.call.no_sync(is_last=index == len(self.batches) - 1)
+
+
+def check_optimizer(optimizer: Any, model: Any) -> None:
+    """Check that an optimizer can step, and that it holds parameters of the model.
+
+    Args:
+        optimizer: None: there is none.
+        model: with or without a wrapper; None: not known.
+
+    Raises:
+        DataError: it is a class or no optimizer, or none of its parameters is one of the model's.
+    """
+    if optimizer is None:
+        return
+    if isinstance(optimizer, type):
+        raise DataError(
+            f"optimizer is the class {optimizer.__name__}; give an optimizer, such as "
+            f"{optimizer.__name__}(model.parameters(), lr=1e-6)"
+        )
+    for name in ("step", "zero_grad"):
+        if not callable(getattr(optimizer, name, None)):
+            raise DataError(f"optimizer is {a_type(optimizer)} without {name}(); give a torch.optim.Optimizer")
+    if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    of_model = {id(each) for module in (model, unwrapped(model)) for each in module.parameters()}
+    if not any(id(each) in of_model for group in optimizer.param_groups for each in group["params"]):
+        raise DataError(
+            "the optimizer holds none of the model's parameters, so its step would change nothing; make it from "
+            "model.parameters() of this model, after any wrapping or copying"
+        )
 
 
 def runs_of(batches: Any, forward: Any, model: Any) -> Runs:

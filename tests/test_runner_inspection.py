@@ -175,6 +175,15 @@ def test_runner_result_config_and_records_show_themselves() -> None:
     assert "loss = sum over scored tokens" in repr(LossRunner(GRPOLossConfig()).explain())
 
 
+def test_shares_of_tokens_are_shown_as_shares() -> None:
+    hidden, weight, fields = batch_of()
+    result = LossRunner(GRPOLossConfig())(hidden, weight, **{**fields, "advantages": [0.0, 1.0]})
+    lines = [line.strip() for line in repr(result).splitlines()]
+    assert "zero_advantage_sequences=0.5 share" in lines
+    assert "zero_advantage_tokens=0.5 share" in lines
+    assert "active_tokens=10 tokens" in lines
+
+
 def test_check_runs_the_checks() -> None:
     report = LossRunner(CELossConfig()).check()
     assert report

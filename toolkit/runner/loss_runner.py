@@ -22,7 +22,7 @@ from toolkit.runner.batches import model_batch
 from toolkit.runner.inspection import Inspection
 from toolkit.runner.items import FIELDS, check_names
 from toolkit.runner.launching import launch_step
-from toolkit.runner.mistakes import BY_NAME, not_a_config, not_a_list, not_of_loss
+from toolkit.runner.mistakes import BY_NAME, check_first, not_a_config, not_a_list, not_of_loss
 from toolkit.runner.models import is_model, model_call
 from toolkit.runner.result import LossResult
 from toolkit.runner.steps import Forward, OfModel, check_optimizer, run_call, run_step, runs_of, tensors_context
@@ -158,6 +158,7 @@ class LossRunner(Inspection):
         fields = dict(locals())  # every argument by its name
         if by_position:
             raise DataError(BY_NAME.format(type(by_position[0]).__name__))
+        check_first(hidden_states, head_weight)
         fields = {name: fields[name] for name in FIELDS} | extra_fields
         fields |= {"rewards": rewards} if rewards is not None else {}
         rewarded = (advantage, advantage_options)

@@ -154,12 +154,20 @@ def runs_of(batches: Any, forward: Any, model: Any) -> Runs:
     Raises:
         DataError: an argument is missing or of the wrong type.
     """
+    if isinstance(batches, torch.nn.Module):
+        raise DataError(f"batches is {a_type(batches)}; step() takes the batches first: step([batch], model=model)")
+    if model is None and forward is None:
+        raise DataError(
+            "step() needs a model or a function; write step(batches, model=model) or step(batches, forward)"
+        )
     if model is not None and forward is not None:
         raise DataError("step() got forward and model; give one of them")
     if model is not None and not isinstance(model, torch.nn.Module):
         raise DataError(f"model is {a_type(model)}; give a causal language model, or forward=... for a function")
     if model is None and not callable(forward):
         raise DataError(f"forward is {a_type(forward)}; give a function forward(batch) that returns {RETURNS}")
+    if forward is not None and callable(getattr(forward, "get_output_embeddings", None)):
+        call_forward(forward, {})  # raises: it is a model
     rows = _rows(batches, "[batch], forward" if model is None else "[batch], model=model")
     if model is None:
         return OfForward(rows, forward)

@@ -66,19 +66,19 @@ def _refuse_without_rewards(fields: Mapping[str, Any], loss_cfg: BaseLossConfig,
     if advantage is None and options is None:
         return
     name = "advantage_options" if advantage is None else "advantage"
-    given = f"{name}={advantage!r}" if isinstance(advantage, str) else name
+    words = f"{name}={advantage!r}" if isinstance(advantage, str) else name
     if not takes_rewards(loss_cfg):
-        raise DataError(f"{given} has no effect on {type(loss_cfg).__name__}, which reads no advantages; leave it out")
+        raise DataError(f"{words} has no effect on {type(loss_cfg).__name__}, which reads no advantages; leave it out")
     if advantage is not None and not isinstance(advantage, (str, Advantage)):
         raise DataError(
             f"advantage is {a_type(advantage)}; give an estimator of rewards by name, such as advantage='grpo' "
             "(did you mean 'advantages'?)"
         )
     if fields.get("advantages") is not None:
-        raise DataError(f"{given} needs rewards, but the batch has advantages; give rewards or advantages, not both")
+        raise DataError(f"{words} needs rewards, but the batch has advantages; give rewards or advantages, not both")
     near = next((key for key in ("reward", "scores", "returns") if fields.get(key) is not None), None)
     hint = f" (the batch has {near!r}; did you mean 'rewards'?)" if near else ""
-    raise DataError(f"{given} needs rewards, one number for each row{hint}")
+    raise DataError(f"{words} needs rewards, one number for each row{hint}")
 
 
 def with_advantages(
@@ -98,8 +98,8 @@ def with_advantages(
         options: of that estimator.
 
     Raises:
-        DataError: only some of them have rewards, or one has rewards and advantages, or an estimator is given and there
-            are no rewards; or as `advantages_of`.
+        DataError: only some of them have rewards, or one has rewards and advantages, or an estimator is given without
+            rewards; or as `advantages_of`.
     """
     having = [has_rewards(fields, loss_cfg) for fields in batches]
     if not any(having):

@@ -83,17 +83,17 @@ def advantages_of(
             f"advantage={estimator.name!r} compares all sequences of a step, but rewards= is computed on each rank "
             "alone; compute the advantages of all ranks first and pass advantages="
         )
-    parts = [_numbers("rewards", fields, part).float() for fields, part in zip(batches, sequences, strict=True)]
-    _check_finite(parts)
-    rewards = torch.cat(parts)
+    numbers = [_numbers("rewards", fields, part).float() for fields, part in zip(batches, sequences, strict=True)]
+    _check_finite(numbers)
+    rewards = torch.cat(numbers)
     groups = torch.cat([_groups(fields, part, estimator) for fields, part in zip(batches, sequences, strict=True)])
     width = max(part.index.shape[1] for part in sequences)
     mask = torch.cat([part.by_sequence(part.is_scored, width, False) for part in sequences])
     logprobs = _logprobs(batches, sequences, width) if "logprobs" in estimator.needs else None
     terms = RewardTerms(rewards=rewards, group_ids=groups, mask=mask, logprobs=logprobs)
     computed = estimator.compute(terms, **(options or {}))
-    split = computed.split([part.number for part in sequences])
-    return [part.spread(values) for part, values in zip(sequences, split, strict=True)]
+    parts = computed.split([part.number for part in sequences])
+    return [part.spread(values) for part, values in zip(sequences, parts, strict=True)]
 
 
 def _check_finite(rewards: Sequence[Tensor]) -> None:

@@ -33,7 +33,7 @@ UNRELATED = 0.25
 SMALL = 0.15
 """Nats, largest mean difference that rounding of weights to 8 bits makes."""
 MOST = 0.9
-"""Share of the values of a side that are positive, if these are no log-probabilities."""
+"""Share of the values of a side that are positive, where these cannot be log-probabilities."""
 SMALLEST = 1e-4
 """Nats, above which a value is not a rounded 0."""
 LAGS = (-3, -2, -1, 1, 2, 3)

@@ -29,7 +29,7 @@ def drawn(change: Any = lambda z: z) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_every_kind_has_words() -> None:
-    assert sorted(KINDS) == sorted(KNOWN)
+    assert sorted([*KINDS, "negated"]) == sorted(KNOWN)
 
 
 def test_a_healthy_pair_is_not_flagged() -> None:
@@ -73,6 +73,39 @@ def test_values_that_are_no_log_probabilities() -> None:
     assert diagnose(rollout.exp(), trainer, mask, ids).kinds == ("probabilities",)
     for dtype in (torch.bfloat16, torch.float16):
         assert diagnose(rollout.to(dtype).float(), trainer, mask, ids).kinds == ("dtype_noise",)
+
+
+def test_a_wrong_sign_is_named_on_either_side() -> None:
+    rollout, trainer, mask, ids = drawn()
+    for pair, whose in (
+        ((-rollout, trainer), "sampler's"),
+        ((rollout, -trainer), "trainer's"),
+        ((-rollout.roll(1, -1), trainer), "sampler's"),
+        ((-0.01 * rollout, 0.01 * trainer), "sampler's"),  # all in (0, 1], but no probabilities
+    ):
+        outcome = diagnose(*pair, mask, ids)
+        assert outcome.kinds == ("negated",)
+        assert f"100% of the {whose} values" in outcome.because
+        assert "negative log-likelihoods: change the sign" in outcome.because
+    assert outcome.unexplained < 1e-6
+    assert diagnose(-rollout, -trainer).kinds == ("negated",)
+    assert diagnose([2.0], [-2.0]).kinds == ("negated",)  # also of few values
+    assert diagnose(rollout, trainer.exp(), mask, ids).kinds == ("probabilities",)
+    assert sorted(diagnose([0.5] * 30, [0.5] * 30).kinds) == ["negated", "probabilities"]
+    assert diagnose([1e-9] * 30, [-1e-9] * 30).kinds == ()
+
+
+def test_few_values_and_values_left_out_are_said() -> None:
+    few, nan = diagnose([-1.0] * 19, [-1.0] * 19), [math.nan]
+    assert repr(few).startswith("too few values to judge: ")
+    assert "too few values to judge" in few._repr_html_()
+    assert repr(diagnose([-1.0] * 20, [-1.0] * 20)).startswith("no fault seen: ")
+    outcome = diagnose([-1.0] * 30 + nan, nan * 2 + [-1.0] * 29)
+    assert (outcome.tokens, outcome.dropped) == (28, 3)
+    assert "over 28 tokens; 3 values left out, NaN or infinite" in repr(outcome)
+    assert "left out" not in repr(few)
+    outcome = diagnose([-1.0] * 30 + nan, [-1.0] * 31, [0, 1] * 15 + [0])
+    assert (outcome.tokens, outcome.dropped) == (15, 0)
 
 
 @pytest.mark.parametrize("invalid", [0.0, 1.0, math.nan, -math.inf])
@@ -119,6 +152,12 @@ def test_arrays_of_every_kind_are_taken_and_wrong_ones_named() -> None:
     for call, message in (
         (lambda: diagnose(rollout, trainer[:, 1:]), r"trainer_logprobs has shape \[8, 29\]"),
         (lambda: diagnose(rollout, trainer, torch.zeros(SHAPE)), "mask leaves nothing to compare"),
+        (lambda: diagnose(rollout, trainer, ids + 2), r"^mask holds \d+; give booleans.* by name: ids="),
+        (lambda: diagnose(rollout, trainer, mask * 0.5), "^mask holds 0.5; give booleans"),
+        (lambda: diagnose(rollout * math.nan, trainer), "^all values of rollout_logprobs are NaN or infinite"),
+        (lambda: diagnose(rollout * math.nan, trainer, mask), "^all values of rollout_logprobs are NaN or infinite"),
+        (lambda: diagnose(rollout, trainer - math.inf, mask), "^all values of trainer_logprobs are NaN or infinite"),
+        (lambda: diagnose([-1.0, math.nan], [math.nan, -1.0]), "^all values to compare, on one side or the other"),
         (lambda: diagnose(rollout, trainer, ids=rollout), "ids are not token ids"),
         (lambda: diagnose(1.0, trainer), "rollout_logprobs is a float"),
         (lambda: runner.diagnose(rollout), r"or model=\.\.\. and batch="),

@@ -113,6 +113,13 @@ class Custom(BaseLossConfig):
         (lambda r, b: r.compare(["policy_loss=gsp"], *b[:2], **b[2]), "gspo"),
         (lambda r, b: r.compare(["training.steps=3"], *b[:2], **b[2]), "LossRunner has no training"),
         (lambda r, b: r.compare("policy_loss=gspo", *b[:2], **b[2]), "losses is a str; give a list"),
+        (lambda r, b: r.compare([], *b[:2], **b[2]), "^losses is empty; give at least one"),
+        (lambda r, b: r.compare(["kl=k3"]), r"nothing to compare .* write runner\.compare\(losses, model, batch\) or"),
+        (lambda r, b: r.sweep("mode", ["chunk"]), r"write runner\.sweep\(key, values, model, batch\) or"),
+        (lambda r, b: r.sweep("policy_loss.cliprange_high", [], *b[:2], **b[2]), "^values is empty; give at least one"),
+        (lambda r, b: r.sweep("cliprange_high", [0.3], *b[:2], **b[2]), "did you mean 'policy_loss.cliprange_high'"),
+        (lambda r, b: r.sweep("temperature", [0.3], *b[:2], **b[2]), r"did you mean 'rollout\.temperature'"),
+        (lambda r, b: r.sweep("entropy_coef", [0.3], *b[:2], **b[2]), r"did you mean 'loss\.entropy_coef'"),
         (lambda r, b: r.compare([3], *b[:2], **b[2]), "losses holds an int"),
         (lambda r, b: r.compare(["kl=k3", "kl=k3"], *b[:2], **b[2]), "'kl=k3' twice"),
         (lambda r, b: r.compare(["kl=k3"], *b[:2], **b[2]), "^kl=k3: .*ref_logprobs"),
@@ -173,6 +180,15 @@ def test_runner_result_config_and_records_show_themselves() -> None:
     for record in (item, kwargs):
         assert "[2, 6]" in record._repr_html_()
     assert "loss = sum over scored tokens" in repr(LossRunner(GRPOLossConfig()).explain())
+
+
+def test_shares_of_tokens_are_shown_as_shares() -> None:
+    hidden, weight, fields = batch_of()
+    result = LossRunner(GRPOLossConfig())(hidden, weight, **{**fields, "advantages": [0.0, 1.0]})
+    lines = [line.strip() for line in repr(result).splitlines()]
+    assert "zero_advantage_sequences=0.5 share" in lines
+    assert "zero_advantage_tokens=0.5 share" in lines
+    assert "active_tokens=10 tokens" in lines
 
 
 def test_check_runs_the_checks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,8 @@ def test_step_with_a_model_accumulates_clears_and_steps() -> None:
     runner.step(parts, model=lm, optimizer=optimizer)  # what the first call left is cleared
     torch.testing.assert_close(lm.lm_head.weight.grad, together)
     torch.testing.assert_close(lm.lm_head.weight.detach(), before - 0.5 * together)
+    one_of_them = torch.optim.SGD([nn.Parameter(torch.ones(1)), lm.lm_head.weight], lr=0.5)
+    runner.step(parts, model=lm, optimizer=one_of_them)  # a part of the model may be trained
 
 
 class StatesAndHead(nn.Module):
@@ -191,6 +194,16 @@ WRONG: Answered = [
     ({"input_ids": [1, 2, 3], "advantages": 1.0}, {}, r"one row: input_ids\[None\]"),
     ({"input_ids": ROWS}, {"rewards": [1.0, 2.0, 3.0]}, "group_ids is missing beside rewards"),
     ({"input_ids": ROWS}, {"rewards": [1.0, 2.0], "group_ids": [0, 0, 0]}, "one number for each of the 3 sequences"),
+    (
+        {"input_ids": ROWS},
+        {"rewards": [0.0, math.nan, 1.0], "group_ids": [0, 0, 0]},
+        r"^rewards\[1\] is nan \(1 of 3 rewards",
+    ),
+    (
+        {"input_ids": ROWS},
+        {"rewards": [0.0, 1.0, -math.inf], "group_ids": [0, 0, 0]},
+        r"^rewards\[2\] is -inf",
+    ),
     ({"input_ids": ROWS, "advantages": 1.0}, {"advantages": 2.0}, "also given by name"),
     ({"input_ids": ROWS}, {"rewards": [1, 2, 3], "group_ids": [0] * 3, "advantage": "grp"}, "did you mean 'grpo'"),
 ]
@@ -203,15 +216,48 @@ def test_wrong_batches_are_answered(batch: dict[str, Any], fields: dict[str, Any
         LossRunner(GRPOLossConfig())(causal_lm("plain"), batch, **fields)
 
 
+def test_a_reward_that_is_no_number_is_named_with_its_batch_and_row() -> None:
+    lm, fields = causal_lm("plain"), {"input_ids": ROWS, "group_ids": [0, 0, 0], "rewards": [1.0, 0.0, 0.5]}
+    with pytest.raises(DataError, match=r"^batches\[1\]: rewards\[2\] is inf"):
+        LossRunner(GRPOLossConfig()).step([fields, {**fields, "rewards": [0.0, 1.0, math.inf]}], model=lm)
+
+
 def test_wrong_models_are_answered() -> None:
     lm, runner, batch = causal_lm("plain"), LossRunner(GRPOLossConfig()), {"input_ids": ROWS, "advantages": 1.0}
     for call, message in (
         (lambda: runner.step([batch], lambda b: b, model=lm), "give one of them"),
         (lambda: runner.step([batch], model=lm, optimizer=0.1), r"optimizer is a float without step\(\)"),
+        (lambda: runner.step([batch], model=lm, optimizer=torch.optim.SGD), r"is the class SGD; .* SGD\(model\.param"),
+        (
+            lambda: runner.step([batch], model=lm, optimizer=torch.optim.SGD(copy.deepcopy(lm).parameters(), lr=0.1)),
+            "^the optimizer holds none of the model's parameters",
+        ),
         (lambda: runner.step([batch], model="gpt2"), "model is a str"),
         (lambda: runner(nn.Linear(2, 2), batch), "takes no input_ids"),
         (lambda: runner.logprobs(torch.ones(2), batch), r"write runner\.logprobs\(model, batch\)"),
+        (lambda: runner(batch, lm), r"is a dict without hidden states; write runner\(model, batch\)$"),
+        (lambda: runner(lm, [batch]), r"write runner\(model, batch\), or runner\.step\(batches, model=model\)$"),
+        (lambda: runner([batch], lm), r"list of batches; write runner\.step\(batches, model=model\)"),
+        (lambda: runner("gpt2", batch), r"is a str; write runner\(model, batch\) with the loaded model$"),
+        (lambda: runner(lm, torch.ones(3, 4)), r"is a Tensor; write runner\(model, batch\) with a mapping such as"),
+        (lambda: runner.explain(batch, lm), r"write runner\.explain\(model, batch\)$"),
+        (lambda: runner.compare(["kl=none"], batch, lm), r"write runner\.compare\(losses, model, batch\)$"),
+        (lambda: runner.sweep("kl", ["none"], batch, lm), r"write runner\.sweep\(key, values, model, batch\)$"),
+        (lambda: runner.step([batch], lm), r"For a model write step\(batches, model=model\)"),
+        (lambda: runner.step([batch]), r"step\(\) needs a model or a function; write step\(batches, model=model\)"),
+        (lambda: runner.step(lm, [batch]), r"takes the batches first: step\(\[batch\], model=model\)$"),
         (lambda: LossRunner(CELossConfig())(lm, {"input_ids": ROWS}, rewards=[1, 2, 3]), "rewards"),
+        (lambda: LossRunner(CELossConfig())(lm, {"input_ids": ROWS}, advantage="rloo"), "no effect on CELossConfig"),
+        (lambda: runner(lm, {**batch, "rewards": [1, 2, 3]}), "give rewards or advantages, not both"),
+        (lambda: runner.step([{**batch, "rewards": [1, 2, 3]}], model=lm), "give rewards or advantages, not both"),
+        (lambda: runner.step([batch], model=lm, advantage="grpo"), "^advantage='grpo' needs rewards"),
+        (lambda: runner.explain(lm, batch, advantage="grpo"), "^advantage='grpo' needs rewards"),
+        (lambda: runner(lm, {"input_ids": ROWS, "reward": [1, 2, 3]}), "did you mean 'rewards'"),
+        (
+            lambda: runner.step([{"input_ids": ROWS, "reward": [1, 2, 3]}], model=lm, advantage="grpo"),
+            "needs rewards, .*the batch has 'reward'; did you mean 'rewards'",
+        ),
+        (lambda: runner(lm, {"input_ids": ROWS, "rewards": [1, 2, 3], "advantage": "rloo"}), "an argument of the call"),
     ):
         with pytest.raises(DataError, match=message):
             call()

@@ -140,8 +140,9 @@ def call_forward(forward: Callable[[Any], Any], batch: Mapping[str, Any]) -> Any
     if not isinstance(forward, nn.Module):
         return forward(batch)
     hint = (
-        f"forward is {a_type(forward)}; step() calls it with the batch, a mapping of fields. Write "
-        "lambda batch: (trunk(batch['input_ids']), lm_head), e.g. with model.model and model.lm_head"
+        f"forward is {a_type(forward)}; step() calls it with the batch, a mapping of fields. For a model write "
+        "step(batches, model=model), or lambda batch: (trunk(batch['input_ids']), lm_head), e.g. with model.model and "
+        "model.lm_head"
     )
     if callable(getattr(forward, "get_output_embeddings", None)):
         raise DataError(hint)

@@ -22,7 +22,7 @@ from toolkit.runner.comparison import Build, Comparison, compare_losses
 from toolkit.runner.diagnosis import Diagnosis, diagnose
 from toolkit.runner.diagnosis.of_model import diagnose_model
 from toolkit.runner.items import check_names
-from toolkit.runner.mistakes import BY_NAME
+from toolkit.runner.mistakes import BY_NAME, check_first
 from toolkit.runner.models import Fitted, is_model, model_call
 from toolkit.runner.shown import Explanation, explanation_of, runner_html, runner_text
 from toolkit.runner.steps import OfModel, contexts_of, tensors_context
@@ -71,6 +71,7 @@ class Inspection:
         """
         if hidden_states is None and head_weight is None and not fields and not by_position:
             return explanation_of(self.loss_cfg)
+        check_first(hidden_states, head_weight, "runner.explain({})")
         head, build, *_ = self._prepared(hidden_states, head_weight, head_bias, by_position, fields)
         plan: HeadPlan = build(self.loss_cfg).explain(*head)
         return plan
@@ -78,7 +79,7 @@ class Inspection:
     def compare(
         self,
         losses: Sequence[Any] | Mapping[str, Any],
-        hidden_states: Any,
+        hidden_states: Any = None,
         head_weight: Any = None,
         head_bias: Tensor | None = None,
         *by_position: Any,
@@ -92,7 +93,7 @@ class Inspection:
 
         Args:
             losses: overrides that change this runner's loss, ``["policy_loss=vanilla", "policy_loss=gspo"]``, lists of
-                them, configs or runners; or a mapping from names to such.
+                them, or configs or runners, which are taken as they are; or a mapping from names to such.
             hidden_states: [B, T, D], or a model; all further arguments are as in `LossRunner.__call__`.
             head_weight: [V, D], or the batch of a model.
             head_bias: [V], optional.
@@ -103,6 +104,7 @@ class Inspection:
             ConfigError: an override is mistyped, or cannot change this loss.
             DataError: as `LossRunner.__call__`, with the name of the loss.
         """
+        _check_inputs(hidden_states, head_weight, "runner.compare(losses, {})")
         configs = named_variants(losses, self.loss_cfg, self._overrides, self._config_dir)
         head, build, parameters, of = self._prepared(hidden_states, head_weight, head_bias, by_position, fields)
         return compare_losses(configs, build, head, parameters, of)
@@ -111,7 +113,7 @@ class Inspection:
         self,
         key: str,
         values: Sequence[Any],
-        hidden_states: Any,
+        hidden_states: Any = None,
         head_weight: Any = None,
         head_bias: Tensor | None = None,
         *by_position: Any,
@@ -136,6 +138,9 @@ class Inspection:
             raise DataError(f"values is {a_type(values)}; give a list, such as [0.1, 0.2, 0.3]")
         if not isinstance(key, str) or "=" in key:
             raise DataError(f"key is {key!r}; give a setting without a value, such as 'policy_loss.cliprange_high'")
+        if len(values) == 0:
+            raise DataError("values is empty; give at least one, such as [0.1, 0.2, 0.3]")
+        _check_inputs(hidden_states, head_weight, "runner.sweep(key, values, {})")
         shown = ["null" if value is None else value.item() if hasattr(value, "item") else value for value in values]
         losses = [f"{key}={value}" for value in shown]
         return self.compare(losses, hidden_states, head_weight, head_bias, *by_position, **fields)
@@ -177,7 +182,7 @@ class Inspection:
     ) -> Diagnosis:
         """Say why a sampler's log-probabilities differ from a trainer's, on raw arrays; ``print`` the result.
 
-        ``runner.diagnose(rollout, trainer, mask, ids)`` compares arrays of the same tokens in the same places.
+        ``runner.diagnose(rollout, trainer, mask=mask, ids=ids)`` compares arrays of the same tokens in the same places.
         ``runner.diagnose(rollout, model=model, batch=batch)`` scores the batch by the model, and makes each fault again
         on up to 16 rows, so it also tells apart what looks alike in the arrays.
 
@@ -217,7 +222,7 @@ class Inspection:
         """Return the inputs of the head, how contexts are built, and what gradients are of: tensors [...]."""
         if by_position:
             raise DataError(BY_NAME.format(type(by_position[0]).__name__))
-        rewarded = fields.pop("advantage", "grpo"), fields.pop("advantage_options", None)
+        rewarded = fields.pop("advantage", None), fields.pop("advantage_options", None)
         check_names(fields, self.loss_cfg, strictly=fields)
         if is_model(hidden_states, head_weight):
             call = model_call(hidden_states)
@@ -247,3 +252,11 @@ class Inspection:
 
     def _repr_html_(self) -> str:
         return runner_html(self.loss_cfg)
+
+
+def _check_inputs(first: Any, second: Any, call: str) -> None:
+    """Raise `DataError` if a comparison has no inputs, or wrong ones; `call` is how it is written."""
+    if first is None and second is None:
+        of_head = call.format("hidden_states, head, input_ids=..., advantages=...")
+        raise DataError(f"there is nothing to compare the losses on; write {call.format('model, batch')} or {of_head}")
+    check_first(first, second, call)

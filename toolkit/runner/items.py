@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.errors import DataError
+from toolkit.errors import DataError, a_type
+from toolkit.functional.advantages import Advantage
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
 from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
 from toolkit.losses.step.builder import item_class
 from toolkit.runner.arguments import as_tensor, labels_of, padding_of, spread
 from toolkit.runner.mistakes import not_a_field
-from toolkit.runner.rewarded import OF_REWARDS, Sequences, advantages_of
+from toolkit.runner.rewarded import DEFAULT, Sequences, advantages_of
 from toolkit.runner.suspicions import warn_of_masks, warn_of_values
 
 RL_FIELDS = tuple(name for name in RLLossContextInputItem.model_fields if name != "shifted_labels")
@@ -31,25 +32,53 @@ def check_names(fields: Mapping[str, Any], loss_cfg: BaseLossConfig, *, strictly
 
     Others may be for the caller's forward.
     """
-    known = tuple(dict.fromkeys((*FIELDS, *_item_cls(loss_cfg).model_fields)))
-    from_rewards = OF_REWARDS if has_rewards(fields, loss_cfg) else ()
+    rewards = ("rewards",) if takes_rewards(loss_cfg) else ()
+    known = tuple(dict.fromkeys((*FIELDS, *rewards, *_item_cls(loss_cfg).model_fields)))
     for name in fields:
-        if name in known or name in from_rewards:
+        if name in known:
             continue
         message = not_a_field(name, fields, known, loss_cfg, name not in strictly)
         if message is not None:
             raise DataError(message)
 
 
-def has_rewards(fields: Mapping[str, Any], loss_cfg: BaseLossConfig) -> bool:
-    """Whether advantages are to be computed from the rewards of a batch."""
+def takes_rewards(loss_cfg: BaseLossConfig) -> bool:
+    """Whether a batch may have rewards in the place of advantages."""
     names = _item_cls(loss_cfg).model_fields
-    return (
-        fields.get("rewards") is not None
-        and fields.get("advantages") is None
-        and "advantages" in names
-        and "rewards" not in names
-    )
+    return "advantages" in names and "rewards" not in names
+
+
+def has_rewards(fields: Mapping[str, Any], loss_cfg: BaseLossConfig) -> bool:
+    """Whether advantages are to be computed from the rewards of a batch.
+
+    Raises:
+        DataError: it has both.
+    """
+    if fields.get("rewards") is None or not takes_rewards(loss_cfg):
+        return False
+    if fields.get("advantages") is not None:
+        raise DataError("give rewards or advantages, not both: advantages are computed from rewards")
+    return True
+
+
+def _refuse_without_rewards(fields: Mapping[str, Any], loss_cfg: BaseLossConfig, advantage: Any, options: Any) -> None:
+    """Raise `DataError` if an estimator or its options are given for a batch without rewards."""
+    if advantage is None and options is None:
+        return
+    name = "advantage_options" if advantage is None else "advantage"
+    words = f"{name}={advantage!r}" if isinstance(advantage, str) else name
+    if not takes_rewards(loss_cfg):
+        raise DataError(f"{words} has no effect on {type(loss_cfg).__name__}, which reads no advantages; leave it out")
+    if advantage is not None and not isinstance(advantage, (str, Advantage)):
+        raise DataError(
+            f"advantage is {a_type(advantage)}; give an estimator of rewards by name, such as advantage='grpo' "
+            "(did you mean 'advantages'?)"
+        )
+    if fields.get("advantages") is not None:
+        raise DataError(f"{words} needs rewards, but the batch has advantages; give rewards or advantages, not both")
+    near = next((key for key in ("reward", "scores", "returns") if fields.get(key) is not None), None)
+    hint = f" (the batch has {near!r}; did you mean 'rewards'?)" if near else ""
+    raise DataError(f"{words} needs rewards, one number for each row{hint}")
 
 
 def with_advantages(
@@ -65,14 +94,16 @@ def with_advantages(
         batches: the fields of each.
         widths: positions that have hidden states, of each; None: not known.
         loss_cfg: the loss.
-        advantage: an estimator, or its name.
+        advantage: an estimator, or its name; None: grpo.
         options: of that estimator.
 
     Raises:
-        DataError: only some of them have rewards; or as `advantages_of`.
+        DataError: only some of them have rewards, or one has rewards and advantages, or an estimator is given without
+            rewards; or as `advantages_of`.
     """
     having = [has_rewards(fields, loss_cfg) for fields in batches]
     if not any(having):
+        _refuse_without_rewards(batches[0], loss_cfg, advantage, options)
         return list(batches)
     if not all(having):
         where = having.index(False)
@@ -83,10 +114,10 @@ def with_advantages(
         labels = labels_of(tensors, width, loss_cfg.ignore_idx)
         sequences.append(Sequences.of(labels, tensors["cu_seq_lens"], loss_cfg.ignore_idx))
         shapes.append(labels.shape)
-    advantages = advantages_of(batches, sequences, advantage, options)
+    advantages = advantages_of(batches, sequences, DEFAULT if advantage is None else advantage, options)
     result: list[Mapping[str, Any]] = []
     for fields, part, values, shape in zip(batches, sequences, advantages, shapes, strict=True):
-        kept = {name: value for name, value in fields.items() if name not in OF_REWARDS}
+        kept = {name: value for name, value in fields.items() if name != "rewards"}
         groups = kept.pop("group_ids", None)
         if groups is not None:
             flat = torch.as_tensor(groups, device=part.index.device).reshape(-1)

@@ -55,7 +55,7 @@ def _work(loss_cfg: BaseLossConfig, model: nn.Module, batches: list[dict[str, An
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     prepared = Accelerator(cpu=True).prepare(model)
     runs = runs_of(batches[rank() :: world_size()], None, prepared)
-    result = run_step(runs, loss_cfg, ("grpo", None), is_first=rank() == 0)
+    result = run_step(runs, loss_cfg, (None, None), is_first=rank() == 0)
     squares = [p.grad.float().square().sum() for p in model.parameters() if p.grad is not None]
     norm = torch.stack(squares).sum().sqrt()
     return result.loss, {**result.raw_metrics, "gradient_norm": Max(norm)}

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from toolkit.errors import ConfigError, DataError, a_type, warn_once
+from toolkit.errors import ConfigError, DataError, warn_once
 from toolkit.explain.lint import mistyped_values
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.logprob_spec import LogprobSpec
@@ -22,10 +22,10 @@ from toolkit.runner.batches import model_batch
 from toolkit.runner.inspection import Inspection
 from toolkit.runner.items import FIELDS, check_names
 from toolkit.runner.launching import launch_step
-from toolkit.runner.mistakes import BY_NAME, not_a_config, not_a_list, not_of_loss
+from toolkit.runner.mistakes import BY_NAME, check_first, not_a_config, not_a_list, not_of_loss
 from toolkit.runner.models import is_model, model_call
 from toolkit.runner.result import LossResult
-from toolkit.runner.steps import Forward, OfModel, run_call, run_step, runs_of, tensors_context
+from toolkit.runner.steps import Forward, OfModel, check_optimizer, run_call, run_step, runs_of, tensors_context
 from toolkit.runner.suspicions import warn_of_frozen, warn_of_log_probabilities
 
 
@@ -102,7 +102,7 @@ class LossRunner(Inspection):
         ref_topk_logprobs: Tensor | None = None,
         cu_seq_lens: Tensor | None = None,
         rewards: Tensor | None = None,
-        advantage: Any = "grpo",
+        advantage: Any = None,
         advantage_options: Mapping[str, Any] | None = None,
         **extra_fields: Any,
     ) -> LossResult:
@@ -145,9 +145,9 @@ class LossRunner(Inspection):
             ref_topk_ids: [B, T, K] the same of the reference.
             ref_topk_logprobs: [B, T, K] the same of the reference; for an exact KL.
             cu_seq_lens: [S + 1] boundaries of the sequences in one packed row.
-            rewards: [B] one number for each row (or sequence of a packed row), instead of advantages; `group_ids` then
-                say which rows answer one prompt.
-            advantage: the registered estimator that compares them, by name.
+            rewards: [B] one number for each row (or sequence of a packed row), not together with advantages;
+                `group_ids` then say which rows answer one prompt.
+            advantage: the registered estimator that compares them, by name; None: grpo. Only with rewards.
             advantage_options: of that estimator; None: its defaults.
             by_position: raises; all fields are given by name.
             extra_fields: other fields that the items of a custom loss declare.
@@ -158,10 +158,9 @@ class LossRunner(Inspection):
         fields = dict(locals())  # every argument by its name
         if by_position:
             raise DataError(BY_NAME.format(type(by_position[0]).__name__))
+        check_first(hidden_states, head_weight)
         fields = {name: fields[name] for name in FIELDS} | extra_fields
         fields |= {"rewards": rewards} if rewards is not None else {}
-        if advantage != "grpo" and rewards is None:
-            fields["advantage"] = advantage  # an unknown name, unless there are rewards
         rewarded = (advantage, advantage_options)
         if is_model(hidden_states, head_weight):
             check_names({**(head_weight or {}), **fields}, self.loss_cfg, strictly=fields)
@@ -186,7 +185,7 @@ class LossRunner(Inspection):
         *,
         model: nn.Module | None = None,
         optimizer: Any = None,
-        advantage: Any = "grpo",
+        advantage: Any = None,
         advantage_options: Mapping[str, Any] | None = None,
     ) -> LossResult:
         """Accumulate the gradient of several micro-batches as if they were one batch.
@@ -203,19 +202,18 @@ class LossRunner(Inspection):
                 the mode that it is in (training or evaluation).
             optimizer: clears the gradients before, and takes its step after; None: both are left to the caller.
             advantage: the registered estimator for batches with ``rewards`` [B], which are compared over all batches of
-                the step, but not over ranks.
+                the step, but not over ranks; None: grpo. Only with rewards.
             advantage_options: of that estimator; None: its defaults.
 
         Returns:
             The loss of all batches together (detached) and its metrics, summed over ranks too.
 
         Raises:
-            DataError: as `__call__`; or `forward` returns something else, or what has no gradient.
+            DataError: as `__call__`; or `forward` returns something else, or what has no gradient; or the optimizer
+                holds none of the model's parameters.
         """
         check_has_graph(None, "step()")
-        for name in ("step", "zero_grad"):
-            if optimizer is not None and not callable(getattr(optimizer, name, None)):
-                raise DataError(f"optimizer is {a_type(optimizer)} without {name}(); give a torch.optim.Optimizer")
+        check_optimizer(optimizer, model)
         runs = runs_of(batches, forward, model)
         if optimizer is not None:
             optimizer.zero_grad()
@@ -231,7 +229,7 @@ class LossRunner(Inspection):
         model: nn.Module,
         *,
         num_processes: int = 2,
-        advantage: Any = "grpo",
+        advantage: Any = None,
         advantage_options: Mapping[str, Any] | None = None,
     ) -> LossResult:
         """Return loss and metrics of a step over new processes on the CPU, each with a copy of the model in DDP.

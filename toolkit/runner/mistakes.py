@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from toolkit.errors import DataError, did_you_mean
+from torch import Tensor, nn
+
+from toolkit.errors import DataError, a_type, did_you_mean
 from toolkit.losses.config.base import BaseLossConfig
 
 BY_NAME = (
@@ -14,6 +16,10 @@ BY_NAME = (
     "batch are given by name: input_ids=..., advantages=..."
 )
 """The error message for a field that is given by position."""
+BATCH = "{'input_ids': ids, 'loss_mask': mask, 'advantages': advantages}"
+"""A batch, for messages."""
+OF_OUTPUT = ("last_hidden_state", "hidden_states", "logits")
+"""What the output of a model of transformers has."""
 
 
 def not_a_config(loss_cfg: Any, settings: Mapping[str, Any]) -> str:
@@ -41,6 +47,34 @@ def not_a_config(loss_cfg: Any, settings: Mapping[str, Any]) -> str:
         f"LossRunner needs a loss config such as GRPOLossConfig(), not {type(loss_cfg).__name__}; "
         "for overrides use LossRunner.from_overrides([...])"
     )
+
+
+def check_first(first: Any, second: Any, call: str = "runner({})") -> None:
+    """Check the first two arguments of a call: a model and its batch, or hidden states and a head.
+
+    Args:
+        first: a model or hidden states.
+        second: a batch or a head.
+        call: how the call is written, with a place for both.
+
+    Raises:
+        DataError: they are swapped, or a model has no mapping beside it, or a batch no model.
+    """
+    write = f"write {call.format('model, batch')}"
+    if isinstance(first, nn.Module):
+        if second is None or isinstance(second, Mapping):
+            return
+        if isinstance(second, (list, tuple)):
+            raise DataError(f"the batch of a model is {a_type(second)}; {write}, or runner.step(batches, model=model)")
+        raise DataError(f"the batch of a model is {a_type(second)}; {write} with a mapping such as {BATCH}")
+    has_states = isinstance(first, Mapping) and any(first.get(name) is not None for name in OF_OUTPUT)
+    if isinstance(first, Mapping) and not has_states:
+        raise DataError(f"the first argument is {a_type(first)} without hidden states; {write}")
+    if isinstance(first, (list, tuple)) and first and isinstance(first[0], Mapping):
+        raise DataError(f"the first argument is a list of batches; write runner.step(batches, model=model), or {write}")
+    if isinstance(second, Mapping) and not isinstance(first, Tensor) and not has_states:
+        loaded = " with the loaded model" if isinstance(first, str) else ""
+        raise DataError(f"the first argument is {a_type(first)}; {write}{loaded}")
 
 
 @contextlib.contextmanager
@@ -84,6 +118,12 @@ def not_a_field(
         elsewhere = counterpart_keyword(name, fields[name], settings)
         if elsewhere is not None:
             return f"{where} but a setting of the loss config; {elsewhere}"
+    if name in ("advantage", "advantage_options") and fields.get("rewards") is not None:
+        call = f"runner(model, batch, {name}=...)"
+        return f"{where} but an argument of the call; write {call} or runner.step(batches, model=model, {name}=...)"
+    if name == "reward" and "rewards" in known and fields.get("rewards") is None:
+        has_it = may_have_others and fields.get("advantages") is not None
+        return None if has_it else f"{where} (did you mean 'rewards'?); it has: {', '.join(known)}"
     counterpart, ours = counterpart_field(name, known), replaces(name, known)
     if counterpart is not None and not may_have_others:
         has_it = ours is not None and fields.get(ours) is not None
@@ -105,10 +145,22 @@ def not_a_list(overrides: Any, choices: Mapping[str, Any]) -> str:
     return f"from_overrides takes a list of strings, as on the command line; write from_overrides({wanted})"
 
 
-def not_of_loss(override: str, key: str) -> str:
-    """Return the error message for an override that does not concern the loss."""
+def not_of_loss(override: str, key: str, loss_cfg: BaseLossConfig | None = None) -> str:
+    """Return the error message for an override that does not concern the loss.
+
+    Args:
+        override: as it was written.
+        key: of it.
+        loss_cfg: the loss that it was to change, whose settings may be meant; None: not known.
+    """
     from toolkit.compose.overrides import LOSS_GROUPS
 
+    setting = key.rpartition(".")[2]
+    if setting == "temperature" or setting in getattr(loss_cfg, "policy_loss_cfg", {}):
+        path = "rollout.temperature" if setting == "temperature" else f"policy_loss.{setting}"
+        return f"{override}: there is no {key}; did you mean {path!r}?"
+    if loss_cfg is not None and setting in type(loss_cfg).model_fields:
+        return f"{override}: there is no {key}; did you mean 'loss.{setting}'?"
     if key == "kl":
         return f"{override}: LossRunner has no rewards; leave it out, or choose a KL in the loss, such as kl=k3"
     return (

@@ -19,12 +19,16 @@ UNITS = {
     "sequences": ("sequences",),
 }
 """Units, and parts of the names of metrics that have them."""
+SHARES = ("zero_advantage_tokens", "zero_advantage_sequences", "rollout_kept", "rollout_kept_sequences")
+"""Metrics that are shares, whatever their names end in."""
 
 
 def unit_of(name: str) -> str:
     """Return the unit of a metric; empty where it has none, such as a ratio, or is not known."""
     if name.endswith("_loss") or name.startswith("ratio"):
         return ""
+    if name in SHARES:
+        return "share"
     if name.endswith(("tokens", "sequences")):
         return name.rpartition("_")[2]
     return next((unit for unit, parts in UNITS.items() if any(part in name for part in parts)), "")

@@ -20,8 +20,8 @@ from toolkit.functional.rewards import RewardTerms
 from toolkit.functional.segments import sequence_ids
 from toolkit.runner.arguments import as_tensor
 
-OF_REWARDS = ("rewards", "advantage", "advantage_options")
-"""Fields of a call that become advantages."""
+DEFAULT = "grpo"
+"""The estimator of a call that names none."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def advantages_of(
         options: of that estimator, by name; None: its defaults.
 
     Raises:
-        DataError: a field is missing or has the wrong length; or the estimator needs what a batch does not have.
+        DataError: a field is missing, has the wrong length or is not finite; or the estimator needs what a batch does
+            not have.
         ConfigError: there is no such estimator, or an option is wrong.
     """
     estimator = advantage if isinstance(advantage, Advantage) else estimator_named(advantage)
@@ -82,9 +83,9 @@ def advantages_of(
             f"advantage={estimator.name!r} compares all sequences of a step, but rewards= is computed on each rank "
             "alone; compute the advantages of all ranks first and pass advantages="
         )
-    rewards = torch.cat(
-        [_numbers("rewards", fields, part).to(torch.float32) for fields, part in zip(batches, sequences, strict=True)]
-    )
+    numbers = [_numbers("rewards", fields, part).float() for fields, part in zip(batches, sequences, strict=True)]
+    _check_finite(numbers)
+    rewards = torch.cat(numbers)
     groups = torch.cat([_groups(fields, part, estimator) for fields, part in zip(batches, sequences, strict=True)])
     width = max(part.index.shape[1] for part in sequences)
     mask = torch.cat([part.by_sequence(part.is_scored, width, False) for part in sequences])
@@ -93,6 +94,18 @@ def advantages_of(
     computed = estimator.compute(terms, **(options or {}))
     parts = computed.split([part.number for part in sequences])
     return [part.spread(values) for part, values in zip(sequences, parts, strict=True)]
+
+
+def _check_finite(rewards: Sequence[Tensor]) -> None:
+    """Raise `DataError` if a reward is NaN or infinite; `rewards` [number] of each batch."""
+    for index, values in enumerate(rewards):
+        wrong = (~values.isfinite()).nonzero().reshape(-1).tolist()
+        if wrong:
+            where = f"batches[{index}]: " if len(rewards) > 1 else ""
+            raise DataError(
+                f"{where}rewards[{wrong[0]}] is {float(values[wrong[0]])} ({len(wrong)} of {len(values)} rewards are "
+                "NaN or infinite); give each row a number, or leave the row out"
+            )
 
 
 def _numbers(name: str, fields: Mapping[str, Any], part: Sequences) -> Tensor:

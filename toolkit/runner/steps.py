@@ -30,7 +30,7 @@ from toolkit.runner.arguments import (
 from toolkit.runner.batches import ModelBatch, model_batch
 from toolkit.runner.items import item_of, with_advantages
 from toolkit.runner.mistakes import naming_batches
-from toolkit.runner.models import ModelCall, Watch, model_call
+from toolkit.runner.models import ModelCall, Watch, model_call, unwrapped
 from toolkit.runner.result import LossResult
 from toolkit.runner.suspicions import warn_of_frozen, warn_of_log_probabilities
 
@@ -118,18 +118,56 @@ class OfModel:
         return self.call.no_sync(is_last=index == len(self.batches) - 1)
 
 
+def check_optimizer(optimizer: Any, model: Any) -> None:
+    """Check that an optimizer can step, and that it holds parameters of the model.
+
+    Args:
+        optimizer: None: there is none.
+        model: with or without a wrapper; None: not known.
+
+    Raises:
+        DataError: it is a class or no optimizer, or none of its parameters is one of the model's.
+    """
+    if optimizer is None:
+        return
+    if isinstance(optimizer, type):
+        raise DataError(
+            f"optimizer is the class {optimizer.__name__}; give an optimizer, such as "
+            f"{optimizer.__name__}(model.parameters(), lr=1e-6)"
+        )
+    for name in ("step", "zero_grad"):
+        if not callable(getattr(optimizer, name, None)):
+            raise DataError(f"optimizer is {a_type(optimizer)} without {name}(); give a torch.optim.Optimizer")
+    if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    of_model = {id(each) for module in (model, unwrapped(model)) for each in module.parameters()}
+    if not any(id(each) in of_model for group in optimizer.param_groups for each in group["params"]):
+        raise DataError(
+            "the optimizer holds none of the model's parameters, so its step would change nothing; make it from "
+            "model.parameters() of this model, after any wrapping or copying"
+        )
+
+
 def runs_of(batches: Any, forward: Any, model: Any) -> Runs:
     """Return how to run the micro-batches of a step.
 
     Raises:
         DataError: an argument is missing or of the wrong type.
     """
+    if isinstance(batches, torch.nn.Module):
+        raise DataError(f"batches is {a_type(batches)}; step() takes the batches first: step([batch], model=model)")
+    if model is None and forward is None:
+        raise DataError(
+            "step() needs a model or a function; write step(batches, model=model) or step(batches, forward)"
+        )
     if model is not None and forward is not None:
         raise DataError("step() got forward and model; give one of them")
     if model is not None and not isinstance(model, torch.nn.Module):
         raise DataError(f"model is {a_type(model)}; give a causal language model, or forward=... for a function")
     if model is None and not callable(forward):
         raise DataError(f"forward is {a_type(forward)}; give a function forward(batch) that returns {RETURNS}")
+    if forward is not None and callable(getattr(forward, "get_output_embeddings", None)):
+        call_forward(forward, {})  # raises: it is a model
     rows = _rows(batches, "[batch], forward" if model is None else "[batch], model=model")
     if model is None:
         return OfForward(rows, forward)

@@ -28,10 +28,12 @@ def named_variants(
     Raises:
         ConfigError: an override is mistyped, or cannot change this loss.
     """
-    if isinstance(losses, (str, BaseLossConfig)) or not isinstance(losses, (Sequence, Mapping)) or not losses:
+    if isinstance(losses, (str, BaseLossConfig)) or not isinstance(losses, (Sequence, Mapping)):
         raise ConfigError(
             f"losses is {a_type(losses)}; give a list, such as ['policy_loss=vanilla', 'policy_loss=gspo']"
         )
+    if not losses:
+        raise ConfigError("losses is empty; give at least one, such as ['policy_loss=vanilla', 'policy_loss=gspo']")
     pairs = losses.items() if isinstance(losses, Mapping) else [(_name(each), each) for each in losses]
     result: dict[str, BaseLossConfig] = {}
     for name, change in pairs:
@@ -66,7 +68,7 @@ def _changed(
     parsed = parse(list(changes))
     for override in parsed:
         if not is_of_loss(override):
-            raise ConfigError(not_of_loss(override.input_line or "", str(override.key_or_group)))
+            raise ConfigError(not_of_loss(override.input_line or "", str(override.key_or_group), loss_cfg))
     keys = {str(override.key_or_group) for override in parsed}
     if overrides is not None:
         kept = [line for line in overrides if str(parse([line])[0].key_or_group) not in keys]

@@ -6,7 +6,7 @@ Legend: B rows, T positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ UNRELATED = 0.25
 """Correlation of the log-probabilities of different tokens in the same places."""
 SMALL = 0.15
 """Nats, largest mean difference that rounding of weights to 8 bits makes."""
+MOST = 0.9
+"""Share of the values of a side that are positive, where these cannot be log-probabilities."""
+SMALLEST = 1e-4
+"""Nats, above which a value is not a rounded 0."""
 LAGS = (-3, -2, -1, 1, 2, 3)
 
 
@@ -59,13 +63,13 @@ def diagnose(
         The kind, or the kinds that the evidence allows, and the statistic that decided.
 
     Raises:
-        DataError: the shapes differ, or nothing is compared.
+        DataError: the shapes differ, the mask is none, or nothing is compared.
     """
     pair = pair_of(rollout_logprobs, trainer_logprobs, mask)
-    if not bool(pair.mask.any()):
-        raise DataError("mask leaves nothing to compare; give 1 on the tokens whose log-probabilities both arrays hold")
+    if not bool((pair.mask & pair.rollout.isfinite()).any()):
+        raise DataError(_why_nothing(pair))
     size = vocab_size if vocab_size is not None else _smallest_size(ids)
-    for rule in (_probabilities, _rows_and_lags, _missing):
+    for rule in (_positive, _rows_and_lags, _missing):
         outcome = rule(pair)
         if outcome is not None:
             return outcome
@@ -77,7 +81,8 @@ def result(
 ) -> Diagnosis:
     """Return the diagnosis of a pair."""
     finite = pair.without(~pair.rollout.isfinite())
-    return Diagnosis(kinds, because, finite.mean_difference, int(pair.mask.sum()), unexplained, numbers)
+    tokens = int(finite.mask.sum())
+    return Diagnosis(kinds, because, finite.mean_difference, tokens, unexplained, numbers, pair.dropped)
 
 
 def _smallest_size(ids: Any) -> int | None:
@@ -89,14 +94,49 @@ def _smallest_size(ids: Any) -> int | None:
     return int(values.max()) + 1
 
 
-def _probabilities(pair: Pair) -> Diagnosis | None:
-    values = pair.without(~pair.rollout.isfinite())
-    share = float(((values.r > 0) & (values.r <= 1)).double().mean())
-    if share < 0.9 or values.mean_difference <= USUAL:
+def _why_nothing(pair: Pair) -> str:
+    """Return the error message for a pair of which nothing is compared."""
+    if not pair.dropped:
+        return "mask leaves nothing to compare; give 1 on the tokens whose log-probabilities both arrays hold"
+    sides = {"rollout_logprobs": pair.rollout, "trainer_logprobs": pair.trainer}
+    wrong = [name for name, values in sides.items() if not bool(values.isfinite().any())]
+    where = f"all values of {' and '.join(wrong)}" if wrong else "all values to compare, on one side or the other,"
+    return f"{where} are NaN or infinite; give one finite log-probability for each token"
+
+
+def _positive(pair: Pair) -> Diagnosis | None:
+    """Find a side whose values are positive: negative log-likelihoods, or probabilities."""
+    known = pair.without(~pair.rollout.isfinite())
+    sides = {"sampler": known.r, "trainer": known.t}
+    wrong = [name for name, values in sides.items() if _is_positive(values)]
+    if not wrong:
         return None
-    logs = values.map(lambda r: r.clamp(min=1e-30).log())
-    words = f"{share:.0%} of the sampler's values lie in (0, 1], where log-probabilities are negative"
-    return result(pair, ("probabilities",), words, logs.mean_difference, share_positive=share)
+    left = {"negated": _left(sides, wrong, torch.neg)}
+    share = min(float(((sides[name] > 0) & (sides[name] <= 1)).double().mean()) for name in wrong)
+    if share >= MOST:
+        left["probabilities"] = _left(sides, wrong, lambda values: values.clamp(min=1e-30).log())
+    kinds = tuple(sorted(left, key=lambda kind: left[kind]))
+    if len(wrong) == 1:  # the other side tells which
+        kinds = kinds[:1]
+    whose = " and of the ".join(f"{name}'s" for name in wrong)
+    words = f"{share:.0%} of the {whose} values lie in (0, 1], where log-probabilities are negative"
+    if "negated" in kinds:
+        share = min(float((sides[name] >= 0).double().mean()) for name in wrong)
+        words = f"{share:.0%} of the {whose} values are not negative: negative log-likelihoods: change the sign"
+        words += "; or probabilities: take the logarithm" if len(kinds) > 1 else ""
+    return result(pair, kinds, words, left[kinds[0]], share_positive=share)
+
+
+def _is_positive(values: Tensor) -> bool:
+    """Whether nearly all of `values` [n] that are not 0 are positive."""
+    others = values[values.abs() > SMALLEST]
+    return len(others) > 0 and float((others > 0).double().mean()) >= MOST
+
+
+def _left(sides: dict[str, Tensor], wrong: list[str], change: Callable[[Tensor], Tensor]) -> float:
+    """Return the mean difference in nats after `change` of the sides that are `wrong`."""
+    r, t = (change(values) if name in wrong else values for name, values in sides.items())
+    return float((r - t).abs().mean())
 
 
 def _rows_and_lags(pair: Pair) -> Diagnosis | None:

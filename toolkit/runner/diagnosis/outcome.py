@@ -46,10 +46,13 @@ KINDS: Mapping[str, tuple[str, str]] = {
         "one side did not read the prompt",
         "give the model prompt and completion; attention_mask is 1 on the prompt, only loss_mask is 0 there",
     ),
+    "negated": ("negative log-likelihoods where log-probabilities are meant", "change the sign: -values"),
     "probabilities": ("probabilities where log-probabilities are meant", "take the logarithm: rollout_logprobs.log()"),
     "padding_scored": ("padding is scored", "mark completions alone by the mask; padding has no value"),
 }
 """Kind -> what it is, and what to do."""
+FEW = 20
+"""Values below which it is not said that there is no fault."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Diagnosis:
     """Mean difference that the fault leaves, in nats; NaN where the kind cannot be undone."""
     numbers: Mapping[str, float] = field(default_factory=dict, repr=False)
     """The statistics, by name."""
+    dropped: int = 0
+    """Scored tokens that were left out, because a value is NaN or infinite."""
 
     def __bool__(self) -> bool:
         """Whether a fault was seen."""
@@ -76,19 +81,22 @@ class Diagnosis:
     def _rows(self) -> list[tuple[str, str, str]]:
         return [(kind, *KINDS[kind]) for kind in self.kinds]
 
+    def _head(self) -> str:
+        none = "no fault seen" if self.tokens >= FEW else "too few values to judge"
+        return " or ".join(self.kinds) or none
+
     def _summary(self) -> str:
         size = f"mean difference {self.mean_difference:.3g} nats over {self.tokens:,} tokens"
         left = "" if self.unexplained != self.unexplained else f"; {self.unexplained:.2g} nats without the fault"
-        return f"{size}{left}"
+        dropped = f"; {self.dropped:,} values left out, NaN or infinite" if self.dropped else ""
+        return f"{size}{left}{dropped}"
 
     def __repr__(self) -> str:
-        head = " or ".join(self.kinds) or "no fault seen"
-        lines = [f"{head}: {self.because}", self._summary()]
+        lines = [f"{self._head()}: {self.because}", self._summary()]
         lines += [f"  {kind}: {what}; {remedy}" for kind, what, remedy in self._rows()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        title = " or ".join(self.kinds) or "no fault seen"
         return html_table(
-            title, ("kind", "what", "what to do"), self._rows(), note=f"{self.because}. {self._summary()}."
+            self._head(), ("kind", "what", "what to do"), self._rows(), note=f"{self.because}. {self._summary()}."
         )

@@ -30,6 +30,8 @@ class Pair:
     """[B, T] float64."""
     mask: Tensor
     """[B, T] bool, the values that are compared."""
+    dropped: int = 0
+    """Values that were to be compared and are NaN or infinite on one side."""
 
     @cached_property
     def rows(self) -> list[tuple[Tensor, Tensor]]:
@@ -119,7 +121,7 @@ def pair_of(rollout: Any, trainer: Any, mask: Any) -> Pair:
         mask: alike, 1 at the values to compare; None: where both are finite.
 
     Raises:
-        DataError: shapes differ, or they are not numbers.
+        DataError: shapes differ, they are not numbers, or the mask holds other values than 0 and 1.
     """
     arrays = {}
     for name, value in (("rollout_logprobs", rollout), ("trainer_logprobs", trainer), ("mask", mask)):
@@ -138,9 +140,17 @@ def pair_of(rollout: Any, trainer: Any, mask: Any) -> Pair:
                 "mask) must hold one value for each token of the same rows"
             )
     values, scores = arrays["rollout_logprobs"].double(), arrays["trainer_logprobs"].double()
-    is_known = scores.isfinite()
-    chosen = arrays["mask"].bool() & is_known if "mask" in arrays else is_known & values.isfinite()
-    return Pair(values, scores, chosen)
+    is_known, is_both = scores.isfinite(), scores.isfinite() & values.isfinite()
+    if "mask" not in arrays:
+        return Pair(values, scores, is_both, int((~is_both).sum()))
+    mask = arrays["mask"].bool()
+    strange = arrays["mask"][arrays["mask"] != mask]
+    if len(strange):
+        raise DataError(
+            f"mask holds {strange[0].item()}; give booleans, or 1 at the tokens to compare and 0 at the others (token "
+            "ids are given by name: ids=...)"
+        )
+    return Pair(values, scores, mask & is_known, int((mask & ~is_both).sum()))
 
 
 def _mean(values: Tensor) -> float:

@@ -98,6 +98,13 @@ def test_unfinished_runs_are_compared_by_their_last_rewards(tmp_path: Path) -> N
     ]
 
 
+def test_options_of_a_policy_loss_are_named_once(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / name, rewards=curve(0.9, 0), policy=name)) for name in ("vanilla", "gspo")]
+    for run in runs:
+        run.settings["policy_loss.loss_type"] = run.name  # type: ignore[index]
+    assert differing_settings(runs) == {"policy_loss.loss_type": ["vanilla", "gspo"]}
+
+
 def test_equal_results_are_equal(tmp_path: Path) -> None:
     for policy in ("vanilla", "gspo"):
         make_run(tmp_path / policy, rewards=[0.5] * 10, policy=policy, overrides=[f"policy_loss={policy}"])

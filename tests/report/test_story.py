@@ -37,12 +37,14 @@ def test_a_run_that_learnt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "tone"), [(0.3, 0.4, "good"), (0.3, 0.3, "note"), (0.3, 0.2, "note"), (0.0, 0.0, "note")]
+    ("before", "after", "tone"), [(0.3, 0.4, "good"), (0.3, 0.3, "note"), (0.3, 0.25, "note"), (0.3, 0.1, "bad")]
 )
 def test_only_a_gain_is_good(tmp_path: Path, before: float, after: float, tone: str) -> None:
     summary = {**ENDED, "accuracy_before": before, "accuracy_after": after}
     folder = make_run(tmp_path / "a", rewards=curve(0.9, 0), summary=summary)
-    assert said(folder)[0].startswith(f"{tone}: The held-out accuracy went from {before:.3f} to {after:.3f}")
+    first = said(folder)[0]
+    assert first.startswith(f"{tone}: The held-out accuracy went from {before:.3f} to {after:.3f}")
+    assert ("the policy got worse; a smaller optimizer.lr" in first) == (tone == "bad")
 
 
 def test_a_run_that_was_cut_or_still_runs(tmp_path: Path) -> None:

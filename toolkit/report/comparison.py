@@ -19,6 +19,7 @@ MEASURES = {
 """Result in a summary -> what it is, and 1 if more is better, -1 if less is. The first that all runs have counts."""
 LAST = 10
 """Steps whose mean reward stands for a run that measured nothing on held-out examples."""
+PART_OF_LOSS = "loss.policy_loss_cfg."
 LEAST = 0.0005
 """Difference that is shown as 0.001; below it two results are equal."""
 SEED = "seed"
@@ -121,7 +122,18 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return the settings that are not the same in all runs, with the value in each."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if not NO_CHOICE.match(key))
     values = {key: [_shown(run.settings[key]) if key in run.settings else "-" for run in runs] for key in keys}
-    return {key: each for key, each in values.items() if len(set(each)) > 1}
+    differing = {key: each for key, each in values.items() if len(set(each)) > 1}
+    # The options of a policy loss are there twice: as they are set, and in the loss that they became part of.
+    return {
+        key: each
+        for key, each in differing.items()
+        if not (key.startswith(PART_OF_LOSS) and differing.get(_as_set(key)) == each)
+    }
+
+
+def _as_set(key: str) -> str:
+    """Return the key that sets an option of the policy loss, given that of the loss."""
+    return f"policy_loss.{key.removeprefix(PART_OF_LOSS)}"
 
 
 def _shown(value: Any) -> str:

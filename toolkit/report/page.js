@@ -20,15 +20,16 @@ const fixed = (value) => value === null || value === undefined ? "–" : Math.ab
 const table = (heads, rows) => element("div", { class: "scroll" }, element("table", {},
   element("thead", {}, element("tr", {}, ...heads.map(([text, numeric]) => element("th", { scope: "col", class: numeric ? "number" : null }, text)))),
   element("tbody", {}, ...rows)));
-const cell = (content, numeric = false) => element("td", { class: numeric ? "number" : null }, content);
+const cell = (content, numeric = false, word = false) => element("td", { class: numeric ? "number" : word ? "word" : null }, content);
 const swatch = (index) => element("span", { class: "swatch", style: `background:${color(index)}`, "aria-hidden": "true" });
 
 function results() {
   byId("verdict").textContent = data.verdict;
   const part = byId("results");
-  for (const run of data.runs) {
+  for (const [index, run] of data.runs.entries()) {
+    const choice = data.choices.find((each) => each.runs.includes(index));
     for (const remark of run.remarks) {
-      const name = data.runs.length > 1 ? `${run.name}: ` : "";
+      const name = data.runs.length > 1 ? `${data.choices.length > 1 && choice ? `${choice.label}, ` : ""}${run.name}: ` : "";
       if (data.runs.length > 1 && remark.tone === "good") continue;
       part.append(element("p", { class: remark.tone }, { good: "✓ ", note: "• ", bad: "⚠ " }[remark.tone] + name + remark.text));
     }
@@ -38,7 +39,7 @@ function results() {
     cell(element("span", {}, swatch(index), choice.label)), cell(String(choice.number), true), cell(fixed(choice.mean), true),
     cell(choice.spread === null ? "–" : `± ${fixed(choice.spread)}`, true), cell(fixed(choice.best), true),
     cell(choice.behind === null ? "" : `${fixed(choice.behind.value)} [${fixed(choice.behind.low)}, ${fixed(choice.behind.high)}]`, true),
-    cell(choice.behind === null ? "" : choice.behind.clear ? "behind" : "may be noise"),
+    cell(choice.behind === null ? "" : choice.behind.clear ? "behind" : "may be noise", false, true),
     cell(choice.seconds === null ? "–" : `${choice.seconds.toFixed(0)} s`, true)));
   part.append(element("h2", {}, "Result"), table([["choice"], ["seeds", true], [`${data.measure}, mean`, true], ["spread", true], ["best run", true],
     ["behind the best [95 %]", true], [""], ["time", true]], rows));

@@ -25,6 +25,12 @@ MOST_CLIPPED = 0.3
 """Share of clipped tokens above which the updates of a rollout are too large; well below 0.1 is usual."""
 MANY_TRUNCATED = 0.5
 """Share of completions that did not end by themselves."""
+CHANCE = "that may be chance"
+WORSE = (
+    ": the policy got worse; a smaller optimizer.lr, fewer training.minibatches or a KL term (kl=k3) keep it nearer to "
+    "where it was"
+)
+"""What to change after a clear loss."""
 MANY = 20
 """Standard errors beyond which their number says nothing more."""
 
@@ -134,10 +140,11 @@ def _result(run: Run) -> Iterator[Remark]:
     ):
         before, after = (run.summary.get(f"{name}_{when}") for when in ("before", "after"))
         if before is not None and after is not None:
-            tone: Tone = "good" if sign * (after - before) > 0 else "note"
-            yield Remark(
-                tone, f"The {words} went from {before:.3f} to {after:.3f}{_in_errors(run, name, before, after)}."
-            )
+            errors = _in_errors(run, name, before, after)
+            gain = sign * (after - before)
+            is_worse = gain < 0 and bool(errors) and CHANCE not in errors
+            tone: Tone = "good" if gain > 0 else "bad" if is_worse else "note"
+            yield Remark(tone, f"The {words} went from {before:.3f} to {after:.3f}{errors}{WORSE if is_worse else ''}.")
             return
 
 
@@ -152,7 +159,7 @@ def _in_errors(run: Run, name: str, before: float, after: float) -> str:
     size = (after - before) / spread
     if abs(size) > MANY:  # near 0 and 1 the error itself is not well known
         return f", more than {MANY} standard errors"
-    return f", {abs(size):.1f} standard errors" + ("" if abs(size) > 2 else ": that may be chance")
+    return f", {abs(size):.1f} standard errors" + ("" if abs(size) > 2 else f": {CHANCE}")
 
 
 def _noise(values: Sequence[float]) -> float:

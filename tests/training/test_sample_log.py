@@ -154,6 +154,7 @@ def test_records_of_tokens_change_nothing(tmp_path: Path) -> None:
     assert ["tokens" in line for line in lines(tmp_path / "0")] == [False] * 36
 
 
+@pytest.mark.slow
 def test_the_command_keeps_them_and_trains_the_same(tmp_path: Path) -> None:
     small = ["debug=smoke", "warmup.steps=2", "warmup.stop_accuracy=null", "training.steps=2", "task.num_heldout=4"]
     rows = []

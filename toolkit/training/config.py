@@ -165,6 +165,9 @@ class TrainingConfig(Config):
     """RL steps after which the reference policy is replaced by the policy as it is then; None: never."""
     reference_mixup: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of the policy in a refreshed reference; the rest is the reference before. 1: replaced entirely."""
+    reference_path: str | None = None
+    """Folder or hub id of a model with the policy's tokenizer that is the reference, such as a teacher for loss=opd
+    loss.teacher=reference; None: the policy as it was when the main phase began."""
     micro_batch_size: PositiveInt = 1024
     """Sequences per forward on one process; the loss does not depend on it."""
     micro_batch_tokens: PositiveInt | None = None
@@ -230,6 +233,16 @@ class TrainingConfig(Config):
             raise ConfigError(
                 f"training.reference_mixup={self.reference_mixup} has no effect without "
                 "training.refresh_reference_every; set both, or remove it"
+            )
+        if self.reference_path is not None and self.refresh_reference_every is not None:
+            raise ConfigError(
+                "training.refresh_reference_every would replace the model of training.reference_path by the policy; "
+                "remove one of them"
+            )
+        if self.reference_path is not None and self.sharding != "none":
+            raise ConfigError(
+                f"training.reference_path is a whole model on each process, so it does not go with "
+                f"training.sharding={self.sharding}; remove one of them"
             )
         return self
 

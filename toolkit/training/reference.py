@@ -1,4 +1,4 @@
-"""The reference policy: the policy as it was when the main phase began, or at its last refresh; never trained."""
+"""The reference policy, never trained: the policy as the main phase began or at its last refresh, or another model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from toolkit.errors import ConfigError
 from toolkit.models.lora import has_adapters
 from toolkit.models.policy import Policy
 from toolkit.training.full_state import load_weights, save_weights
+from toolkit.training.reference_path import reference_config
 from toolkit.training.sharding import copy_weights, frozen_copy, is_sharded, mix_weight, unwrapped
 
 
@@ -80,6 +82,28 @@ Reference = Policy | SharedReference
 def reference_of(policy: Any) -> Reference:
     """Return the policy as it is now; all ranks call it. A policy with adapters is not copied."""
     return SharedReference(policy) if has_adapters(unwrapped(policy).lm) else frozen_copy(policy)
+
+
+def loaded_reference(path: str, policy: Any, tokenizer: Any) -> Policy:
+    """Return the model in `path` as a reference on the policy's device, in its dtype; all ranks call it.
+
+    Args:
+        path: folder or hub id.
+        policy: from `prepare_policy`.
+        tokenizer: of the policy.
+
+    Raises:
+        ConfigError: there is no such model, or its tokenizer has another vocabulary.
+    """
+    weight = next(unwrapped(policy).parameters())
+    dtype = str(weight.dtype).removeprefix("torch.")
+    reference, theirs = reference_config(path, dtype).build("")
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"training.reference_path={path} has another tokenizer ({len(theirs.get_vocab())} tokens) than the policy "
+            f"({len(tokenizer.get_vocab())}); a reference scores the policy's own tokens, so give a model with the same"
+        )
+    return reference.to(weight.device).requires_grad_(False).eval()
 
 
 def refresh_reference(reference: Reference, policy: Any, mixup: float = 1.0) -> None:

@@ -186,8 +186,8 @@ class RunConfig(Config):
         if lacking is not None and lacking.startswith("teacher"):
             raise ConfigError(
                 f"policy loss {name!r} learns from a teacher's log-probabilities, and this command has no teacher; use "
-                f"it in your training loop ({lacking} of the items), or distil the policy as it was after the warm-up: "
-                "loss=opd loss.teacher=reference"
+                f"it in your training loop ({lacking} of the items), or let a reference teach: loss=opd "
+                "loss.teacher=reference training.reference_path=FOLDER"
             )
         if lacking is not None:
             raise ConfigError(
@@ -212,6 +212,7 @@ class RunConfig(Config):
             for part, name in (
                 ("training", "epochs"),
                 ("training", "refresh_reference_every"),
+                ("training", "reference_path"),
                 ("rollout", "max_sampling_rounds"),
                 ("rollout", "truncated"),
                 ("rollout", "overlong_buffer"),
@@ -228,8 +229,10 @@ class RunConfig(Config):
                 "rollout.skip_uniform_groups=false: no group is skipped; remove one of them"
             )
         in_loss = isinstance(self.loss, BaseRLLossConfig) and self.loss.needs_reference
-        if training.refresh_reference_every is not None and not in_loss and self.kl_control.reward_type is None:
-            raise ConfigError(
-                f"training.refresh_reference_every={training.refresh_reference_every} has no effect: nothing reads a "
-                "reference policy; add a KL to it (kl=k3 in the loss, kl=k1_in_reward in the reward), or remove it"
-            )
+        for name in ("refresh_reference_every", "reference_path"):
+            value = getattr(training, name)
+            if value is not None and not in_loss and self.kl_control.reward_type is None:
+                raise ConfigError(
+                    f"training.{name}={value} has no effect: nothing reads a reference policy; add a KL to it (kl=k3 "
+                    "in the loss, kl=k1_in_reward in the reward), or remove it"
+                )

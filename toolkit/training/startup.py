@@ -14,6 +14,7 @@ from toolkit.errors import ConfigError, LaunchError, warn_once
 from toolkit.training.config import AUTO
 from toolkit.training.continuing import command_to_continue
 from toolkit.training.disk import shown_size
+from toolkit.training.reference_path import reference_config
 from toolkit.training.run_config import RunConfig
 from toolkit.training.saved import CHECKPOINT, PHASES, STATE, newest
 
@@ -76,6 +77,8 @@ def check_environment(config: RunConfig) -> tuple[Path, dict[str, Any]] | None:
         raise ConfigError(f"tracker={log_with} needs the package {log_with!r}: pip install {log_with}")
     config.task.check_data(config.seed, with_completions=config.imitates)
     config.model.check()
+    if config.training.reference_path is not None:
+        reference_config(config.training.reference_path)
     resume = config.training.resume
     return None if resume in (None, AUTO) else read_state(resume, config)
 

@@ -27,7 +27,7 @@ from toolkit.training.kl_penalty import KLPenalty
 from toolkit.training.layout import Shares, minibatches
 from toolkit.training.packing_checks import check_budget
 from toolkit.training.phase import Phase, learning_rate_schedule
-from toolkit.training.reference import Reference, reference_of, refresh_reference
+from toolkit.training.reference import Reference, loaded_reference, reference_of, refresh_reference
 from toolkit.training.rewarding import Rewarder
 from toolkit.training.rollouts import Rollouts
 from toolkit.training.run_config import RunConfig
@@ -87,7 +87,10 @@ class Trainer:
         if isinstance(loss_cfg, CELossConfig):
             step_fn, num_updates = (lambda phase: self._supervised_step(phase, loss_cfg)), cfg.steps
         elif self.kl_penalty.needs_reference and self.reference is None:
-            self.reference = reference_of(self.policy)
+            path = cfg.reference_path
+            self.reference = (
+                reference_of(self.policy) if path is None else loaded_reference(path, self.policy, self.tokenizer)
+            )
         schedule = learning_rate_schedule(self.config.scheduler, lr, num_updates)
         return Phase("main", cfg.steps, step_fn, self.updater.optimizer(lr), schedule)
 

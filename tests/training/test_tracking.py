@@ -144,7 +144,7 @@ def check_axis(steps: list[tuple[int, dict[str, Any]]], rows: list[dict[str, Any
     assert [step for step, _ in steps] == list(range(first, len(rows)))
     for step, values in steps:
         row = rows[step]
-        expected = {f"{row['phase']}/{name}": value for name, value in row.items() if name != "phase"}
+        expected = {f"{row['phase']}/{name}": value for name, value in row.items() if name not in ("phase", "schema")}
         expected = {name: value for name, value in expected.items() if value is not None}
         assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-6, abs=1e-30)
 

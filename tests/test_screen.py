@@ -9,9 +9,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from toolkit.compose.overrides import config_folders_in, parse
+from toolkit.compose.schemas import register_schemas
 from toolkit.compose.screen import choices_of, missing_keys, with_values
 from toolkit.compose.tree import LOSS_ONLY, TRAIN, Root, compose_config, groups_of
 
+register_schemas()  # the commands do so first
 LINES = (
     "",
     "seed=3 plugins=[] optimizer.betas=[0.8,0.9] optimizer.lr=1e-3",
@@ -61,6 +63,9 @@ def test_a_folder_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer" / "mine.yaml").write_text("defaults: [/optimizer/adamw@_here_]\nlr: 0.5\n")
     compare("optimizer=mine", TRAIN, f"hydra.searchpath=['file://{tmp_path}']")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nloss: {policy_loss_cfg: {delta: 4.0}}\n")
+    assert choices_of(parse(["experiment=mine"]), "config", [str(tmp_path)]) is None  # it is ${policy_loss}
     (tmp_path / "optimizer" / "odd.yaml").write_text("defaults: [adamw, _self_]\nlr: 0.5\n")
     assert choices_of(parse(["optimizer=odd"]), "config", [str(tmp_path)]) is None
 

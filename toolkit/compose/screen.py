@@ -111,7 +111,8 @@ def _composed(parsed: Sequence[Override], root: str, folders: Sequence[str]) -> 
         elif not group.startswith(("optional ", "override ")):
             for choice in _as_list(chosen.get(group, changed.get(group, default))):
                 package, node = _node(group, str(choice), folders)
-                _merge(tree, functools.reduce(lambda inner, part: {part: inner}, reversed(package), node))
+                at_package = functools.reduce(lambda inner, part: {part: inner}, reversed(package), node)
+                _merge(tree, at_package, is_whole=True)
     tree.pop("hydra", None)  # of a user's preset
     return tree
 
@@ -193,10 +194,19 @@ def _text(path: str) -> str:
         raise NotPlain from None
 
 
-def _merge(tree: Tree, other: Tree) -> None:
-    """Merge mappings in place, as OmegaConf merges: lists and values are replaced."""
+def _merge(tree: Tree, other: Tree, *, is_whole: bool = False) -> None:
+    """Merge mappings in place, as OmegaConf merges: lists and values are replaced.
+
+    Args:
+        tree: changed.
+        other: what is merged into it.
+        is_whole: `tree` is the configuration, in which interpolations have what they refer to; OmegaConf then merges
+            into that, so it is left to Hydra.
+    """
     for key, value in other.items():
+        if is_whole and isinstance(value, dict) and isinstance(tree.get(key), str):
+            raise NotPlain
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
+            _merge(tree[key], value, is_whole=is_whole)
         else:
             tree[key] = copy.deepcopy(value)

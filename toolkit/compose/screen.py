@@ -112,7 +112,7 @@ def _composed(parsed: Sequence[Override], root: str, folders: Sequence[str]) -> 
             for choice in _as_list(chosen.get(group, changed.get(group, default))):
                 package, node = _node(group, str(choice), folders)
                 at_package = functools.reduce(lambda inner, part: {part: inner}, reversed(package), node)
-                _merge(tree, at_package, is_whole=True)
+                _merge(tree, at_package, has_targets=True)
     tree.pop("hydra", None)  # of a user's preset
     return tree
 
@@ -194,19 +194,19 @@ def _text(path: str) -> str:
         raise NotPlain from None
 
 
-def _merge(tree: Tree, other: Tree, *, is_whole: bool = False) -> None:
+def _merge(tree: Tree, other: Tree, *, has_targets: bool = False) -> None:
     """Merge mappings in place, as OmegaConf merges: lists and values are replaced.
 
     Args:
         tree: changed.
         other: what is merged into it.
-        is_whole: `tree` is the configuration, in which interpolations have what they refer to; OmegaConf then merges
+        has_targets: `tree` is the configuration, in which interpolations have what they refer to; OmegaConf then merges
             into that, so it is left to Hydra.
     """
     for key, value in other.items():
-        if is_whole and isinstance(value, dict) and isinstance(tree.get(key), str):
+        if has_targets and isinstance(value, dict) and isinstance(tree.get(key), str):
             raise NotPlain
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value, is_whole=is_whole)
+            _merge(tree[key], value, has_targets=has_targets)
         else:
             tree[key] = copy.deepcopy(value)

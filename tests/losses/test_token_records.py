@@ -91,6 +91,14 @@ def test_the_coefficients_are_the_gradient_of_every_loss(name: str) -> None:
     assert (slope[found.status == NAMES.index("learns")] != 0).all()
 
 
+def test_log_ratios_without_bounds() -> None:
+    """Presets of TRL have none; 25 nats are beyond the usual bound of 20."""
+    cfg = GRPOLossConfig(log_ratio_range=(None, None))
+    found = records_of(cfg, [-1.0, -1.0], old_logprobs=[-26.0, -1.0], advantages=[1.0, 1.0])
+    assert found.ratio[0].tolist() == pytest.approx([math.exp(25), 1.0])
+    assert [NAMES[code] for code in found.status[0].tolist()] == ["clipped_high", "learns"]
+
+
 def test_another_loss_has_none() -> None:
     cfg = load_loss(["loss=ce"])
     batch = random_batch(cfg)

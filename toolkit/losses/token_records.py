@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, a_type
+from toolkit.functional.ratios import bounded
 from toolkit.head import TokenScores
 from toolkit.losses.grpo import GRPOLossContext
 from toolkit.losses.kwargs import GRPOLossKwargs
@@ -83,8 +84,7 @@ def _of_scored(context: GRPOLossContext, scores: TokenScores, taken: GRPOLossKwa
     weights = {term.name: weight for term, weight in weights_of(context.terms, taken)}
     weight = weights[context.policy_terms[0].name].to(logprobs.dtype) / ranks_in(context.loss_cfg.gradient_reduction)
     old = logprobs if taken.old_logprobs is None else taken.old_logprobs.to(logprobs.dtype)
-    low, high = context.loss_cfg.log_ratio_range
-    ratio = (logprobs - old).clamp(low, high).exp() if len(logprobs) else logprobs
+    ratio = bounded(logprobs - old, *context.loss_cfg.log_ratio_range).exp()
     if context.candidate_ids(taken) is not None or not len(logprobs):
         return TokenRecords(weight, None, ratio, torch.full_like(logprobs, CODES["learns"], dtype=torch.int64))
     of_policy, of_loss, importance = _derivatives(context, scores, taken)

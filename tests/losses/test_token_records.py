@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import toolkit
 from toolkit import ConfigError, GRPOLossConfig, RLLossContextInputItem
 from toolkit.compose.tree import load_loss
 from toolkit.functional.policy.registry import policy_loss_names
@@ -42,6 +44,19 @@ def test_ppo_by_hand() -> None:
     assert found.coefficient[0].tolist() == pytest.approx([0, 0, 2.2, -1.5, 0.5, 0])
 
 
+def test_a_policy_loss_of_two_terms() -> None:
+    """OREAL: factor 2 and the mean over the good token, factor 1 and the mean over the two bad ones; no SFT term."""
+    cfg = load_loss(
+        ["loss=oreal", "loss.positive_loss_factor=2", "loss.negative_loss_factor=1", "loss.pos_sft_loss_weight=0"]
+    )
+    logprobs = [math.log(0.2)] * 3
+    found = records_of(cfg, logprobs, old_logprobs=logprobs, advantages=[1.0, -1.0, -3.0])
+    assert found.weight[0].tolist() == pytest.approx([2.0, 0.5, 0.5])
+    assert found.coefficient is not None
+    assert found.coefficient[0].tolist() == pytest.approx([1.0, -1.0, -3.0])
+    assert [NAMES[code] for code in found.status[0].tolist()] == ["learns"] * 3
+
+
 def test_a_kl_counts_and_does_not_unclip() -> None:
     # k1: beta at every token, minus the advantage times the ratio.
     cfg = GRPOLossConfig(use_kl_loss=True, kl_loss_type="k1", kl_loss_coef=0.1)
@@ -66,9 +81,26 @@ def test_a_rejected_token_is_named(between: str, denominator: str) -> None:
     assert [NAMES[code] for code in found.status[0].tolist()] == ["learns", expected]
 
 
-@pytest.mark.parametrize("name", policy_loss_names())
-def test_the_coefficients_are_the_gradient_of_every_loss(name: str) -> None:
-    cfg = load_loss([f"policy_loss={name}"])
+CONFIGS = Path(toolkit.__file__).parents[1] / "conf"
+CHOICES = [
+    *(f"{group}={path.stem}" for group in ("kl", "correction") for path in sorted((CONFIGS / group).glob("*.yaml"))),
+    *(
+        f"loss={path.relative_to(CONFIGS / 'loss').with_suffix('')}"
+        for path in sorted((CONFIGS / "loss/preset").rglob("*.yaml"))
+    ),
+]
+"""Every choice of the groups that change a policy loss beside `policy_loss`."""
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *(f"policy_loss={name}" for name in policy_loss_names()),
+        *(pytest.param(choice, marks=pytest.mark.slow) for choice in CHOICES),
+    ],
+)
+def test_the_coefficients_are_the_gradient_of_every_loss(choice: str) -> None:
+    cfg = load_loss([choice])
     batch = random_batch(cfg, seed=3, garbage=0.0)
     batch = batch.with_current_logprobs(cfg)
     context = cfg.loss_ctx_cls
@@ -86,7 +118,8 @@ def test_the_coefficients_are_the_gradient_of_every_loss(name: str) -> None:
     direction = batch.head_weight[labels.squeeze(-1)] - all_logprobs.exp() @ batch.head_weight
     slope = (hidden.grad * direction).sum(-1) / (direction * direction).sum(-1)
     torch.testing.assert_close(-found.coefficient * found.weight, slope, atol=1e-12, rtol=1e-9)
-    is_scored = batch.item.shifted_labels != cfg.ignore_idx
+    # A correction with the denominator "survivors" takes the labels of rejected tokens away.
+    is_scored = ctx.loss_kwargs.shifted_labels != cfg.ignore_idx
     assert ((found.status == NAMES.index("unscored")) == ~is_scored).all()
     assert (slope[found.status == NAMES.index("learns")] != 0).all()
 

@@ -81,8 +81,7 @@ def token_records(context: GRPOLossContext, scores: TokenScores) -> TokenRecords
 def _of_scored(context: GRPOLossContext, scores: TokenScores, taken: GRPOLossKwargs) -> TokenRecords:
     """Return the records of N scored tokens, [N] each."""
     logprobs = scores.logprobs
-    weights = {term.name: weight for term, weight in weights_of(context.terms, taken)}
-    weight = weights[context.policy_terms[0].name].to(logprobs.dtype) / ranks_in(context.loss_cfg.gradient_reduction)
+    weight = _policy_weight(context, taken).to(logprobs.dtype)
     old = logprobs if taken.old_logprobs is None else taken.old_logprobs.to(logprobs.dtype)
     ratio = bounded(logprobs - old, *context.loss_cfg.log_ratio_range).exp()
     if context.candidate_ids(taken) is not None or not len(logprobs):
@@ -104,6 +103,13 @@ def _of_scored(context: GRPOLossContext, scores: TokenScores, taken: GRPOLossKwa
     full = weight * ranks_in(context.loss_cfg.gradient_reduction)
     coefficient = (-of_loss / full).where(full != 0, 0.0)
     return TokenRecords(weight, coefficient, ratio, status)
+
+
+def _policy_weight(context: GRPOLossContext, taken: GRPOLossKwargs) -> Tensor:
+    """Return the weight of N tokens in the policy loss, [N]; it may be two terms, such as of good and of bad tokens."""
+    terms = {term.name for term in context.policy_terms}
+    weights = [term.coef * weight for term, weight in weights_of(context.terms, taken) if term.name in terms]
+    return torch.stack(weights).sum(0) / ranks_in(context.loss_cfg.gradient_reduction)
 
 
 def _derivatives(

@@ -77,6 +77,19 @@ def test_runs_of_the_same_seed_are_paired_whatever_their_order(tmp_path: Path) -
     assert (behind.value, behind.low, behind.high) == pytest.approx((0.1, 0.1, 0.1))
 
 
+def test_accuracies_differ_by_at_most_one(tmp_path: Path) -> None:
+    """Differences 0, 0 and 0.98: mean 0.327, half width 4.303 x 0.566 / sqrt(3) = 1.406."""
+    for index, reached in enumerate((0.99, 0.99, 0.99, 0.99, 0.99, 0.01)):
+        policy = "gspo" if index < 3 else "cispo"
+        make_run(
+            tmp_path / str(index), rewards=[0.1], seed=index % 3, policy=policy, summary={"accuracy_after": reached}
+        )
+    behind = compare(read_runs([tmp_path])).behind[1]
+    assert behind is not None
+    assert (behind.value, behind.low, behind.high) == pytest.approx((0.32667, -1.0, 1.0), abs=1e-4)
+    assert not behind.is_clear
+
+
 def test_less_is_better_for_a_likelihood(tmp_path: Path) -> None:
     for name, nll in (("a", 0.5), ("b", 0.7)):
         summary = {"heldout_nll_after": nll, "accuracy_after": None}

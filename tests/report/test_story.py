@@ -103,3 +103,18 @@ def test_curves_that_stand_out(tmp_path: Path, row: dict[str, float], words: str
     assert first.startswith("good: ")
     assert second.startswith("note: ")
     assert words in second
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"),
+    [
+        (0.99, "nearly all prompts are solved, so it may stop earlier"),
+        (0.01, "hardly any prompt is solved; easier prompts, a partial reward"),
+        (0.5, "too easy or are too hard"),
+    ],
+)
+def test_why_groups_are_uniform(tmp_path: Path, accuracy: float, words: str) -> None:
+    summary = ENDED | {"accuracy_before": 0.01, "accuracy_after": accuracy}
+    rewards, row = [0.5 + 0.05 * (-1) ** step for step in range(40)], {"uniform_groups": 0.9}
+    folder = make_run(tmp_path / "a", rewards=rewards, row=lambda step: row, summary=summary)
+    assert [text for text in said(folder) if words in text]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -17,6 +18,8 @@ MEASURES = {
     "heldout_nll_after": ("held-out nll, nats a token", -1.0),
 }
 """Result in a summary -> what it is, and 1 if more is better, -1 if less is. The first that all runs have counts."""
+LARGEST = {"held-out accuracy": 1.0}
+"""What two means can differ by at most, where that is known; an interval ends there."""
 LAST = 10
 """Steps whose mean reward stands for a run that measured nothing on held-out examples."""
 PART_OF_LOSS = "loss.policy_loss_cfg."
@@ -114,7 +117,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
         for label, indices in zip(labels, groups.values(), strict=True)
     ]
     choices.sort(key=lambda choice: (choice.mean is None, -sign * (choice.mean or 0.0)))
-    behind = (None, *(_behind(choices[0], choice, sign) for choice in choices[1:]))
+    largest = LARGEST.get(measure, math.inf)
+    behind = (None, *(_behind(choices[0], choice, sign, largest) for choice in choices[1:]))
     return Comparison(measure, sign, tuple(choices), behind, differing)
 
 
@@ -155,7 +159,7 @@ def _results(runs: Sequence[Run]) -> tuple[str, float, list[float | None]]:
     return f"mean reward of the last {LAST} steps", 1.0, [fmean(each) if each else None for each in rewards]
 
 
-def _behind(best: Choice, other: Choice, sign: float) -> Difference | None:
+def _behind(best: Choice, other: Choice, sign: float, largest: float) -> Difference | None:
     first, second = best.known, other.known
     if not first or not second:
         return None
@@ -167,7 +171,8 @@ def _behind(best: Choice, other: Choice, sign: float) -> Difference | None:
     if is_paired:
         of_seed = dict(zip(seeds[1], second, strict=True))
         second = [of_seed[seed] for seed in seeds[0]]
-    return difference([sign * value for value in first], [sign * value for value in second], is_paired=is_paired)
+    found = difference([sign * value for value in first], [sign * value for value in second], is_paired=is_paired)
+    return found and replace(found, low=max(found.low, -largest), high=min(found.high, largest))
 
 
 def _labels(runs: Sequence[Run], groups: Sequence[Sequence[int]], differing: dict[str, list[str]]) -> list[str]:

@@ -29,7 +29,8 @@ function results() {
   for (const [index, run] of data.runs.entries()) {
     const choice = data.choices.find((each) => each.runs.includes(index));
     for (const remark of run.remarks) {
-      const name = data.runs.length > 1 ? `${data.choices.length > 1 && choice ? `${choice.label}, ` : ""}${run.name}: ` : "";
+      const seed = run.seed === null ? "" : `seed ${run.seed} `;
+      const name = data.runs.length > 1 ? `${data.choices.length > 1 && choice ? `${choice.label}, ` : ""}${seed}(${run.name}): ` : "";
       if (data.runs.length > 1 && remark.tone === "good") continue;
       part.append(element("p", { class: remark.tone }, { good: "✓ ", note: "• ", bad: "⚠ " }[remark.tone] + name + remark.text));
     }
@@ -37,15 +38,17 @@ function results() {
   if (data.runs.length < 2) return;
   const rows = data.choices.map((choice, index) => element("tr", { class: index === 0 && choice.mean !== null ? "best" : null },
     cell(element("span", {}, swatch(index), choice.label)), cell(String(choice.number), true), cell(fixed(choice.mean), true),
-    cell(choice.spread === null ? "–" : `± ${fixed(choice.spread)}`, true), cell(fixed(choice.best), true),
+    cell(choice.spread === null ? "–" : `± ${fixed(choice.spread)}`, true), cell(fixed(choice.worst), true), cell(fixed(choice.best), true),
     cell(choice.behind === null ? "" : `${fixed(choice.behind.value)} [${fixed(choice.behind.low)}, ${fixed(choice.behind.high)}]`, true),
     cell(choice.behind === null ? "" : choice.behind.clear ? "behind" : "may be noise", false, true),
     cell(choice.seconds === null ? "–" : `${choice.seconds.toFixed(0)} s`, true)));
-  part.append(element("h2", {}, "Result"), table([["choice"], ["seeds", true], [`${data.measure}, mean`, true], ["spread", true], ["best run", true],
-    ["behind the best [95 %]", true], [""], ["time", true]], rows));
+  part.append(element("h2", {}, "Result"), table([["choice"], ["seeds", true], [`${data.measure}, mean`, true], ["spread", true], ["worst run", true], ["best run", true],
+    ["behind the best [95 %]", true], [""], ["time a run", true]], rows),
+    element("p", { class: "soft" }, "spread: standard deviation over the seeds; [95 %]: where the difference lies with that confidence, may be noise if it includes 0"));
   const keys = data.differing.filter((key) => key !== "seed");
   if (keys.length) part.append(element("h2", {}, "What differs"), table([["setting"], ...data.choices.map((choice) => [choice.label])],
-    keys.map((key) => element("tr", {}, element("th", { scope: "row" }, key), ...data.choices.map((choice) => cell(choice.differing[key]))))));
+    keys.map((key) => element("tr", {}, element("th", { scope: "row" }, key), ...data.choices.map((choice) => cell(choice.differing[key]))))),
+    element("p", { class: "soft" }, "-: this choice does not have the setting; null: it has it, and it is off"));
 }
 
 const smoothed = (points, radius) => radius ? points.map(([x], index) => {

@@ -122,6 +122,7 @@ def _choice(choice: Choice, index: int, comparison: Comparison, runs: Sequence[R
         "mean": choice.mean,
         "spread": choice.spread,
         "best": best,
+        "worst": min(choice.known, key=lambda value: comparison.sign * value, default=None),
         "seconds": choice.seconds,
         "behind": None if behind is None else {**vars(behind), "clear": behind.is_clear},
         "differing": {key: _joined(values[index] for index in indices) for key, values in comparison.differing.items()},

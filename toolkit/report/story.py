@@ -21,6 +21,8 @@ NO_ENTROPY = 0.01
 """Nats below which a policy hardly samples anything but its most probable token."""
 MOST_UNIFORM = 0.8
 """Share of groups with equal rewards above which most of the sampling teaches nothing."""
+SOLVED = 0.8
+"""Held-out accuracy from which on prompts count as easy for the policy; as hard at one minus it."""
 MOST_CLIPPED = 0.3
 """Share of clipped tokens above which the updates of a rollout are too large; well below 0.1 is usual."""
 MANY_TRUNCATED = 0.5
@@ -105,8 +107,8 @@ def _curves(run: Run) -> Iterator[Remark]:
         (
             "uniform_groups",
             lambda x: MOST_UNIFORM <= x < 1,
-            "In the last third of the run the rewards were equal in {:.0%} of the groups, which teach nothing: the "
-            "prompts have become too easy or are too hard; a larger rollout.group_size or other prompts help.",
+            "In the last third of the run the rewards were equal in {:.0%} of the groups, which teach nothing: "
+            + _why_uniform(run),
         ),
         (
             "entropy",
@@ -130,6 +132,16 @@ def _curves(run: Run) -> Iterator[Remark]:
         values = _values(run, name)
         if len(values) >= FEWEST and stands_out(fmean(values[-len(values) // 3 :])):
             yield Remark("note", text.format(fmean(values[-len(values) // 3 :])))
+
+
+def _why_uniform(run: Run) -> str:
+    """Return why most groups have equal rewards, by the held-out accuracy where it decides, and what helps."""
+    accuracy = run.summary.get("accuracy_after")
+    if accuracy is not None and accuracy >= SOLVED:
+        return "nearly all prompts are solved, so it may stop earlier, or go on with harder prompts."
+    if accuracy is not None and accuracy <= 1 - SOLVED:
+        return "hardly any prompt is solved; easier prompts, a partial reward or a larger rollout.group_size help."
+    return "the prompts have become too easy or are too hard; a larger rollout.group_size or other prompts help."
 
 
 def _result(run: Run) -> Iterator[Remark]:

@@ -120,10 +120,10 @@ class Page:
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
 
-    def shot(self, name: str) -> Path:
-        """Write a picture of the tab."""
-        path = self.folder / f"{name}.png"
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+    def shot(self, name: str, clip: dict[str, float] | None = None) -> Path:
+        """Write a picture of the tab, or of a part of it: x, y, width, height and scale."""
+        path, part = self.folder / f"{name}.png", {} if clip is None else {"clip": clip}
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", **part)["data"]))
         return path
 
 

@@ -19,7 +19,7 @@ from toolkit import DataError, RLLossContextInputItem
 from toolkit.notebook.readers import trl
 from toolkit.notebook.token_model import TokenModel, bin_of, edges_of
 from toolkit.notebook.token_picture import DOWN, UP, color_of, picture_layout, scale_words, token_picture
-from toolkit.notebook.token_records import TokenRecord, record_of, record_of_text
+from toolkit.notebook.token_records import SIGNALS, TokenRecord, record_of, record_of_text
 from toolkit.notebook.token_source import records_from
 
 
@@ -73,7 +73,7 @@ def test_filters_and_order() -> None:
 def test_bins_of_the_histogram() -> None:
     model = TokenModel(records(), signal="ratio")
     bars = model.charts().charts[0].bars
-    assert [(bar.label, bar.value) for bar in bars] == [("0 to 0.5", 1), ("0.5 to 1", 1), ("1", 2)]
+    assert [(bar.label, bar.value) for bar in bars] == [("0", 1), ("0.5", 1), ("1", 2)]
     model.bins = frozenset({2})
     assert model.chosen() == [0, 3]
     edges = edges_of([index / 100 for index in range(101)])
@@ -97,6 +97,14 @@ def test_positions_are_averaged() -> None:
     assert line.y == [pytest.approx((1 + 0.5 + 1 + 4) / 4), pytest.approx((1.5 + 1.1 + 1 + 0.9) / 4)]
     (line,) = TokenModel(records(), signal="status").charts().charts[1].lines
     assert line.y == [25, 0]
+
+
+def test_a_label_fits_its_axis() -> None:
+    assert all(len(label.partition(":")[0]) < 40 for label in SIGNALS.values())
+    chart = (
+        TokenModel([TokenRecord(tokens={"text": ["a"], "coefficient": [0.5]})], signal="coefficient").charts().charts[0]
+    )
+    assert (chart.title, chart.y_label) == ("Mean of gradient coefficient", "gradient coefficient")
 
 
 def test_colours() -> None:

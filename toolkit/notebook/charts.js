@@ -5,6 +5,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const STYLE = `
 .tk-charts { color: var(--jp-ui-font-color1, inherit); font: 12px system-ui, sans-serif; --tk-line: color-mix(in srgb, currentColor 22%, transparent); }
 .tk-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 6px 14px; }
+.tk-grid.tk-four { grid-template-columns: repeat(auto-fit, minmax(max(300px, calc(50% - 14px)), 1fr)); }
 .tk-chart { outline-offset: 2px; min-width: 0; max-width: 440px; }
 .tk-chart h4 { margin: 2px 0; font-size: 12px; font-weight: 600; }
 .tk-chart svg { width: 100%; height: auto; display: block; overflow: visible; }
@@ -146,7 +147,7 @@ function render({ model, el }) {
     const view = JSON.parse(model.get("view")), focused = [...root.querySelectorAll("[tabindex]")].indexOf(document.activeElement);
     const names = new Set(view.charts.map((chart) => chart.lines.map((line) => line.label).join("\n"))), isShared = names.size === 1;
     const click = (key) => { model.set("clicked", [key, (model.get("clicked")[1] || 0) + 1]); model.save_changes(); };
-    root.replaceChildren(...[isShared ? legend(view.charts) : null, make("div", { class: "tk-grid" }, ...view.charts.map((chart) => chart.bars.length ? barChart(chart, click) : lineChart(chart, !isShared))),
+    root.replaceChildren(...[isShared ? legend(view.charts) : null, make("div", { class: view.charts.length === 4 ? "tk-grid tk-four" : "tk-grid" }, ...view.charts.map((chart) => chart.bars.length ? barChart(chart, click) : lineChart(chart, !isShared))),
       ...view.notes.map((note) => make("p", { class: "tk-note" }, note)), ...view.texts.map(copyText)].filter(Boolean));
     if (focused >= 0) root.querySelectorAll("[tabindex]")[focused]?.focus({ preventScroll: true });
   }

@@ -171,9 +171,10 @@ class TokenModel:
         counts = [0] * max(1, len(self._edges) - 1)
         for reward in rewards:
             counts[bin_of(reward, self._edges)] += 1
+        is_value = len(set(rewards)) <= MAX_BINS  # a bar for each
         bars = tuple(
             Bar(
-                label=f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}",
+                label=f"{low:.3g}" if is_value else f"{low:.3g} to {high:.3g}",
                 value=float(count),
                 style=1 if index in self.bins else 0,
                 key=str(index),
@@ -199,7 +200,7 @@ class TokenModel:
                 if is_number(number):
                     sums.setdefault(position // width, []).append(number)
         points = sorted(sums)
-        label = "% of tokens clipped or rejected" if self.signal == STATUS else SIGNALS[self.signal]
+        label = "% of tokens clipped or rejected" if self.signal == STATUS else SIGNALS[self.signal].partition(":")[0]
         line = Line(
             label=label,
             x=[float(point * width) for point in points],

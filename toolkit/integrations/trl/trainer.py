@@ -15,10 +15,10 @@ from trl import GRPOTrainer
 
 from toolkit.distributed import reduce_metrics, world_size
 from toolkit.errors import ConfigError, DataError
+from toolkit.integrations.forward import accept_loss, fitted_loss
 from toolkit.integrations.trl import TESTED
 from toolkit.integrations.trl.args import loss_from
 from toolkit.integrations.trl.batches import Inputs, ids_and_mask, item_of
-from toolkit.integrations.trl.forward import accept_loss, fitted_loss
 from toolkit.integrations.versions import check_version
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.metrics import Metric, merge_metrics, metrics_in, to_floats

@@ -149,7 +149,12 @@ def is_proportional(cfg: BaseRLLossConfig) -> bool:
 
 
 def terms_of(
-    cfg: BaseRLLossConfig, logprobs: Tensor, mask: Tensor, fields: Mapping[str, Tensor], *, by_turn: bool = False
+    cfg: BaseRLLossConfig,
+    logprobs: Tensor,
+    mask: Tensor,
+    fields: Mapping[str, Tensor],
+    *,
+    runs_of: Tensor | None = None,
 ) -> PolicyTerms:
     """Return the positions that count, [N] each, as a policy loss takes them.
 
@@ -158,11 +163,12 @@ def terms_of(
         logprobs: [B, T] or [T] with gradient; a row is a sequence.
         mask: the same shape, bool; which positions count.
         fields: of `PolicyTerms`, the same shape; old_logprobs and advantages are among them.
-        by_turn: take each run of positions that count as a sequence.
+        runs_of: the same shape, bool: take each run of its positions as a sequence, in rows that hold several; None:
+            a row is a sequence.
     """
     rows = sequence_ids(mask.shape, None, mask.device)
-    turns = turn_ids(mask, rows)
-    sequences = turns if by_turn else rows
+    turns = turn_ids(mask if runs_of is None else runs_of, rows)
+    sequences = rows if runs_of is None else turns
     positions = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
     turn_of, sequence_of = turns[mask], sequences[mask]
     taken: dict[str, Any] = {name: values[mask].detach().to(logprobs.dtype) for name, values in fields.items()}
@@ -176,6 +182,16 @@ def terms_of(
         positions=positions[mask],
         log_ratio_range=cfg.log_ratio_range,
     )
+
+
+def warn_of_runs(cfg: BaseRLLossConfig, trainer: Trainer, remedy: str) -> None:
+    """Warn once that a loss of sequences takes each run of scored tokens as one."""
+    if cfg.scope_of_terms == "sequence":
+        warn_once(
+            f"policy loss {cfg.policy.name!r} looks at whole sequences, but {trainer.name} passes no boundaries of its "
+            f"packed rows: each run of scored tokens is taken as a sequence, which a conversation of several turns is "
+            f"not; {remedy}"
+        )
 
 
 def token_losses(cfg: BaseRLLossConfig, terms: PolicyTerms) -> Tensor:

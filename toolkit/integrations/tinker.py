@@ -40,7 +40,7 @@ PRESETS = {
     "gspo": f"policy_loss=gspo {UNBOUNDED}",
 }
 """Tinker's losses by their names, sums over tokens as there. ``tau`` is its ``beta``, in the example of its
-documentation; of its ``gspo`` no formula is published, so that one is the paper's."""
+documentation; of its ``gspo`` no formula is published: here it is the paper's."""
 SAMPLED = "logprobs"
 """What Tinker calls the sampler's log-probabilities."""
 OPTIONAL = ("old_logprobs", "ref_logprobs", "teacher_logprobs")
@@ -132,7 +132,7 @@ def _item_of(cfg: BaseRLLossConfig, data: Sequence[Any], lengths: Sequence[int])
         for row, count in zip(rows, counts, strict=True)
         if count is not None
     ]
-    fields: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
     for name, of_item in {"advantages": "advantages", SAMPLED: "rollout_logprobs", **dict.fromkeys(OPTIONAL)}.items():
         _add(fields, of_item or name, rows, name, lengths)
     if "rollout_logprobs" in fields:
@@ -147,7 +147,7 @@ def _item_of(cfg: BaseRLLossConfig, data: Sequence[Any], lengths: Sequence[int])
 
 
 def _add(
-    fields: dict[str, Tensor], of_item: str, rows: Sequence[dict[str, Tensor]], name: str, lengths: Sequence[int]
+    fields: dict[str, Any], of_item: str, rows: Sequence[dict[str, Tensor]], name: str, lengths: Sequence[int]
 ) -> None:
     """Put the rows' field `name` into `fields`, [B, T], if they have it.
 

@@ -68,10 +68,7 @@ class ToolkitLossMixin(Base):
         check_version("trl", TESTED)
         if args is None:
             raise ConfigError("args is missing; give a trl.GRPOConfig (GRPOConfig(output_dir=...) has TRL's defaults)")
-        loss_cfg = loss_from(loss, args)
-        if loss_cfg.needs_reference and not args.beta:
-            args = copy.copy(args)
-            args.beta = loss_cfg.kl_loss_coef or 1.0  # TRL has no reference model with beta = 0
+        loss_cfg, args = self._chosen(loss, args)
         super().__init__(model, reward_funcs, args, *by_position, **others)
         self.is_of_args = loss is None
         if getattr(self, "aux_loss_enabled", False):
@@ -83,6 +80,15 @@ class ToolkitLossMixin(Base):
         self.loss_cfg = fitted_loss(self.model, loss_cfg)
         self._window: list[Any] = []
         self._window_metrics: list[dict[str, Metric]] = []
+
+    @staticmethod
+    def _chosen(loss: Any, args: Any) -> tuple[BaseRLLossConfig, Any]:
+        """Return the loss to train with, and TRL's arguments beside it."""
+        loss_cfg = loss_from(loss, args)
+        if loss_cfg.needs_reference and not args.beta:
+            args = copy.copy(args)
+            args.beta = loss_cfg.kl_loss_coef or 1.0  # TRL has no reference model with beta = 0
+        return loss_cfg, args
 
     def _inner_model(self) -> Any:
         model = self.model

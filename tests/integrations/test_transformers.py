@@ -105,17 +105,16 @@ def test_accumulation_equals_one_big_batch(tmp_path: Path, loss: str) -> None:
     assert whole[0][0, 1] > 1e-3
 
 
-def test_the_loss_of_a_batch_is_that_of_our_own_loop(tmp_path: Path) -> None:
-    data = rows(advantages=1.0)
-    loss = "policy_loss=sapo aggregation=seq_mean_token_mean"
+@pytest.mark.parametrize("name", ["vanilla", "gspo", "cispo", "sapo", "dro"])
+def test_the_loss_of_a_batch_is_that_of_our_own_loop(tmp_path: Path, name: str) -> None:
+    data = [{**row, "old_logprobs": row["old_logprobs"] - 2.9} for row in rows(advantages=1.0, old_logprobs=0.3)]
+    loss = f"policy_loss={name} aggregation=seq_mean_token_mean"
     (logged, _), lm = run(str(tmp_path), data=data[:4], extra={"loss": loss}), model()
     batch = {name: torch.stack([row[name] for row in data[:4]]) for name in data[0]}
     hidden = lm.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     shifted = torch.cat([batch["labels"][:, 1:], torch.full((4, 1), -100)], 1)
-    advantages = torch.cat([batch["advantages"][:, 1:], torch.zeros(4, 1)], 1)
-    result = LossRunner.from_overrides(loss.split())(
-        hidden, lm.lm_head, shifted_labels=shifted, advantages=advantages, loss_mask=None
-    )
+    fields = {name: torch.cat([batch[name][:, 1:], torch.zeros(4, 1)], 1) for name in ("advantages", "old_logprobs")}
+    result = LossRunner.from_overrides(loss.split())(hidden, lm.lm_head, shifted_labels=shifted, **fields)
     result.backward()
     norm = torch.stack([p.grad.norm() for p in lm.parameters() if p.grad is not None]).norm()
     torch.testing.assert_close(torch.stack([result.loss.detach(), norm]), logged[0], **EXACT)

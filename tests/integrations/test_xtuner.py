@@ -272,6 +272,13 @@ def test_wrong_configs_are_answered(case: str) -> None:
         classes.ToolkitLossConfig(**settings)
 
 
+def test_without_xtuner_the_import_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "toolkit.integrations.xtuner.classes", raising=False)
+    monkeypatch.setitem(sys.modules, "xtuner.v1.rl.loss", None)
+    with pytest.raises(ImportError, match=r"ToolkitLossConfig needs XTuner v1 with xtuner\.v1\.rl\.loss"):
+        from toolkit.integrations.xtuner import ToolkitLossConfig  # noqa: F401
+
+
 def test_forward_needs_the_weights_of_the_step() -> None:
     classes = importlib.import_module("toolkit.integrations.xtuner.classes")
     given = batch()

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError, a_type
 from toolkit.head import TokenScores
+from toolkit.integrations.transformers import TESTED
+from toolkit.integrations.versions import check_version
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.context import BaseLossContext
 from toolkit.losses.scored import ScoredLossContext
@@ -51,6 +53,7 @@ def make_compute_loss_func(loss: Any = "loss=ce") -> ComputeLoss:
     Raises:
         ConfigError: the loss reads more than labels, or has another mean than ``token_mean``; `ToolkitTrainer` has all.
     """
+    check_version("transformers", TESTED)
     cfg = config_of(loss)
     _check(cfg)
 

@@ -24,7 +24,12 @@ CLASSES = ("ToolkitLossConfig", "ToolkitLossContext")
 
 def __getattr__(name: str) -> Any:
     if name in CLASSES:
-        return getattr(importlib.import_module(f"{__name__}.classes"), name)
+        try:
+            return getattr(importlib.import_module(f"{__name__}.classes"), name)
+        except ImportError as error:
+            if error.name is None or error.name.partition(".")[0] != "xtuner":
+                raise
+            raise ImportError(f"{name} needs XTuner v1 with xtuner.v1.rl.loss, as of October 2026 ({error})") from None
     names = () if name.startswith("_") else policy_loss_names()
     if name not in names:
         raise AttributeError(

@@ -48,8 +48,8 @@ class Trainer:
     """Fields of `PolicyTerms` besides ``logprobs``, ``old_logprobs`` and ``advantages``."""
     aggregation: str | None = None
     """The mean that it takes, by our name; None: it has a setting for that."""
-    is_proportional: bool = True
-    """Whether the loss of a token may have parts that do not grow with its advantage."""
+    scales_advantages: bool = False
+    """Whether it averages by scaling the advantages; a loss must then be proportional to them."""
 
 
 def loss_of(trainer: Trainer, loss: Any) -> BaseRLLossConfig:
@@ -126,7 +126,7 @@ def _problems(trainer: Trainer, cfg: BaseRLLossConfig) -> Iterator[str]:
             f"the loss has an entropy bonus or a further term, which {trainer.name} does not ask for; set "
             "entropy_coef and positive_nll_coef to 0"
         )
-    if not trainer.is_proportional and not is_proportional(cfg):
+    if trainer.scales_advantages and not is_proportional(cfg):
         yield (
             f"policy loss {name!r} has a part that does not grow with the advantage, but {trainer.name} averages by "
             "scaling the advantages; choose a loss that is proportional to them (vanilla, gspo, cispo, sapo)"

@@ -78,7 +78,7 @@ MUTATIONS = (
     Mutation(
         name="skyrl-takes-what-it-cannot-average",
         file="toolkit/integrations/policy.py",
-        line="if not trainer.is_proportional and not is_proportional(cfg):",
+        line="if trainer.scales_advantages and not is_proportional(cfg):",
         becomes="if False:",
         tests=("tests/integrations/test_skyrl.py::test_losses_that_do_not_grow_with_the_advantage_are_refused",),
     ),

@@ -32,7 +32,7 @@ SKYRL = Trainer(
         ("mode", "it computes log-probabilities before the loss is called"),
     ),
     passes=frozenset({"rollout_logprobs"}),
-    is_proportional=False,
+    scales_advantages=True,
 )
 OF_CORRECTION = (
     *("tis_ratio_type", "sequence_mask_metric", "outlier_token_is_threshold_low", "outlier_token_is_threshold_high"),

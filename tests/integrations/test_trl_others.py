@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import LlamaForCausalLM
 from trl import DistillationConfig, DistillationTrainer, RLOOConfig, RLOOTrainer
 
 from tests.integrations.trl_runs import PROMPTS, SETTINGS, reward, save_model
+from tests.processes import run_processes
 from toolkit import ConfigError
 from toolkit.integrations.trl import ToolkitDistillationTrainer, ToolkitRLOOTrainer
 
@@ -157,6 +159,28 @@ def test_distillation_refuses_what_has_no_effect(folder: str, case: str) -> None
     extra, settings, message = WRONG[case]
     with pytest.raises(ConfigError, match=message):
         run(ToolkitDistillationTrainer, folder, extra=extra, **settings)
+
+
+def _two_processes(rank: int, world: int, folder: str) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), ACCELERATE_USE_CPU="1")
+    from accelerate.state import AcceleratorState, PartialState
+
+    half = {"per_device_train_batch_size": 2}
+    exact = {"loss": "loss=opd loss.variant=top_k"}
+    for mine, theirs, extra in (
+        (ToolkitRLOOTrainer, RLOOTrainer, None),
+        (ToolkitDistillationTrainer, DistillationTrainer, exact),
+    ):
+        ours, other = run(mine, folder, extra=extra, **half), run(theirs, folder, **half)
+        assert PartialState().num_processes == world
+        assert close(ours, other), (ours, other)
+        AcceleratorState._reset_state(reset_partial_state=False)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_equal_trl(folder: str) -> None:
+    run_processes(2, _two_processes, folder)
 
 
 def test_a_distilled_model_is_saved_as_usual(folder: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import toolkit
 
 ROOT = Path(toolkit.__file__).parents[1]
 FILES = sorted((ROOT / "toolkit").rglob("*.py"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials/reference").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials/reference").rglob("*.md"))]
 STAND_INS = {"own", "found", "given", "told", "whole", "place", "places"}
 """Parts of a name that say nothing of the thing that it names."""
 PHRASES = {

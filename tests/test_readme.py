@@ -26,7 +26,7 @@ from toolkit.functional.policy import registry
 ROOT = Path(toolkit.__file__).parents[1]
 README = ROOT / "README.md"
 REFERENCE = ROOT / "tutorials/reference"
-PAGES = [README, *sorted(REFERENCE.glob("*.md"))]
+PAGES = [README, *sorted(REFERENCE.rglob("*.md"))]
 MOST_LINES = 200
 """README is read in the first hour; everything longer is a page of its own."""
 
@@ -184,7 +184,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_linked_from_readme() -> None:
     for page in PAGES[1:]:
-        assert f"(tutorials/reference/{page.name}" in README.read_text(), page.name
+        if page.parent == REFERENCE:
+            assert f"(tutorials/reference/{page.name}" in README.read_text(), page.name
+        else:  # trainers/trl.md: from trainers.md
+            index = page.parent.with_suffix(".md")
+            assert f"({page.parent.name}/{page.name})" in index.read_text(), page.name
 
 
 def table_after(page: Path, heading: str) -> list[list[str]]:

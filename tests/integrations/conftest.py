@@ -4,5 +4,5 @@ import importlib
 import os
 
 if os.environ.get("TOOLKIT_REQUIRE_PEERS"):
-    for name in ("trl", "verl"):
+    for name in ("trl", "verl", "tinker", "torchtitan"):
         importlib.import_module(name)

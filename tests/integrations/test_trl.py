@@ -309,7 +309,7 @@ def test_the_model_is_saved_as_usual(folder: str, tmp_path: Path) -> None:
 
 
 def test_the_page_runs_as_printed(folder: str) -> None:
-    page = Path(toolkit.__file__).parents[1] / "tutorials/reference/trainers.md"
+    page = Path(toolkit.__file__).parents[1] / "tutorials/reference/trainers/trl.md"
     for block in re.findall(r"^```py\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE):
         data = Dataset.from_dict({"prompt": PROMPTS})
         names = {"model": folder, "reward": reward, "args": config(folder, max_steps=1), "data": data}

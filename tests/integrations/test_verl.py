@@ -193,7 +193,7 @@ def test_options_come_from_the_config_and_the_variable(
 
 
 def test_the_settings_of_the_page_fit_the_configuration_of_verl() -> None:
-    page = (ROOT / "tutorials/reference/trainers.md").read_text()
+    page = (ROOT / "tutorials/reference/trainers/verl.md").read_text()
     settings = re.findall(r"^(actor_rollout_ref\.\S+=\S+)$", page, flags=re.MULTILINE)
     assert len(settings) == 2
     sizes = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4", "algorithm.adv_estimator=toolkit/maxrl"]

@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from toolkit import ConfigError, GRPOLossConfig, RLLossContextInputItem
 from toolkit.integrations import versions
+from toolkit.integrations.forward import accept_loss, fitted_loss
 from toolkit.integrations.trl.args import loss_from, overrides_of
 from toolkit.integrations.trl.batches import item_of
-from toolkit.integrations.trl.forward import accept_loss, fitted_loss
 from toolkit.integrations.verl import options
 
 

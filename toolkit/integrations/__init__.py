@@ -1,4 +1,4 @@
-"""Our losses inside other trainers: ``toolkit.integrations.trl``, ``toolkit.integrations.verl``.
+"""Our losses inside other trainers, one module or package for each, such as `toolkit.integrations.trl`.
 
-Each module imports its trainer when it is imported itself, so this package needs none of them.
+Each imports its trainer when it is used, so this package needs none of them.
 """

@@ -38,6 +38,17 @@ def loss_from(loss: Any, args: Any) -> BaseRLLossConfig:
     check_args(args)
     if loss is None:
         return from_overrides(list(overrides_of(args)), args)
+    cfg = chosen_config(loss, args)
+    check_beside(cfg, args)
+    return cfg
+
+
+def chosen_config(loss: Any, args: Any) -> BaseRLLossConfig:
+    """Return the config of a loss that TRL's trainers can run, from overrides in one string or a list, or a config.
+
+    Raises:
+        ConfigError: the loss does not exist, or has another temperature than TRL's `args`.
+    """
     if isinstance(loss, BaseRLLossConfig):
         cfg = loss
     elif isinstance(loss, str) or (isinstance(loss, Sequence) and all(isinstance(each, str) for each in loss)):
@@ -47,7 +58,13 @@ def loss_from(loss: Any, args: Any) -> BaseRLLossConfig:
             f"loss={type(loss).__name__} is not a loss; give overrides, loss='policy_loss=gspo kl=k3', or a "
             "GRPOLossConfig"
         )
-    check_beside(cfg, args)
+    if cfg.temperature != args.temperature:
+        raise ConfigError(
+            f"the loss scores tokens at temperature {cfg.temperature:g}, but TRL samples them and computes "
+            f"old_per_token_logps at {args.temperature:g}; set temperature={args.temperature:g} in the loss"
+        )
+    if cfg.gradient_reduction != "mean":
+        raise ConfigError("gradient_reduction='sum': TRL's processes average their gradients; leave it at 'mean'")
     return cfg
 
 
@@ -113,13 +130,6 @@ def check_beside(cfg: BaseRLLossConfig, args: Any) -> None:
             f"the loss reads {cfg.not_in_training}, which TRL's trainer does not compute; choose a KL estimated from "
             "the sampled token (kl=k3), or a policy loss without teacher"
         )
-    if cfg.temperature != args.temperature:
-        raise ConfigError(
-            f"the loss scores tokens at temperature {cfg.temperature:g}, but TRL samples them and computes "
-            f"old_per_token_logps at {args.temperature:g}; set temperature={args.temperature:g} in the loss"
-        )
-    if cfg.gradient_reduction != "mean":
-        raise ConfigError("gradient_reduction='sum': TRL's processes average their gradients; leave it at 'mean'")
     if args.use_vllm and args.vllm_importance_sampling_correction and not cfg.correction:
         warn_once(
             "loss=... has no correction for vLLM's log-probabilities, so vllm_importance_sampling_correction=True only "

@@ -15,10 +15,10 @@ from trl import GRPOTrainer
 
 from toolkit.distributed import reduce_metrics, world_size
 from toolkit.errors import ConfigError, DataError
+from toolkit.integrations.forward import accept_loss, fitted_loss
 from toolkit.integrations.trl import TESTED
 from toolkit.integrations.trl.args import loss_from
 from toolkit.integrations.trl.batches import Inputs, ids_and_mask, item_of
-from toolkit.integrations.trl.forward import accept_loss, fitted_loss
 from toolkit.integrations.versions import check_version
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.metrics import Metric, merge_metrics, metrics_in, to_floats
@@ -68,10 +68,7 @@ class ToolkitLossMixin(Base):
         check_version("trl", TESTED)
         if args is None:
             raise ConfigError("args is missing; give a trl.GRPOConfig (GRPOConfig(output_dir=...) has TRL's defaults)")
-        loss_cfg = loss_from(loss, args)
-        if loss_cfg.needs_reference and not args.beta:
-            args = copy.copy(args)
-            args.beta = loss_cfg.kl_loss_coef or 1.0  # TRL has no reference model with beta = 0
+        loss_cfg, args = self._chosen(loss, args)
         super().__init__(model, reward_funcs, args, *by_position, **others)
         self.is_of_args = loss is None
         if getattr(self, "aux_loss_enabled", False):
@@ -83,6 +80,15 @@ class ToolkitLossMixin(Base):
         self.loss_cfg = fitted_loss(self.model, loss_cfg)
         self._window: list[Any] = []
         self._window_metrics: list[dict[str, Metric]] = []
+
+    @staticmethod
+    def _chosen(loss: Any, args: Any) -> tuple[BaseRLLossConfig, Any]:
+        """Return the loss to train with, and TRL's arguments beside it."""
+        loss_cfg = loss_from(loss, args)
+        if loss_cfg.needs_reference and not args.beta:
+            args = copy.copy(args)
+            args.beta = loss_cfg.kl_loss_coef or 1.0  # TRL has no reference model with beta = 0
+        return loss_cfg, args
 
     def _inner_model(self) -> Any:
         model = self.model

@@ -15,12 +15,9 @@ from torch import Tensor
 
 from toolkit.errors import warn_once
 from toolkit.functional.scope_check import call_loss
-from toolkit.functional.segments import sequence_ids, turn_ids
 from toolkit.functional.terms import PolicyTerms
+from toolkit.integrations.policy import metrics_of, terms_of
 from toolkit.integrations.verl.options import check_aggregation, loss_of
-from toolkit.losses.config.policy import BaseRLLossConfig
-from toolkit.losses.policy_metrics import policy_metrics
-from toolkit.metrics import to_floats
 
 THEIR_NAMES = {"kl_old_k1": "actor/ppo_kl", "clip_fraction": "actor/pg_clipfrac"}
 """What verl calls our metrics."""
@@ -60,7 +57,7 @@ def compute_policy_loss(
             f"policy loss {cfg.policy.name!r} compares all tokens of the step, but verl passes one micro-batch; set "
             "actor.ppo_micro_batch_size_per_gpu to all rows of a mini-batch"
         )
-    terms = terms_of(cfg, old_log_prob, log_prob, advantages, mask)
+    terms = terms_of(cfg, log_prob, mask, {"old_logprobs": old_log_prob, "advantages": advantages})
     values = call_loss(cfg.policy, terms, cfg.policy_options)
     losses = torch.zeros_like(log_prob).masked_scatter(mask, values.to(log_prob.dtype))
     if rollout_is_weights is not None:
@@ -70,37 +67,8 @@ def compute_policy_loss(
     return loss, reported(terms)
 
 
-def terms_of(
-    cfg: BaseRLLossConfig, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, mask: Tensor
-) -> PolicyTerms:
-    """Return the positions that count, [N] each, as a policy loss takes them.
-
-    `old_log_prob`, `log_prob`, `advantages` and `mask` are [B, T].
-    """
-    rows = sequence_ids(mask.shape, None, mask.device)
-    turns = turn_ids(mask, rows)
-    positions = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-    return PolicyTerms(
-        logprobs=log_prob[mask],
-        old_logprobs=old_log_prob[mask].detach(),
-        advantages=advantages[mask].to(log_prob.dtype),
-        sequence_ids=rows[mask],
-        num_sequences=mask.shape[0],
-        turn_ids=turns[mask],
-        num_turns=int(turns.max()) + 1 if turns.numel() else 0,
-        positions=positions[mask],
-        log_ratio_range=cfg.log_ratio_range,
-    )
-
-
-@torch.no_grad()
 def reported(terms: PolicyTerms) -> dict[str, float]:
-    """Return what the loss reported and how far the policy has moved, as numbers; nothing for an empty micro-batch."""
-    if not len(terms.logprobs):
-        return {}
-    metrics = to_floats({**policy_metrics(terms, None), **terms.reported})
-    low, high = (metrics.get(f"clip_fraction_{side}") for side in ("low", "high"))
-    if low is not None and high is not None:
-        metrics["clip_fraction"] = low + high
+    """Return metrics under verl's names and ours; nothing for an empty micro-batch."""
+    metrics = metrics_of(terms)
     theirs = {name: metrics[ours] for ours, name in THEIR_NAMES.items() if ours in metrics}
     return {**theirs, **{f"actor/toolkit/{name}": value for name, value in metrics.items()}}

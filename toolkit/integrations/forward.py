@@ -11,11 +11,10 @@ import types
 from typing import Any
 
 from toolkit.head.adapters import find_head
-from toolkit.losses.config.policy import BaseRLLossConfig
-from toolkit.models.policy import Policy, check_head
+from toolkit.models.policy import AnyLossConfig, Policy, check_head
 
 
-def fitted_loss(lm: Any, loss_cfg: BaseRLLossConfig) -> BaseRLLossConfig:
+def fitted_loss(lm: Any, loss_cfg: AnyLossConfig) -> AnyLossConfig:
     """Return `loss_cfg` with the scale and soft cap of the logits of `lm`, compared with its logits on a few tokens.
 
     Raises:

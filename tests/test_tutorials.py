@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 import toolkit
-from tests.tutorial_outputs import MACHINE, WIDGET, differences, execute, is_close, texts
+from tests.tutorial_outputs import MACHINE, WIDGET, differences, execute, is_close, merged, texts
 
 TUTORIALS = sorted((Path(toolkit.__file__).parents[1] / "tutorials").glob("*.ipynb"))
 FIRST, *LATER = TUTORIALS
@@ -93,6 +93,12 @@ def test_a_cell_that_depends_on_the_machine_is_not_compared() -> None:
     cells = [nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("stream", text="3 s\n")]) for _ in range(2)]
     cells[1].metadata.tags = [MACHINE]
     assert texts(nbformat.v4.new_notebook(cells=cells)) == ["3 s\n", ""]
+
+
+def test_pieces_of_a_stream_are_one_output() -> None:
+    pieces = [("stdout", "a"), ("stdout", "b"), ("stderr", "c"), ("stdout", "d")]
+    outputs = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in pieces]
+    assert [output.text for output in merged(outputs)] == ["ab", "c", "d"]
 
 
 def test_packages_are_found_from_the_imports() -> None:

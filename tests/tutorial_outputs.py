@@ -42,6 +42,7 @@ def store(path: Path) -> None:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.execution_count = None
+            cell.outputs = merged(cell.outputs)
             for output in cell.outputs:
                 output.get("data", {}).pop(WIDGET, None)
                 if "text" in output:
@@ -51,6 +52,17 @@ def store(path: Path) -> None:
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
     nbformat.write(notebook, path)
+
+
+def merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Return the outputs of a cell with neighbouring pieces of one stream as a single one."""
+    result: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if result and output.output_type == "stream" and output.name == result[-1].get("name"):
+            result[-1]["text"] += output.text
+        else:
+            result.append(output)
+    return result
 
 
 def texts(notebook: nbformat.NotebookNode) -> list[str]:

@@ -207,7 +207,7 @@ class TestTable:
 
 
 @pytest.mark.dist
-@pytest.mark.slow  # the tutorial 102 runs and asserts the same
+@pytest.mark.slow  # the tutorial 202 runs and asserts the same
 def test_formulas_are_what_two_and_four_processes_count() -> None:
     (counted, held), (more_counted, more_held) = measure(2), measure(4)
     counted, held = counted + more_counted, held + more_held

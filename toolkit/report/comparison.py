@@ -171,8 +171,8 @@ def _behind(best: Choice, other: Choice, sign: float, largest: float) -> Differe
     if is_paired:
         of_seed = dict(zip(seeds[1], second, strict=True))
         second = [of_seed[seed] for seed in seeds[0]]
-    found = difference([sign * value for value in first], [sign * value for value in second], is_paired=is_paired)
-    return found and replace(found, low=max(found.low, -largest), high=min(found.high, largest))
+    interval = difference([sign * value for value in first], [sign * value for value in second], is_paired=is_paired)
+    return interval and replace(interval, low=max(interval.low, -largest), high=min(interval.high, largest))
 
 
 def _labels(runs: Sequence[Run], groups: Sequence[Sequence[int]], differing: dict[str, list[str]]) -> list[str]:

@@ -14,7 +14,7 @@ from tests.tutorial_outputs import MACHINE, WIDGET, differences, execute, is_clo
 
 TUTORIALS = sorted((Path(toolkit.__file__).parents[1] / "tutorials").glob("*.ipynb"))
 FIRST, *LATER = TUTORIALS
-OPTIONAL = {"toolkit.notebook": ("ipywidgets", "anywidget"), "peft": ("peft",)}
+OPTIONAL = {"toolkit.notebook": ("ipywidgets", "anywidget"), "peft": ("peft",), "trl": ("trl",)}
 """What a tutorial may import, and the packages that it then needs; without them its test is skipped."""
 
 PATH_OF_MACHINE = re.compile(r"(?<![\w.])/(tmp|home|root|work|Users)/")

@@ -125,6 +125,7 @@ def test_metrics_of_a_context_are_numbers() -> None:
 PADDED = torch.tensor([[1, 2, 3, 4, 0, 0, 0], [5, 6, 7, 8, 9, 10, 1]])
 PROMPTED = torch.tensor([[4, 5, 6, 1, 2, 3, 4], [4, 5, 6, 7, 8, 9, 10]])
 ALL = torch.ones(2, 7, dtype=torch.int64)
+LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,17 @@ ALL = torch.ones(2, 7, dtype=torch.int64)
         (PROMPTED, {"loss_mask": (ALL.cumsum(-1) > 3).long(), "attention_mask": ALL}, None),
         (PROMPTED, {"loss_mask": ALL, "attention_mask": ALL}, "equals attention_mask: if the rows hold prompts"),
         (PADDED, {"loss_mask": (PADDED != 0).long(), "attention_mask": (PADDED > 2).long()}, "are the two swapped"),
+        (PROMPTED, {"loss_mask": (ALL.cumsum(-1) < 4).long(), "attention_mask": ALL}, "like the mask of the prompts"),
+        (  # padding on the left
+            PADDED.flip(1),
+            {"loss_mask": torch.tensor([[0, 0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0, 0]]), "attention_mask": LEFT},
+            "like the mask of the prompts",
+        ),
+        (
+            PROMPTED,
+            {"loss_mask": torch.tensor([[1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1]]), "attention_mask": ALL},
+            None,
+        ),
         (PADDED, {"loss_mask": ALL}, None),
         (PROMPTED, {}, "looks like a prompt"),
         (PROMPTED, {"attention_mask": ALL}, "looks like a prompt"),

@@ -61,12 +61,18 @@ def warn_of_masks(
     is_most = (~scored).sum(-1).max() > 1
     is_from_first = scored[:, 0].all()
     is_same = (scored == attention_mask.bool()).all() if attention_mask is not None else is_most.new_zeros(())
-    flags = is_outside.long(), is_most.long(), is_from_first.long(), is_same.long()
-    num_outside, several, from_first, same = torch.stack(flags).tolist()
+    is_start = _is_start_of_rows(scored, attention_mask) if attention_mask is not None else is_same
+    flags = is_outside.long(), is_most.long(), is_from_first.long(), is_same.long(), is_start.long()
+    num_outside, several, from_first, same, start = torch.stack(flags).tolist()
     if num_outside:
         warn_once(
             f"loss_mask is 1 on {num_outside} tokens that attention_mask leaves out as padding (0), so these are not "
             "scored; are the two swapped? loss_mask is 1 on the tokens to train on, attention_mask on all but padding"
+        )
+    elif is_policy_loss and start:
+        warn_once(
+            "loss_mask is 1 on the first tokens of every row and 0 on the last ones that attention_mask keeps, so it "
+            "looks like the mask of the prompts; it must be 1 on the tokens of the completions"
         )
     elif is_policy_loss and (same or (is_one_token and (several or from_first))):
         what = (
@@ -76,6 +82,13 @@ def warn_of_masks(
             f"loss_mask {what}: if the rows hold prompts, these are scored like the completions; give loss_mask "
             "[B, T], 1 on the tokens of the completions"
         )
+
+
+def _is_start_of_rows(scored: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return whether in every row the scored tokens come before others that are not padding, 0-dim bool."""
+    is_other = ~scored & attention_mask.bool()
+    is_after = scored & (is_other.cumsum(-1) > 0)
+    return ~is_after.any() & (scored.any(-1) & is_other.any(-1)).all()
 
 
 def _warn_of_unmasked(input_ids: Tensor, attention_mask: Tensor | None, *, is_policy_loss: bool) -> None:

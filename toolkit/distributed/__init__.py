@@ -1,13 +1,15 @@
-"""Sums over ranks, sequence-parallel split and gather, and a check of the number of processes.
+"""Sums over ranks, sequence-parallel split and gather, which ranks share what, a check of the number of processes.
 
 Everything here also works in one process without a process group.
 """
 
 from toolkit.distributed.counting import (
     counted_group,
+    counted_over,
     counted_with,
     counting_as_before,
     counting_over,
+    gradient_divisor,
     rank,
     rank_of,
     world_size,
@@ -20,18 +22,21 @@ from toolkit.distributed.exchange import (
     reduce_metrics,
 )
 from toolkit.distributed.launch_check import check_world_size
-from toolkit.distributed.sequence import sp_gather, sp_split
+from toolkit.distributed.sequence import SequenceMesh, sp_gather, sp_split
 
 __all__ = [
+    "SequenceMesh",
     "all_gather_objects",
     "all_gather_ragged",
     "all_reduce_sum",
     "check_world_size",
     "collective_device",
     "counted_group",
+    "counted_over",
     "counted_with",
     "counting_as_before",
     "counting_over",
+    "gradient_divisor",
     "rank",
     "rank_of",
     "reduce_metrics",

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.distributed.counting import _counted, world_size
+from toolkit.distributed.counting import counted_group, world_size
 from toolkit.errors import DataError
 from toolkit.metrics import M, Metric, Metrics, fetch, packed
 
@@ -25,7 +25,7 @@ def all_gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value, group=_counted.get())
+    dist.all_gather_object(gathered, value, group=counted_group())
     return gathered
 
 
@@ -34,7 +34,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if world_size() == 1:
         return values.detach().clone()
     total = values.detach().to(collective_device(), copy=True)
-    dist.all_reduce(total, group=_counted.get())
+    dist.all_reduce(total, group=counted_group())
     return total.to(values.device)
 
 
@@ -88,7 +88,7 @@ def _gathered(vector: Tensor) -> Tensor:
     """Return the vectors [n] of all ranks on the host, [R, n]."""
     gathered = vector.new_empty(world_size() * len(vector))
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
-    gather(gathered, vector.contiguous(), group=_counted.get())
+    gather(gathered, vector.contiguous(), group=counted_group())
     return gathered.view(world_size(), -1).cpu()
 
 

@@ -7,7 +7,7 @@ MUTATIONS = (
     Mutation(
         name="calibration-forgets-the-world",
         file="toolkit/losses/step/weights.py",
-        line='return world_size() if gradient_reduction == "mean" else 1',
+        line='return gradient_divisor() if gradient_reduction == "mean" else 1',
         becomes="return 1",
         tests=("tests/test_distributed.py::test_sequence_parallel_equals_one_process",),
     ),
@@ -93,7 +93,7 @@ MUTATIONS = (
     Mutation(
         name="auxiliary-term-forgets-the-world",
         file="toolkit/losses/auxiliary.py",
-        line='factor = world_size() if gradient_reduction == "mean" else 1',
+        line='factor = gradient_divisor() if gradient_reduction == "mean" else 1',
         becomes="factor = 1",
         tests=("tests/models/test_router.py",),
     ),
@@ -476,7 +476,7 @@ MUTATIONS = (
     Mutation(
         name="sum-over-all-ranks-instead-of-the-group",
         file="toolkit/distributed/exchange.py",
-        line="dist.all_reduce(total, group=_counted.get())",
+        line="dist.all_reduce(total, group=counted_group())",
         becomes="dist.all_reduce(total)",
         tests=("tests/losses/test_shared_vocabulary.py",),
     ),

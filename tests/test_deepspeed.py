@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ if importlib.util.find_spec("deepspeed") is None:
 from tests.models.heads import head_variant
 from tests.processes import run_processes
 from tests.test_sharded import CFG, MAX_NORM, STEPS, batch, micro_batches, optimizer_of, train
+from toolkit.distributed import from_accelerate
 from toolkit.errors import ConfigError, LaunchError
 from toolkit.models.policy import Policy
 from toolkit.testing.evaluation import alone
@@ -30,7 +32,9 @@ TOLERANCE = 1e-5
 """DeepSpeed computes norms, updates and optimizer states in fp32, whatever the weights are."""
 
 
-def initialized(module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, stage: int, **settings: Any) -> Any:
+def initialized(
+    module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, stage: int, *, mpu: Any = None, **settings: Any
+) -> Any:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
     import deepspeed
 
@@ -40,7 +44,7 @@ def initialized(module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, 
         "zero_allow_untested_optimizer": True,
         **settings,
     }
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)[0]
 
 
 def full_gradient(parameter: Any) -> Tensor:
@@ -94,14 +98,17 @@ def test_three_steps_are_those_of_one_process(stage: int, number: int, kind: str
     run_processes(2, three_steps, stage, number, kind)
 
 
-def probe(rank: int, world: int, stage: int, steps: int, scale_wrt_gas: bool) -> float:
+def probe(
+    rank: int, world: int, stage: int, steps: int, scale_wrt_gas: bool, *, mpu: Any = None, sp_mesh: Any = None
+) -> float:
     engine: Any = None
     micro_batch = 0
 
     def wrap(module: nn.Module) -> Any:
         nonlocal engine
         settings = {"gradient_accumulation_steps": steps}
-        engine = initialized(module, torch.optim.SGD(module.parameters(), lr=1.0), rank, stage, **settings)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        engine = initialized(module, optimizer, rank, stage, mpu=mpu, **settings)
         return engine
 
     def backward(loss: Tensor) -> None:
@@ -110,7 +117,7 @@ def probe(rank: int, world: int, stage: int, steps: int, scale_wrt_gas: bool) ->
         engine.set_gradient_accumulation_boundary(micro_batch == 3)  # of the probe's three
         engine.backward(loss, scale_wrt_gas=scale_wrt_gas)
 
-    return check_gradient_scale(backward, wrap, gradient=lambda _: full_gradient(engine.module.weight))
+    return check_gradient_scale(backward, wrap, gradient=lambda _: full_gradient(engine.module.weight), sp_mesh=sp_mesh)
 
 
 def probes(rank: int, world: int) -> None:
@@ -123,6 +130,37 @@ def probes(rank: int, world: int) -> None:
 
 def test_probe_finds_the_division_by_accumulation_steps() -> None:
     run_processes(2, probes)
+
+
+def sequence_parallel(rank: int, world: int, size: int) -> None:
+    """ZeRO sums over the ranks that share a sequence, and averages over the others: from_accelerate knows it."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp as mpu
+    from deepspeed.utils import groups
+
+    accelerator = SimpleNamespace(
+        parallelism_config=SimpleNamespace(sp_size=size), distributed_type="DEEPSPEED", num_processes=world
+    )
+    with pytest.raises(ConfigError, match="call from_accelerate after accelerator"):
+        from_accelerate(accelerator)
+    deepspeed.init_distributed("gloo")
+    mpu.initialize_sequence_parallel(size)
+    groups.mpu = mpu  # as deepspeed.initialize will do; the probe's engine comes after its kwargs
+    found = from_accelerate(accelerator)
+    assert found.sp_mesh is not None
+    assert found.divisor == world // size
+    assert found.sp_mesh.size() == size
+    for stage in (0, 1, 2):
+        with found.counting():
+            assert probe(rank, world, stage, 1, True, mpu=mpu, sp_mesh=found.sp_mesh) == pytest.approx(1, abs=1e-6)
+        with pytest.raises(LaunchError, match=f"are {size} times .* {size} ranks share a sequence"):
+            probe(rank, world, stage, 1, True, mpu=mpu, sp_mesh=found.sp_mesh)
+
+
+@pytest.mark.parametrize(("world", "size"), [(2, 2), (4, 2)])
+def test_ulysses_groups_and_what_they_average(world: int, size: int) -> None:
+    run_processes(world, sequence_parallel, size)
 
 
 def zero_3(rank: int, world: int) -> None:

@@ -22,9 +22,11 @@ from toolkit.distributed.exchange import (
     reduce_metrics,
 )
 from toolkit.distributed.launch_check import check_world_size
+from toolkit.distributed.parallelism import Parallelism, from_accelerate
 from toolkit.distributed.sequence import SequenceMesh, sp_gather, sp_split
 
 __all__ = [
+    "Parallelism",
     "SequenceMesh",
     "all_gather_objects",
     "all_gather_ragged",
@@ -36,6 +38,7 @@ __all__ = [
     "counted_with",
     "counting_as_before",
     "counting_over",
+    "from_accelerate",
     "gradient_divisor",
     "rank",
     "rank_of",

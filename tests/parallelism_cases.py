@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import random
 import sys
@@ -112,7 +113,10 @@ def accelerator_of(sizes: dict[str, int]) -> Any:
 
 def parallelism_of(sizes: dict[str, int]) -> Parallelism:
     with pretended_deepspeed(sizes["sp"]) if "sp" in sizes else contextlib.nullcontext():
-        return from_accelerate(accelerator_of(sizes))
+        made = from_accelerate(accelerator_of(sizes))
+    # FSDP averages over data and context parallelism; DeepSpeed sums over a sequence and averages over the rest.
+    assert made.divisor == math.prod(size for name, size in sizes.items() if name not in ("sp", "tp"))
+    return made
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
 from collections.abc import Callable
@@ -13,12 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, ParallelismConfig
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from accelerate import Accelerator
 from torch.distributed.tensor.experimental import context_parallel
 
 from tests.conftest import random_item
@@ -30,13 +24,9 @@ from toolkit.distributed import Parallelism, SequenceMesh, counting_over, from_a
 from toolkit.distributed.counting import gradient_divisor
 from toolkit.distributed.sequence import sp_joined
 from toolkit.errors import ConfigError, DataError, LaunchError
-from toolkit.metrics import unsharded
 from toolkit.testing import processes
-from toolkit.testing.evaluation import alone
-from toolkit.training.probe import check_gradient_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-CLOSE = {"rtol": 1e-12, "atol": 1e-15}
 
 
 # -------------------------------------------------------------------- the order of shards
@@ -111,7 +101,7 @@ def wide_item() -> RLLossContextInputItem:
 def head_tail_with_torch(rank: int, world: int) -> None:
     """What torch's context_parallel does to the buffers of an item is what `sp_split` gives."""
     torch.manual_seed(3)
-    item, before = wide_item(), wide_item
+    item = wide_item()
     sp_mesh = parallelism_of({"cp": world}).sp_mesh
     assert sp_mesh is not None
     assert (sp_mesh.order, sp_mesh.is_packable) == ("head_tail", False)
@@ -126,7 +116,6 @@ def head_tail_with_torch(rank: int, world: int) -> None:
     for name, value in kept.items():
         assert torch.equal(getattr(item, name), value), name
         assert torch.equal(getattr(copy, name), value), name
-    assert before is wide_item
 
     values, weights = torch.randn(2, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
     shard = sp_split(values, sp_mesh, pad=0.0).requires_grad_()
@@ -231,181 +220,6 @@ def test_deepspeed_is_missing_or_not_prepared(monkeypatch: pytest.MonkeyPatch) -
         from_accelerate(accelerator("DEEPSPEED", {"sp": 2}))
 
 
-# -------------------------------------------------------------------- the probe under each combination
-
-
-class SplitVocabulary(nn.Module):
-    """A module whose head, [2, P], is split over the ranks of a mesh."""
-
-    def __init__(self, module: nn.Module, mesh: Any) -> None:
-        super().__init__()
-        self.module = module
-        module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(0)]))
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
-
-
-class Summed(nn.Module):
-    """Sums gradients over all ranks and divides them, as DeepSpeed's ZeRO does."""
-
-    def __init__(self, module: nn.Module, divisor: int) -> None:
-        super().__init__()
-        self.module = module
-        self.divisor = divisor
-        self.is_last = True
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad)
-        return parameter.grad / self.divisor
-
-
-def as_accelerate_wraps(module: nn.Module, sizes: dict[str, int], found: Parallelism, mesh: Any) -> nn.Module:
-    """Wrap as accelerate's FSDP 2 does: a split head first, then shards over its joint mesh."""
-    wrapped = module if found.tp_mesh is None else SplitVocabulary(module, found.tp_mesh)
-    if set(sizes) == {"tp"}:
-        return wrapped
-    names = ["dp_replicate"] * ("dp_replicate" in sizes) + ["dp_shard_cp"]
-    return fully_shard(wrapped, mesh=mesh[tuple(names)])
-
-
-def probe(rank: int, world: int) -> None:
-    for sizes in (*SIZES[world], {"dp_shard": world}):
-        with parallelism_of(sizes).counting():
-            probe_one(sizes)
-
-
-def probe_one(sizes: dict[str, int]) -> None:
-    found = parallelism_of(sizes)
-    if "sp" in sizes:
-        loops = [Summed(nn.Module(), divisor) for divisor in (found.divisor, dist.get_world_size())]
-        right, averaged = (functools.partial(summed_probe, found, loop) for loop in loops)
-        assert right() == pytest.approx(1, abs=1e-6)
-        with pytest.raises(LaunchError, match="ranks share a sequence"):
-            averaged()
-        with counting_over(None), pytest.raises(LaunchError, match=r"counted twice; .*DeepSpeed sums: .*divisor"):
-            right()
-        return
-    mesh = accelerator_of(sizes).torch_device_mesh
-    wrap = functools.partial(as_accelerate_wraps, sizes=sizes, found=found, mesh=mesh)
-    assert check_gradient_scale(wrap=wrap, sp_mesh=found.sp_mesh) == pytest.approx(1, abs=1e-6), sizes
-    with (
-        counting_over(found.counting_group, divisor=2 * found.divisor),
-        pytest.raises(LaunchError, match="are 2 times"),
-    ):
-        check_gradient_scale(wrap=wrap, sp_mesh=found.sp_mesh)
-    if found.tp_mesh is not None:
-        with counting_over(None), pytest.raises(DataError, match="each counts the same tokens"):
-            check_gradient_scale(wrap=wrap, sp_mesh=found.sp_mesh)
-
-
-def summed_probe(found: Parallelism, loop: Summed) -> float:
-    def wrap(module: nn.Module) -> nn.Module:
-        loop.module = module
-        return loop
-
-    return check_gradient_scale(wrap=wrap, gradient=loop.gradient, sp_mesh=found.sp_mesh)
-
-
-# -------------------------------------------------------------------- accelerate itself
-
-CFG = GRPOLossConfig(
-    policy_loss_cfg={"loss_type": "gspo"}, aggregation="seq_mean_token_mean", mode="chunk", chunk_size=3
-)
-
-
-PREPARED: dict[int, tuple[dict[str, int], ...]] = {
-    2: ({"dp_shard": 2}, {"cp": 2}),
-    4: ({"dp_shard": 2, "cp": 2}, {"dp_replicate": 2, "dp_shard": 2}),
-}
-"""Layouts that accelerate prepares here; with tp it asks transformers for a class that 5.23 does not have."""
-
-
-class Tiny(nn.Module):
-    """A model without attention, so a position is computed alike wherever it is; the loss is in its forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 4)
-        self.trunk = nn.Linear(4, 4)
-        self.head = nn.Linear(4, 11, bias=False)
-
-    def forward(self, ids: Tensor, context: Any) -> Tensor:
-        return context.forward(self.trunk(self.embedding(ids)).tanh(), self.head.weight)[0]
-
-
-def tiny() -> Tiny:
-    torch.manual_seed(5)
-    return Tiny().double()
-
-
-def accelerator_on_cpu(sizes: dict[str, int]) -> Accelerator:
-    """An Accelerator with a ParallelismConfig on CPU, which it would refuse if it knew: it is told of GPUs."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    config = ParallelismConfig(**{f"{name}_size": size for name, size in sizes.items()})
-    return Accelerator(cpu=True, parallelism_config=config, fsdp_plugin=plugin)
-
-
-def data_of(team: int) -> tuple[Tensor, RLLossContextInputItem]:
-    torch.manual_seed(10 + team)
-    return torch.randint(0, 11, (2, 8)), random_item((2, 8))
-
-
-def gradients_alone(teams: int) -> dict[str, Tensor]:
-    """Of all batches in one process."""
-    model = tiny()
-    with alone():
-        batches = [data_of(team) for team in range(teams)]
-        kwargs = CFG.loss_ctx_cls.build_batches_loss_kwargs([item for _, item in batches], CFG)
-        for (ids, _), own in zip(batches, kwargs, strict=True):
-            model(ids, CFG.loss_ctx_cls(CFG, own)).backward()
-    return {name: own.grad for name, own in model.named_parameters() if own.grad is not None}
-
-
-def through_accelerate(rank: int, world: int) -> None:
-    for sizes in (
-        ({"dp_shard": 2}, {"cp": 2}) if world == 2 else ({"dp_shard": 2, "cp": 2}, {"dp_replicate": 2, "dp_shard": 2})
-    ):
-        one_accelerator(rank, sizes, is_split_by_torch=False)
-        one_accelerator(rank, sizes, is_split_by_torch=True)
-
-
-def one_accelerator(rank: int, sizes: dict[str, int], *, is_split_by_torch: bool) -> None:
-    own = accelerator_on_cpu(sizes)
-    model = tiny()
-    model, _ = own.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
-    found = from_accelerate(own)
-    shards = sizes.get("cp", 1)
-    teams, team = dist.get_world_size() // shards, rank // shards
-    exact = gradients_alone(teams)
-    ids, item = data_of(team)
-    cp_item, buffers, dims = item.cp_buffers()
-    if not is_split_by_torch:
-        buffers, dims, cp_item = [], [], item.sp_split(found.sp_mesh)
-    with found.counting(), own.maybe_context_parallel(buffers=[ids, *buffers], buffer_seq_dims=[1, *dims]):
-        (kwargs,) = CFG.loss_ctx_cls.build_batches_loss_kwargs([cp_item], CFG, sp_mesh=found.sp_mesh)
-        own.backward(model(ids, CFG.loss_ctx_cls(CFG, kwargs)))
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(unsharded(parameter.grad), exact[name], **CLOSE)
-
-    def wrap(module: nn.Module) -> Any:
-        own._models.clear()
-        return own.prepare(module, torch.optim.SGD(module.parameters(), lr=1.0))[0]
-
-    with found.counting():
-        assert check_gradient_scale(own.backward, wrap, sp_mesh=found.sp_mesh) == pytest.approx(1, abs=1e-6)
-
-
 # -------------------------------------------------------------------- tests with processes
 
 
@@ -414,20 +228,12 @@ def two(rank: int, world: int) -> None:
     without_a_config(rank, world)
     head_tail_with_torch(rank, world)
     packed_rows(rank, world)
-    probe(rank, world)
-    through_accelerate(rank, world)
-
-
-def four(rank: int, world: int) -> None:
-    read_from_accelerate(rank, world)
-    probe(rank, world)
-    through_accelerate(rank, world)
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "function"), [(2, two), (4, four)])
-def test_what_is_read_split_and_averaged(world: int, function: Callable[..., None]) -> None:
+@pytest.mark.parametrize(("world", "function"), [(2, two), (4, read_from_accelerate)])
+def test_what_is_read_and_split(world: int, function: Callable[..., None]) -> None:
     run_processes(world, function)
 
 
@@ -445,6 +251,7 @@ def test_some_losses_under_each_layout_of_two_processes() -> None:
     assert not processes.run_processes(2, worker, quick_cases())
 
 
+@pytest.mark.slow
 def test_the_sample_meets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FULL, raising=False)
     for world in SIZES:

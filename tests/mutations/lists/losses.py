@@ -501,6 +501,41 @@ MUTATIONS = (
         becomes='at_least += [(f"{name}={number}", number) for name, number in highest if number is not None]',
         tests=("tests/training/test_probe.py::test_processes_that_did_not_find_each_other",),
     ),
+    Mutation(
+        name="tails-in-the-order-of-heads",
+        file="toolkit/distributed/sequence.py",
+        line="return torch.cat([*heads, *tails[::-1]], dim=dim)",
+        becomes="return torch.cat([*heads, *tails], dim=dim)",
+        tests=("tests/test_parallelism.py::test_joined_shards_are_the_row",),
+    ),
+    Mutation(
+        name="contiguous-shards-for-head-tail-order",
+        file="toolkit/distributed/sequence.py",
+        line="return torch.cat([pieces[index], pieces[-1 - index]], dim=dim) if length else values",
+        becomes="return torch.cat([pieces[2 * index], pieces[2 * index + 1]], dim=dim) if length else values",
+        tests=("tests/test_parallelism.py::test_head_tail_order_by_hand",),
+    ),
+    Mutation(
+        name="divisor-of-the-back-end-ignored",
+        file="toolkit/distributed/counting.py",
+        line="return world_size() if counted is None or counted.divisor is None else counted.divisor",
+        becomes="return world_size()",
+        tests=("tests/test_parallelism.py::test_the_divisor_of_a_back_end",),
+    ),
+    Mutation(
+        name="shards-joined-as-if-contiguous",
+        file="toolkit/losses/step/sequence_parallel.py",
+        line="changes[index][name] = sp_joined(shards, sp_mesh)",
+        becomes="changes[index][name] = torch.cat(shards, -1)",
+        tests=("tests/test_parallelism.py::test_some_losses_under_each_layout_of_two_processes",),
+    ),
+    Mutation(
+        name="deepspeed-taken-to-average-over-a-sequence",
+        file="toolkit/distributed/parallelism.py",
+        line='return Parallelism(divisor=accelerator.num_processes // sizes["sp"], sp_mesh=sp_mesh)',
+        becomes="return Parallelism(divisor=accelerator.num_processes, sp_mesh=sp_mesh)",
+        tests=("tests/test_parallelism.py::test_some_losses_under_each_layout_of_two_processes",),
+    ),
     # ---------------------------------------------------------------- the test of layouts
     Mutation(
         name="layouts-compared-loosely",

@@ -59,7 +59,7 @@ def order_of(sp_mesh: SPMesh) -> Order:
 
 
 def multiple_of(sp_mesh: SPMesh) -> int:
-    """Return what the length of a row must be a multiple of, so that every rank gets the same number of positions."""
+    """Return what the length of a row must be a multiple of, so every rank gets the same number of positions."""
     return sp_mesh.size() * (2 if order_of(sp_mesh) == "head_tail" else 1)
 
 

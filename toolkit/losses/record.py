@@ -163,9 +163,9 @@ class TensorRecord(Model):
     def cp_buffers(self) -> tuple[Self, list[Tensor], list[int]]:
         """Return a copy, its per-token tensors, and their token axes: for ``accelerator.maybe_context_parallel``.
 
-        Inside that context the copy holds this rank's shards, because the tensors are changed in place; this record
-        keeps its own. Build the kwargs there, with the `sp_mesh` of `toolkit.distributed.from_accelerate`. Outside of
-        it, `sp_split` gives the same shards.
+        The tensors are [B, T] or [B, T, K]; the axes are counted from the front. Inside that context the copy holds
+        this rank's shards, because the tensors are changed in place; this record keeps its own. Build the kwargs there,
+        with the `sp_mesh` of `toolkit.distributed.from_accelerate`. Outside of it, `sp_split` gives the same shards.
         """
         # In their own memory: a value of a row that is expanded over its positions cannot be resized.
         copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value, _ in self.per_token()}

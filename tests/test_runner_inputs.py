@@ -365,8 +365,8 @@ def test_terms_may_be_a_tuple_in_the_body_of_a_config(hidden: Tensor, head: torc
 
 
 def test_two_threads_count_over_their_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda group: 8 if group is None else group)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 8 if group is None else group)
     both_inside, counted = threading.Barrier(2), {}
 
     def count(group: int) -> None:

@@ -14,9 +14,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.distributed import world_size
+from toolkit.distributed import gradient_divisor
+from toolkit.distributed.sequence import SPMesh
 from toolkit.errors import ConfigError, DataError
 from toolkit.losses.step.totals import Counts, exchange_counts
 from toolkit.losses.step.weights import counts_here
@@ -27,7 +27,7 @@ def auxiliary_weights(
     num_tokens: Sequence[Tensor | int],
     *,
     gradient_reduction: Literal["mean", "sum"] = "mean",
-    sp_mesh: DeviceMesh | None = None,
+    sp_mesh: SPMesh | None = None,
 ) -> list[Tensor]:
     """Return the factor of each micro-batch's term: ``n_m / N``, times R where the back-end averages over R ranks.
 
@@ -67,7 +67,7 @@ def auxiliary_weights(
     devices = [value.device for value in num_tokens if isinstance(value, Tensor)]
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     total = exchange_counts(count, num_numbers=1, has_tables=False, device=device).numbers[0].clamp(min=1)
-    factor = world_size() if gradient_reduction == "mean" else 1
+    factor = gradient_divisor() if gradient_reduction == "mean" else 1
     return [tokens.to(device) * factor / total for tokens in counts]
 
 

@@ -260,7 +260,7 @@ class BaseLossContext(KwargsBuilder[ItemT]):
     def _counting(self) -> AbstractContextManager[None]:
         """Count as when the kwargs were built."""
         built = getattr(self.loss_kwargs, "built", None)
-        return counting_as_before(None if built is None else built.group)
+        return counting_as_before(None if built is None else built.counted)
 
     def _check(self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> None:
         if not isinstance(self.loss_kwargs, BaseLossKwargs):

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from toolkit.distributed import counted_group
+from toolkit.distributed import counted_over
+from toolkit.distributed.counting import Counted
 from toolkit.errors import ConfigError, DataError
 from toolkit.functional.segments import NO_SEQUENCE
 from toolkit.losses.record import PerToken, TensorRecord
@@ -27,8 +28,8 @@ class Built:
     """`step_settings` of the config."""
     largest_label: int | None
     """Of the scored positions of the micro-batch; None: not known."""
-    group: Any
-    """Of the `counting_over` in which the step was counted; None: all ranks."""
+    counted: Counted | None
+    """Of the `counting_over` in which the step was counted; None: there was none."""
     versions: Mapping[str, tuple[int, int]]
     """Identity and version of each tensor by name: a change in place gives it another version."""
 
@@ -51,7 +52,7 @@ class BaseLossKwargs(TensorRecord):
     def remember(self, settings: Mapping[str, Any], largest_label: int | None) -> None:
         """Keep what `check_still` compares; called once, when the kwargs are complete."""
         versions = {name: (id(value), value._version) for name, value in self.tensors() if not value.is_inference()}
-        self.__dict__["built"] = Built(settings, largest_label, counted_group(), versions)
+        self.__dict__["built"] = Built(settings, largest_label, counted_over(), versions)
 
     def check_still(self, settings: Mapping[str, Any]) -> int | None:
         """Check that the step is still the one that was built; return its largest label, None if not known.
@@ -78,7 +79,7 @@ class BaseLossKwargs(TensorRecord):
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed, checked like a new record."""
-        known = None if self.built is None else Built(self.built.settings, None, self.built.group, {})
+        known = None if self.built is None else Built(self.built.settings, None, self.built.counted, {})
         return super().replace(**{"built": known, **changes})
 
     def __getattr__(self, name: str) -> Any:

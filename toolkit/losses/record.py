@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.display import html_table
 from toolkit.distributed import sp_split
+from toolkit.distributed.sequence import SPMesh
 from toolkit.errors import ConfigError, DataError, ToolkitError, listed
 from toolkit.schema import Model
 
@@ -142,18 +142,35 @@ class TensorRecord(Model):
         number = max(map(len, pieces.values()), default=1)
         return [self.model_copy(update={name: piece[i] for name, piece in pieces.items()}) for i in range(number)]
 
-    def sp_split(self, sp_mesh: DeviceMesh, *, ignore_idx: int | None = None) -> Self:
+    def sp_split(self, sp_mesh: SPMesh | None, *, ignore_idx: int | None = None) -> Self:
         """Return this rank's shard of every per-token field, each padded with its declared value where needed.
 
         Args:
-            sp_mesh: one-dimensional mesh of the ranks that share a sequence.
+            sp_mesh: one-dimensional mesh of the ranks that share a sequence; None: the record is returned as it is.
             ignore_idx: what pads ``shifted_labels`` when the loss uses another value than -100.
+
+        Raises:
+            DataError: the order of the mesh is "head_tail" and T is not divisible by twice its ranks.
         """
+        if sp_mesh is None:
+            return self
         changes = {}
         for name, value, mark in self.per_token():
             pad = ignore_idx if name == "shifted_labels" and ignore_idx is not None else mark.pad
             changes[name] = sp_split(value, sp_mesh, dim=mark.dim, pad=pad)
         return self.model_copy(update=changes)
+
+    def cp_buffers(self) -> tuple[Self, list[Tensor], list[int]]:
+        """Return a copy, its per-token tensors, and their token axes: for ``accelerator.maybe_context_parallel``.
+
+        The tensors are [B, T] or [B, T, K]; the axes are counted from the front. Inside that context the copy holds
+        this rank's shards, because the tensors are changed in place; this record keeps its own. Build the kwargs there,
+        with the `sp_mesh` of `toolkit.distributed.from_accelerate`. Outside of it, `sp_split` gives the same shards.
+        """
+        # In their own memory: a value of a row that is expanded over its positions cannot be resized.
+        copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value, _ in self.per_token()}
+        dims = [value.dim() + mark.dim for _, value, mark in self.per_token()]
+        return self.model_copy(update=copies), list(copies.values()), dims
 
     def __delattr__(self, name: str) -> None:
         raise self.error_class(f"{type(self).__name__}.{name} cannot be deleted: a {type(self).__name__} is immutable")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from toolkit.distributed import PACKET
+from toolkit.distributed.exchange import PACKET
 from toolkit.losses.step.totals import ROOM, numbers_exchanged
 from toolkit.scale.collectives import Collective
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from toolkit.distributed import all_reduce_sum, rank, reduce_metrics, world_size
+from toolkit.distributed import all_reduce_sum, gradient_divisor, rank, reduce_metrics, world_size
+from toolkit.distributed.sequence import Order, SequenceMesh, SPMesh
 from toolkit.errors import ConfigError
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.samples import Batch
@@ -58,13 +59,16 @@ def toolkit_loop(part: Part) -> tuple[Tensor, dict[str, Metric]]:
         total = total + loss.detach()
         parts.append(metrics_in(extra))
     part.reduce_gradients()
-    factor = world_size() if cfg.gradient_reduction == "mean" else 1
+    factor = gradient_divisor() if cfg.gradient_reduction == "mean" else 1
     return all_reduce_sum(total) / factor, reduce_metrics(merge_metrics(parts))
 
 
-def mesh_of(shards: int) -> DeviceMesh | None:
+def mesh_of(shards: int, order: Order = "contiguous") -> SPMesh | None:
     """Return the mesh of the processes that share a sequence with this one; None: there are no others."""
-    return None if shards == 1 else _mesh_in(dist.group.WORLD, shards)
+    if shards == 1:
+        return None
+    mesh = _mesh_in(dist.group.WORLD, shards)
+    return mesh if order == "contiguous" else SequenceMesh(mesh.get_group(), order)
 
 
 @functools.cache
@@ -86,14 +90,17 @@ def in_mode(cfg: BaseLossConfig, mode: str) -> BaseLossConfig:
     return type(cfg)(**{**settings, "mode": mode, "chunk_size": size})
 
 
-def evaluate(batch: Batch, cfg: BaseLossConfig, layout: Layout, loop: Loop) -> Result:
+def evaluate(batch: Batch, cfg: BaseLossConfig, layout: Layout, loop: Loop, *, sp_mesh: SPMesh | None = None) -> Result:
     """Run `loop` on the step in this layout and return its result; all processes must call it together.
+
+    `sp_mesh`: the processes that share a sequence; None: neighbours do.
 
     Raises:
         ConfigError: the loop did not return a loss and metrics.
     """
     mode_cfg = in_mode(cfg, layout.mode)
-    part = part_of(batch, mode_cfg, layout, rank() // layout.sequence_parallel, mesh_of(layout.sequence_parallel))
+    sp_mesh = mesh_of(layout.sequence_parallel, layout.order) if sp_mesh is None else sp_mesh
+    part = part_of(batch, mode_cfg, layout, rank() // layout.sequence_parallel, sp_mesh)
     returned = loop(part)
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise ConfigError(f"the loop returned {type(returned).__name__}; return (loss, metrics), either may be None")
@@ -143,7 +150,7 @@ def hidden_gradient(batch: Batch, part: Part) -> Tensor:
         is_real = (index != NOWHERE).reshape(-1)
         rows.index_add_(0, index.reshape(-1)[is_real], _of(leaf).double().reshape(-1, width)[is_real])
     total = all_reduce_sum(full_gradient)
-    return total / world_size() if part.loss_cfg.gradient_reduction == "mean" else total
+    return total / gradient_divisor() if part.loss_cfg.gradient_reduction == "mean" else total
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.distributed import all_reduce_sum, sp_split, world_size
+from toolkit.distributed import all_reduce_sum, gradient_divisor, sp_split
+from toolkit.distributed.sequence import Order, SPMesh, multiple_of, padded
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.items import LossContextInputItem
@@ -38,6 +38,8 @@ class Layout:
     """Sequences side by side in one row with ``cu_seq_lens``, instead of padded rows."""
     mode: str = "eager"
     """Of the loss."""
+    order: Order = "contiguous"
+    """Of the shards of a sequence, see `toolkit.distributed.SequenceMesh`."""
 
     @property
     def data_parallel(self) -> int:
@@ -54,7 +56,8 @@ class Layout:
         if self.processes > 1 and self.micro_batches > 1:
             words[1] += " each"
         if self.sequence_parallel > 1:
-            words.append(f"{self.sequence_parallel} of them share each sequence")
+            order = " in head-tail order" if self.order == "head_tail" else ""
+            words.append(f"{self.sequence_parallel} of them share each sequence{order}")
         return ", ".join([*words, "packed" if self.is_packed else "padded", self.mode])
 
 
@@ -100,7 +103,7 @@ class Part:
     """[V], a leaf."""
     cu_seq_lens_list: list[Tensor | None] | None
     """[S + 1] boundaries of each packed row, over all its shards; None: every row is a sequence."""
-    sp_mesh: DeviceMesh | None
+    sp_mesh: SPMesh | None
     """The processes that share a sequence with this one."""
     flat_indices: list[Tensor] = field(default_factory=list, repr=False)
     """For each micro-batch the index of every position in the flattened full batch; `NOWHERE` for padding."""
@@ -117,10 +120,10 @@ class Part:
                 leaf.grad = torch.zeros_like(leaf)
             leaf.grad = all_reduce_sum(leaf.grad)
             if self.loss_cfg.gradient_reduction == "mean":
-                leaf.grad /= world_size()
+                leaf.grad /= gradient_divisor()
 
 
-def part_of(batch: Batch, cfg: BaseLossConfig, layout: Layout, team: int, sp_mesh: DeviceMesh | None) -> Part:
+def part_of(batch: Batch, cfg: BaseLossConfig, layout: Layout, team: int, sp_mesh: SPMesh | None) -> Part:
     """Return what a process holds: part number `team` of ``layout.data_parallel``, which the `sp_mesh` shares.
 
     `cfg` is in the mode of the layout.
@@ -131,6 +134,8 @@ def part_of(batch: Batch, cfg: BaseLossConfig, layout: Layout, team: int, sp_mes
     for rows in rows_of_batches:
         item, hidden, index, edges = _micro_batch(batch, cfg, rows, is_packed=layout.is_packed)
         if sp_mesh is not None:
+            if layout.order == "head_tail":  # as a collator does that pads to a multiple
+                item, hidden, index = _padded(item, hidden, index, multiple_of(sp_mesh), batch.garbage, cfg.ignore_idx)
             item = item.sp_split(sp_mesh, ignore_idx=cfg.ignore_idx)
             hidden = sp_split(hidden, sp_mesh, dim=-2, pad=batch.garbage)
             index = sp_split(index, sp_mesh, pad=NOWHERE)
@@ -141,6 +146,18 @@ def part_of(batch: Batch, cfg: BaseLossConfig, layout: Layout, team: int, sp_mes
     bias = None if batch.head_bias is None else batch.head_bias.detach().clone().requires_grad_()
     weight = batch.head_weight.detach().clone().requires_grad_()
     return Part(cfg, items, states, weight, bias, bounds if layout.is_packed else None, sp_mesh, flat_indices)
+
+
+def _padded(
+    item: LossContextInputItem, hidden: Tensor, index: Tensor, multiple: int, garbage: float, ignore_idx: int
+) -> tuple[LossContextInputItem, Tensor, Tensor]:
+    """Return item, hidden states and indices with positions added at the end, up to a multiple."""
+    changes = {
+        name: padded(value, multiple, dim=mark.dim, pad=ignore_idx if name == "shifted_labels" else mark.pad)
+        for name, value, mark in item.per_token()
+    }
+    hidden, index = padded(hidden, multiple, dim=-2, pad=garbage), padded(index, multiple, pad=NOWHERE)
+    return item.replace(**changes), hidden, index
 
 
 def counts_empty(cfg: BaseLossConfig) -> bool:

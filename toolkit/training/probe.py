@@ -19,10 +19,11 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import all_gather_objects, rank, reduce_metrics, sp_split, world_size
+from toolkit.distributed.sequence import SPMesh, multiple_of, padded
 from toolkit.errors import ConfigError, LaunchError
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.config.ce import CELossConfig
@@ -72,7 +73,7 @@ def check_gradient_scale(
     scaler: Any | None = None,
     gradient: Callable[[nn.Parameter], Tensor] | None = None,
     loss_cfg: BaseLossConfig | None = None,
-    sp_mesh: DeviceMesh | None = None,
+    sp_mesh: SPMesh | None = None,
     device: torch.device | str = "cpu",
 ) -> float:
     """Send a known gradient through the functions of your loop; return its factor, and raise if that is not 1.
@@ -135,7 +136,7 @@ def _probe_cfg(loss_cfg: Any) -> CELossConfig:
     return CELossConfig(gradient_reduction=loss_cfg.gradient_reduction)
 
 
-def _batch(loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None, device: torch.device) -> Batch:
+def _batch(loss_cfg: CELossConfig, sp_mesh: SPMesh | None, device: torch.device) -> Batch:
     """Return this rank's tokens; the ranks of a mesh share the same tokens, and each has its shard of them."""
     leaders = all_gather_objects(_leader(sp_mesh))
     local_data_rank = sorted(set(leaders)).index(_leader(sp_mesh))
@@ -152,16 +153,18 @@ def _batch(loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None, device: torch.dev
         hidden[..., 2 * index + local_data_rank % 2] = MARK
         labels = torch.zeros(1, length, dtype=torch.int64, device=device)
         if sp_mesh is not None:
-            hidden = sp_split(hidden, sp_mesh, dim=1, pad=0.0)
+            multiple = multiple_of(sp_mesh)
+            hidden = sp_split(padded(hidden, multiple, dim=1, pad=0.0), sp_mesh, dim=1, pad=0.0)
+            labels = padded(labels, multiple, pad=loss_cfg.ignore_idx)
             labels = sp_split(labels, sp_mesh, pad=loss_cfg.ignore_idx)
         states.append(hidden)
         items.append(CELossContextInputItem(shifted_labels=labels))
     return Batch(states, items, counts)
 
 
-def _leader(sp_mesh: DeviceMesh | None) -> int:
+def _leader(sp_mesh: SPMesh | None) -> int:
     """Return the first of the ranks that share a sequence."""
-    return rank() if sp_mesh is None else int(sp_mesh.mesh.flatten()[0])
+    return rank() if sp_mesh is None else dist.get_process_group_ranks(sp_mesh.get_group())[0]
 
 
 def _lengths(data_rank: int, number: int) -> list[int]:
@@ -179,7 +182,7 @@ def _unscale(scaler: Any, parameter: nn.Parameter) -> None:
 
 
 def _judged(
-    grad: Tensor, counts: list[int], loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None, scaler: Any | None
+    grad: Tensor, counts: list[int], loss_cfg: CELossConfig, sp_mesh: SPMesh | None, scaler: Any | None
 ) -> float:
     """Return the factor if it is 1 for every origin and on every rank."""
     num_origins = len(counts)
@@ -213,7 +216,7 @@ def _judged(
 
 
 def _verdict(
-    factors: Tensor, origins: Tensor, num_tokens: Tensor, loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None
+    factors: Tensor, origins: Tensor, num_tokens: Tensor, loss_cfg: CELossConfig, sp_mesh: SPMesh | None
 ) -> str:
     """Return the message: the wrong factor and its likely cause."""
     low, high = float(factors.min()), float(factors.max())
@@ -227,7 +230,7 @@ def _verdict(
     )
 
 
-def _cause_of_factor(factor: float, loss_cfg: CELossConfig, sp_mesh: DeviceMesh | None) -> str:
+def _cause_of_factor(factor: float, loss_cfg: CELossConfig, sp_mesh: SPMesh | None) -> str:
     """Name what multiplies every gradient by `factor`."""
     number, shards = world_size(), 1 if sp_mesh is None else sp_mesh.size()
     causes = []
@@ -246,7 +249,8 @@ def _cause_of_factor(factor: float, loss_cfg: CELossConfig, sp_mesh: DeviceMesh 
     if shards > 1 and (_is_near(factor, shards) or _is_near(factor, 1 / shards)):
         causes.append(
             f"{shards} ranks share a sequence (sp_mesh): their parts are {'counted' if factor > 1 else 'divided'} "
-            "twice; the loss needs one exchange over all ranks, including those of the mesh"
+            "twice; the loss needs one exchange over all ranks, including those of the mesh, and a back-end that "
+            "averages over them (DeepSpeed sums: toolkit.distributed.from_accelerate, or counting_over with divisor)"
         )
     steps = round(1 / factor) if 0 < factor < 1 else 0
     if steps > 1 and _is_near(factor, 1 / steps):

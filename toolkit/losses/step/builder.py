@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from toolkit.distributed.sequence import SPMesh
 from toolkit.errors import ConfigError, DataError, did_you_mean
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.items import LossContextInputItem, RLLossContextInputItem
@@ -38,7 +38,7 @@ class KwargsBuilder(Generic[ItemT]):
         data_batches: list[ItemT],
         loss_cfg: Any,
         cu_seq_lens_list: Sequence[Tensor | None] | None = None,
-        sp_mesh: DeviceMesh | None = None,
+        sp_mesh: SPMesh | None = None,
     ) -> list[Any]:
         """Return the kwargs of every micro-batch of one optimizer step; every rank must call it together.
 

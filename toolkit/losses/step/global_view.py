@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import all_gather_objects, rank, rank_of
+from toolkit.distributed.sequence import SPMesh
 from toolkit.errors import DataError
 from toolkit.functional.segments import NO_SEQUENCE
 from toolkit.head import TokenScores
@@ -44,7 +44,7 @@ class GlobalView:
 
     kwargs: Any
     """`GRPOLossKwargs` of [N] tokens."""
-    sp_mesh: DeviceMesh | None
+    sp_mesh: SPMesh | None
     """The ranks with the others' log-probabilities; None: they are in ``kwargs.current_logprobs``."""
     reports: bool
     """Whether this rank (and micro-batch) reports the metrics of the loss: only one does."""
@@ -106,7 +106,7 @@ def emptied(metrics: dict[str, Metric]) -> dict[str, Metric]:
 
 
 def with_global_views(
-    batches: list[GRPOLossKwargs], cfg: BaseRLLossConfig, sp_mesh: DeviceMesh | None, *, is_step_wide: bool
+    batches: list[GRPOLossKwargs], cfg: BaseRLLossConfig, sp_mesh: SPMesh | None, *, is_step_wide: bool
 ) -> list[GRPOLossKwargs]:
     """Return the kwargs of whole rows with a `GlobalView` each, if the tokens that their loss looks at are spread.
 
@@ -153,9 +153,7 @@ def _from_zero(group_ids: Tensor | None) -> Tensor | None:
 # -------------------------------------------------------------------- the whole step
 
 
-def _step(
-    parts: Sequence[GRPOLossKwargs], sp_mesh: DeviceMesh | None
-) -> tuple[GRPOLossKwargs | None, list[Tensor], int]:
+def _step(parts: Sequence[GRPOLossKwargs], sp_mesh: SPMesh | None) -> tuple[GRPOLossKwargs | None, list[Tensor], int]:
     """Return all tokens of the step in an order that does not depend on the layout, and where to find each micro-batch.
 
     The order is by content: a loss that draws tokens at random must draw the same ones however the step is split.

@@ -16,9 +16,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import collective_device
+from toolkit.distributed.sequence import SequenceMesh, SPMesh, sp_joined
 from toolkit.errors import DataError
 from toolkit.losses.items import LossContextInputItem
 from toolkit.losses.step.totals import rejected_elsewhere
@@ -27,7 +27,9 @@ ItemT = TypeVar("ItemT", bound=LossContextInputItem)
 
 
 def local_and_full_items(
-    checked: Callable[[], list[ItemT]], sp_mesh: DeviceMesh | None
+    checked: Callable[[], list[ItemT]],
+    sp_mesh: SPMesh | None,
+    cu_seq_lens_list: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[ItemT], list[ItemT]]:
     """Return this rank's items, and the same over whole rows [B, T]; all ranks of the mesh must call it together.
 
@@ -37,19 +39,38 @@ def local_and_full_items(
 
     Raises:
         DataError: the ranks differ in the number of micro-batches, their shapes, or their fields; or the items of
-            another rank of the mesh are invalid.
+            another rank of the mesh are invalid; or a row of `cu_seq_lens_list`, [S + 1] boundaries each, has several
+            sequences that attention would mix.
     """
     if sp_mesh is None:
         items = checked()
         return items, items
     try:
+        _check_packable(cu_seq_lens_list or (), sp_mesh)
         items, error = checked(), None
     except Exception as caught:  # of any type: the other ranks must know of it before it is raised
         items, error = [], caught
     return items, _full_items(items, error, sp_mesh)
 
 
-def _full_items(items: Sequence[ItemT], error: Exception | None, sp_mesh: DeviceMesh) -> list[ItemT]:
+def _check_packable(cu_seq_lens_list: Sequence[Tensor | None], sp_mesh: SPMesh | None) -> None:
+    """Raise if a row has several sequences, [S + 1] boundaries each, and the attention of `sp_mesh` mixes them.
+
+    Raises:
+        DataError: it does.
+    """
+    if not isinstance(sp_mesh, SequenceMesh) or sp_mesh.is_packable:
+        return
+    for index, bounds in enumerate(cu_seq_lens_list):
+        if bounds is not None and len(bounds) > 2:
+            raise DataError(
+                f"cu_seq_lens_list[{index}] has {len(bounds) - 1} sequences in a row, but accelerate's context "
+                "parallelism replaces the attention mask by a causal one, so each would see those before it; give one "
+                "sequence for each row, padded on the right"
+            )
+
+
+def _full_items(items: Sequence[ItemT], error: Exception | None, sp_mesh: SPMesh) -> list[ItemT]:
     per_token = [(index, *field) for index, item in enumerate(items) for field in item.per_token()]
     fields = [(index, name, value) for index, name, value, mark in per_token if not mark.trailing]
     _check_alike(items, error, [(name, tuple(value.shape)) for _, name, value in fields], sp_mesh)
@@ -63,7 +84,8 @@ def _full_items(items: Sequence[ItemT], error: Exception | None, sp_mesh: Device
     changes: list[dict[str, Tensor]] = [{} for _ in items]
     for (index, name, value), end in zip(fields, ends, strict=True):
         span = slice(end - value.numel(), end)
-        changes[index][name] = torch.cat([_from_bits(piece[span].to(value.device), value) for piece in pieces], -1)
+        shards = [_from_bits(piece[span].to(value.device), value) for piece in pieces]
+        changes[index][name] = sp_joined(shards, sp_mesh)
     return [
         item.replace(**dict.fromkeys(name for name, _, mark in item.per_token() if mark.trailing), **full)
         for item, full in zip(items, changes, strict=True)
@@ -85,7 +107,7 @@ def _check_alike(
     items: Sequence[LossContextInputItem],
     error: Exception | None,
     shapes: list[tuple[str, tuple[int, ...]]],
-    sp_mesh: DeviceMesh,
+    sp_mesh: SPMesh,
 ) -> None:
     """Compare a fingerprint of what will be gathered: ranks that differ would mix up their numbers, or hang."""
     mark = [error is not None, len(items), zlib.crc32(repr(shapes).encode())]

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from toolkit.distributed import sp_split
+from toolkit.distributed.sequence import SPMesh
 from toolkit.errors import ConfigError, DataError, a_type, described
 from toolkit.functional.aggregation import BY_TOKEN, Share
 from toolkit.losses.config.aggregation import AggregationConfig
@@ -94,7 +94,7 @@ class Step:
     terms: Sequence[LossTerm]
     cu_seq_lens_list: Sequence[Tensor | None] | None = None
     """Boundaries of each packed row; None: a row is a sequence."""
-    sp_mesh: DeviceMesh | None = None
+    sp_mesh: SPMesh | None = None
     """Ranks that share every row."""
     ignore_idx: int = -100
     gradient_reduction: Literal["mean", "sum"] = "mean"
@@ -138,7 +138,7 @@ class Step:
         shares: list[list[Share]] = []
 
         def count_here() -> Counts:
-            self.pieces, self.items = local_and_full_items(checked, self.sp_mesh)
+            self.pieces, self.items = local_and_full_items(checked, self.sp_mesh, self.cu_seq_lens_list)
             self.labels = [item.shifted_labels for item in self.items]
             if self.cu_seq_lens_list is not None:
                 _ = self.sequence_ids  # raises here, so the other ranks know of boundaries that do not fit
@@ -299,7 +299,7 @@ def step_weights(
     items_or_labels: Sequence[LossContextInputItem | Tensor],
     aggregation: str | AggregationConfig = "token_mean",
     cu_seq_lens_list: Sequence[Tensor | None] | None = None,
-    sp_mesh: DeviceMesh | None = None,
+    sp_mesh: SPMesh | None = None,
     *,
     token_filter: Callable[[Any], Tensor] | None = None,
     gradient_reduction: Literal["mean", "sum"] = "mean",

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from toolkit.distributed import world_size
+from toolkit.distributed import gradient_divisor
+from toolkit.distributed.sequence import SPMesh
 from toolkit.errors import ConfigError, DataError, a_type
 from toolkit.functional.aggregation import Share, share
 from toolkit.functional.segments import NO_SEQUENCE, sequence_ids
@@ -138,7 +138,7 @@ def calibrated(shares: Sequence[Share], denominator: Tensor, *, gradient_reducti
     return [batch.weights * factor if batch.is_sum else batch.divided(denominator) for batch in shares]
 
 
-def counts_here(sp_mesh: DeviceMesh | None) -> bool:
+def counts_here(sp_mesh: SPMesh | None) -> bool:
     """Whether this rank counts the sequences that it shares with the others of its mesh."""
     return sp_mesh is None or sp_mesh.get_local_rank() == 0
 
@@ -157,4 +157,4 @@ def loss_metric(loss: Tensor, gradient_reduction: str) -> Sum:
 
 def ranks_in(gradient_reduction: str) -> int:
     """Return the number that the back-end divides the sum of the ranks' gradients by."""
-    return world_size() if gradient_reduction == "mean" else 1
+    return gradient_divisor() if gradient_reduction == "mean" else 1

@@ -4,5 +4,5 @@ import importlib
 import os
 
 if os.environ.get("TOOLKIT_REQUIRE_PEERS"):
-    for name in ("trl", "verl", "tinker", "torchtitan"):
+    for name in ("trl", "verl", "tinker", "torchtitan", "pytorch_lightning"):
         importlib.import_module(name)

@@ -331,7 +331,7 @@ def test_what_learns_nothing_is_noticed(hidden: Tensor, head: torch.nn.Linear) -
     assert "kl=k3" in unread
     (rewards,) = warned(lambda: runner(hidden, head, **{**batch, "advantages": torch.tensor([0.0, 1.0])}))
     assert "looks like rewards" in rewards
-    assert "advantage('grpo').compute(RewardTerms(" in rewards
+    assert "Give them as rewards=..., with group_ids=..." in rewards
     embedding = torch.nn.Embedding(11, 4)
     (untied,) = warned(lambda: runner(hidden, embedding, **batch))
     assert "ties the two" in untied

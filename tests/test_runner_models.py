@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -308,3 +309,61 @@ def test_a_launched_step_is_the_step_of_one_process() -> None:
     assert launched.metrics["denominator"] == alone.metrics["denominator"] == 14
     with pytest.raises(DataError, match="has 1 micro-batches for num_processes=2"):
         runner.launch([one], lm)
+
+
+# ------------------------------------------------------------- rewards of wrong groups
+
+GROUPED = {
+    # Two prompts, [3 4 5] and [6 7 8], of two completions each.
+    "input_ids": torch.tensor([[3, 4, 5, 1, 2], [3, 4, 5, 9, 9], [6, 7, 8, 1, 1], [6, 7, 8, 2, 9]]),
+    "loss_mask": torch.tensor([[0, 0, 0, 1, 1]] * 4),
+    "rewards": torch.tensor([1.0, 0.0, 0.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ([0, 0, 1, 1], None),
+        ([0, 1, 2, 3], "every group has one completion, so all advantages of grpo are 0"),
+        ([0, 1, 0, 1], "follow different prompts"),
+    ],
+)
+def test_wrong_groups_are_noticed(groups: list[int], expected: str | None) -> None:
+    hidden, head = torch.randn(4, 5, 16), torch.randn(50, 16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LossRunner(GRPOLossConfig())(hidden, head, **GROUPED, group_ids=groups)
+    messages = [str(each.message) for each in caught]
+    assert (
+        [expected in message for message in messages] == [True] * (expected is not None) if expected else not messages
+    )
+
+
+def test_completions_without_a_prompt_are_not_compared() -> None:
+    hidden, head = torch.randn(4, 5, 16), torch.randn(50, 16)
+    fields = GROUPED | {"loss_mask": torch.ones(4, 5, dtype=torch.long), "group_ids": [0, 1, 0, 1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LossRunner(GRPOLossConfig())(hidden, head, **fields)
+
+
+def test_padding_on_the_left_needs_an_attention_mask() -> None:
+    lm = causal_lm("plain")
+    ids = torch.tensor([[0, 0, 0, 0, 3, 4, 5, 6], [7, 8, 9, 10, 3, 4, 5, 6]])
+    batch = {"input_ids": ids, "loss_mask": torch.tensor([[0] * 6 + [1] * 2] * 2), "advantages": [1.0, -1.0]}
+    with pytest.warns(UserWarning, match="input_ids without attention_mask: some rows start with 3 equal tokens"):
+        LossRunner(GRPOLossConfig())(lm, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LossRunner(GRPOLossConfig())(lm, batch | {"attention_mask": (ids != 0).long()})
+
+
+def test_what_a_tokenizer_returns_besides_is_no_mistake() -> None:
+    batch = {"input_ids": ROWS, "loss_mask": MASKS, "advantages": [1.0, -1.0, 0.5]}
+    lm, runner = causal_lm("plain"), LossRunner(GRPOLossConfig())
+    others = {
+        "token_type_ids": [[0] * len(row) for row in ROWS],
+        "special_tokens_mask": [[0] * len(row) for row in ROWS],
+    }
+    assert runner(lm, batch | others).loss.item() == runner(lm, batch).loss.item()

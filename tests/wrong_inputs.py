@@ -8,6 +8,7 @@ PAD = r"torch\.nn\.functional\.pad\(old_logprobs, "
 RUNNER = [
     ("run()", "give exactly one of input_ids .* and shifted_labels"),
     ("run(input_ids=ids, shifted_labels=ids, advantages=1.0)", "give exactly one of input_ids"),
+    ("run(input_ids=ids, rewards=[1.0], group_ids=[0], advantage=['rloo'])", "advantage is a list; give the name of"),
     ("run(input_ids=ids)", "^advantages is missing, .* give one for each scored token"),
     ("run(input_ids=ids, advantages='high')", "advantages is a str; it must be a tensor"),
     ("run(input_ids=ids, advantages=1.0, old_logprobs=1)", "old_logprobs is an int; it must be a tensor"),

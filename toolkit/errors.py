@@ -51,8 +51,10 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def listed(options: Iterable[object], joiner: str = "or") -> str:
-    """Join options for a sentence: ``'a', 'b' or 'c'``."""
+    """Join options for a sentence: ``'a', 'b' or 'c'``; ``none`` without any."""
     words = [repr(option) for option in options]
+    if not words:
+        return "none"
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {joiner} {words[-1]}"
 
 

@@ -201,7 +201,7 @@ def test_slips_are_named() -> None:
     for context, error, words in (
         (WithMetrics, DataError, r"WithMetrics returned tuple for its values; return a tensor \[n\], or a dict"),
         (Whole, DataError, r"Whole returned torch.int64 \[12\] for term 'loss'"),
-        (Undeclared, AttributeError, "BaseLossKwargs has no field 'advantages'; declare advantages: Annotated"),
+        (Undeclared, AttributeError, "no field 'advantages'; if it is your own, declare advantages: Annotated"),
         (Stray, ConfigError, "ToolKwargs.advantages stays empty: LossContextInputItem, the item_cls of Stray, has no"),
     ):
         with pytest.raises(error, match=words):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from toolkit.distributed import counted_over
 from toolkit.distributed.counting import Counted
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError, DataError, did_you_mean
 from toolkit.functional.segments import NO_SEQUENCE
 from toolkit.losses.record import PerToken, TensorRecord
 
@@ -85,9 +85,10 @@ class BaseLossKwargs(TensorRecord):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             return super().__getattr__(name)  # type: ignore[misc]
+        near = did_you_mean("shifted_labels" if name == "labels" else name, type(self).model_fields)
         raise AttributeError(
-            f"{type(self).__name__} has no field {name!r}; declare {name}: Annotated[Tensor, PerToken(pad=0.0)] in the "
-            "kwargs_cls of the context, and in its item_cls"
+            f"{type(self).__name__} has no field {name!r}{near}; if it is your own, declare {name}: "
+            "Annotated[Tensor, PerToken(pad=0.0)] in the kwargs_cls of the context, and in its item_cls"
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from toolkit.errors import DataError, a_type, first_line
 from toolkit.losses.items import RLLossContextInputItem, is_token_ids
 from toolkit.runner.arguments import INTEGERS, as_tensor
+from toolkit.runner.suspicions import warn_of_left_padding
 
 BY_TOKEN = (
     *("input_ids", "shifted_labels", "loss_mask", "attention_mask", "advantages"),
@@ -73,6 +74,8 @@ def model_batch(fields: Mapping[str, Any], device: torch.device) -> ModelBatch:
         tensors["attention_mask"] = mask
     if mask is None:
         mask = torch.ones_like(input_ids)
+        if fields.get("cu_seq_lens") is None:
+            warn_of_left_padding(input_ids)
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         shape = list(mask.shape) if isinstance(mask, Tensor) else a_type(mask)
         raise DataError(f"attention_mask has shape {shape}; it must be that of input_ids, {list(input_ids.shape)}")

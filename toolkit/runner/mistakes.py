@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from toolkit.errors import DataError, a_type, did_you_mean
 from toolkit.losses.config.base import BaseLossConfig
 
+OF_TOKENIZER = frozenset({"token_type_ids", "special_tokens_mask", "offset_mapping", "length"})
+"""What a tokenizer may return beside ids and mask, which a causal language model does not read."""
 BY_NAME = (
     "the runner takes hidden_states, head_weight and head_bias by position, not a fourth one ({}); the fields of the "
     "batch are given by name: input_ids=..., advantages=..."
@@ -108,6 +110,8 @@ def not_a_field(
     from toolkit.peers import counterpart_keyword  # only a mistake needs it
     from toolkit.peers.batch_fields import counterpart_field, replaces
 
+    if name in OF_TOKENIZER and may_have_others:
+        return None
     where, settings = f"{name!r} is not a field of a batch", type(loss_cfg).model_fields
     if name == "labels" and fields.get("shifted_labels") is None and fields.get("input_ids") is None:
         may_have_others = False  # the loss needs them

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from toolkit.distributed import world_size
-from toolkit.errors import DataError, a_type
+from toolkit.errors import DataError, a_type, warn_once
 from toolkit.functional.advantages import Advantage
 from toolkit.functional.advantages import advantage as estimator_named
 from toolkit.functional.rewards import RewardTerms
 from toolkit.functional.segments import sequence_ids
 from toolkit.runner.arguments import as_tensor
 
+COMPARED = 8
+"""Tokens before the completion that tell prompts apart."""
 DEFAULT = "grpo"
 """The estimator of a call that names none."""
 
@@ -75,6 +77,8 @@ def advantages_of(
             not have.
         ConfigError: there is no such estimator, or an option is wrong.
     """
+    if not isinstance(advantage, (Advantage, str)):
+        raise DataError(f"advantage is {a_type(advantage)}; give the name of an estimator, such as {DEFAULT!r}, or one")
     estimator = advantage if isinstance(advantage, Advantage) else estimator_named(advantage)
     if options is not None and not isinstance(options, Mapping):
         raise DataError(f"advantage_options is {a_type(options)}; give a mapping, such as {{'eps': 1e-6}}")
@@ -92,8 +96,52 @@ def advantages_of(
     logprobs = _logprobs(batches, sequences, width) if "logprobs" in estimator.needs else None
     terms = RewardTerms(rewards=rewards, group_ids=groups, mask=mask, logprobs=logprobs)
     computed = estimator.compute(terms, **(options or {}))
+    if estimator.within_group:
+        _warn_of_groups(batches, sequences, groups, is_zero=not computed.any(), name=estimator.name)
     parts = computed.split([part.number for part in sequences])
     return [part.spread(values) for part, values in zip(sequences, parts, strict=True)]
+
+
+def _warn_of_groups(
+    batches: Sequence[Mapping[str, Any]], sequences: Sequence[Sequences], groups: Tensor, *, is_zero: bool, name: str
+) -> None:
+    """Warn if no two of `groups` [S] are equal and all advantages are 0, or if a group follows different prompts."""
+    if is_zero and len(groups.unique()) == len(groups):
+        warn_once(
+            f"every group has one completion, so all advantages of {name} are 0 and nothing is learnt; group_ids must "
+            "be equal for the completions of one prompt"
+        )
+    of_batches = groups.split([part.number for part in sequences])
+    for fields, part, of_batch in zip(batches, sequences, of_batches, strict=True):
+        ids = fields.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or not len(ids) == part.number == len(part.index):
+            continue  # a packed row
+        if _prompts_differ(ids, part.is_scored, of_batch):
+            warn_once(
+                "completions with equal group_ids follow different prompts, so rewards of different prompts are "
+                "compared; where the completions of a prompt stand together, take "
+                "torch.arange(num_prompts).repeat_interleave(group_size)"
+            )
+
+
+def _prompts_differ(ids: Tensor, is_scored: Tensor, groups: Tensor) -> bool:
+    """Whether the last tokens before the completion differ within a group.
+
+    Args:
+        ids: [B, T] or [B, T + 1].
+        is_scored: [B, T] bool, by the position that predicts the token.
+        groups: [B] int64.
+    """
+    first = is_scored.long().argmax(-1)  # predicts the first token of the completion; 0: there may be no prompt
+    compared = torch.arange(COMPARED, device=ids.device)
+    columns = first.unsqueeze(-1) - compared
+    tails = ids.gather(1, columns.clamp(min=0))
+    _, group = groups.unique(return_inverse=True)
+    rows = torch.arange(len(ids), device=ids.device)
+    leader = rows.new_full((len(ids),), len(ids)).scatter_reduce(0, group, rows, "amin")[group]
+    is_known = is_scored.any(-1) & (first > 0)
+    is_there = (columns >= 0) & (columns[leader] >= 0) & (is_known & is_known[leader]).unsqueeze(-1)
+    return bool(((tails != tails[leader]) & is_there).any())
 
 
 def _check_finite(rewards: Sequence[Tensor]) -> None:

@@ -61,7 +61,7 @@ def warn_of_masks(
     is_most = (~scored).sum(-1).max() > 1
     is_from_first = scored[:, 0].all()
     is_same = (scored == attention_mask.bool()).all() if attention_mask is not None else is_most.new_zeros(())
-    is_start = _is_start_of_rows(scored, attention_mask) if attention_mask is not None else is_same
+    is_start = _is_start_of_rows(scored, torch.ones_like(scored) if attention_mask is None else attention_mask)
     flags = is_outside.long(), is_most.long(), is_from_first.long(), is_same.long(), is_start.long()
     num_outside, several, from_first, same, start = torch.stack(flags).tolist()
     if num_outside:
@@ -69,10 +69,11 @@ def warn_of_masks(
             f"loss_mask is 1 on {num_outside} tokens that attention_mask leaves out as padding (0), so these are not "
             "scored; are the two swapped? loss_mask is 1 on the tokens to train on, attention_mask on all but padding"
         )
-    elif is_policy_loss and start:
+    elif is_policy_loss and start and not is_one_token:  # a single token at the end is padding
+        kept = "" if attention_mask is None else " that attention_mask keeps"
         warn_once(
-            "loss_mask is 1 on the first tokens of every row and 0 on the last ones that attention_mask keeps, so it "
-            "looks like the mask of the prompts; it must be 1 on the tokens of the completions"
+            f"loss_mask is 1 on the first tokens of every row and 0 on the last ones{kept}, so it looks like the mask "
+            "of the prompts; it must be 1 on the tokens of the completions"
         )
     elif is_policy_loss and (same or (is_one_token and (several or from_first))):
         what = (
@@ -81,6 +82,18 @@ def warn_of_masks(
         warn_once(
             f"loss_mask {what}: if the rows hold prompts, these are scored like the completions; give loss_mask "
             "[B, T], 1 on the tokens of the completions"
+        )
+
+
+def warn_of_left_padding(input_ids: Tensor) -> None:
+    """Warn if rows of `input_ids` [B, T] start with equal tokens, which a model reads unless a mask leaves them out."""
+    if input_ids.shape[-1] <= REPEATED:
+        return
+    is_constant = (input_ids == input_ids[:, :1]).all(-1)
+    if ((input_ids[:, :REPEATED] == input_ids[:, :1]).all(-1) & ~is_constant).any():
+        warn_once(
+            f"input_ids without attention_mask: some rows start with {REPEATED} equal tokens, which looks like padding "
+            "on the left, and the model reads them; give attention_mask [B, T], 0 on padding"
         )
 
 
@@ -149,9 +162,8 @@ def warn_of_values(item: LossContextInputItem, cfg: BaseLossConfig) -> None:
     elif only and some_zero and some_one:
         warn_once(
             "advantages are 0 and 1 only, which looks like rewards: nothing then lowers the probability of a wrong "
-            "answer. Compare them within the completions of a prompt first: toolkit.functional.advantages."
-            "advantage('grpo').compute(RewardTerms(rewards=..., group_ids=...)), with RewardTerms of "
-            "toolkit.functional.rewards"
+            "answer. Give them as rewards=..., with group_ids=... and advantage='grpo', which compares them within the "
+            "completions of a prompt"
         )
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import toolkit
 from tests.processes import run_processes
-from toolkit import ConfigError, DataError, LossRunner, PolicyTerms, register_policy_loss
+from toolkit import ConfigError, DataError, LossRunner, PolicyTerms, errors, register_policy_loss
 from toolkit.integrations.transformers import ToolkitTrainer, make_compute_loss_func
 
 VOCABULARY = 19
@@ -264,3 +267,30 @@ def test_a_loss_of_ones_own_runs(tmp_path: Path) -> None:
     loss = ["policy_loss=of_transformers_test", "policy_loss.power=2.0"]
     logged, _ = run(str(tmp_path), data=rows(advantages=1.0), extra={"loss": loss})
     assert logged.isfinite().all()
+
+
+def test_log_probabilities_by_position_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of `LossRunner.logprobs`, one place before the token."""
+    data, lm = rows(advantages=1.0), model()
+    with torch.no_grad():
+        lm.lm_head.weight *= 30  # else all tokens are about as likely
+    monkeypatch.setitem(globals(), "model", lambda: copy.deepcopy(lm))
+    for row in data:
+        with torch.no_grad():
+            all_logprobs = lm(input_ids=row["input_ids"][None]).logits.log_softmax(-1)[0, :-1]
+        by_position = F.pad(all_logprobs.gather(-1, row["input_ids"][1:, None]).squeeze(-1), (0, 1))
+        row["old_logprobs"] = by_position
+    loss = {"loss": "policy_loss=vanilla"}
+    with pytest.warns(UserWarning, match="indexed by token, as labels are"):
+        run(str(tmp_path), data=data, extra=loss)
+    for row in data:
+        row["old_logprobs"] = F.pad(row["old_logprobs"][:-1], (1, 0))
+    errors._warned.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="old_logprobs differ")
+        run(str(tmp_path), data=data, extra=loss)
+
+
+def test_columns_that_the_trainer_would_remove(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="remove_unused_columns=True removes advantages from the data"):
+        run(str(tmp_path), extra={"loss": "policy_loss=vanilla"}, remove_unused_columns=True)

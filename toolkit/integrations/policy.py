@@ -161,9 +161,9 @@ def terms_of(
     Args:
         cfg: of the loss.
         logprobs: [B, T] or [T] with gradient; a row is a sequence.
-        mask: the same shape, bool; which positions count.
-        fields: of `PolicyTerms`, the same shape; old_logprobs and advantages are among them.
-        runs_of: the same shape, bool: take each run of its positions as a sequence, in rows that hold several; None:
+        mask: [B, T] or [T] bool; which positions count.
+        fields: of `PolicyTerms`, [B, T] or [T] each; old_logprobs and advantages are among them.
+        runs_of: [B, T] or [T] bool: take each run of its positions as a sequence, in rows that hold several; None:
             a row is a sequence.
     """
     rows = sequence_ids(mask.shape, None, mask.device)
@@ -204,12 +204,12 @@ def token_losses(cfg: BaseRLLossConfig, terms: PolicyTerms) -> Tensor:
 def reported_mask(
     cfg: BaseRLLossConfig, mask: Tensor, logprobs: Tensor, who: str, *, drops_missing: bool = False
 ) -> Tensor:
-    """Return `mask` without the positions where the sampler reported no log-probability.
+    """Return `mask` [B, T] or [T] without the positions where the sampler reported no log-probability.
 
     Args:
         cfg: of the loss.
-        mask: bool, which positions count.
-        logprobs: the sampler's, the same shape.
+        mask: [B, T] or [T] bool, which positions count.
+        logprobs: [B, T] or [T], the sampler's.
         who: names `logprobs` in the message.
         drops_missing: whatever ``missing_rollout`` says.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from toolkit.distributed import reduce_metrics, world_size
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError, DataError, warn_once
 from toolkit.integrations.forward import accept_loss, fitted_loss
 from toolkit.integrations.transformers import TESTED
 from toolkit.integrations.transformers.function import config_of
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 else:
     Base = object
 
+LARGEST_OFF = 0.5
+"""Nats by which log-probabilities before the step usually differ from the policy's at most; those of another token
+differ by 0.5 to 3."""
 OF_MODEL = ("input_ids", "attention_mask", "position_ids")
 """Fields of a batch that the model reads; any other one that the loss knows is the loss's."""
 
@@ -66,6 +69,12 @@ class ToolkitTrainerMixin(Base):
             raise ConfigError("gradient_reduction='sum': the Trainer's processes average their gradients; use 'mean'")
         if getattr(args, "use_liger_kernel", False):
             raise ConfigError("use_liger_kernel=True replaces parts of the model that the loss reads; leave it out")
+        read = sorted(getattr(loss_cfg, "required_fields", ()))
+        if read and getattr(args, "remove_unused_columns", True):
+            raise ConfigError(
+                f"remove_unused_columns=True removes {', '.join(read)} from the data, which the loss reads; set it to "
+                "False in the TrainingArguments"
+            )
         if getattr(args, "label_smoothing_factor", 0):
             raise ConfigError("label_smoothing_factor has no effect beside loss; set it to 0")
         super().__init__(model, args, *by_position, **others)
@@ -79,6 +88,7 @@ class ToolkitTrainerMixin(Base):
         self.loss_cfg = fitted_loss(self.model, loss_cfg)
         self._window: list[Any] = []
         self._window_metrics: list[dict[str, Metric]] = []
+        self._is_first = True
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Return the micro-batches of an optimizer step, after counting what their loss divides by."""
@@ -96,6 +106,7 @@ class ToolkitTrainerMixin(Base):
         of_model = {name: value for name, value in inputs.items() if not self._is_of_loss(name)}
         loss, extra = model(**of_model, toolkit_loss=context)
         if is_training:
+            self._warn_of_first(metrics_in(extra))
             self._window_metrics.append(metrics_in(extra))
         if not return_outputs:
             return loss
@@ -110,6 +121,18 @@ class ToolkitTrainerMixin(Base):
             steps = {"loss", *(f"{term.name}_loss" for term in self.loss_cfg.checked_terms)}  # sums, not means
             logs = {**logs, **{f"toolkit/{name}": value for name, value in metrics.items() if name not in steps}}
         super().log(logs, *others, **named)
+
+    def _warn_of_first(self, metrics: dict[str, Metric]) -> None:
+        """Warn, in the first forward, if log-probabilities of a batch are far from the policy's."""
+        if self._is_first and "log_ratio_abs" in metrics:
+            off = to_floats({"off": metrics["log_ratio_abs"]})["off"]
+            if off > LARGEST_OFF:
+                warn_once(
+                    f"old_logprobs differ from the policy's log-probabilities by {off:.2g} nats on average in the "
+                    f"first step (up to {LARGEST_OFF} is usual). All fields of a batch are indexed by token, as labels "
+                    "are: what LossRunner.logprobs gives is shifted by torch.nn.functional.pad(x[:, :-1], (1, 0))"
+                )
+        self._is_first = False
 
     def _is_of_loss(self, name: str) -> bool:
         fields = self.loss_cfg.loss_ctx_cls.item_cls.model_fields

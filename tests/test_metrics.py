@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.processes import run_processes
 from toolkit import DataError
-from toolkit.distributed import PACKET, reduce_metrics
+from toolkit.distributed import reduce_metrics
+from toolkit.distributed.exchange import PACKET
 from toolkit.functional.terms import PolicyTerms
 from toolkit.metrics import (
     EffectiveSampleSize,

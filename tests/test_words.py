@@ -365,6 +365,9 @@ def test_the_words_of_a_project_are_printed(
     assert re.search(r"^  loss_type=dapo +loss=preset/trl/dapo\n +or aggregation=token_mean$", text, re.MULTILINE)
     assert "(no counterpart: the entropy bonus is a fixed loss.entropy_coef)" in text
     assert printed("--from", "prime-rl", capsys=capsys, monkeypatch=monkeypatch).startswith("prime-rl main")
+    some = printed("--from", "trl", "epsilon", capsys=capsys, monkeypatch=monkeypatch).splitlines()
+    assert [line for line in some if line.startswith("  epsilon ")]
+    assert all("epsilon" in line for line in some[1:] if not line.startswith("   "))
     every = printed("--from", "all", capsys=capsys, monkeypatch=monkeypatch)
     for project in projects().values():
         assert f"{project.version}: {project.read}" in every

@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         "--from",
         dest="project",
         metavar="PROJECT",
-        help="what the words of another project (trl, verl ...; all) are here; with --markdown [FILE] as a page",
+        help="what the words of another project (trl, verl ...; all) are here, or those named after it; with "
+        "--markdown [FILE] as a page",
     )
     return parser
 
@@ -68,7 +69,7 @@ def _answer(arguments: argparse.Namespace) -> str:
 
         return listing()
     if arguments.project is not None:
-        return _words(arguments.project, arguments.markdown)
+        return _words(arguments.project, arguments.markdown, arguments.overrides)
     if arguments.markdown is not None:
         return _markdown(arguments.markdown)
     check_repeated(parse(arguments.overrides))
@@ -107,11 +108,11 @@ def _markdown(path: str) -> str:
     return f"wrote the tables of {path}"
 
 
-def _words(project: str, file: str | None) -> str:
+def _words(project: str, file: str | None, wanted: list[str]) -> str:
     from toolkit.explain.words import markdown, table
 
     if file in (None, "-"):
-        return table(project) if file is None else markdown(project)
+        return table(project, wanted) if file is None else markdown(project)
     page = markdown(project)
     try:
         Path(file).write_text(page, encoding="utf-8")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from toolkit.errors import ConfigError, did_you_mean, listed
 from toolkit.peers import COMPUTED, VALUE, Answer, Project, Word, projects, words_of
 from toolkit.peers.batch_fields import BATCH, NAMES
 
@@ -20,13 +21,23 @@ Made by `{COMMAND}` from `toolkit/peers/words.toml`.
 """
 
 
-def table(name: str) -> str:
+def table(name: str, wanted: Sequence[str] = ()) -> str:
     """Return the words of one project, or of all, as plain text.
 
+    Args:
+        name: of the project.
+        wanted: parts of the words to show; none: all.
+
     Raises:
-        ConfigError: there is no such project.
+        ConfigError: there is no such project, or it has no such word.
     """
-    return "\n\n".join(_plain(project) for project in _chosen(name))
+    parts = [_plain(project, wanted) for project in _chosen(name)]
+    if not any(parts):
+        known = {word.name for project in _chosen(name) for word in project.words}
+        raise ConfigError(
+            f"{name} has no word like {listed(wanted)}{did_you_mean(wanted[0], known)}; --from {name} lists all"
+        )
+    return "\n\n".join(part for part in parts if part)
 
 
 def markdown(name: str = ALL) -> str:
@@ -43,8 +54,12 @@ def _chosen(name: str) -> list[Project]:
     return list(projects().values()) if name == ALL else [words_of(name)]
 
 
-def _plain(project: Project) -> str:
-    rows = [row for word in project.words for row in _rows(word)]
+def _plain(project: Project, wanted: Sequence[str]) -> str:
+    """Return the table of a project; empty if none of its words is wanted."""
+    words = [word for word in project.words if not wanted or any(part.lower() in word.name.lower() for part in wanted)]
+    rows = [row for word in words for row in _rows(word)]
+    if not rows:
+        return ""
     width = max(len(called) for called, _, _ in rows) + 2
     lines = [f"{_title(project)}: {project.read}"]
     for called, ways, remark in rows:

@@ -12,6 +12,10 @@ def test_cispo() -> None:
     terms = tokens(ratios(0.5, 1.1, 3), [-2, 1, 1])
     check("cispo", terms, [-1.6, 1.1, 1.2], [1.6, -1.1, -1.2])
     assert reports(terms) == {"clip_fraction_low": 1 / 3, "clip_fraction_high": 1 / 3}
+    # The weight is at its bound whatever the sign of A.
+    terms = tokens(ratios(0.5, 1.1, 3, 3), [1, 1, 1, -1])
+    check("cispo", terms, [0.8, 1.1, 1.2, -1.2], [-0.8, -1.1, -1.2, 1.2])
+    assert reports(terms) == {"clip_fraction_low": 1 / 4, "clip_fraction_high": 1 / 2}
 
 
 def test_cispo_bounds() -> None:

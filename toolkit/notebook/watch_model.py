@@ -29,9 +29,9 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "Clipped tokens",
         "% of tokens",
         (
-            ("clip_fraction_low", "A < 0, below the range"),
-            ("clip_fraction_high", "A > 0, above the range"),
-            ("dual_clip_fraction", "A < 0, dual clip"),
+            ("clip_fraction_low", "below the range"),
+            ("clip_fraction_high", "above the range"),
+            ("dual_clip_fraction", "dual clip (A < 0)"),
         ),
     ),
     ("Throughput", "tokens a second", (("tokens_per_second", "all processes"),)),

@@ -37,7 +37,7 @@ def test_before_during_and_after(tmp_path: Path) -> None:
     assert [*charts] == ["Reward", "KL", "Clipped tokens"]
     assert (charts["Reward"].lines[0].x, charts["Reward"].lines[0].y) == ([1], [0.25])
     (clipped,) = charts["Clipped tokens"].lines
-    assert (clipped.label, clipped.y) == ("A > 0, above the range", [10])
+    assert (clipped.label, clipped.y) == ("above the range (PPO: A > 0)", [10])
     assert model.status() == "run: 1 steps"
     assert not model.is_done
 

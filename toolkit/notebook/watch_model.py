@@ -29,8 +29,8 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "Clipped tokens",
         "% of tokens",
         (
-            ("clip_fraction_low", "below the range"),
-            ("clip_fraction_high", "above the range"),
+            ("clip_fraction_low", "below the range (PPO: A < 0)"),
+            ("clip_fraction_high", "above the range (PPO: A > 0)"),
             ("dual_clip_fraction", "dual clip (A < 0)"),
         ),
     ),

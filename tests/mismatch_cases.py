@@ -206,7 +206,12 @@ def _after(kind: str, case: Case, world: World, drawn: Drawn, seed: int) -> Case
     if kind == "dropped_eos":
         return replace(case, rollout=rollout.masked_fill(ids == EOS, 0.0))
     if kind == "swapped_rows":
-        order = torch.arange(len(ids)).roll(1) if seed % 2 else torch.tensor([1, 0, *range(2, len(ids))])
+        order = torch.arange(len(ids))
+        if seed % 2:
+            order = order.roll(1)
+        else:  # a row that ends after a few tokens fits any other
+            longest = mask.sum(-1).argsort(descending=True)[:2]
+            order[longest] = longest.flip(0)
         other = torch.zeros_like(rollout)
         for row, source in enumerate(order.tolist()):
             values = rollout[source][mask[source]]

@@ -148,6 +148,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(result["peak_bytes"] is not None for result in record["results"])
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong_in_one_line() -> None:
     command = [sys.executable, "-m", "toolkit.bench", "bench.shap=[1,2,3]"]
     done = subprocess.run(command, capture_output=True, text=True)

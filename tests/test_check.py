@@ -21,7 +21,6 @@ from toolkit.check.subject import Subject, load_subject
 from toolkit.check.suite import run_suite
 from toolkit.errors import ConfigError
 from toolkit.functional import scope_check
-from toolkit.functional.policy import registry
 from toolkit.functional.policy.registry import policy_loss, policy_loss_names, register_policy_loss
 from toolkit.functional.scope_check import undeclared
 from toolkit.training.rehearsal import rehearse
@@ -53,8 +52,6 @@ def raises(t):
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.policy_loss_names()
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     monkeypatch.setattr(scope_check, "_passed", set())
 
 
@@ -463,6 +460,7 @@ def test_the_command_without_a_loss() -> None:
         assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early() -> None:
     command = f"{sys.executable} -m toolkit.explain --list | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
@@ -496,6 +494,7 @@ def test_the_command_over_processes() -> None:
     assert re.fullmatch(r"3 checks passed; \d+\.\d s", lines[-1])
 
 
+@pytest.mark.slow
 def test_outcomes_over_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What the processes do, here in one: a loss that looks beyond its scope, one that needs more, and all scopes."""
     monkeypatch.setattr(spread, "run_processes", lambda number, function, *given: function(*given))
@@ -537,6 +536,7 @@ def test_numbers_of_processes_that_cannot_be(
     )
 
 
+@pytest.mark.slow
 def test_help_and_wrong_numbers_need_no_torch() -> None:
     for arguments in (["--help"], ["--distributed", "x"], ["--distributed"]):
         code = (

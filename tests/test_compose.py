@@ -42,12 +42,6 @@ EXTRA = {
 }
 
 
-@pytest.fixture
-def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.policy_loss_names()
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
-
-
 @pytest.mark.parametrize(
     "override", slow_unless(lambda index, _: index % 18 == 0, [*(f"loss={name}" for name in PRESETS), *CHOICES])
 )
@@ -81,7 +75,6 @@ def test_the_same_overrides_again_are_not_composed_again(monkeypatch: pytest.Mon
         load_loss(["kl=k2", "loss.kl_loss_coef=0.25"])
 
 
-@pytest.mark.usefixtures("_registries")
 def test_a_plugin_that_changed_is_composed_again(tmp_path: Path) -> None:
     plugin = tmp_path / "remembered.py"
     for default in (0.2, 0.3):
@@ -125,6 +118,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sys.modules.pop("own_task", None)
 
 
+@pytest.mark.slow
 def test_fields_that_a_file_does_not_list_are_set_without_a_plus(own: Path) -> None:
     overrides = [f"hydra.searchpath=[file://{own}]", "task=own", "task.num_heldout=12", "task.extra=4"]
     (config,), taken = check_command_line(overrides)[:2]
@@ -156,6 +150,7 @@ def test_and_mistyped_ones_are_named(own: Path, wrong: str, words: str) -> None:
     assert words in str(caught.value)
 
 
+@pytest.mark.slow
 def test_jobs_of_a_multirun_set_unlisted_fields_too(own: Path) -> None:
     folder = f"hydra.searchpath=[file://{own}]"
     configs, taken = check_command_line([folder, "task=own", "task.num_heldout=12,13"], multirun=True)[:2]
@@ -175,7 +170,6 @@ def test_a_class_of_a_plugin_or_of_the_current_folder(own: Path, tmp_path_factor
         class_at("own_model.Modle")
 
 
-@pytest.mark.usefixtures("_registries")
 def test_a_file_may_be_imported_and_be_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "imported_loss.py").write_text(
         "from toolkit import register_policy_loss\n\n\n"
@@ -190,6 +184,7 @@ def test_a_file_may_be_imported_and_be_a_plugin(tmp_path: Path, monkeypatch: pyt
     assert registry.policy_loss("imported").function is not imported_loss.f  # the plugin's own copy, loaded last
 
 
+@pytest.mark.slow
 def test_a_file_of_your_own_says_the_last_word(own: Path) -> None:
     """What it lists holds: its mode, its policy loss with its options; and what has no default can be set."""
     (own / "own_loss.py").write_text(
@@ -213,6 +208,7 @@ def test_a_file_of_your_own_says_the_last_word(own: Path) -> None:
     sys.modules.pop("own_loss")
 
 
+@pytest.mark.slow
 def test_a_folder_of_your_own_everywhere(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert LossRunner.from_overrides(["loss=own", "policy_loss=own"], config_dir=own).loss_cfg.mode == "chunk"
     sys_argv, sys.argv = sys.argv, ["explain", "--config-dir", str(own), "loss=own", "loss.entropy_coef=0.25"]
@@ -322,6 +318,7 @@ def test_options_may_stand_between_overrides(words: str, expected: str) -> None:
     assert options_first(words.split(), get_args_parser()) == expected.split()
 
 
+@pytest.mark.slow
 def test_options_between_overrides_of_the_commands(own: Path) -> None:
     for module, words in (
         ("train", ["debug=smoke", "--cfg", "job", "task=own", "--config-dir", str(own), "task.num_heldout=12"]),
@@ -366,6 +363,7 @@ def test_help_shows_the_choices_that_were_made(own: Path) -> None:
     assert "loss: ce, grpo, opd, oreal, own, preset/<peer>/<name>" in listed
 
 
+@pytest.mark.slow
 def test_help_of_the_commands() -> None:
     for module, words in (("train", "training.steps=80"), ("bench", "bench.rounds=")):
         done = subprocess.run([sys.executable, "-m", f"toolkit.{module}", "--help"], capture_output=True, text=True)

@@ -60,12 +60,6 @@ def _own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "_warned", set(errors._warned))
 
 
-@pytest.fixture
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.policy_loss_names()
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
-
-
 # -------------------------------------------------------------------- formulas
 
 
@@ -116,8 +110,7 @@ def test_another_name_is_marked_wherever_names_are_shown() -> None:
         assert f"| `policy_loss={name}` | Another name for {original} |" in PAGE.read_text()
 
 
-def test_a_user_registers_facts_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
+def test_a_user_registers_facts_of_a_loss() -> None:
 
     @register_policy_loss(
         "mine",
@@ -280,7 +273,6 @@ def test_the_run_around_the_loss() -> None:
     assert done.stderr.startswith("error: advantage=gae needs 'values'")
 
 
-@pytest.mark.usefixtures("_own_registry")
 def test_a_plugin_without_a_formula() -> None:
     @register_policy_loss("mine")
     def mine(t, *, eps: float = 0.2):
@@ -359,6 +351,7 @@ def test_settings_that_nothing_reads_end_in_one_line(
 # -------------------------------------------------------------------- the command and the tables
 
 
+@pytest.mark.slow
 def test_the_command_is_quick_and_loads_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['explain', 'policy_loss=gspo', 'kl=k1']\n"
@@ -439,7 +432,7 @@ def _plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len([line for line in MY_PPO.splitlines() if line]) <= 8
 
 
-@pytest.mark.usefixtures("_plugin", "_own_registry")
+@pytest.mark.usefixtures("_plugin")
 def test_a_loss_in_eight_lines_is_explained() -> None:
     assert "my_ppo(t, eps=0.3)" in explained(*OWN)
     with pytest.raises(ConfigError, match=r"try: policy_loss\.eps=0\.3"):
@@ -455,7 +448,7 @@ def test_a_loss_in_eight_lines_trains() -> None:
     assert Path("out/summary.json").is_file()
 
 
-def test_training_says_what_is_known_to_be_wrong(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_training_says_what_is_known_to_be_wrong(capsys: Any) -> None:
     from toolkit.train import _say_notes
 
     class Run:

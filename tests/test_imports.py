@@ -6,6 +6,8 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+import pytest
+
 import toolkit
 
 ROOT = Path(toolkit.__file__).parent
@@ -116,6 +118,7 @@ def test_importing_is_light_and_touches_no_device() -> None:
     assert done.stdout.split() == ["False"] * 5
 
 
+@pytest.mark.slow
 def test_integrations_import_their_trainer_only_when_used() -> None:
     code = (
         "import sys, toolkit.integrations.trl, toolkit.integrations.trl.args\n"

@@ -72,6 +72,7 @@ def every_precision(rank: int, world: int) -> None:
             assert ours["loss"] == pytest.approx(metrics["loss"], rel=tolerance, abs=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_under_autocast_and_a_loss_scale() -> None:
     run_processes(2, every_precision)
@@ -121,6 +122,7 @@ def _fresh_state() -> Any:
     PartialState._reset_state()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_state")
 def test_the_trainer_takes_the_loss_scale_out_once() -> None:
     settings = ["loss=ce", "training.micro_batch_size=8"]

@@ -17,6 +17,7 @@ def test_there_are_enough_and_each_has_a_name_of_its_own() -> None:
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_its_line_is_still_there(mutation: Mutation) -> None:
     assert mutation.apply(ROOT) != (ROOT / mutation.file).read_text()

@@ -96,6 +96,7 @@ def test_files_that_hold_no_choice(tmp_path: Path, content: str, words: str) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_class_of_a_plugin_file_is_a_target_and_its_fields_are_settings(tmp_path: Path) -> None:
     (tmp_path / "task").mkdir()
     (tmp_path / "plug_task.py").write_text(

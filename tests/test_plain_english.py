@@ -40,11 +40,13 @@ def named_in(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FILES[0].parent).as_posix())
 def test_names_say_what_a_thing_is(path: Path) -> None:
     assert not [f"{line}: {name}" for line, name in named_in(path) if STAND_INS & {*name.lower().split("_")}]
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("path", [*FILES, *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_sentences_are_plain(path: Path) -> None:
     text = re.sub(r"<!-- (\w+):begin -->.*<!-- \1:end -->", "", path.read_text(), flags=re.DOTALL)  # titles of conf/

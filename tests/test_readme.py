@@ -21,7 +21,6 @@ from toolkit.compose.schemas import conf_dir
 from toolkit.compose.tree import check_command_line
 from toolkit.errors import ConfigError
 from toolkit.explain.__main__ import main
-from toolkit.functional.policy import registry
 
 ROOT = Path(toolkit.__file__).parents[1]
 README = ROOT / "README.md"
@@ -66,12 +65,6 @@ COMPOSED = [
 ERRORS = [block for block in BLOCKS if block.language == "text" and "\nerror: " in block.text]
 
 
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.policy_loss_names()
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
-
-
 def loss_file() -> str:
     """Return the loss that pages put into a file, the same on each."""
     (loss,) = {block.text for block in PYTHON if block.text.startswith("# my_loss.py")}
@@ -103,6 +96,7 @@ def test_commands_are_understood(command: Block, tmp_path: Path, monkeypatch: py
     check_command_line([word for word in words if word != "-m"], multirun="-m" in words)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_modules_and_files_of_commands_exist(command: Block) -> None:
     for module in re.findall(r"-m (toolkit[\w.]*)", command.text):
@@ -169,6 +163,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):

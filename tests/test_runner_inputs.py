@@ -385,8 +385,6 @@ def test_two_threads_count_over_their_own_groups(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_file_may_be_imported_and_then_be_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.policy_loss_names()
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     source = (
         "from toolkit import register_policy_loss\n@register_policy_loss('seen_twice')\ndef f(t): return t.logprobs\n"
     )

@@ -38,6 +38,7 @@ def test_nor_is_it_on_the_command_line(override: str) -> None:
         check_command_line([override])
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("model", CLASSES, ids=lambda model: model.__name__)
 def test_no_field_of_any_config_takes_one(model: type[Config]) -> None:
     """A field that takes 0.5, 1 or 3 refuses True, unless it takes booleans as well."""

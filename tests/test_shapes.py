@@ -48,6 +48,7 @@ def without_shape(source: str) -> list[str]:
     return missing
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_tensor_has_a_shape(path: Path) -> None:
     assert not without_shape(path.read_text())

@@ -360,15 +360,9 @@ def check_refusals(accelerator: Any) -> None:
         find_head(wrapped)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("world", "kinds"),
-    [
-        (2, ("tied", "lora")),
-        pytest.param(2, KINDS, marks=pytest.mark.slow),
-        pytest.param(4, KINDS, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("world", "kinds"), [(2, ("tied", "lora")), (2, KINDS), (4, KINDS)])
 def test_ddp_and_fsdp2_give_the_steps_of_one_process(world: int, kinds: tuple[str, ...], tmp_path: Any) -> None:
     expected = {kind: train(Policy(head_variant(kind)), 0, 1, number=1) for kind in kinds}
     for kind, found in expected.items():

@@ -67,6 +67,7 @@ def test_runs(path: Path, tmp_path: Path) -> None:
     assert not differences(texts(stored), texts(notebook))
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_stored_outputs(path: Path) -> None:
     """A tutorial is stored with its outputs, pictures among them, and with nothing that only a kernel can show."""

@@ -398,6 +398,7 @@ def test_writing_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert "TRL" not in page
 
 
+@pytest.mark.slow
 def test_a_configuration_without_a_mistake_does_not_load_the_table() -> None:
     code = (
         "import sys\nfrom toolkit.compose.tree import check_command_line\nfrom toolkit import GRPOLossConfig\n"

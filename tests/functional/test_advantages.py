@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from toolkit import ConfigError, DataError
-from toolkit.functional.advantages import advantage, advantage_names, register_advantage, registry
+from toolkit.functional.advantages import advantage, advantage_names, register_advantage
 from toolkit.functional.advantages.baselines import rae_baselines
 from toolkit.functional.advantages.rlsd import rlsd_reweight
 from toolkit.functional.rewards import RewardTerms
@@ -300,13 +300,6 @@ def test_leave_one_out_deviation_against_loops() -> None:
 # ---------------------------------------------------------------------- the registry
 
 
-@pytest.fixture
-def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
-    advantage_names()
-    monkeypatch.setattr(registry.ADVANTAGES, "entries", dict(registry.ADVANTAGES.entries))
-
-
-@pytest.mark.usefixtures("_restore")
 def test_one_of_your_own() -> None:
     @register_advantage("raw", within_group=False)
     def raw(r, *, scale: float = 1.0):

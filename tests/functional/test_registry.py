@@ -9,12 +9,6 @@ from toolkit import ConfigError, GRPOLossConfig, register_policy_loss
 from toolkit.functional.policy import registry
 
 
-@pytest.fixture(autouse=True)
-def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.policy_loss_names()
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
-
-
 def test_options_are_typed_by_the_signature() -> None:
     @register_policy_loss("mine")
     def mine(t, *, eps: Annotated[float, Ge(0)] = 0.2, n: int = 3):

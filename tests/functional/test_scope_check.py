@@ -7,7 +7,6 @@ import torch
 
 from toolkit import ConfigError, DataError, register_policy_loss
 from toolkit.functional import scope_check
-from toolkit.functional.policy import registry
 from toolkit.functional.policy.registry import policy_loss
 from toolkit.functional.scope_check import check_policy_loss, is_zero_without_advantage
 
@@ -16,8 +15,6 @@ pytestmark = pytest.mark.usefixtures("_own_registry")
 
 @pytest.fixture
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.policy_loss_names()
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     monkeypatch.setattr(scope_check, "_passed", set())
 
 

@@ -27,7 +27,6 @@ from toolkit import (
     register_policy_loss,
 )
 from toolkit.explain.formula import explain_loss
-from toolkit.functional.policy import registry
 from toolkit.testing import assert_layout_invariant, random_batch
 from toolkit.training.rehearsal import rehearse
 
@@ -344,13 +343,6 @@ def test_a_tensor_of_unknown_layout_is_refused_by_name() -> None:
         kwargs.chunk(2)
 
 
-@pytest.fixture
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.policy_loss_names()
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
-
-
-@pytest.mark.usefixtures("_own_registry")
 def test_one_function_is_a_loss() -> None:
     @register_policy_loss("my_ppo")
     def my_ppo(t, *, eps: float = 0.2):
@@ -365,7 +357,6 @@ def test_one_function_is_a_loss() -> None:
     torch.testing.assert_close(mine.loss, builtin.loss, rtol=1e-12, atol=0)
 
 
-@pytest.mark.usefixtures("_own_registry")
 def test_sequence_statistics_need_the_scope_to_say_so() -> None:
     def centred(t):
         return -t.logprobs * (t.advantages - t.segment_mean(t.advantages))
@@ -382,7 +373,6 @@ def test_sequence_statistics_need_the_scope_to_say_so() -> None:
     torch.testing.assert_close(chunked, eager, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.usefixtures("_own_registry")
 def test_a_loss_that_averages_is_refused() -> None:
     @register_policy_loss("averaged")
     def averaged(t):

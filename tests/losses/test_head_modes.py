@@ -52,9 +52,7 @@ def combinations() -> Iterator[tuple[str, torch.dtype, str, str]]:
 
 
 @pytest.fixture
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.policy_loss_names()
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
+def _own_registry() -> None:
 
     @register_policy_loss("batch_centred", scope="batch")
     def batch_centred(t):

@@ -16,7 +16,6 @@ from toolkit import (
     LossRunner,
     register_policy_loss,
 )
-from toolkit.functional.policy import registry
 
 
 def gradients(mode: str, head: tuple, fields: dict, scale: float = 1.0, **options) -> list[Tensor]:
@@ -52,9 +51,7 @@ def test_fp16_with_a_loss_scale(scale: float) -> None:
 
 
 @pytest.fixture
-def _sequence_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.policy_loss_names()
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
+def _sequence_loss() -> None:
 
     @register_policy_loss("centred", scope="sequence")
     def centred(t):

@@ -68,6 +68,7 @@ def ranks_of(cfg: GRPOLossConfig) -> int:
     return 2 if cfg.gradient_reduction == "mean" else 1
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_batch_and_a_vocabulary_over_four_ranks() -> None:
     run_processes(4, data_and_vocabulary)

@@ -70,6 +70,7 @@ def off(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_router_loss_does_not_grow_with_the_world() -> None:
     run_processes(2, two_micro_batches_on_each_rank)

@@ -150,6 +150,7 @@ def test_numbers_that_json_does_not_have() -> None:
     assert '"y":[null]' in View(charts=(chart,)).as_json()
 
 
+@pytest.mark.slow
 def test_without_the_extra_the_import_names_it() -> None:
     code = (
         "import sys; sys.modules['anywidget'] = None; sys.modules['ipywidgets'] = None\n"

@@ -59,6 +59,7 @@ def test_samples_are_thinned_evenly_and_say_so(tmp_path: Path) -> None:
         page(read_runs([folder]), most_samples=None)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     make_run(tmp_path / "a", rewards=curve(0.9, 0)[:10])
     command = [sys.executable, "-m", "toolkit.report"]

@@ -183,6 +183,7 @@ def test_a_reward_that_always_hangs_is_not_called_for_every_completion() -> None
     assert scores.num_failed == 40
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_and_survive_crashes_and_hangs() -> None:
     assert scores_of("digits", num_workers=2).totals == [1, 0, 0]
     assert scores_of("batched", num_workers=1).totals == [1, 0, 0]

@@ -167,7 +167,6 @@ def test_a_loop_that_returns_nothing() -> None:
 
 
 def test_a_loss_that_looks_beyond_its_scope(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
     monkeypatch.setattr("toolkit.losses.step.item_checks.check_scope", lambda *_: None)  # it would be told there
     register_policy_loss("shared")(lambda t: -t.ratio() * (t.advantages - t.advantages.mean()))
     error = refused(None, GRPOLossConfig(policy_loss_cfg={"loss_type": "shared"}))
@@ -367,14 +366,14 @@ def in_group(rank: int, world: int) -> None:
     assert {own.rank for own in error.findings} == {0, 1}  # both processes know what both saw
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_in_a_process_group() -> None:
     run_in_group(2, in_group)
 
 
 @pytest.mark.dist
-def test_processes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.POLICY_LOSSES, "entries", dict(registry.POLICY_LOSSES.entries))
+def test_processes_of_its_own() -> None:
     register_policy_loss("mine_elsewhere")(mine_elsewhere)
     cfg = GRPOLossConfig(policy_loss_cfg={"loss_type": "mine_elsewhere", "eps": 0.3})
     # A loop that cannot do without a group is not tried in one process.

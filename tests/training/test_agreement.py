@@ -44,6 +44,7 @@ def launched(folder: Path, *of_rank: list[str]) -> list[tuple[int, str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_settings_of_one_rank_alone(tmp_path: Path) -> None:
     one = ["optimizer.lr=0.002", "aggregation=token_sum", "seed=3", "++training.steps=2"]

@@ -108,6 +108,7 @@ def test_what_is_said_of_a_disk(tmp_path: Path) -> None:
             raise other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["save_weights", "save_optimizer_state", "random_states", "flush_tree"])
 def test_a_disk_that_fills_up_in_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     trainer = trainer_with(None, "loss=ce")
@@ -153,6 +154,7 @@ def test_the_lock_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     release(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_command_on_a_full_disk_and_in_a_read_only_folder(small_disk: Callable[[str], Path]) -> None:
     code = (
         "import sys, toolkit.train as t\ntry: t.main()\nexcept SystemExit: sys.exit(5 if 'torch' in sys.modules else 1)"

@@ -142,6 +142,7 @@ def test_a_step_learns_from_as_many_groups_as_it_wants(drawn: tuple[Any, list[in
         assert rows.advantages[:, 0].abs().tolist() == pytest.approx([0.5 / (0.52223 + 1e-4)] * 12, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_state")
 def test_the_batches_drawn_are_kept_for_a_resumed_run(drawn: tuple[Any, list[int]]) -> None:
     trainer, batches = drawn

@@ -48,6 +48,7 @@ def test_the_rate_falls_over_all_epochs() -> None:
     assert [trainer.run_step(phase)["lr"] for _ in range(2)] == pytest.approx([0.5, 0.3])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_state")
 def test_one_minibatch_and_several_epochs_need_the_old_policy() -> None:
     trainer = trainer_with(None, *SMALL, "training.minibatches=1", "training.epochs=2")
@@ -84,6 +85,7 @@ def test_the_reference_is_refreshed_every_second_step() -> None:
     assert equal(weights(trainer.reference), kept)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_state")
 def test_a_reference_that_follows_in_part() -> None:
     target, source = torch.tensor([1.0, -2.0]), torch.tensor([5.0, 2.0])
@@ -112,6 +114,7 @@ def test_settings_that_do_nothing_are_refused(overrides: list[str], message: str
         build_config(compose_config(overrides))
 
 
+@pytest.mark.slow
 def test_losses_and_rewards_that_read_a_reference_may_refresh_it() -> None:
     for reader in (["kl=k3"], ["kl=k1_in_reward"], ["loss=opd", "loss.teacher=reference"]):
         build_config(compose_config(["training.refresh_reference_every=2", *reader]))

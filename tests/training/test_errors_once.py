@@ -51,6 +51,7 @@ def test_a_process_that_is_ended_for_another_says_why(tmp_path: Path) -> None:
     assert line.startswith("error: rank 1 stopped answering: its process (pid ")
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_process_that_is_ended_for_nothing_ends(tmp_path: Path) -> None:
     codes, words = outcome(ended_from_outside, tmp_path, world=2)

@@ -136,6 +136,7 @@ def test_a_reward_at_the_bound_passes() -> None:
     assert trainer.evaluate().accuracy == 0.5
 
 
+@pytest.mark.slow
 def test_fewer_prompts_and_another_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_with(None, "task.num_heldout=5", "evaluation.max_prompts=2", "evaluation.samples=3",
                            "evaluation.temperature=0.5")  # fmt: skip
@@ -151,6 +152,7 @@ def test_fewer_prompts_and_another_temperature(monkeypatch: pytest.MonkeyPatch) 
     assert "temperature" not in asked[0][1]
 
 
+@pytest.mark.slow
 def test_settings_without_an_effect_are_refused() -> None:
     for settings, message in (
         ({"ks": [1, 4]}, r"evaluation\.ks has no effect without sampled completions; set evaluation\.samples=8"),
@@ -232,6 +234,7 @@ def test_a_resumed_run_has_every_evaluation_once(tmp_path: Path, monkeypatch: py
     assert [(row["phase"], row["step"]) for row in all_lines(whole)] == expected
 
 
+@pytest.mark.slow
 def test_the_console_shows_intervals_and_the_figure_every_evaluation(tmp_path: Path) -> None:
     before = Evaluation(0.361, ["a"], 0.361, intervals={"accuracy": (0.32, 0.404)}, sampled={"pass@4": 0.5})
     after = before._replace(

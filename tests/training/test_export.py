@@ -90,6 +90,7 @@ def one_step(trainer: Any) -> Any:
 # -------------------------------------------------------------------- a run
 
 
+@pytest.mark.slow
 def test_another_run_goes_on_from_the_model_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
     monkeypatch.setattr(run, "write_report", lambda *a: shown.append([getattr(x, "completions", x) for x in a[3:5]]))
@@ -210,6 +211,7 @@ def test_the_base_of_adapters_is_named_by_its_full_path(
     assert settings["base_model_name_or_path"] == str(saved)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_merged(tmp_path: Path, saved: Path) -> None:
     merged = "training.export_merged=true"
     with pytest.raises(ConfigError, match=r"training\.export_merged has no effect: the model has no adapters"):
@@ -270,6 +272,7 @@ def test_the_reference_is_the_policy_as_it_was(tmp_path: Path, saved: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapters_alone(tmp_path: Path, saved: Path) -> None:
     trainer = trainer_with(None, "loss=ce", *model(saved, *LORA))
     phase = one_step(trainer)

@@ -129,6 +129,7 @@ def test_one_process_raises(tmp_path: Path) -> None:
     assert words[0] == words[2] == f"error: rank 1 failed: {message}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_process_with_the_store_raises(tmp_path: Path) -> None:
     codes, words = outcome(store_host_raises, tmp_path)

@@ -49,6 +49,7 @@ def test_such_an_update_changes_nothing_and_is_counted(tmp_path: Path) -> None:
     assert trainer.updater.num_skipped == 0
 
 
+@pytest.mark.slow
 def test_the_run_stops_after_some_in_a_row_also_across_a_resume(tmp_path: Path) -> None:
     trainer = trainer_whose_gradients(iter([math.nan, 1.0, math.nan, math.nan]), most=3)
     phase = trainer.main_phase()

@@ -129,6 +129,7 @@ def test_what_compares_sampler_and_trainer_gets_both(overrides: list[str]) -> No
     assert scorer.num_calls == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the sampler's")
 def test_the_decision_is_kept_until_settings_change() -> None:
     for shift in (0.0, 1.0):
@@ -150,6 +151,7 @@ def test_the_decision_is_kept_until_settings_change() -> None:
 SMALL = ("rollout.skip_uniform_groups=false", "training.minibatches=2")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_state")
 @pytest.mark.parametrize(("kl", "num_references"), [([], 0), (["kl=k1_in_reward"], 1)])
 def test_a_step_saves_a_forward(kl: list[str], num_references: int) -> None:

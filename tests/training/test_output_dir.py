@@ -101,6 +101,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
             new_dir(str(path / "b"))
 
 
+@pytest.mark.slow
 def test_the_command_refuses_before_torch_and_touches_nothing(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "it's a=run")
     before = sorted(path.name for path in folder.rglob("*"))

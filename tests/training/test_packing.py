@@ -199,6 +199,7 @@ def test_in_single_precision_to_its_rounding() -> None:
     assert_same(*padded_and_packed(trainer, made_up_rows(3 * GROUP, torch.float32)), rounding=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_state")
 def test_with_adapters_and_their_reference(tmp_path: Path) -> None:
     path = save_tiny_model(tmp_path / "tiny", dtype=torch.float64)
@@ -251,6 +252,7 @@ def test_two_processes_packed_are_one_padded(tmp_path: Path) -> None:
         assert_same(found, alone[name, "none", first], rounding=1e-12, name=f"{name}, {sharding}, {first}")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_state")
 @pytest.mark.parametrize("overrides", [["loss=grpo", "kl=k1_in_reward"], ["loss=ce"]])
 def test_steps_of_both_phases_are_those_of_padded_rows(overrides: list[str]) -> None:
@@ -379,6 +381,7 @@ def test_settings_that_cannot_work(overrides: list[str], words: str) -> None:
         trainer_with(None, *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_state")
 def test_a_dry_run_knows_the_budget() -> None:
     padded, packed = (trainer_with(None, *size) for size in ([], ["training.micro_batch_tokens=64"]))

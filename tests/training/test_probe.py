@@ -315,6 +315,7 @@ def under_the_sharding_of_the_run(rank: int, world: int) -> None:
             devices.probe_accelerator(accelerator, cfg, "fsdp2")
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_under_the_sharding_of_the_run() -> None:
     pytest.importorskip("accelerate")

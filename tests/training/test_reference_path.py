@@ -30,6 +30,7 @@ def saved(folder: Path, alphabet: str, **sizes: Any) -> Any:
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_state")
 def test_the_reference_is_the_model_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has another width than the policy, stays as it is, and its log-probabilities are what the loss learns from."""
@@ -54,6 +55,7 @@ def test_the_reference_is_the_model_in_the_folder(tmp_path: Path, monkeypatch: p
     assert not any(parameter.requires_grad for parameter in trainer.reference.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_state")
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, "abc=")

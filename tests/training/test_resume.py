@@ -112,6 +112,7 @@ def moments(optimizer: Any) -> list[torch.Tensor]:
     return [tensor for each in parameters for _, tensor in sorted(optimizer.state[each].items())]
 
 
+@pytest.mark.slow
 def test_settings_of_the_optimizer_that_may_change_are_applied(tmp_path: Path) -> None:
     trainer = trainer_with(None, "loss=ce", "optimizer.weight_decay=0.1")
     phase = trainer.main_phase()
@@ -233,6 +234,7 @@ def test_a_crash_while_writing_leaves_a_whole_checkpoint(tmp_path: Path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]
 
 
+@pytest.mark.slow
 def test_other_settings_are_another_run(tmp_path: Path) -> None:
     def config(*overrides: str) -> Any:
         return build_config(compose_config(overrides))

@@ -125,6 +125,7 @@ def test_records_of_tokens_are_what_the_last_update_saw(tmp_path: Path, packed: 
     assert max(abs(ratio - 1) for ratio in ratios) > 0.01  # other updates of the step came before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["rloo", "reinforce_pp", "grpo", "dapo", "gspo", "cispo"])
 def test_recipes_have_records(tmp_path: Path, recipe: str) -> None:
     """With the KL in the reward rows have lost the sampler's log-probabilities when records begin."""
@@ -144,6 +145,7 @@ def test_rows_that_no_update_used_say_so(tmp_path: Path) -> None:
     assert any("learns" in line["tokens"]["status"] for line in lines(tmp_path) if line["advantage"])
 
 
+@pytest.mark.slow
 def test_records_of_tokens_change_nothing(tmp_path: Path) -> None:
     weights = []
     for every in (0, 1):

@@ -203,6 +203,7 @@ def test_a_launcher_that_starts_one_process_for_two_is_caught(tmp_path: Path) ->
     assert "asks for 2 processes, but 1 work together" in done.stderr
 
 
+@pytest.mark.slow
 def test_more_processes_expected_than_there_are(tmp_path: Path) -> None:
     done = train(tmp_path / "run", *SMOKE, "training.num_processes=2")
     assert done.returncode == 1

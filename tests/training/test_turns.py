@@ -317,6 +317,7 @@ def test_a_step_reports_turns_and_adds_their_rewards(monkeypatch: pytest.MonkeyP
     assert any("no:" in text for text in evaluation.completions)
 
 
+@pytest.mark.slow
 def test_an_episode_stops_before_the_context_is_full() -> None:
     trainer = game("long", "task.max_turns=9")
     ends_often(trainer)
@@ -327,6 +328,7 @@ def test_an_episode_stops_before_the_context_is_full() -> None:
     assert 200 < int(completions.attention_mask.sum(-1).max()) <= 256
 
 
+@pytest.mark.slow
 def test_failures_of_the_environment_are_counted_and_more_than_a_share_ends_the_run() -> None:
     trainer = game("raises", "task.max_reward_failures=1")
     ends_often(trainer)

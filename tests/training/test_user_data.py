@@ -190,6 +190,7 @@ def test_the_command_that_continues_a_run_has_its_overrides(tmp_path: Path) -> N
     assert (resume.key_or_group, resume.value()) == ("training.resume", str(run_dir))
 
 
+@pytest.mark.slow
 def test_another_task_is_named_before_its_rows_with_the_command_that_continues(tmp_path: Path) -> None:
     config = build_config(compose_config(["task=jsonl", "task.path=sums.jsonl", "task.reward=my.py:digits"]))
     a_checkpoint(tmp_path / "checkpoint", identity=identity(config))

@@ -109,6 +109,19 @@ def test_batches_in_every_form_are_the_same() -> None:
     assert runner(lm, left).loss.item() == pytest.approx(alone, abs=1e-9)
 
 
+def test_what_waits_for_the_device_is_looked_for_in_the_first_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    for name in ("batches.warn_of_left_padding", "rewarded._warn_of_groups"):
+        monkeypatch.setattr(f"toolkit.runner.{name}", lambda *_, looks=name, **__: looked.append(looks))
+    lm, runner = causal_lm("plain"), LossRunner(GRPOLossConfig())
+    ids = torch.tensor(ROWS[0]).expand(2, -1)
+    batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids), "rewards": [1.0, 0.0], "group_ids": [0, 0]}
+    for _ in range(2):
+        runner(lm, batch)
+        runner.step([batch], model=lm)
+    assert sorted(looked) == ["batches.warn_of_left_padding", "rewarded._warn_of_groups"]
+
+
 def test_a_packed_row_of_a_model() -> None:
     lm, runner = causal_lm("plain"), LossRunner(GRPOLossConfig())
     packed = {

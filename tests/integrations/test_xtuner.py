@@ -227,6 +227,12 @@ def test_a_kl_term() -> None:
     check_equal(mine, of_our_loop(given, loss, fields=["ref_logprobs"]))
 
 
+def test_overrides_are_split_as_in_a_shell() -> None:
+    classes = importlib.import_module("toolkit.integrations.xtuner.classes")
+    cfg = classes.ToolkitLossConfig(loss="policy_loss=gspo 'policy_loss.cliprange_low=0.1'")
+    assert cfg.toolkit_config.policy_options["cliprange_low"] == 0.1
+
+
 def test_weights_of_rollout_is_multiply_the_policy_loss() -> None:
     given = batch()
     classes = importlib.import_module("toolkit.integrations.xtuner.classes")

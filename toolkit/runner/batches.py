@@ -45,7 +45,7 @@ class ModelBatch:
         return short if short in widths else short + 1
 
 
-def model_batch(fields: Mapping[str, Any], device: torch.device) -> ModelBatch:
+def model_batch(fields: Mapping[str, Any], device: torch.device, *, is_first: bool = True) -> ModelBatch:
     """Bring the batch of a model to tensors.
 
     Args:
@@ -53,6 +53,7 @@ def model_batch(fields: Mapping[str, Any], device: torch.device) -> ModelBatch:
             padded on the right, and the padding is not scored); the others alike, one value for each token or each but
             the first.
         device: of the model.
+        is_first: whether to warn of padding that no mask leaves out, which waits for the device.
 
     Raises:
         DataError: there are no token ids, or a field cannot be converted.
@@ -74,7 +75,7 @@ def model_batch(fields: Mapping[str, Any], device: torch.device) -> ModelBatch:
         tensors["attention_mask"] = mask
     if mask is None:
         mask = torch.ones_like(input_ids)
-        if fields.get("cu_seq_lens") is None:
+        if is_first and fields.get("cu_seq_lens") is None:
             warn_of_left_padding(input_ids)
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         shape = list(mask.shape) if isinstance(mask, Tensor) else a_type(mask)

@@ -87,6 +87,8 @@ def with_advantages(
     loss_cfg: BaseLossConfig,
     advantage: Any,
     options: Any,
+    *,
+    is_first: bool = False,
 ) -> list[Mapping[str, Any]]:
     """Return batches whose rewards became advantages and groups [B, T]; unchanged if they have no rewards.
 
@@ -96,6 +98,7 @@ def with_advantages(
         loss_cfg: the loss.
         advantage: an estimator, or its name; None: grpo.
         options: of that estimator.
+        is_first: whether to warn of what was probably not meant.
 
     Raises:
         DataError: only some of them have rewards, or one has rewards and advantages, or an estimator is given without
@@ -114,7 +117,8 @@ def with_advantages(
         labels = labels_of(tensors, width, loss_cfg.ignore_idx)
         sequences.append(Sequences.of(labels, tensors["cu_seq_lens"], loss_cfg.ignore_idx))
         shapes.append(labels.shape)
-    advantages = advantages_of(batches, sequences, DEFAULT if advantage is None else advantage, options)
+    estimator = DEFAULT if advantage is None else advantage
+    advantages = advantages_of(batches, sequences, estimator, options, is_first=is_first)
     result: list[Mapping[str, Any]] = []
     for fields, part, values, shape in zip(batches, sequences, advantages, shapes, strict=True):
         kept = {name: value for name, value in fields.items() if name != "rewards"}

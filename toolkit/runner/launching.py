@@ -40,7 +40,7 @@ def launch_step(
         )
     fields = [model_batch(batch, torch.device("cpu")) for batch in batches]
     rows = with_advantages(
-        [each.fields for each in fields], [each.num_positions for each in fields], loss_cfg, *rewarded
+        [each.fields for each in fields], [each.num_positions for each in fields], loss_cfg, *rewarded, is_first=True
     )
     loss, metrics = run_processes(num_processes, _work, loss_cfg, model, [dict(each) for each in rows])
     return LossResult(loss, metrics, is_of_step=True)
@@ -54,7 +54,7 @@ def _work(loss_cfg: BaseLossConfig, model: nn.Module, batches: list[dict[str, An
     names = {"RANK": rank(), "LOCAL_RANK": rank(), "WORLD_SIZE": world_size(), "LOCAL_WORLD_SIZE": world_size()}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     prepared = Accelerator(cpu=True).prepare(model)
-    runs = runs_of(batches[rank() :: world_size()], None, prepared)
+    runs = runs_of(batches[rank() :: world_size()], None, prepared, is_first=False)
     result = run_step(runs, loss_cfg, (None, None), is_first=rank() == 0)
     squares = [p.grad.float().square().sum() for p in model.parameters() if p.grad is not None]
     norm = torch.stack(squares).sum().sqrt()

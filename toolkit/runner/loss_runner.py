@@ -214,7 +214,7 @@ class LossRunner(Inspection):
         """
         check_has_graph(None, "step()")
         check_optimizer(optimizer, model)
-        runs = runs_of(batches, forward, model)
+        runs = runs_of(batches, forward, model, is_first=self._is_first)
         if optimizer is not None:
             optimizer.zero_grad()
         result = run_step(runs, self.loss_cfg, (advantage, advantage_options), is_first=self._is_first)
@@ -258,7 +258,7 @@ class LossRunner(Inspection):
         if both:
             raise DataError(f"{both[0]} is in the batch and also given by name; leave out one of them")
         call = model_call(model)
-        return OfModel([model_batch({**(batch or {}), **by_name}, call.device)], call)
+        return OfModel([model_batch({**(batch or {}), **by_name}, call.device, is_first=self._is_first)], call)
 
     def _was_first(self) -> bool:
         """Whether this is the first call or step; later ones are not."""

@@ -62,7 +62,12 @@ class Sequences:
 
 
 def advantages_of(
-    batches: Sequence[Mapping[str, Any]], sequences: Sequence[Sequences], advantage: Any, options: Any
+    batches: Sequence[Mapping[str, Any]],
+    sequences: Sequence[Sequences],
+    advantage: Any,
+    options: Any,
+    *,
+    is_first: bool,
 ) -> list[Tensor]:
     """Return the advantages of each batch, [B, T], from its rewards.
 
@@ -71,6 +76,7 @@ def advantages_of(
         sequences: of each batch.
         advantage: the name of a registered estimator, or the estimator.
         options: of that estimator, by name; None: its defaults.
+        is_first: whether to warn of groups that were probably not meant.
 
     Raises:
         DataError: a field is missing, has the wrong length or is not finite; or the estimator needs what a batch does
@@ -96,7 +102,7 @@ def advantages_of(
     logprobs = _logprobs(batches, sequences, width) if "logprobs" in estimator.needs else None
     terms = RewardTerms(rewards=rewards, group_ids=groups, mask=mask, logprobs=logprobs)
     computed = estimator.compute(terms, **(options or {}))
-    if estimator.within_group:
+    if is_first and estimator.within_group:
         _warn_of_groups(batches, sequences, groups, is_zero=not computed.any(), name=estimator.name)
     parts = computed.split([part.number for part in sequences])
     return [part.spread(values) for part, values in zip(sequences, parts, strict=True)]

@@ -148,8 +148,8 @@ def check_optimizer(optimizer: Any, model: Any) -> None:
         )
 
 
-def runs_of(batches: Any, forward: Any, model: Any) -> Runs:
-    """Return how to run the micro-batches of a step.
+def runs_of(batches: Any, forward: Any, model: Any, *, is_first: bool) -> Runs:
+    """Return how to run the micro-batches of a step; the first one warns of what was probably not meant.
 
     Raises:
         DataError: an argument is missing or of the wrong type.
@@ -173,7 +173,7 @@ def runs_of(batches: Any, forward: Any, model: Any) -> Runs:
         return OfForward(rows, forward)
     call = model_call(model)
     with naming_batches("batches"):
-        return OfModel([model_batch(fields, call.device) for fields in rows], call)
+        return OfModel([model_batch(fields, call.device, is_first=is_first) for fields in rows], call)
 
 
 def _rows(batches: Any, single: str) -> list[Mapping[str, Any]]:
@@ -212,7 +212,7 @@ def contexts_of(
     """
     cfg = runs.fitted(loss_cfg)
     all_fields, widths = zip(*(runs.fields(index) for index in range(len(runs.batches))), strict=True)
-    rows = with_advantages(all_fields, widths, cfg, *rewarded)
+    rows = with_advantages(all_fields, widths, cfg, *rewarded, is_first=is_first)
     items = [item_of(fields, width, cfg, is_first=is_first) for fields, width in zip(rows, widths, strict=True)]
     check_alike(items, cfg.ignore_idx)
     cu_seq_lens = [fields.get("cu_seq_lens") for fields in rows]
@@ -270,7 +270,7 @@ def tensors_context(
 ) -> Any:
     """Return the context of one batch whose `hidden_states` [B, T, D] the caller has."""
     width = hidden_states.shape[-2] if hidden_states.dim() > 1 else None
-    (fields,) = with_advantages([fields], [width], loss_cfg, *rewarded)
+    (fields,) = with_advantages([fields], [width], loss_cfg, *rewarded, is_first=is_first)
     item = item_of(fields, width, loss_cfg, is_first=is_first)
     bounds = None if fields.get("cu_seq_lens") is None else [fields["cu_seq_lens"]]
     context = loss_cfg.loss_ctx_cls

@@ -10,6 +10,7 @@ averages.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class ToolkitLossConfig(BaseRLLossConfig):
     @property
     def toolkit_config(self) -> OurConfig:
         """Our config of the loss, with the mode and chunk size of this one."""
-        loss_cfg = LossRunner.from_overrides(self.loss.split()).loss_cfg
+        loss_cfg = LossRunner.from_overrides(shlex.split(self.loss)).loss_cfg
         if not isinstance(loss_cfg, OurConfig):
             raise ConfigError(f"loss={self.loss!r} has no policy loss; choose loss=grpo or a preset")
         settings = {"mode": self.mode, "ignore_idx": self.ignore_idx, "chunk_size": self.chunk_size or 1024}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ import toolkit
 
 ROOT = Path(toolkit.__file__).parents[1]
 FILES = sorted((ROOT / "toolkit").rglob("*.py"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials/reference").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "tutorials").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 STAND_INS = {"own", "found", "given", "told", "whole", "place", "places"}
 """Parts of a name that say nothing of the thing that it names."""
 PHRASES = {
@@ -29,9 +31,17 @@ PHRASES = {
 }
 
 
+def text_of(path: Path, kind: str = "code") -> str:
+    """Return the text of a file, or that of a notebook's cells, ``code`` or ``markdown``."""
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == kind)
+
+
 def named_in(path: Path) -> Iterator[tuple[int, str]]:
     """Yield line and name of everything that a file names: variables, arguments, attributes, functions, classes."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(text_of(path))):
         if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.lineno, node.id if isinstance(node, ast.Name) else node.attr
         elif isinstance(node, ast.arg):
@@ -41,15 +51,16 @@ def named_in(path: Path) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.every_case
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FILES[0].parent).as_posix())
+@pytest.mark.parametrize("path", [*FILES, *NOTEBOOKS], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_names_say_what_a_thing_is(path: Path) -> None:
     assert not [f"{line}: {name}" for line, name in named_in(path) if STAND_INS & {*name.lower().split("_")}]
 
 
 @pytest.mark.every_case
-@pytest.mark.parametrize("path", [*FILES, *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", [*FILES, *PAGES, *NOTEBOOKS], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_sentences_are_plain(path: Path) -> None:
-    text = re.sub(r"<!-- (\w+):begin -->.*<!-- \1:end -->", "", path.read_text(), flags=re.DOTALL)  # titles of conf/
+    text = text_of(path, "markdown") + (text_of(path) if path.suffix == ".ipynb" else "")
+    text = re.sub(r"<!-- (\w+):begin -->.*<!-- \1:end -->", "", text, flags=re.DOTALL)  # titles of conf/
     hits = [
         f"{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r} (write: {instead})"
         for phrase, instead in PHRASES.items()

@@ -5,6 +5,7 @@ Legend: B rows, T positions, V vocabulary. The head is the identity, so the grad
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -51,7 +52,7 @@ def batch(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor
 
 def of_our_loop(given: dict[str, Tensor], loss: str, *, fields: Sequence[str] = (), **changes: Any) -> list[Tensor]:
     """Return loss and gradient of the logits of a step in our loop."""
-    runner = LossRunner.from_overrides(loss.split())
+    runner = LossRunner.from_overrides(shlex.split(loss))
     leaf = given["logits"].clone().requires_grad_()
     passed = {name: given[name] for name in ("advantages", "old_logprobs", *fields)} | changes
     head = torch.eye(VOCABULARY, dtype=leaf.dtype)

@@ -17,8 +17,9 @@ pytest.importorskip("swift.rlhf_trainers.grpo_trainer", exc_type=ImportError)
 
 from swift.rlhf_trainers.grpo_trainer import WINDOW_NORMALIZED_LOSS_TYPES, GRPOTrainer
 
-from tests.integrations.loops import DTYPES, batch, check_equal, of_our_loop
-from tests.integrations.swift_trainer import Arguments, of_ms_swift
+from tests.integrations.loops import DTYPES, batch, check_equal, namespace, of_our_loop
+from tests.integrations.swift_trainer import Arguments, grpo_batch, of_ms_swift
+from toolkit.integrations.ms_swift import ToolkitGRPOTrainer
 
 LEVELS = ("token", "sequence", "sequence_token")
 BETAS = (0.0, 0.04)
@@ -104,3 +105,20 @@ def test_overlong_filter_is_a_mask_of_rows(name: str) -> None:
     kept = given | {"mask": given["mask"] & ~dropped[:, None]}
     scale = float(kept["mask"].sum() / given["mask"].sum()) if name == "dapo" else 1.0
     check_equal([scale * ours for ours in of_ours(arguments, kept)], theirs)
+
+
+def test_micro_batches_of_ms_swift_as_items() -> None:
+    """Its values belong to tokens; position t of an item has those of token t + 1."""
+    given = given_of(torch.float32)
+    prompt, ids = 2, torch.arange(4 * 11).view(4, 11)
+    dropped = torch.tensor([False, True, False, False])
+    theirs = grpo_batch(Arguments("grpo", beta=0.04), given, truncated_mask=dropped)
+    trainer = namespace(overlong_filter=True, loss_cfg=namespace(ignore_idx=-100))
+    item = ToolkitGRPOTrainer._item_of(trainer, ids, theirs, given["old_logprobs"])
+    scored = torch.nn.functional.pad(given["mask"] & ~dropped[:, None], (prompt - 1, 1))
+    assert torch.equal(item.shifted_labels != -100, scored)
+    assert torch.equal(item.shifted_labels[scored], ids.roll(-1, 1)[scored])
+    for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages"):
+        expected = torch.nn.functional.pad(given[name], (prompt - 1, 1))
+        torch.testing.assert_close(getattr(item, name)[scored], expected[scored], rtol=0, atol=0)
+    assert torch.equal(item.current_logprobs[scored], item.old_logprobs[scored])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 
 pytest.importorskip("swift.rlhf_trainers.grpo_trainer", exc_type=ImportError)
 
+from accelerate.state import PartialState
 from swift.trainers import TrainerFactory
 
 import toolkit
 from tests.integrations.swift_runs import prepare, run
+from tests.processes import run_processes
 from toolkit.integrations.ms_swift import register
 
 FIVE_DIGITS = 2e-5
@@ -26,8 +29,13 @@ LOSSES: dict[str, tuple[dict[str, Any], str]] = {
         "policy_loss=gspo aggregation=seq_mean_token_mean policy_loss.cliprange_low=0.02 "
         "policy_loss.cliprange_high=0.02 loss.log_ratio_range=[null,null]",
     ),
+    "grpo, adapters": (
+        {"beta": 0.04, "overlong_filter": True, "tuner_type": "lora", "lora_rank": 4, "gradient_checkpointing": True},
+        "loss=preset/ms_swift/grpo kl=k3 loss.kl_loss_coef=0.04",
+    ),
 }
-"""Arguments of ms-swift, and ours."""
+"""Arguments of ms-swift, and our loss."""
+OF_LOSS = ("loss_type", "importance_sampling_level", "epsilon")
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +57,28 @@ def close(ours: Any, theirs: Any) -> bool:
 @pytest.mark.parametrize("name", LOSSES)
 def test_four_steps_equal_those_of_ms_swift(prepared: dict[str, Any], name: str) -> None:
     """Two micro-batches a step, each batch used twice."""
+    check_equal_runs(prepared, name)
+
+
+def check_equal_runs(prepared: dict[str, Any], name: str, **settings: Any) -> None:
     arguments, loss = LOSSES[name]
-    theirs = run(prepared, **arguments)
+    theirs = run(prepared, **arguments, **settings)
     assert len(theirs) == 4
     register(loss)
-    assert close(run(prepared, beta=arguments["beta"]), theirs)
+    beside = {key: value for key, value in arguments.items() if key not in OF_LOSS}
+    assert close(run(prepared, **beside, **settings), theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_equal_ms_swift(prepared: dict[str, Any]) -> None:
+    run_processes(2, _two_processes, prepared)
+
+
+def _two_processes(rank: int, world: int, prepared: dict[str, Any]) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), ACCELERATE_USE_CPU="1")
+    check_equal_runs(prepared, "dapo", per_device_train_batch_size=2)
+    assert PartialState().num_processes == world
 
 
 def test_two_micro_batches_are_one_batch_and_the_file_of_the_page_is_enough(

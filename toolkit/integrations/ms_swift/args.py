@@ -63,6 +63,6 @@ def check_args(args: Any, cfg: BaseRLLossConfig, template: Any) -> None:
     generated = args.steps_per_generation * args.num_iterations
     if generated % args.gradient_accumulation_steps:
         raise ConfigError(
-            f"steps_per_generation x num_iterations = {generated} is no multiple of gradient_accumulation_steps="
+            f"steps_per_generation x num_iterations = {generated} is not a multiple of gradient_accumulation_steps="
             f"{args.gradient_accumulation_steps}; the loss counts the tokens of a step before its first forward"
         )

@@ -76,10 +76,10 @@ class ToolkitGRPOTrainer(GRPOTrainer):
                 self._window = self._kwargs_of(self._accumulated())
             loss_kwargs = self._window.pop(0)
         context = self.loss_cfg.loss_ctx_cls(self.loss_cfg, loss_kwargs)
-        given = {name: value for name, value in model_inputs.items() if name not in NOT_OF_TRUNK}
+        arguments = {name: value for name, value in model_inputs.items() if name not in NOT_OF_TRUNK}
         with self.accelerator.autocast():
             head = find_head(unwrapped_model)
-            hidden = head.trunk(**given, use_cache=False).last_hidden_state
+            hidden = head.trunk(**arguments, use_cache=False).last_hidden_state
             loss, extra = context.forward(*head.inputs(hidden))
         self._window_metrics.append(metrics_in(extra))
         if not is_training or not self._window:

@@ -45,9 +45,8 @@ def prepare(folder: Path) -> dict[str, Any]:
     return {"model": save_model(folder / "model"), "dataset": str(data), "output_dir": str(folder / "out")}
 
 
-def run(prepared: dict[str, Any], **settings: Any) -> list[tuple[float, float]]:
-    """Train, and return loss and gradient norm of each optimizer step."""
+def run(prepared: dict[str, Any], **settings: Any) -> list[dict[str, Any]]:
+    """Train, and return what was logged of each optimizer step."""
     chosen = {**SETTINGS, **OWN, **prepared, **settings}
     words = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
-    history = rlhf_main(words)["log_history"]
-    return [(entry["loss"], entry["grad_norm"]) for entry in history if "grad_norm" in entry]
+    return [entry for entry in rlhf_main(words)["log_history"] if "grad_norm" in entry]

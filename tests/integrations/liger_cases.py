@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit import LossRunner
+from tests.integrations.loops import runner_of
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 9, 5, 11
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -178,10 +178,10 @@ def with_gradients(loss: Tensor, hidden: Tensor, weight: Tensor) -> list[Tensor]
     return [loss.detach(), hidden.grad, weight.grad]
 
 
-def of_ours(arguments: Arguments, given: dict[str, Tensor], mode: str = "chunk") -> list[Tensor]:
+def of_ours(arguments: Arguments, given: dict[str, Tensor]) -> list[Tensor]:
     """Return loss and gradients of `LossRunner`."""
     hidden, weight = leaves(given)
-    runner = LossRunner.from_overrides([*arguments.ours(), f"mode={mode}"])
+    runner = runner_of(*arguments.ours())
     fields = {name: given[name] for name in ("advantages", "old_logprobs")}
     fields |= {"ref_logprobs": given["ref_logprobs"]} if arguments.beta else {}
     fields |= {"rollout_logprobs": given["rollout_logprobs"]} if arguments.weights else {}

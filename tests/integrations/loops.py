@@ -5,6 +5,8 @@ Legend: B rows, T positions, V vocabulary. The head is the identity, so the grad
 
 from __future__ import annotations
 
+import functools
+import shlex
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -49,9 +51,15 @@ def batch(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor
     return {name: values.to(dtype) for name, values in fields.items()} | {"labels": labels, "mask": mask}
 
 
+@functools.cache
+def runner_of(*overrides: str) -> LossRunner:
+    """Return a runner; composing its config takes longer than the loss of a small batch."""
+    return LossRunner.from_overrides(list(overrides))
+
+
 def of_our_loop(given: dict[str, Tensor], loss: str, *, fields: Sequence[str] = (), **changes: Any) -> list[Tensor]:
     """Return loss and gradient of the logits of a step in our loop."""
-    runner = LossRunner.from_overrides(loss.split())
+    runner = runner_of(*shlex.split(loss))
     leaf = given["logits"].clone().requires_grad_()
     passed = {name: given[name] for name in ("advantages", "old_logprobs", *fields)} | changes
     head = torch.eye(VOCABULARY, dtype=leaf.dtype)

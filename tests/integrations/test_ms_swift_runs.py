@@ -1,0 +1,108 @@
+"""``swift rlhf`` with our losses, live; skipped where ms-swift is not installed (.ci/peers installs it)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("swift.rlhf_trainers.grpo_trainer", exc_type=ImportError)
+
+from accelerate.state import PartialState
+from swift.trainers import TrainerFactory
+
+import toolkit
+from tests.integrations.swift_runs import prepare, run
+from tests.processes import run_processes
+from toolkit.integrations.ms_swift import register
+
+FIVE_DIGITS = 2e-5
+PAGE = Path(toolkit.__file__).parents[1] / "tutorials/reference/trainers/ms_swift.md"
+LOSSES: dict[str, tuple[dict[str, Any], str]] = {
+    "dapo": ({"loss_type": "dapo", "beta": 0.04}, "loss=preset/ms_swift/dapo kl=k3 loss.kl_loss_coef=0.04"),
+    "gspo": (
+        {"importance_sampling_level": "sequence", "epsilon": 0.02, "beta": 0},
+        "policy_loss=gspo aggregation=seq_mean_token_mean policy_loss.cliprange_low=0.02 "
+        "policy_loss.cliprange_high=0.02 loss.log_ratio_range=[null,null]",
+    ),
+    "grpo, adapters": (
+        {"beta": 0.04, "overlong_filter": True, "tuner_type": "lora", "gradient_checkpointing": True},
+        "loss=preset/ms_swift/grpo kl=k3 loss.kl_loss_coef=0.04",
+    ),
+}
+"""Arguments of ms-swift, and our loss."""
+OF_LOSS = ("loss_type", "importance_sampling_level", "epsilon")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return prepare(tmp_path_factory.mktemp("swift"))
+
+
+@pytest.fixture(autouse=True)
+def _their_trainer_afterwards() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(TrainerFactory.TRAINER_MAPPING, "grpo", TrainerFactory.TRAINER_MAPPING["grpo"])
+        yield
+
+
+def close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> bool:
+    """Whether loss and gradient norm of every step are the same."""
+    mine, others = ([(entry["loss"], entry["grad_norm"]) for entry in entries] for entries in (ours, theirs))
+    return mine == [pytest.approx(pair, rel=FIVE_DIGITS, abs=1e-6) for pair in others]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_four_steps_equal_those_of_ms_swift(prepared: dict[str, Any], name: str) -> None:
+    """Two micro-batches a step, each batch used twice."""
+    check_equal_runs(prepared, name)
+
+
+def check_equal_runs(prepared: dict[str, Any], name: str, **settings: Any) -> None:
+    arguments, loss = LOSSES[name]
+    theirs = run(prepared, **arguments, **settings)
+    assert len(theirs) == 4
+    register(loss)
+    beside = {key: value for key, value in arguments.items() if key not in OF_LOSS}
+    ours = run(prepared, **beside, **settings)
+    assert close(ours, theirs)
+    assert {*MEANS, "toolkit/policy_loss" if beside["beta"] else "toolkit/loss"} <= ours[1].keys()
+    if "tuner_type" not in beside:  # adapters move too little in one step
+        assert all(0 < ours[1][name] < 1 for name in MEANS if name.startswith("clip"))
+
+
+MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "entropy/mean")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_equal_ms_swift(prepared: dict[str, Any]) -> None:
+    run_processes(2, _two_processes, prepared)
+
+
+def _two_processes(rank: int, world: int, prepared: dict[str, Any]) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), ACCELERATE_USE_CPU="1")
+    check_equal_runs(prepared, "dapo", per_device_train_batch_size=2)
+    assert PartialState().num_processes == world
+
+
+def test_two_micro_batches_are_one_batch_and_the_file_of_the_page_is_enough(
+    prepared: dict[str, Any], tmp_path: Path
+) -> None:
+    """A mean over tokens of sequences of unequal length, by the square root of theirs."""
+    plugin = re.search(r"```py\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert plugin is not None
+    path = tmp_path / "my_loss.py"
+    path.write_text(plugin[1])
+    settings = {"beta": 0, "max_steps": 2, "external_plugins": str(path)}
+    two = run(prepared, **settings)
+    assert TrainerFactory.TRAINER_MAPPING["grpo"].startswith("toolkit.")
+    register("policy_loss=cispo policy_loss.weight_max=5 aggregation=square")
+    square = run(prepared, beta=0, max_steps=2)
+    assert not close(square, two)
+    one = run(prepared, beta=0, max_steps=2, per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    assert close(square, one)

@@ -48,15 +48,15 @@ MUTATIONS = (
     Mutation(
         name="clip-takes-the-smaller-loss",
         file=f"{POLICY}/clipped.py",
-        line="return -advantages * ratio.clamp(floor, largest).where(is_negative, ratio.clamp(max=cap))",
-        becomes="return -advantages * ratio.clamp(floor, largest).where(~is_negative, ratio.clamp(max=cap))",
+        line="bounded_ratio = free_ratio.clamp(floor, largest).where(is_negative, free_ratio.clamp(max=cap))",
+        becomes="bounded_ratio = free_ratio.clamp(floor, largest).where(~is_negative, free_ratio.clamp(max=cap))",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_hand_worked",),
     ),
     Mutation(
         name="clip-dual-clip-of-all-advantages",
         file=f"{POLICY}/clipped.py",
-        line="return -advantages * ratio.clamp(floor, largest).where(is_negative, ratio.clamp(max=cap))",
-        becomes="return -advantages * ratio.clamp(floor, largest).clamp(max=cap)",
+        line="bounded_ratio = free_ratio.clamp(floor, largest).where(is_negative, free_ratio.clamp(max=cap))",
+        becomes="bounded_ratio = free_ratio.clamp(floor, largest).clamp(max=cap)",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_dual_clip_only_for_negative_advantages",),
     ),
     Mutation(

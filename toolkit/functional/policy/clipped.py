@@ -189,8 +189,10 @@ def clipped_surrogate(
         t.report("dual_clip_fraction", (ratio > clip_ratio_c) & is_negative)
         largest = min(largest, clip_ratio_c)
     # The larger loss is -A times the larger of the two ratios where A < 0, and times the smaller elsewhere.
-    cap = min(free, ceiling)
-    return -advantages * ratio.clamp(floor, largest).where(is_negative, ratio.clamp(max=cap))
+    cap, free_ratio = min(free, ceiling), ratio.detach()
+    bounded_ratio = free_ratio.clamp(floor, largest).where(is_negative, free_ratio.clamp(max=cap))
+    # Clamped without graph: backward through clamps and choice would take five times the operations of this one.
+    return -advantages * ratio.where(bounded_ratio == free_ratio, bounded_ratio)
 
 
 @register_policy_loss(

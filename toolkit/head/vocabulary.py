@@ -60,7 +60,7 @@ class VocabGroup:
 
     def labels(self, targets: Tensor) -> LocalLabels:
         """Return the labels `targets` [n] as indices into the local columns."""
-        rows = torch.arange(len(targets), device=targets.device)
+        rows = torch.arange(targets.shape[0], device=targets.device)
         if not self.is_split:
             return LocalLabels((rows, targets), None)
         columns = targets - self.start

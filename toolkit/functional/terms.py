@@ -18,7 +18,7 @@ from toolkit.functional.names import MAX_LOG_RATIO
 from toolkit.functional.options import Anchor
 from toolkit.functional.ratios import bounded
 from toolkit.functional.segments import segment_mean, segment_sum, suffix_sum
-from toolkit.metrics import Max, Mean, Metric, Min
+from toolkit.metrics import Max, Mean, Metric, Min, without_graph
 from toolkit.peers.batch_fields import counterpart_field
 
 ANCHORS: tuple[str, ...] = get_args(get_args(Anchor)[0])
@@ -97,7 +97,7 @@ class PolicyTerms:
         if not isinstance(values, Tensor):
             values = torch.as_tensor(values, dtype=self.logprobs.dtype, device=self.logprobs.device)
         if kind == "mean" and values.shape == self.logprobs.shape:
-            self.reported_means[name] = values.detach()
+            self.reported_means[name] = without_graph(values)
         else:
             self.reported[name] = KINDS[kind].of(values)
 

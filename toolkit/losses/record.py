@@ -102,9 +102,7 @@ class TensorRecord(Model):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and value of every field that holds a tensor: [B, T], [B, T, K], or any shape if `Shared`."""
-        for name, value in self.__dict__.items():
-            if isinstance(value, Tensor):
-                yield name, value
+        return iter([(name, value) for name, value in self.__dict__.items() if isinstance(value, Tensor)])
 
     def per_token(self) -> Iterator[tuple[str, Tensor, PerToken]]:
         """Yield name, value ([B, T] or [B, T, K]) and layout of every per-token field."""

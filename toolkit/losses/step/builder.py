@@ -134,10 +134,7 @@ class KwargsBuilder(Generic[ItemT]):
             fields["term_weights"] = row.weights
         if "sequence_ids" in cls.kwargs_cls.model_fields and cls.reads_sequences(row.step.loss_cfg):
             fields["sequence_ids"] = row.sequence_ids
-        for name in cls.kwargs_cls.model_fields:
-            if name not in fields and (value := row.value(name)) is not None:
-                fields[name] = value
-        return fields
+        return fields | row.values(name for name in cls.kwargs_cls.model_fields if name not in fields)
 
     @classmethod
     def reads_sequences(cls, loss_cfg: Any) -> bool:

@@ -9,7 +9,7 @@ Legend: B rows, T positions of a row, K columns of weights (terms that count ali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -74,17 +74,16 @@ class StepRow:
         """[B, T] int64, the sequence of each position, negative for none."""
         return self.step.sequence_ids[self.index]
 
-    def value(self, name: str) -> Any:
-        """Return the item's field of that name, None if it has none.
+    def values(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the item's fields that have one of `names` and a value.
 
         Fields with a trailing axis are not joined over shards: they are empty here and filled from the piece later.
         """
-        value = self.item.__dict__.get(name)  # `name` may not be a field: dozens of names are tried
-        if value is not None or self.piece is self.item:
-            return value
-        if isinstance(piece_value := self.piece.__dict__.get(name), Tensor):
-            return piece_value.new_zeros(*self.labels.shape, 0)
-        return value
+        known = {name: value for name, value in self.item.__dict__.items() if value is not None}
+        if self.piece is not self.item:
+            missing = [(name, value) for name, value in self.piece.tensors() if name not in known]
+            known |= {name: value.new_zeros(*self.labels.shape, 0) for name, value in missing}
+        return {name: known[name] for name in names if name in known}
 
 
 @dataclass
@@ -162,7 +161,7 @@ class Step:
             device=device,
             settings=self._settings,
         )
-        *extras, denominators = total.numbers.split([*numbers.values(), len(columns)])
+        *extras, denominators = total.numbers.split_with_sizes([*numbers.values(), len(columns)])
         of_columns = self._fix_weights(columns, shares, list(denominators.unbind()), total.tables)
         self.totals = StepTotals(
             {
@@ -286,8 +285,8 @@ def _by_prompt(columns: Sequence[LossTerm]) -> list[int]:
 
 def _as_numbers(value: Any, size: int, device: torch.device) -> Tensor:
     numbers = torch.as_tensor(value, dtype=torch.float64, device=device).reshape(-1)
-    if len(numbers) != size:
-        raise ConfigError(f"prepare counted {len(numbers)} numbers where {size} were announced")
+    if numbers.numel() != size:
+        raise ConfigError(f"prepare counted {numbers.numel()} numbers where {size} were announced")
     return numbers
 
 

@@ -37,17 +37,20 @@ def check_values(items: Sequence[LossContextInputItem], finite: Collection[str],
     """
     checked = [_checked_fields(item, finite) for item in items]
     vectors = [_numbers(item, fields, ignore_idx) for item, fields in zip(items, checked, strict=True)]
-    numbers = iter(torch.cat(vectors).tolist() if vectors else [])  # waits for the device once
+    numbers = torch.cat(vectors).tolist() if vectors else []  # waits for the device once
     largest: list[int | None] = []
+    start = 0
     for index, (item, fields) in enumerate(zip(items, checked, strict=True)):
-        sums, highest = ([next(numbers) for _ in fields] for _ in range(2))
-        for name, total, high in zip(fields, sums, highest, strict=True):
-            must_be_finite, is_logprob = name in finite, _is_logprob(name)
+        num_rows = len(fields) + 1
+        *sums, _ = numbers[start : start + num_rows]
+        *highest, highest_label = numbers[start + num_rows : start + 2 * num_rows]
+        start += 2 * num_rows + 1
+        for (name, values), total, high in zip(fields.items(), sums, highest, strict=True):
             # A finite sum has finite parts; any other may have overflowed, or hold NaN that a sampler may report.
-            if not math.isfinite(total) or (is_logprob and high > MAX_LOGPROB):
+            if not math.isfinite(total) or (high > MAX_LOGPROB and _is_logprob(name)):
                 is_scored = item.shifted_labels != ignore_idx
-                _check_field(f"data_batches[{index}]", name, fields[name], is_scored, must_be_finite)
-        lowest_label, highest_label = next(numbers), next(numbers)
+                _check_field(f"data_batches[{index}]", name, values, is_scored, name in finite)
+        lowest_label = numbers[start - 1]
         largest.append(int(highest_label) if lowest_label >= 0 else None)
     return largest
 
@@ -62,16 +65,14 @@ def _checked_fields(item: LossContextInputItem, finite: Collection[str]) -> dict
 
 
 def _numbers(item: LossContextInputItem, fields: Mapping[str, Tensor], ignore_idx: int) -> Tensor:
-    """Return the sum and the largest value of every field over scored positions, and the range of the labels."""
+    """Return sums, then largest values, of every field and the labels over scored positions; last the lowest label."""
     labels = item.shifted_labels
+    # Labels are exact in float64, as they would not be in fp32; they make the others as wide, too.
+    rows = torch.stack([*fields.values(), labels.to(wide_dtype(labels))])
     if not labels.numel():
-        return torch.tensor([0.0] * 2 * len(fields) + [0.0, -1.0], device=labels.device)
-    is_free = labels == ignore_idx
-    bounds = torch.stack(labels.masked_fill(is_free, 0).aminmax())
-    if not fields:
-        return bounds
-    rows = torch.stack([*fields.values()]).masked_fill(is_free, 0.0).flatten(1)
-    return torch.cat([rows.sum(1, dtype=wide_dtype(rows)), rows.amax(1), bounds])
+        return torch.cat([rows.new_zeros(2 * len(rows) - 1), rows.new_tensor([-1.0, 0.0])])
+    rows = rows.masked_fill_(labels == ignore_idx, 0.0).flatten(1)
+    return torch.cat([rows.sum(1), rows.amax(1), rows[-1:].amin(1)])
 
 
 def _check_field(where: str, name: str, values: Tensor, is_scored: Tensor, must_be_finite: bool) -> None:

@@ -128,8 +128,8 @@ MUTATIONS = (
     Mutation(
         name="filter-of-a-term-ignored",
         file="toolkit/losses/step/step.py",
-        line="counted.append(labels.masked_fill(~chosen, self.ignore_idx))",
-        becomes="counted.append(labels)",
+        line="counted.append(is_scored & chosen)",
+        becomes="counted.append(is_scored)",
         tests=("tests/losses/test_custom_loss.py::test_two_terms_are_their_formula",),
     ),
     Mutation(

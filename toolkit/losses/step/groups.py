@@ -79,12 +79,12 @@ def check_step(
         )
 
 
-def tokens_of_prompts(labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int) -> Table:
-    """Return the scored tokens of every prompt in the micro-batches of this rank, `labels` and `group_ids` [B, T]."""
+def tokens_of_prompts(is_counted: Sequence[Tensor], group_ids: Sequence[Tensor]) -> Table:
+    """Return the tokens of every prompt in the micro-batches of this rank; `is_counted` and `group_ids` are [B, T]."""
     tokens: Table = {}
-    for batch_labels, batch_groups in zip(labels, group_ids, strict=True):
+    for is_active, batch_groups in zip(is_counted, group_ids, strict=True):
         groups, index = batch_groups.reshape(-1).unique(return_inverse=True)
-        sizes = torch.bincount(index, (batch_labels.reshape(-1) != ignore_idx).double(), minlength=len(groups))
+        sizes = torch.bincount(index, is_active.reshape(-1).double(), minlength=len(groups))
         for group, size in zip(groups.tolist(), sizes.tolist(), strict=True):
             tokens[group] = tokens.get(group, 0.0) + size
     return tokens

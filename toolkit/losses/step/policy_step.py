@@ -146,8 +146,7 @@ def _totals(step: Step) -> StepTotals:
 def _step_metrics(step: Step) -> dict[str, Metric]:
     """Return the denominators, the share of tokens with advantage 0, and that of sequences with only such tokens."""
     tokens, sequences = [], []
-    for index, (item, labels) in enumerate(zip(step.items, step.labels, strict=True)):
-        is_scored = labels != step.ignore_idx
+    for index, (item, is_scored) in enumerate(zip(step.items, step.is_scored, strict=True)):
         is_idle = is_scored & (item.advantages == 0)
         is_taught = is_scored ^ is_idle
         tokens.append(Mean.share(is_idle, is_scored))

@@ -106,6 +106,8 @@ class Step:
     """Items of whole rows."""
     labels: list[Tensor] = field(default_factory=list)
     """[B, T], `ignore_idx` where a token counts nowhere; `prepare` may ignore more tokens."""
+    is_scored: list[Tensor] = field(default_factory=list)
+    """[B, T] bool, where the labels are not `ignore_idx`; known once `prepare` has run."""
     prepared: Any = None
     """What `prepare` stores for the kwargs of the step."""
     weights: list[Tensor] = field(default_factory=list)
@@ -142,21 +144,20 @@ class Step:
             if self.cu_seq_lens_list is not None:
                 _ = self.sequence_ids  # raises here, so the other ranks know of boundaries that do not fit
             counted = dict(prepare(self)) if prepare is not None else {}
+            self.is_scored = [labels != self.ignore_idx for labels in self.labels]
             if counted.keys() != extra.keys():
                 raise ConfigError(f"prepare counted {sorted(counted)}, but {sorted(extra)} was announced")
             tables: dict[str, Table] = {name: counted[name] for name in extra if name not in numbers}  # type: ignore[misc]
             for index in by_prompt:
-                labels = self._counted(columns[index])
-                tables[f"tokens of {index}"] = tokens_of_prompts(labels, self._groups(), ignore_idx=self.ignore_idx)
+                tables[f"tokens of {index}"] = tokens_of_prompts(self._counted(columns[index]), self._groups())
             shares.extend([] if index in by_prompt else self._shares(term) for index, term in enumerate(columns))
             extras = [_as_numbers(counted[name], size, device) for name, size in numbers.items()]
-            counts = Counts(torch.cat([*extras, torch.stack([count_of(each, device) for each in shares])]), tables)
+            counts = Counts(torch.cat([*extras, *(count_of(each, device).reshape(1) for each in shares)]), tables)
             return counts if counts_here(self.sp_mesh) else counts.uncounted()
 
-        size = sum(numbers.values())
         total = exchange_counts(
             count_here,
-            num_numbers=size + len(columns),
+            num_numbers=sum(numbers.values()) + len(columns),
             has_tables=bool(by_prompt) or len(numbers) < len(extra),
             device=device,
             settings=self._settings,
@@ -192,8 +193,8 @@ class Step:
             calibrated(column_shares, denominator, gradient_reduction=self.gradient_reduction)
             for column_shares, denominator in zip(shares, denominators, strict=True)
         ]
-        by_batch = zip(*by_column, strict=True)
-        self.weights = [torch.stack(batch, -1) if batch[1:] else batch[0].unsqueeze(-1) for batch in by_batch]
+        batches = zip(*by_column, strict=True)
+        self.weights = [torch.stack(each, -1) if each[1:] else each[0].unsqueeze(-1) for each in batches]
         return denominators
 
     @cached_property
@@ -234,11 +235,11 @@ class Step:
         return list(first_terms.values())
 
     def _counted(self, term: LossTerm) -> list[Tensor]:
-        """Return the labels of the tokens that a term counts."""
+        """Return which tokens a term counts."""
         if term.token_filter is None:
-            return self.labels
+            return self.is_scored
         counted = []
-        for index, (item, labels) in enumerate(zip(self.items, self.labels, strict=True)):
+        for index, (item, is_scored) in enumerate(zip(self.items, self.is_scored, strict=True)):
             try:
                 chosen = term.token_filter(item)
             except Exception as error:  # the user's function may raise anything
@@ -246,13 +247,13 @@ class Step:
                     f"the token_filter of term {term.name!r} failed on data_batches[{index}]: "
                     f"{described(error)}; do all items have the fields that it reads?"
                 ) from error
-            if not isinstance(chosen, Tensor) or chosen.shape != labels.shape or chosen.dtype != torch.bool:
+            if not isinstance(chosen, Tensor) or chosen.shape != is_scored.shape or chosen.dtype != torch.bool:
                 kind = f"{chosen.dtype} {list(chosen.shape)}" if isinstance(chosen, Tensor) else type(chosen).__name__
                 raise DataError(
                     f"the token_filter of term {term.name!r} returned {kind} for data_batches[{index}]; it must be "
-                    f"bool {list(labels.shape)}, True for each token that the term counts"
+                    f"bool {list(is_scored.shape)}, True for each token that the term counts"
                 )
-            counted.append(labels.masked_fill(~chosen, self.ignore_idx))
+            counted.append(is_scored & chosen)
         return counted
 
     def _groups(self) -> list[Tensor]:
@@ -275,7 +276,7 @@ class Step:
             ]
         counted = self._counted(term)
         ids = [None] * len(counted) if chosen.name in BY_TOKEN else self.sequence_ids
-        return aggregated(counted, ids, chosen.name, ignore_idx=self.ignore_idx, **options)
+        return aggregated(counted, ids, chosen.name, **options)
 
 
 def _by_prompt(columns: Sequence[LossTerm]) -> list[int]:

@@ -36,7 +36,7 @@ def check_values(items: Sequence[LossContextInputItem], finite: Collection[str],
         DataError: names the first position with NaN or inf, or with a log-probability above 0.
     """
     checked = [_checked_fields(item, finite) for item in items]
-    vectors = [_numbers(item, fields, ignore_idx) for item, fields in zip(items, checked, strict=True)]
+    vectors = [each for item, fields in zip(items, checked, strict=True) for each in _numbers(item, fields, ignore_idx)]
     numbers = torch.cat(vectors).tolist() if vectors else []  # waits for the device once
     largest: list[int | None] = []
     start = 0
@@ -44,7 +44,7 @@ def check_values(items: Sequence[LossContextInputItem], finite: Collection[str],
         num_rows = len(fields) + 1
         *sums, _ = numbers[start : start + num_rows]
         *highest, highest_label = numbers[start + num_rows : start + 2 * num_rows]
-        start += 2 * num_rows + 1
+        start += 3 * num_rows
         for (name, values), total, high in zip(fields.items(), sums, highest, strict=True):
             # A finite sum has finite parts; any other may have overflowed, or hold NaN that a sampler may report.
             if not math.isfinite(total) or (high > MAX_LOGPROB and _is_logprob(name)):
@@ -64,15 +64,16 @@ def _checked_fields(item: LossContextInputItem, finite: Collection[str]) -> dict
     }
 
 
-def _numbers(item: LossContextInputItem, fields: Mapping[str, Tensor], ignore_idx: int) -> Tensor:
-    """Return sums, then largest values, of every field and the labels over scored positions; last the lowest label."""
+def _numbers(item: LossContextInputItem, fields: Mapping[str, Tensor], ignore_idx: int) -> Sequence[Tensor]:
+    """Return sums, largest and smallest values of every field, and last of the labels, over scored positions."""
     labels = item.shifted_labels
     # Labels are exact in float64, as they would not be in fp32; they make the others as wide, too.
     rows = torch.stack([*fields.values(), labels.to(wide_dtype(labels))])
     if not labels.numel():
-        return torch.cat([rows.new_zeros(2 * len(rows) - 1), rows.new_tensor([-1.0, 0.0])])
+        nothing = rows.new_zeros(len(rows))
+        return nothing, nothing - 1, nothing
     rows = rows.masked_fill_(labels == ignore_idx, 0.0).flatten(1)
-    return torch.cat([rows.sum(1), rows.amax(1), rows[-1:].amin(1)])
+    return rows.sum(1), rows.amax(1), rows.amin(1)
 
 
 def _check_field(where: str, name: str, values: Tensor, is_scored: Tensor, must_be_finite: bool) -> None:

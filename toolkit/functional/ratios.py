@@ -22,7 +22,19 @@ def bounded(log_ratio: Tensor, low: float | None = -MAX_LOG_RATIO, high: float |
     """
     # An infinite ratio times an advantage of 0 would be NaN; the headroom is for advantages, weights and sums.
     largest = _largest_log(log_ratio.dtype) - HEADROOM
-    return log_ratio.clamp(low, largest if high is None else min(high, largest))
+    high = largest if high is None else min(high, largest)
+    if not log_ratio.requires_grad:
+        return log_ratio.clamp(low, high)
+    return with_gradient_where_equal(log_ratio.detach().clamp(low, high), log_ratio)
+
+
+def with_gradient_where_equal(values: Tensor, inputs: Tensor) -> Tensor:
+    """Return `values` [N], which clamps made of the detached `inputs` [N], with the gradient of these clamps.
+
+    It is that of an input whose value stayed as it was, and 0 where it changed or is NaN. Backward takes 2 operations
+    instead of 5 for a clamp, and of 13 for a choice between two.
+    """
+    return inputs.where(values == inputs, values)
 
 
 @cache

@@ -76,7 +76,8 @@ def eager_scores(
     is_excluded = vocab.excludes(transform.vocab_mask)
     logits = transform(wide_logits(hidden, _saveable(weight), bias if bias is None else _saveable(bias)))
     has_candidates = candidate_ids is not None
-    scores = LogitScores.apply(logits, labels, vocab, is_excluded, entropy, has_candidates)
+    rows = torch.arange(labels.shape[0], device=labels.device)
+    scores = LogitScores.apply(logits, labels, rows, vocab, is_excluded, entropy, has_candidates)
     logprobs, entropies, log_sum, largest, *_ = scores
     if candidate_ids is None:
         return TokenScores(logprobs, entropies)
@@ -128,22 +129,28 @@ class LogitScores(torch.autograd.Function):
     @staticmethod
     @positional
     def forward(
-        logits: Tensor, labels: Tensor, vocab: VocabGroup, is_excluded: bool, entropy: Entropy, has_candidates: bool
+        logits: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        vocab: VocabGroup,
+        is_excluded: bool,
+        entropy: Entropy,
+        has_candidates: bool,
     ) -> tuple[Tensor | None, ...]:
         """Return log-probabilities, entropies and ``log sum exp(logits - largest)``, and what backward needs.
 
-        Takes `logits` [N, V] and `labels` [N]; `is_excluded`: no local column may be sampled.
+        Takes `logits` [N, V], `labels` [N] and `rows` [N], 0 to N - 1; `is_excluded`: no local column may be sampled.
 
         Returns:
             Log-probabilities, entropies, log sums and largest logits, [N] each; probabilities [N, V]; the column of the
             largest local logit and its log-probability, [N] each. None for entropies that are not asked for, for log
             sums and largest logits without candidates, and for the last two unless entropies have a gradient.
         """
-        at, with_gap = vocab.labels(labels), bool(entropy)
+        at, with_gap = vocab.labels(labels, rows), bool(entropy)
         if is_excluded:
             probs, sums = nothing(torch.empty_like(logits), with_gap=with_gap)
         else:
-            probs, sums = softmax(logits, rows=at.at[0], with_gap=with_gap)
+            probs, sums = softmax(logits, rows=rows, with_gap=with_gap)
         stats = row_stats(sums, at.take(logits), at, vocab)
         probs.mul_(stats.share.unsqueeze(1))
         of_candidates = (stats.log_sum, stats.largest.clone()) if has_candidates else (None, None)
@@ -153,12 +160,12 @@ class LogitScores(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Save the outputs for the derivatives."""
-        _, labels, ctx.vocab, _, entropy, ctx.has_candidates = inputs
+        _, labels, rows, ctx.vocab, _, entropy, ctx.has_candidates = inputs
         logprobs, entropies, _, largest, probs, top, top_logprobs = output
         ctx.set_materialize_grads(False)
         fixed = (largest, top, entropies if entropy == "metric" else None)
         ctx.mark_non_differentiable(*[values for values in fixed if values is not None])
-        saved = (labels, logprobs, entropies if entropy is True else None, probs, top, top_logprobs)
+        saved = (labels, rows, logprobs, entropies if entropy is True else None, probs, top, top_logprobs)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
@@ -166,7 +173,7 @@ class LogitScores(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """Return the gradient of the logits, given those of the outputs of `forward`."""
         compute = refuses_second_derivative(_logit_gradient) if ctx.vocab.is_split else _logit_gradient
-        return (*compute(ctx, *grads), None, None, None, None, None)
+        return (*compute(ctx, *grads), None, None, None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -177,7 +184,7 @@ class LogitScores(torch.autograd.Function):
         """
         if ctx.vocab.is_split:
             raise RuntimeError("the head does not support forward-mode derivatives with a vocabulary split over ranks")
-        labels, _, entropies, probs, top, top_logprobs = ctx.saved_tensors
+        labels, _, _, entropies, probs, top, top_logprobs = ctx.saved_tensors
         slope = tangents[0]
         mean = (probs * slope).sum(1)
         of_label = (probs * (slope.gather(1, labels.unsqueeze(1)) - slope)).sum(1)
@@ -200,8 +207,8 @@ def _logit_gradient(
     of_top: Tensor | None,
 ) -> tuple[Tensor]:
     """Return the gradient [N, V] of the logits; those of probabilities and top are for second derivatives alone."""
-    labels, logprobs, entropies, probs, top, top_logprobs = ctx.saved_tensors
-    at = ctx.vocab.labels(labels)
+    labels, rows, logprobs, entropies, probs, top, top_logprobs = ctx.saved_tensors
+    at = ctx.vocab.labels(labels, rows)
     of_logprobs = torch.zeros_like(logprobs) if of_logprobs is None else of_logprobs
     of_column = -of_logprobs
     of_label = of_column * logprobs.expm1()  # 1 - p would cancel
@@ -217,7 +224,7 @@ def _logit_gradient(
     if of_probs is not None:
         grads = grads + probs * (of_probs - (of_probs * probs).sum(1, keepdim=True))
     if of_top is not None:
-        grads = (grads - probs * of_top.unsqueeze(1)).index_put_((at.at[0], top), of_top, accumulate=True)
+        grads = (grads - probs * of_top.unsqueeze(1)).index_put_((rows, top), of_top, accumulate=True)
     return (grads,)
 
 

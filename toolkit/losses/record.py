@@ -102,7 +102,9 @@ class TensorRecord(Model):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and value of every field that holds a tensor: [B, T], [B, T, K], or any shape if `Shared`."""
-        return iter([(name, value) for name, value in self.__dict__.items() if isinstance(value, Tensor)])
+        return iter(
+            [(name, value) for name, value in self.__dict__.items() if value is not None and isinstance(value, Tensor)]
+        )
 
     def per_token(self) -> Iterator[tuple[str, Tensor, PerToken]]:
         """Yield name, value ([B, T] or [B, T, K]) and layout of every per-token field."""

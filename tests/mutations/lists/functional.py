@@ -12,8 +12,8 @@ MUTATIONS = (
     Mutation(
         name="ratio-clamp-after-exp",
         file=f"{FUNCTIONAL}/ratios.py",
-        line="return log_ratio.clamp(low, largest if high is None else min(high, largest))",
-        becomes="return log_ratio.exp().log().clamp(low, largest if high is None else min(high, largest))",
+        line="return with_gradient_where_equal(log_ratio.detach().clamp(low, high), log_ratio)",
+        becomes="return log_ratio.exp().log().clamp(low, high)",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_exploded_ratio_has_finite_loss_and_no_gradient",),
     ),
     Mutation(
@@ -48,22 +48,22 @@ MUTATIONS = (
     Mutation(
         name="clip-takes-the-smaller-loss",
         file=f"{POLICY}/clipped.py",
-        line="bounded_ratio = free_ratio.clamp(floor, largest).where(is_negative, free_ratio.clamp(max=cap))",
-        becomes="bounded_ratio = free_ratio.clamp(floor, largest).where(~is_negative, free_ratio.clamp(max=cap))",
+        line="clipped = fixed.clamp(floor, largest).where(is_negative, fixed.clamp(max=cap))",
+        becomes="clipped = fixed.clamp(floor, largest).where(~is_negative, fixed.clamp(max=cap))",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_hand_worked",),
     ),
     Mutation(
         name="clip-dual-clip-of-all-advantages",
         file=f"{POLICY}/clipped.py",
-        line="bounded_ratio = free_ratio.clamp(floor, largest).where(is_negative, free_ratio.clamp(max=cap))",
-        becomes="bounded_ratio = free_ratio.clamp(floor, largest).clamp(max=cap)",
+        line="clipped = fixed.clamp(floor, largest).where(is_negative, fixed.clamp(max=cap))",
+        becomes="clipped = fixed.clamp(floor, largest).clamp(max=cap)",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_dual_clip_only_for_negative_advantages",),
     ),
     Mutation(
         name="clip-fraction-of-either-sign",
         file=f"{POLICY}/clipped.py",
-        line='t.report("clip_fraction_high", (ratio > ceiling) & (advantages > 0))',
-        becomes='t.report("clip_fraction_high", ratio > ceiling)',
+        line='t.report("clip_fraction_high", (fixed > ceiling) & (advantages > 0))',
+        becomes='t.report("clip_fraction_high", fixed > ceiling)',
         tests=(f"{TESTS}/policy/test_vanilla.py::test_clip_fractions_count_only_where_the_bound_binds",),
     ),
     Mutation(

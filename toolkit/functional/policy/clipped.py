@@ -19,6 +19,7 @@ from toolkit.functional.options import (
 )
 from toolkit.functional.policy.facts import BINDS, CLIPPED, LossFacts
 from toolkit.functional.policy.registry import TokenLosses, register_policy_loss
+from toolkit.functional.ratios import with_gradient_where_equal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,19 +181,18 @@ def clipped_surrogate(
     floor, ceiling = 1 - cliprange_low, 1 + cliprange_high
     free = math.inf if delta is None else delta
     largest = max(free, ceiling)
-    is_negative = advantages < 0
-    t.report("clip_fraction_low", (ratio < floor) & is_negative)
-    t.report("clip_fraction_high", (ratio > ceiling) & (advantages > 0))
+    is_negative, fixed = advantages < 0, ratio.detach()
+    t.report("clip_fraction_low", (fixed < floor) & is_negative)
+    t.report("clip_fraction_high", (fixed > ceiling) & (advantages > 0))
     if delta is not None:
-        t.report("delta_clip_fraction", (ratio > largest) & is_negative)
+        t.report("delta_clip_fraction", (fixed > largest) & is_negative)
     if clip_ratio_c is not None:
-        t.report("dual_clip_fraction", (ratio > clip_ratio_c) & is_negative)
+        t.report("dual_clip_fraction", (fixed > clip_ratio_c) & is_negative)
         largest = min(largest, clip_ratio_c)
     # The larger loss is -A times the larger of the two ratios where A < 0, and times the smaller elsewhere.
-    cap, free_ratio = min(free, ceiling), ratio.detach()
-    bounded_ratio = free_ratio.clamp(floor, largest).where(is_negative, free_ratio.clamp(max=cap))
-    # Clamped without graph: backward through clamps and choice would take five times the operations of this one.
-    return -advantages * ratio.where(bounded_ratio == free_ratio, bounded_ratio)
+    cap = min(free, ceiling)
+    clipped = fixed.clamp(floor, largest).where(is_negative, fixed.clamp(max=cap))
+    return -advantages * with_gradient_where_equal(clipped, ratio)
 
 
 @register_policy_loss(

@@ -81,6 +81,12 @@ class TensorRecord(Model):
                 )
 
     @classmethod
+    @cache
+    def field_names(cls) -> frozenset[str]:
+        """Return the names of all fields; looked up once, because `model_fields` takes as long as an operation."""
+        return frozenset(cls.model_fields)
+
+    @classmethod
     def layout(cls, name: str) -> PerToken | Shared:
         """Return the layout of field `name`, declared in this class or in one that it extends.
 

@@ -132,9 +132,10 @@ class KwargsBuilder(Generic[ItemT]):
         fields: dict[str, Any] = {"shifted_labels": row.labels, "loss_weight": row.weights[..., 0]}
         if row.weights.shape[-1] > 1:
             fields["term_weights"] = row.weights
-        if "sequence_ids" in cls.kwargs_cls.model_fields and cls.reads_sequences(row.step.loss_cfg):
+        known = cls.kwargs_cls.field_names()
+        if "sequence_ids" in known and cls.reads_sequences(row.step.loss_cfg):
             fields["sequence_ids"] = row.sequence_ids
-        return fields | row.values(name for name in cls.kwargs_cls.model_fields if name not in fields)
+        return {name: value for name, value in row.values().items() if name in known} | fields
 
     @classmethod
     def reads_sequences(cls, loss_cfg: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.distributed import world_size
 from toolkit.functional.policy.registry import Scope
 from toolkit.functional.segments import turn_ids
 from toolkit.losses.config.policy import BaseRLLossConfig
@@ -38,15 +39,18 @@ class Prepared:
     """For each micro-batch the turn of each position, [B, T]; None: nothing looks at turns."""
     candidates: list[tuple[Tensor | None, Tensor | None]]
     """Ids and log-probabilities of this rank's shards."""
+    micro_batches: tuple[int, int, int]
+    """How many this rank has: all, those with `current_logprobs`, those with a scored token."""
     has_current: bool = False
     """Whether every item of all ranks has `current_logprobs`; known once all have counted."""
 
 
 def counted_besides(cfg: BaseRLLossConfig) -> dict[str, int | None]:
     """Return what `prepare` counts; see `KwargsBuilder`."""
+    micro_batches = {"micro_batches": 3} if world_size() > 1 else {}  # one rank knows its own without reading a tensor
     means = {"normalizers": 2 * len(cfg.correction)} if cfg.correction else {}
     tables = {"pieces": None} if cfg.scope == "group" else {}
-    return {"micro_batches": 3, **means, **tables}
+    return {**micro_batches, **means, **tables}
 
 
 def prepare(step: Step) -> Extra:
@@ -62,13 +66,14 @@ def prepare(step: Step) -> Extra:
         turns = [turn_ids(each != cfg.ignore_idx, ids) for each, ids in zip(labels, step.sequence_ids, strict=True)]
     with_current = sum(item.current_logprobs is not None for item in step.items)
     corrections = EarlyCorrections(step, turns, cfg, has_current=with_current == len(step.items) > 0)
-    step.prepared = Prepared(scope, corrections, turns, candidates)
     step.labels = corrections.labels()
     # Only losses that look at several tokens need the number of micro-batches with a scored token.
     with_tokens = 0
     if scope != "token" and labels:
         with_tokens = int(torch.stack([(each != cfg.ignore_idx).any() for each in labels]).sum())
-    counted: dict[str, Any] = {"micro_batches": (len(step.items), with_current, with_tokens)}
+    micro_batches = (len(step.items), with_current, with_tokens)
+    step.prepared = Prepared(scope, corrections, turns, candidates, micro_batches)
+    counted: dict[str, Any] = {"micro_batches": micro_batches} if world_size() > 1 else {}
     if cfg.correction:
         counted["normalizers"] = corrections.normalizer_parts()
     if scope == "group":
@@ -79,7 +84,8 @@ def prepare(step: Step) -> Extra:
 
 def check_totals(step: Step) -> None:
     """Raise if a loss of several tokens cannot see all of them; see `KwargsBuilder`."""
-    numbers = _totals(step).numbers["micro_batches"].tolist()  # waits for the device once
+    counted = _totals(step).numbers.get("micro_batches")
+    numbers = step.prepared.micro_batches if counted is None else counted.tolist()  # waits for the device once
     num_items, num_with_current, num_scored = map(int, numbers)
     check_step(
         step.items,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from toolkit.errors import DataError
 from toolkit.losses.items import LossContextInputItem
-from toolkit.metrics import wide_dtype
+from toolkit.metrics import wide_dtype, without_graph
 
 MAX_LOGPROB = math.log(1.01)
 """Largest log-probability in nats; above 0 because of rounding to bf16."""
@@ -58,7 +58,7 @@ def check_values(items: Sequence[LossContextInputItem], finite: Collection[str],
 def _checked_fields(item: LossContextInputItem, finite: Collection[str]) -> dict[str, Tensor]:
     shape = item.shifted_labels.shape
     return {
-        name: values.detach()
+        name: without_graph(values)
         for name, values in item.tensors()
         if (name in finite or _is_logprob(name)) and values.shape == shape
     }

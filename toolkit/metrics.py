@@ -101,7 +101,7 @@ class Mean(Metric):
     @classmethod
     def share(cls, chosen: Tensor, among: Tensor) -> Mean:
         """Return the share of `chosen` [...] in `among`, both bool of one shape; `chosen` is a subset of `among`."""
-        return cls(_wide_sum(unsharded(chosen)), _wide_sum(unsharded(among)))
+        return cls(unsharded(chosen).count_nonzero(), unsharded(among).count_nonzero())
 
     @staticmethod
     def number(parts: Sequence[float]) -> float:
@@ -236,7 +236,7 @@ def fetch(parts: Sequence[Tensor]) -> list[float]:
 
 def wide_dtype(values: Tensor) -> torch.dtype:
     """Return the dtype of sums of `values` [...]: float64; float32 on mps, which has nothing wider."""
-    return torch.float32 if values.is_mps else torch.float64
+    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def _wide_sum(values: Tensor, *dim: int) -> Tensor:

@@ -69,6 +69,8 @@ class PolicyTerms:
     """Metrics that the policy loss reported, except means over all N tokens; `reports` has all of them."""
     reported_means: dict[str, Tensor] = field(default_factory=dict)
     """[N] each, without gradient: reported with their mean over all N tokens, and summed together."""
+    _differences: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """[N] log pi_theta - log pi_anchor by anchor, without gradient and bound; only read, never handed to a loss."""
 
     def _missing(self, name: str) -> Any:
         """Raise for what this bundle does not have; the message names the nearest field and lists all.
@@ -122,7 +124,15 @@ class PolicyTerms:
 
     def log_ratio(self, anchor: Anchor = "old") -> Tensor:
         """Return log pi_theta - log pi_anchor, bounded, [N]."""
-        return self.bounded(self.logprobs - self.anchor_logprobs(anchor))
+        difference = self.logprobs - self.anchor_logprobs(anchor)
+        self._differences[anchor] = difference.detach()
+        return self.bounded(difference)
+
+    def difference(self, anchor: Anchor = "old") -> Tensor:
+        """Return log pi_theta - log pi_anchor without gradient, not bounded, [N]; not to be changed in place."""
+        if anchor not in self._differences:
+            self._differences[anchor] = without_graph(self.logprobs) - self.anchor_logprobs(anchor)
+        return self._differences[anchor]
 
     def ratio(self, anchor: Anchor = "old") -> Tensor:
         """Return pi_theta / pi_anchor, bounded, [N]."""

@@ -48,15 +48,15 @@ MUTATIONS = (
     Mutation(
         name="clip-takes-the-smaller-loss",
         file=f"{POLICY}/clipped.py",
-        line="clipped = fixed.clamp(floor, largest).where(is_negative, fixed.clamp(max=cap))",
-        becomes="clipped = fixed.clamp(floor, largest).where(~is_negative, fixed.clamp(max=cap))",
+        line="clipped = fixed.clamp(floor, held).where(is_negative, fixed.clamp(max=cap))",
+        becomes="clipped = fixed.clamp(floor, held).where(~is_negative, fixed.clamp(max=cap))",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_hand_worked",),
     ),
     Mutation(
         name="clip-dual-clip-of-all-advantages",
         file=f"{POLICY}/clipped.py",
-        line="clipped = fixed.clamp(floor, largest).where(is_negative, fixed.clamp(max=cap))",
-        becomes="clipped = fixed.clamp(floor, largest).clamp(max=cap)",
+        line="clipped = fixed.clamp(floor, held).where(is_negative, fixed.clamp(max=cap))",
+        becomes="clipped = fixed.clamp(floor, held).clamp(max=cap)",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_dual_clip_only_for_negative_advantages",),
     ),
     Mutation(

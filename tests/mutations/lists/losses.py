@@ -297,15 +297,15 @@ MUTATIONS = (
     Mutation(
         name="infinite-fields-pass",
         file="toolkit/losses/step/value_checks.py",
-        line="if not math.isfinite(total) or (high > MAX_LOGPROB and _is_logprob(name)):",
-        becomes="if math.isnan(total) or (high > MAX_LOGPROB and _is_logprob(name)):",
+        line="if not (math.isfinite(high) and math.isfinite(low)) or (high > MAX_LOGPROB and _is_logprob(name)):",
+        becomes="if math.isnan(high) or (high > MAX_LOGPROB and _is_logprob(name)):",
         tests=("tests/losses/test_grpo.py::test_non_finite_at_a_scored_position_is_named",),
     ),
     Mutation(
         name="positive-log-probabilities-pass",
         file="toolkit/losses/step/value_checks.py",
-        line="if not math.isfinite(total) or (high > MAX_LOGPROB and _is_logprob(name)):",
-        becomes="if not math.isfinite(total):",
+        line="if not (math.isfinite(high) and math.isfinite(low)) or (high > MAX_LOGPROB and _is_logprob(name)):",
+        becomes="if not (math.isfinite(high) and math.isfinite(low)):",
         tests=("tests/losses/test_value_checks.py::test_a_log_probability_is_at_most_0",),
     ),
     Mutation(

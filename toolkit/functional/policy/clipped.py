@@ -180,18 +180,17 @@ def clipped_surrogate(
     """Return the loss of `vanilla`, [N], for any finite `ratio` [N] and `advantages` [N]; `t` gets its reports."""
     floor, ceiling = 1 - cliprange_low, 1 + cliprange_high
     free = math.inf if delta is None else delta
-    largest = max(free, ceiling)
+    largest, cap = max(free, ceiling), min(free, ceiling)
+    held = largest if clip_ratio_c is None else min(largest, clip_ratio_c)
     is_negative, fixed = advantages < 0, ratio.detach()
-    t.report("clip_fraction_low", (fixed < floor) & is_negative)
+    # The larger loss is -A times the larger of the two ratios where A < 0, and times the smaller elsewhere.
+    clipped = fixed.clamp(floor, held).where(is_negative, fixed.clamp(max=cap))
+    t.report("clip_fraction_low", clipped > fixed)  # where A < 0: nothing else raises a ratio
     t.report("clip_fraction_high", (fixed > ceiling) & (advantages > 0))
     if delta is not None:
         t.report("delta_clip_fraction", (fixed > largest) & is_negative)
     if clip_ratio_c is not None:
         t.report("dual_clip_fraction", (fixed > clip_ratio_c) & is_negative)
-        largest = min(largest, clip_ratio_c)
-    # The larger loss is -A times the larger of the two ratios where A < 0, and times the smaller elsewhere.
-    cap = min(free, ceiling)
-    clipped = fixed.clamp(floor, largest).where(is_negative, fixed.clamp(max=cap))
     return -advantages * with_gradient_where_equal(clipped, ratio)
 
 

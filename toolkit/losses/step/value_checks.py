@@ -41,16 +41,15 @@ def check_values(items: Sequence[LossContextInputItem], finite: Collection[str],
     largest: list[int | None] = []
     start = 0
     for index, (item, fields) in enumerate(zip(items, checked, strict=True)):
-        num_rows = len(fields) + 1
-        *sums, _ = numbers[start : start + num_rows]
-        *highest, highest_label = numbers[start + num_rows : start + 2 * num_rows]
-        start += 3 * num_rows
-        for (name, values), total, high in zip(fields.items(), sums, highest, strict=True):
-            # A finite sum has finite parts; any other may have overflowed, or hold NaN that a sampler may report.
-            if not math.isfinite(total) or (high > MAX_LOGPROB and _is_logprob(name)):
+        middle, end = start + len(fields) + 1, start + 2 * (len(fields) + 1)
+        *highest, highest_label = numbers[start:middle]
+        *lowest, lowest_label = numbers[middle:end]
+        start = end
+        for (name, values), high, low in zip(fields.items(), highest, lowest, strict=True):
+            # Both are NaN if any value is; a sampler may report NaN.
+            if not (math.isfinite(high) and math.isfinite(low)) or (high > MAX_LOGPROB and _is_logprob(name)):
                 is_scored = item.shifted_labels != ignore_idx
                 _check_field(f"data_batches[{index}]", name, values, is_scored, name in finite)
-        lowest_label = numbers[start - 1]
         largest.append(int(highest_label) if lowest_label >= 0 else None)
     return largest
 
@@ -65,15 +64,15 @@ def _checked_fields(item: LossContextInputItem, finite: Collection[str]) -> dict
 
 
 def _numbers(item: LossContextInputItem, fields: Mapping[str, Tensor], ignore_idx: int) -> Sequence[Tensor]:
-    """Return sums, largest and smallest values of every field, and last of the labels, over scored positions."""
+    """Return the largest and the smallest values of every field, and last of the labels, over scored positions."""
     labels = item.shifted_labels
     # Labels are exact in float64, as they would not be in fp32; they make the others as wide, too.
     rows = torch.stack([*fields.values(), labels.to(wide_dtype(labels))])
     if not labels.numel():
         nothing = rows.new_zeros(len(rows))
-        return nothing, nothing - 1, nothing
+        return nothing - 1, nothing
     rows = rows.masked_fill_(labels == ignore_idx, 0.0).flatten(1)
-    return rows.sum(1), rows.amax(1), rows.amin(1)
+    return rows.amax(1), rows.amin(1)
 
 
 def _check_field(where: str, name: str, values: Tensor, is_scored: Tensor, must_be_finite: bool) -> None:

@@ -19,6 +19,7 @@ def policy_metrics(terms: PolicyTerms, rollout_logprobs: Tensor | None) -> dict[
     difference = terms.difference()
     log_ratio, back = terms.bounded(difference), -difference
     ratio = log_ratio.exp()
+    zero = logprobs - logprobs  # NaN, which is not equal to itself, where one is NaN or infinite
     means = Mean.of_each(
         {
             **terms.reported_means,
@@ -27,7 +28,7 @@ def policy_metrics(terms: PolicyTerms, rollout_logprobs: Tensor | None) -> dict[
             "kl_old": k3(back.clamp(-MAX_LOG_DIFF, MAX_LOG_DIFF)).clamp(max=MAX_K3),  # as `kl_estimate` bounds it
             "kl_old_k1": back,
             "log_ratio_abs": difference.abs(),
-            "non_finite_tokens": (logprobs - logprobs) != 0,  # inf - inf is NaN, too
+            "non_finite_tokens": zero != zero,
         }
     )
     lowest, highest = extremes(ratio)

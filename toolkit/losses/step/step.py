@@ -65,8 +65,8 @@ class StepRow:
     """The user's item, unchanged: under sequence parallelism this rank's shard."""
     labels: Tensor
     """[B, T], `ignore_idx` where a token counts nowhere."""
-    weights: Tensor
-    """[B, T, K] float64, one column for all terms that count alike; 0 where a term does not count a token."""
+    weights: tuple[Tensor, ...]
+    """K of [B, T] float64, one column for all terms that count alike; 0 where a term does not count a token."""
     step: Step
 
     @property
@@ -109,8 +109,8 @@ class Step:
     """[B, T] bool, where the labels are not `ignore_idx`; known once `prepare` has run."""
     prepared: Any = None
     """What `prepare` stores for the kwargs of the step."""
-    weights: list[Tensor] = field(default_factory=list)
-    """[B, T, K] float64 of each micro-batch."""
+    weights: list[tuple[Tensor, ...]] = field(default_factory=list)
+    """K of [B, T] float64 for each micro-batch."""
     largest_labels: list[int | None] = field(default_factory=list)
     """Of each of `pieces`; None: it has a negative label besides `ignore_idx`."""
     totals: StepTotals | None = None
@@ -192,8 +192,7 @@ class Step:
             calibrated(column_shares, denominator, gradient_reduction=self.gradient_reduction)
             for column_shares, denominator in zip(shares, denominators, strict=True)
         ]
-        batches = zip(*by_column, strict=True)
-        self.weights = [torch.stack(each, -1) if each[1:] else each[0].unsqueeze(-1) for each in batches]
+        self.weights = list(zip(*by_column, strict=True))
         return denominators
 
     @cached_property
@@ -346,5 +345,5 @@ def step_weights(
     term = LossTerm(aggregation=aggregation, token_filter=token_filter)
     step = Step((term,), cu_seq_lens_list, sp_mesh, ignore_idx, gradient_reduction)
     step.count(checked, device_of(items_or_labels))
-    weights = [batch[..., 0] for batch in step.weights]
+    weights = [columns[0] for columns in step.weights]
     return weights if sp_mesh is None else [sp_split(batch, sp_mesh, dim=-1, pad=0.0) for batch in weights]

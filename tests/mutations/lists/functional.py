@@ -17,6 +17,20 @@ MUTATIONS = (
         tests=(f"{TESTS}/policy/test_vanilla.py::test_exploded_ratio_has_finite_loss_and_no_gradient",),
     ),
     Mutation(
+        name="clamp-passes-a-gradient-where-it-binds",
+        file=f"{FUNCTIONAL}/ratios.py",
+        line="return inputs.where(values == inputs, values)",
+        becomes="return inputs + (values - inputs).detach()",
+        tests=(f"{TESTS}/policy/test_vanilla.py::test_hand_worked",),
+    ),
+    Mutation(
+        name="clamp-stops-the-gradient-on-its-bound",
+        file=f"{POLICY}/clipped.py",
+        line="return -advantages * with_gradient_where_equal(clipped, ratio)",
+        becomes="return -advantages * ratio.where((ratio > floor) & (ratio < min(held, cap)), clipped)",
+        tests=(f"{TESTS}/policy/test_vanilla.py::test_a_ratio_on_a_bound_has_a_gradient_and_nan_has_none",),
+    ),
+    Mutation(
         name="ratio-room-dropped",
         file=f"{FUNCTIONAL}/ratios.py",
         line="largest = _largest_log(log_ratio.dtype) - HEADROOM",

@@ -212,6 +212,13 @@ MUTATIONS = (
         tests=(f"{TESTS}/test_stable_softmax.py::test_every_pass_is_exact",),
     ),
     Mutation(
+        name="head-eager-candidates-lose-the-gradient-of-the-sum",
+        file=f"{HEAD}/scores.py",
+        line="of_column = of_column + of_log_sum",
+        becomes="pass",
+        tests=(f"{TESTS}/test_stable_softmax.py::TestEagerDerivatives",),
+    ),
+    Mutation(
         name="head-split-largest-logit-on-two-ranks",
         file=f"{HEAD}/softmax.py",
         line="others = over_ranks[0] + (over_ranks[1] - 1)",

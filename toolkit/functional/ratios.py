@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from toolkit.functional.clamp import with_gradient_where_equal
 from toolkit.functional.names import MAX_LOG_RATIO
 
 HEADROOM = 20.0
@@ -26,15 +27,6 @@ def bounded(log_ratio: Tensor, low: float | None = -MAX_LOG_RATIO, high: float |
     if not log_ratio.requires_grad:
         return log_ratio.clamp(low, high)
     return with_gradient_where_equal(log_ratio.detach().clamp(low, high), log_ratio)
-
-
-def with_gradient_where_equal(values: Tensor, inputs: Tensor) -> Tensor:
-    """Return `values` [N], which clamps made of the detached `inputs` [N], with the gradient of these clamps.
-
-    It is that of an input whose value stayed as it was, and 0 where it changed or is NaN. Backward takes 2 operations
-    instead of 5 for a clamp, and of 13 for a choice between two.
-    """
-    return inputs.where(values == inputs, values)
 
 
 @cache

@@ -18,7 +18,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="clamp-passes-a-gradient-where-it-binds",
-        file=f"{FUNCTIONAL}/ratios.py",
+        file=f"{FUNCTIONAL}/clamp.py",
         line="return inputs.where(values == inputs, values)",
         becomes="return inputs + (values - inputs).detach()",
         tests=(f"{TESTS}/policy/test_vanilla.py::test_hand_worked",),

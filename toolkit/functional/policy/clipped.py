@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import DocInfo
 
+from toolkit.functional.clamp import with_gradient_where_equal
 from toolkit.functional.options import (
     AboveOne,
     Anchor,
@@ -19,7 +20,6 @@ from toolkit.functional.options import (
 )
 from toolkit.functional.policy.facts import BINDS, CLIPPED, LossFacts
 from toolkit.functional.policy.registry import TokenLosses, register_policy_loss
-from toolkit.functional.ratios import with_gradient_where_equal
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -101,7 +101,7 @@ class Mean(Metric):
     @classmethod
     def share(cls, chosen: Tensor, among: Tensor) -> Mean:
         """Return the share of `chosen` [...] in `among`, both bool of one shape; `chosen` is a subset of `among`."""
-        return cls(_wide_sum(unsharded(chosen)), _wide_sum(unsharded(among)))
+        return cls(unsharded(chosen).count_nonzero(), unsharded(among).count_nonzero())
 
     @staticmethod
     def number(parts: Sequence[float]) -> float:

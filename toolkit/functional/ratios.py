@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from toolkit.functional.clamp import with_gradient_where_equal
 from toolkit.functional.names import MAX_LOG_RATIO
 
 HEADROOM = 20.0
@@ -22,7 +23,10 @@ def bounded(log_ratio: Tensor, low: float | None = -MAX_LOG_RATIO, high: float |
     """
     # An infinite ratio times an advantage of 0 would be NaN; the headroom is for advantages, weights and sums.
     largest = _largest_log(log_ratio.dtype) - HEADROOM
-    return log_ratio.clamp(low, largest if high is None else min(high, largest))
+    high = largest if high is None else min(high, largest)
+    if not log_ratio.requires_grad:
+        return log_ratio.clamp(low, high)
+    return with_gradient_where_equal(log_ratio.detach().clamp(low, high), log_ratio)
 
 
 @cache

@@ -18,7 +18,7 @@ from toolkit.functional.names import MAX_LOG_RATIO
 from toolkit.functional.options import Anchor
 from toolkit.functional.ratios import bounded
 from toolkit.functional.segments import segment_mean, segment_sum, suffix_sum
-from toolkit.metrics import Max, Mean, Metric, Min
+from toolkit.metrics import Max, Mean, Metric, Min, without_graph
 from toolkit.peers.batch_fields import counterpart_field
 
 ANCHORS: tuple[str, ...] = get_args(get_args(Anchor)[0])
@@ -69,6 +69,8 @@ class PolicyTerms:
     """Metrics that the policy loss reported, except means over all N tokens; `reports` has all of them."""
     reported_means: dict[str, Tensor] = field(default_factory=dict)
     """[N] each, without gradient: reported with their mean over all N tokens, and summed together."""
+    _differences: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """[N] log pi_theta - log pi_anchor by anchor, without gradient and bound; only read, never handed to a loss."""
 
     def _missing(self, name: str) -> Any:
         """Raise for what this bundle does not have; the message names the nearest field and lists all.
@@ -97,7 +99,7 @@ class PolicyTerms:
         if not isinstance(values, Tensor):
             values = torch.as_tensor(values, dtype=self.logprobs.dtype, device=self.logprobs.device)
         if kind == "mean" and values.shape == self.logprobs.shape:
-            self.reported_means[name] = values.detach()
+            self.reported_means[name] = without_graph(values)
         else:
             self.reported[name] = KINDS[kind].of(values)
 
@@ -122,7 +124,15 @@ class PolicyTerms:
 
     def log_ratio(self, anchor: Anchor = "old") -> Tensor:
         """Return log pi_theta - log pi_anchor, bounded, [N]."""
-        return self.bounded(self.logprobs - self.anchor_logprobs(anchor))
+        difference = self.logprobs - self.anchor_logprobs(anchor)
+        self._differences[anchor] = difference.detach()
+        return self.bounded(difference)
+
+    def difference(self, anchor: Anchor = "old") -> Tensor:
+        """Return log pi_theta - log pi_anchor without gradient, not bounded, [N]; not to be changed in place."""
+        if anchor not in self._differences:
+            self._differences[anchor] = without_graph(self.logprobs) - self.anchor_logprobs(anchor)
+        return self._differences[anchor]
 
     def ratio(self, anchor: Anchor = "old") -> Tensor:
         """Return pi_theta / pi_anchor, bounded, [N]."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,30 @@ def refuses_second_derivative(backward: Callable[..., tuple[Any, ...]]) -> Calla
         return tuple(_NoSecondDerivative.apply(g, anchor) if isinstance(g, Tensor) else g for g in input_grads)
 
     return wrapped
+
+
+class _Positional(inspect.Signature):
+    """The signature of a function that is called with every argument, and by position: there is nothing to bind."""
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args, kwargs)
+
+
+class _Bound(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+def positional(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the `forward` of an autograd function that has a `setup_context`, always called with every argument.
+
+    PyTorch finds out and binds its signature in every call, which takes as long as ten operations on a few tokens.
+    """
+    forward.__signature__ = _Positional.from_callable(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 class OtherLeaves(Exception):

@@ -168,13 +168,14 @@ def check_head(
             f"hidden_states are {hidden_states.dtype}, head_weight is {head_weight.dtype}; cast both to one "
             "dtype, or run under torch.autocast"
         )
-    vocabulary, labels = head_weight.shape[0], labels.long()
+    vocabulary = head_weight.shape[0]
     if head_bias is not None and not head_bias.is_floating_point():
         raise DataError(f"head_bias has dtype {head_bias.dtype}; it must be a floating-point tensor")
     if head_bias is not None and head_bias.shape != (vocabulary,):
         raise DataError(f"head_bias has shape {list(head_bias.shape)}; it must be [{vocabulary}]")
     if is_inside:
         return
+    labels = labels.long()
     ids = labels.masked_fill(labels == ignore_idx, 0)
     lowest, highest = torch.stack(ids.aminmax()).tolist() if labels.numel() else (0, -1)  # waits for the device once
     if lowest < 0 or highest >= vocabulary:

@@ -147,7 +147,8 @@ class Kernel:
         """``block = (g_l (onehot - p) - g_H p (log p + H)) * d softcap``, with p = block."""
         stats = stats.select(span)
         block.mul_(stats.share.unsqueeze(1))
-        logs = logs_of(block, stats.top, stats.top_logprobs, self._like(block, 1))
+        top_logprobs = stats.top_logprobs
+        logs = logs_of(block, stats.top, top_logprobs, self._like(block, 1))
         labels.put_(logs, stats.logprobs.clamp(min=-FAR))
         slope = self._cap_slope(logs, span, stats, transform)
         upstream = logprob_grads[span]
@@ -158,7 +159,7 @@ class Kernel:
             assert stats.entropy is not None
             weight = entropy_grads[span]
             # The probability as stored may be rounded to 1 in bf16.
-            block.index_put_((labels.at[0], stats.top), stats.top_logprobs.exp())
+            block.index_put_((labels.at[0], stats.top), top_logprobs.exp())
             block.mul_(logs.mul_(-weight.unsqueeze(1)).sub_((upstream + weight * stats.entropy).unsqueeze(1)))
             exact -= weight * stats.logprobs.exp() * (stats.logprobs.clamp(min=-FAR) + stats.entropy)
         labels.put_(block, exact)  # upstream - upstream * p would cancel

@@ -5,7 +5,6 @@ Legend: N tokens, K candidates, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.errors import DataError
-from toolkit.head.autograd import refuses_second_derivative
+from toolkit.head.autograd import positional, refuses_second_derivative
 from toolkit.head.logits import LogitTransform
 from toolkit.head.options import Entropy
 from toolkit.head.softmax import FAR, logs_of, nothing, row_stats, softmax
@@ -76,7 +75,10 @@ def eager_scores(
         hidden = UsedByRanks.apply(hidden, vocab)
     is_excluded = vocab.excludes(transform.vocab_mask)
     logits = transform(wide_logits(hidden, _saveable(weight), bias if bias is None else _saveable(bias)))
-    logprobs, entropies, log_sum, largest, *_ = LogitScores.apply(logits, labels, vocab, is_excluded, entropy)
+    has_candidates = candidate_ids is not None
+    rows = torch.arange(labels.shape[0], device=labels.device)
+    scores = LogitScores.apply(logits, labels, rows, vocab, is_excluded, entropy, has_candidates)
+    logprobs, entropies, log_sum, largest, *_ = scores
     if candidate_ids is None:
         return TokenScores(logprobs, entropies)
     if isinstance(candidate_ids, str):
@@ -125,35 +127,45 @@ class LogitScores(torch.autograd.Function):
     """
 
     @staticmethod
+    @positional
     def forward(
-        logits: Tensor, labels: Tensor, vocab: VocabGroup, is_excluded: bool, entropy: Entropy
+        logits: Tensor,
+        labels: Tensor,
+        rows: Tensor,
+        vocab: VocabGroup,
+        is_excluded: bool,
+        entropy: Entropy,
+        has_candidates: bool,
     ) -> tuple[Tensor | None, ...]:
         """Return log-probabilities, entropies and ``log sum exp(logits - largest)``, and what backward needs.
 
-        Takes `logits` [N, V] and `labels` [N]; `is_excluded`: no local column may be sampled.
+        Takes `logits` [N, V], `labels` [N] and `rows` [N], 0 to N - 1; `is_excluded`: no local column may be sampled.
 
         Returns:
-            Log-probabilities, entropies (or None), log sums and largest logits, [N] each; probabilities [N, V]; the
-            column of the largest local logit and its log-probability, [N] each.
+            Log-probabilities, entropies, log sums and largest logits, [N] each; probabilities [N, V]; the column of the
+            largest local logit and its log-probability, [N] each. None for entropies that are not asked for, for log
+            sums and largest logits without candidates, and for the last two unless entropies have a gradient.
         """
-        at, with_gap = vocab.labels(labels), bool(entropy)
+        at, with_gap = vocab.labels(labels, rows), bool(entropy)
         if is_excluded:
             probs, sums = nothing(torch.empty_like(logits), with_gap=with_gap)
         else:
-            probs, sums = softmax(logits, with_gap=with_gap)
+            probs, sums = softmax(logits, rows=rows, with_gap=with_gap)
         stats = row_stats(sums, at.take(logits), at, vocab)
         probs.mul_(stats.share.unsqueeze(1))
-        values = stats.logprobs, stats.entropy, stats.log_sum, stats.largest.clone()
-        return *values, probs, stats.top, stats.top_logprobs
+        of_candidates = (stats.log_sum, stats.largest.clone()) if has_candidates else (None, None)
+        of_entropies = (stats.top, stats.top_logprobs) if entropy is True else (None, None)
+        return stats.logprobs, stats.entropy, *of_candidates, probs, *of_entropies
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Save the outputs for the derivatives."""
-        _, labels, ctx.vocab, _, entropy = inputs
+        _, labels, rows, ctx.vocab, _, entropy, ctx.has_candidates = inputs
         logprobs, entropies, _, largest, probs, top, top_logprobs = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(largest, top, *([entropies] if entropy == "metric" else []))
-        saved = (labels, logprobs, entropies if entropy is True else None, probs, top, top_logprobs)
+        fixed = (largest, top, entropies if entropy == "metric" else None)
+        ctx.mark_non_differentiable(*[values for values in fixed if values is not None])
+        saved = (labels, rows, logprobs, entropies if entropy is True else None, probs, top, top_logprobs)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
@@ -161,7 +173,7 @@ class LogitScores(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """Return the gradient of the logits, given those of the outputs of `forward`."""
         compute = refuses_second_derivative(_logit_gradient) if ctx.vocab.is_split else _logit_gradient
-        return (*compute(ctx, *grads), None, None, None, None)
+        return (*compute(ctx, *grads), None, None, None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -172,19 +184,16 @@ class LogitScores(torch.autograd.Function):
         """
         if ctx.vocab.is_split:
             raise RuntimeError("the head does not support forward-mode derivatives with a vocabulary split over ranks")
-        labels, _, entropies, probs, top, top_logprobs = ctx.saved_tensors
+        labels, _, _, entropies, probs, top, top_logprobs = ctx.saved_tensors
         slope = tangents[0]
         mean = (probs * slope).sum(1)
         of_label = (probs * (slope.gather(1, labels.unsqueeze(1)) - slope)).sum(1)
-        of_entropy = None
+        of_entropy = of_top = None
         if entropies is not None:
             of_entropy = -(probs * (logs_of(probs, top, top_logprobs) + entropies.unsqueeze(1)) * slope).sum(1)
-        of_top = slope.gather(1, top.unsqueeze(1)).squeeze(1) - mean
-        return of_label, of_entropy, mean, None, probs * (slope - mean.unsqueeze(1)), None, of_top
-
-
-# PyTorch looks at the signature of `forward` in every call; finding it out takes as long as four operations.
-LogitScores.forward.__signature__ = inspect.signature(LogitScores.forward)  # type: ignore[attr-defined]
+            of_top = slope.gather(1, top.unsqueeze(1)).squeeze(1) - mean
+        of_log_sum = mean if ctx.has_candidates else None
+        return of_label, of_entropy, of_log_sum, None, probs * (slope - mean.unsqueeze(1)), None, of_top
 
 
 def _logit_gradient(
@@ -198,11 +207,15 @@ def _logit_gradient(
     of_top: Tensor | None,
 ) -> tuple[Tensor]:
     """Return the gradient [N, V] of the logits; those of probabilities and top are for second derivatives alone."""
-    labels, logprobs, entropies, probs, top, top_logprobs = ctx.saved_tensors
-    at, zero = ctx.vocab.labels(labels), torch.zeros_like(logprobs)
-    of_logprobs, of_log_sum = (zero if grad is None else grad for grad in (of_logprobs, of_log_sum))
-    grads = probs * (of_log_sum - of_logprobs).unsqueeze(1)
-    of_label = of_log_sum * logprobs.exp() - of_logprobs * logprobs.expm1()  # 1 - p would cancel
+    labels, rows, logprobs, entropies, probs, top, top_logprobs = ctx.saved_tensors
+    at = ctx.vocab.labels(labels, rows)
+    of_logprobs = torch.zeros_like(logprobs) if of_logprobs is None else of_logprobs
+    of_column = -of_logprobs
+    of_label = of_column * logprobs.expm1()  # 1 - p would cancel
+    if of_log_sum is not None:
+        of_column = of_column + of_log_sum
+        of_label = of_label + of_log_sum * logprobs.exp()
+    grads = probs * of_column.unsqueeze(1)
     if of_entropies is not None:
         logs = logs_of(probs, top, top_logprobs)
         grads = grads - probs * (logs + entropies.unsqueeze(1)) * of_entropies.unsqueeze(1)
@@ -211,7 +224,7 @@ def _logit_gradient(
     if of_probs is not None:
         grads = grads + probs * (of_probs - (of_probs * probs).sum(1, keepdim=True))
     if of_top is not None:
-        grads = (grads - probs * of_top.unsqueeze(1)).index_put_((at.at[0], top), of_top, accumulate=True)
+        grads = (grads - probs * of_top.unsqueeze(1)).index_put_((rows, top), of_top, accumulate=True)
     return (grads,)
 
 

@@ -65,8 +65,8 @@ class RowStats:
     """log of the sum of exp(logits - largest)."""
     top: Tensor
     """Column of the largest local logit, int64."""
-    top_logprobs: Tensor
-    """Its log-probability, at least -FAR."""
+    behind: Tensor | None
+    """How far the largest local logit is below that of all ranks, in nats; None: it is that one."""
     entropy: Tensor | None
     share: Tensor
     """What the softmax of the local columns is still to be multiplied by: their probability, over the sum of it."""
@@ -76,6 +76,12 @@ class RowStats:
         """Log of the sum of exp(logits), [n]."""
         return self.largest + self.log_sum
 
+    @property
+    def top_logprobs(self) -> Tensor:
+        """Log-probability of the largest local logit, at least -FAR, [n]."""
+        logprobs = -self.log_sum if self.behind is None else -self.behind - self.log_sum
+        return logprobs.clamp(min=-FAR)
+
     def select(self, rows: Tensor | slice) -> RowStats:
         """Return the statistics of `rows`, [k] indices or a slice."""
         values: Any = (getattr(self, field.name) for field in fields(self))
@@ -84,18 +90,23 @@ class RowStats:
 
 
 def softmax(
-    logits: Tensor, *, out: Tensor | None = None, gaps: Tensor | None = None, with_gap: bool = False
+    logits: Tensor,
+    *,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+    gaps: Tensor | None = None,
+    with_gap: bool = False,
 ) -> tuple[Tensor, LocalSums]:
     """Return the softmax of `logits` [n, V], and the sums of each row; sums over the others of a row are exact.
 
-    `out` [n, V] is where the softmax is written, possibly `logits` themselves; `gaps` [n, V] is scratch memory for the
-    mean gap (`with_gap`).
+    `rows` [n] are the numbers from 0 to n - 1, if the caller has them; `out` [n, V] is where the softmax is written,
+    possibly `logits` themselves; `gaps` [n, V] is scratch memory for the mean gap (`with_gap`).
     """
     largest, top = _largest(logits)
     if with_gap:
         gaps = torch.sub(largest.unsqueeze(1), logits, out=gaps).clamp_(max=FAR)  # 0 * inf would be NaN
     probs = torch.softmax(logits, -1, out=out)
-    at = torch.arange(len(top), device=top.device), top
+    at = torch.arange(top.shape[0], device=top.device) if rows is None else rows, top
     prob = probs[at]
     others = probs.index_put_(at, torch.zeros_like(prob)).sum(1)
     total = others + prob
@@ -123,7 +134,7 @@ def row_stats(sums: LocalSums, logits: Tensor, labels: LocalLabels, vocab: Vocab
             largest=sums.largest,
             log_sum=log_sum,
             top=sums.top,
-            top_logprobs=(-log_sum).clamp(min=-FAR),
+            behind=None,
             entropy=None if sums.mean_gap is None else log_sum + sums.mean_gap,
             share=sums.sum.reciprocal(),
         )
@@ -147,7 +158,7 @@ def row_stats(sums: LocalSums, logits: Tensor, labels: LocalLabels, vocab: Vocab
         largest=top,
         log_sum=log_sum,
         top=sums.top,
-        top_logprobs=(-behind - log_sum).clamp(min=-FAR),
+        behind=behind,
         entropy=None if sums.mean_gap is None else log_sum + over_ranks[3] / (1 + others),
         share=total / (1 + others) / sums.sum,
     )

@@ -58,9 +58,12 @@ class VocabGroup:
         """Whether `local_mask` [v] excludes all columns of this rank, while other ranks have some."""
         return self.is_split and local_mask is not None and not bool(local_mask.any())
 
-    def labels(self, targets: Tensor) -> LocalLabels:
-        """Return the labels `targets` [n] as indices into the local columns."""
-        rows = torch.arange(len(targets), device=targets.device)
+    def labels(self, targets: Tensor, rows: Tensor | None = None) -> LocalLabels:
+        """Return the labels `targets` [n] as indices into the local columns.
+
+        `rows` [n] are the numbers from 0 to n - 1, if the caller has them.
+        """
+        rows = torch.arange(targets.shape[0], device=targets.device) if rows is None else rows
         if not self.is_split:
             return LocalLabels((rows, targets), None)
         columns = targets - self.start

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -94,10 +93,11 @@ class BaseLossContext(KwargsBuilder[ItemT]):
         number = loss.new_full((), float(loss_kwargs.shifted_labels.numel()), dtype=wide_dtype(loss))
         return loss, {"active_tokens": Sum(number), **metrics}
 
-    @cached_property
+    @property
     def terms(self) -> tuple[LossTerm, ...]:
         """The terms of the config."""
-        return self.loss_cfg.checked_terms
+        terms: tuple[LossTerm, ...] = self.loss_cfg.checked_terms
+        return terms
 
     def loss_fn(
         self, hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, loss_kwargs: Any
@@ -269,7 +269,7 @@ class BaseLossContext(KwargsBuilder[ItemT]):
             )
         labels, ignore_idx = self.loss_kwargs.shifted_labels, self.loss_cfg.ignore_idx
         largest = self.loss_kwargs.check_still(self.loss_cfg.step_settings)
-        is_inside = not self.has_vocabulary or (largest is not None and largest < len(head_weight))
+        is_inside = not self.has_vocabulary or (largest is not None and largest < head_weight.shape[0])
         check_head(
             hidden_states,
             head_weight,

@@ -214,14 +214,13 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             loss_kwargs.candidate_ids, loss_kwargs.candidate_logprobs, labels, head_weight.shape[0], ignore_idx
         )
 
-    @cached_property
-    def _policy_names(self) -> list[str]:
-        return [term.name for term in self.policy_terms]
-
-    @cached_property
-    def policy_terms(self) -> list[LossTerm]:
+    @property
+    def policy_terms(self) -> tuple[LossTerm, ...]:
         """The terms that are the policy loss: one, or two under ``per_component``."""
-        return [term for term in self.terms if term.name.startswith("policy")]
+        return self.loss_cfg.policy_terms
+
+    def _of_policy_terms(self, losses: Tensor) -> dict[str, Tensor]:
+        return {term.name: losses for term in self.policy_terms}
 
     def _summed(
         self, scores: TokenScores, loss_kwargs: GRPOLossKwargs
@@ -246,8 +245,8 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
     ) -> dict[str, Tensor]:
         """Return the values of every term [N]; `known`: those that are known, by the name of the term."""
         values = dict(known)
-        if self._policy_names[0] not in values:
-            values |= dict.fromkeys(self._policy_names, self._token_losses(terms, scores, loss_kwargs))
+        if self.policy_terms[0].name not in values:
+            values |= self._of_policy_terms(self._token_losses(terms, scores, loss_kwargs))
         if self.loss_cfg.use_kl_loss and "kl" not in values:
             values["kl"] = self._kl(terms, scores, loss_kwargs)
         if self.loss_cfg.positive_nll_coef:
@@ -269,7 +268,7 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         local_importance = None if importance is None else importance[view_index]
         values: dict[str, Tensor] = {}
         if loss.scope != "token":
-            values |= dict.fromkeys(self._policy_names, self._token_losses(all_terms, all_scores, view.kwargs))
+            values |= self._of_policy_terms(self._token_losses(all_terms, all_scores, view.kwargs))
         if self.loss_cfg.is_kl_wide:
             values["kl"] = self._kl(all_terms, all_scores, view.kwargs)
         sums = term_sums(self.terms, values, view.kwargs, importance, owner=type(self).__name__, partly=True)
@@ -302,7 +301,8 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
             for name in FIELDS_OF_TERMS
             if (values := getattr(loss_kwargs, name)) is not None
         }
-        fields.setdefault("old_logprobs", logprobs.detach())
+        if "old_logprobs" not in fields:
+            fields["old_logprobs"] = logprobs.detach()
         is_missing = missing_rollout(loss_kwargs.rollout_logprobs, self.loss_cfg)
         if is_missing is not None:  # rejected; pi_old stands in, so every ratio is finite
             fields["rollout_logprobs"] = fields["old_logprobs"].where(is_missing, fields["rollout_logprobs"])

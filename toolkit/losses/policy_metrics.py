@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from toolkit.functional.kl import k3
 from toolkit.functional.kl_facts import MAX_K3, MAX_LOG_DIFF
 from toolkit.functional.terms import PolicyTerms
-from toolkit.metrics import Mean, Metric, Sum, extremes
+from toolkit.metrics import Mean, Metric, Sum, extremes, without_graph
 
 
-@torch.no_grad()
 def policy_metrics(terms: PolicyTerms, rollout_logprobs: Tensor | None) -> dict[str, Metric]:
     """Return ratio statistics between the policy now and before the step, and against the sampler if it reported.
 
     `rollout_logprobs` [N] are as the sampler gave them, NaN or infinite where it did not report a token.
     """
-    difference = terms.logprobs - terms.old_logprobs
+    logprobs = without_graph(terms.logprobs)
+    difference = terms.difference()
     log_ratio, back = terms.bounded(difference), -difference
     ratio = log_ratio.exp()
+    zero = logprobs - logprobs  # NaN, which is not equal to itself, where one is NaN or infinite
     means = Mean.of_each(
         {
             **terms.reported_means,
@@ -28,7 +28,7 @@ def policy_metrics(terms: PolicyTerms, rollout_logprobs: Tensor | None) -> dict[
             "kl_old": k3(back.clamp(-MAX_LOG_DIFF, MAX_LOG_DIFF)).clamp(max=MAX_K3),  # as `kl_estimate` bounds it
             "kl_old_k1": back,
             "log_ratio_abs": difference.abs(),
-            "non_finite_tokens": (terms.logprobs - terms.logprobs) != 0,  # inf - inf is NaN, too
+            "non_finite_tokens": zero != zero,
         }
     )
     lowest, highest = extremes(ratio)

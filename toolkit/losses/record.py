@@ -81,6 +81,12 @@ class TensorRecord(Model):
                 )
 
     @classmethod
+    @cache
+    def field_names(cls) -> frozenset[str]:
+        """Return the names of all fields; looked up once, because `model_fields` takes as long as an operation."""
+        return frozenset(cls.model_fields)
+
+    @classmethod
     def layout(cls, name: str) -> PerToken | Shared:
         """Return the layout of field `name`, declared in this class or in one that it extends.
 
@@ -102,9 +108,9 @@ class TensorRecord(Model):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and value of every field that holds a tensor: [B, T], [B, T, K], or any shape if `Shared`."""
-        for name, value in self.__dict__.items():
-            if isinstance(value, Tensor):
-                yield name, value
+        return iter(
+            [(name, value) for name, value in self.__dict__.items() if value is not None and isinstance(value, Tensor)]
+        )
 
     def per_token(self) -> Iterator[tuple[str, Tensor, PerToken]]:
         """Yield name, value ([B, T] or [B, T, K]) and layout of every per-token field."""

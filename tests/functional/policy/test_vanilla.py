@@ -8,7 +8,7 @@ import torch
 
 from tests.functional.policy.made import check, ratios, reports, tokens
 from toolkit.errors import DataError
-from toolkit.functional.policy.clipped import vanilla
+from toolkit.functional.policy.clipped import clipped_surrogate, vanilla
 from toolkit.functional.terms import PolicyTerms
 
 
@@ -61,6 +61,27 @@ def test_delta_caps_the_ratio_that_is_not_clipped() -> None:
     assert reports(capped)["delta_clip_fraction"] == 0.5
     # Below the ceiling of the range it would cap A > 0 as well: max(-1.1, -1.2) and no gradient.
     check("vanilla", tokens(ratios(2), [1]), [-1.1], [0], delta=1.1, clip_ratio_c=None)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (0.75, -1.0, 0.75, 1.0),  # exactly on the floor of 1 - 0.25
+        (1.25, 1.0, -1.25, -1.0),  # exactly on the ceiling of 1 + 0.25
+        (3.0, -2.0, 6.0, 2.0),  # exactly on the dual clip
+        (math.nan, 1.0, math.nan, 0.0),
+        (math.inf, 1.0, -1.25, 0.0),
+    ],
+)
+def test_a_ratio_on_a_bound_has_a_gradient_and_nan_has_none(
+    ratio: float, advantage: float, loss: float, gradient: float
+) -> None:
+    given = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    losses = clipped_surrogate(terms(1.0, advantage), given, given.new_tensor([advantage]), 0.25, 0.25, 3.0)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([loss], nan_ok=True)
+    assert given.grad is not None
+    assert given.grad.item() == gradient
 
 
 def test_anchors() -> None:

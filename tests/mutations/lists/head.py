@@ -207,9 +207,16 @@ MUTATIONS = (
     Mutation(
         name="head-eager-gradient-of-a-leading-label-cancels",
         file=f"{HEAD}/scores.py",
-        line="of_label = of_log_sum * logprobs.exp() - of_logprobs * logprobs.expm1()  # 1 - p would cancel",
-        becomes="of_label = of_log_sum * logprobs.exp() + of_logprobs * (1 - logprobs.exp())",
+        line="of_label = of_column * logprobs.expm1()  # 1 - p would cancel",
+        becomes="of_label = of_logprobs * (1 - logprobs.exp())",
         tests=(f"{TESTS}/test_stable_softmax.py::test_every_pass_is_exact",),
+    ),
+    Mutation(
+        name="head-eager-candidates-lose-the-gradient-of-the-sum",
+        file=f"{HEAD}/scores.py",
+        line="of_column = of_column + of_log_sum",
+        becomes="pass",
+        tests=(f"{TESTS}/test_stable_softmax.py::TestEagerDerivatives",),
     ),
     Mutation(
         name="head-split-largest-logit-on-two-ranks",

@@ -86,7 +86,7 @@ MUTATIONS = (
     Mutation(
         name="pieces-of-sequences-accepted",
         file="toolkit/losses/step/policy_step.py",
-        line="return None if may_be_cut else int((kwargs.shifted_labels != cfg.ignore_idx).sum())",
+        line="return None if may_be_cut else int((kwargs.shifted_labels != step.ignore_idx).sum())",
         becomes="return None",
         tests=("tests/losses/test_totals.py::test_pieces_of_kwargs_are_refused_where_sequences_count",),
     ),
@@ -128,8 +128,8 @@ MUTATIONS = (
     Mutation(
         name="filter-of-a-term-ignored",
         file="toolkit/losses/step/step.py",
-        line="counted.append(labels.masked_fill(~chosen, self.ignore_idx))",
-        becomes="counted.append(labels)",
+        line="counted.append(is_scored & chosen)",
+        becomes="counted.append(is_scored)",
         tests=("tests/losses/test_custom_loss.py::test_two_terms_are_their_formula",),
     ),
     Mutation(
@@ -220,8 +220,8 @@ MUTATIONS = (
     Mutation(
         name="on-policy-anchor-is-live",
         file="toolkit/losses/grpo.py",
-        line='fields.setdefault("old_logprobs", logprobs.detach())',
-        becomes='fields.setdefault("old_logprobs", logprobs)',
+        line='fields["old_logprobs"] = logprobs.detach()',
+        becomes='fields["old_logprobs"] = logprobs',
         tests=("tests/losses/test_grpo.py::test_on_policy_loss_is_zero_but_its_gradient_is_not",),
     ),
     Mutation(
@@ -297,15 +297,15 @@ MUTATIONS = (
     Mutation(
         name="infinite-fields-pass",
         file="toolkit/losses/step/value_checks.py",
-        line="if not math.isfinite(total) or (is_logprob and high > MAX_LOGPROB):",
-        becomes="if math.isnan(total) or (is_logprob and high > MAX_LOGPROB):",
+        line="if not (math.isfinite(high) and math.isfinite(low)) or (high > MAX_LOGPROB and _is_logprob(name)):",
+        becomes="if math.isnan(high) or (high > MAX_LOGPROB and _is_logprob(name)):",
         tests=("tests/losses/test_grpo.py::test_non_finite_at_a_scored_position_is_named",),
     ),
     Mutation(
         name="positive-log-probabilities-pass",
         file="toolkit/losses/step/value_checks.py",
-        line="if not math.isfinite(total) or (is_logprob and high > MAX_LOGPROB):",
-        becomes="if not math.isfinite(total):",
+        line="if not (math.isfinite(high) and math.isfinite(low)) or (high > MAX_LOGPROB and _is_logprob(name)):",
+        becomes="if not (math.isfinite(high) and math.isfinite(low)):",
         tests=("tests/losses/test_value_checks.py::test_a_log_probability_is_at_most_0",),
     ),
     Mutation(

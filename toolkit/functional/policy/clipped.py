@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import DocInfo
 
+from toolkit.functional.clamp import with_gradient_where_equal
 from toolkit.functional.options import (
     AboveOne,
     Anchor,
@@ -179,18 +180,18 @@ def clipped_surrogate(
     """Return the loss of `vanilla`, [N], for any finite `ratio` [N] and `advantages` [N]; `t` gets its reports."""
     floor, ceiling = 1 - cliprange_low, 1 + cliprange_high
     free = math.inf if delta is None else delta
-    largest = max(free, ceiling)
-    is_negative = advantages < 0
-    t.report("clip_fraction_low", (ratio < floor) & is_negative)
-    t.report("clip_fraction_high", (ratio > ceiling) & (advantages > 0))
-    if delta is not None:
-        t.report("delta_clip_fraction", (ratio > largest) & is_negative)
-    if clip_ratio_c is not None:
-        t.report("dual_clip_fraction", (ratio > clip_ratio_c) & is_negative)
-        largest = min(largest, clip_ratio_c)
+    largest, cap = max(free, ceiling), min(free, ceiling)
+    held = largest if clip_ratio_c is None else min(largest, clip_ratio_c)
+    is_negative, fixed = advantages < 0, ratio.detach()
     # The larger loss is -A times the larger of the two ratios where A < 0, and times the smaller elsewhere.
-    cap = min(free, ceiling)
-    return -advantages * ratio.clamp(floor, largest).where(is_negative, ratio.clamp(max=cap))
+    clipped = fixed.clamp(floor, held).where(is_negative, fixed.clamp(max=cap))
+    t.report("clip_fraction_low", clipped > fixed)  # where A < 0: nothing else raises a ratio
+    t.report("clip_fraction_high", (fixed > ceiling) & (advantages > 0))
+    if delta is not None:
+        t.report("delta_clip_fraction", (fixed > largest) & is_negative)
+    if clip_ratio_c is not None:
+        t.report("dual_clip_fraction", (fixed > clip_ratio_c) & is_negative)
+    return -advantages * with_gradient_where_equal(clipped, ratio)
 
 
 @register_policy_loss(

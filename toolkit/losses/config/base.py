@@ -51,7 +51,7 @@ class BaseLossConfig(Config):
         Raises:
             ConfigError: the class does not name a context.
         """
-        named = type(self).context if "context" not in type(self).model_fields else None
+        named = None if _has_field_context(type(self)) else type(self).context
         if isinstance(named, str) and ":" in named:
             module, _, name = named.partition(":")
             try:
@@ -135,6 +135,12 @@ class BaseLossConfig(Config):
                 "mode='chunk' needs chunk_size, the number of tokens in a chunk, or 'auto'; 1024 is a good start"
             )
         return self
+
+
+@cache
+def _has_field_context(config: type[BaseLossConfig]) -> bool:
+    """Whether `context` is a setting of a config, by mistake."""
+    return "context" in config.model_fields
 
 
 def _as_text(value: Any) -> str:

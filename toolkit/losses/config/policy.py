@@ -214,6 +214,11 @@ class BaseRLLossConfig(BaseLossConfig):
             terms.append(LossTerm(name="entropy", coef=-self.entropy_coef, aggregation=beside))
         return tuple(terms)
 
+    @answer
+    def policy_terms(self) -> tuple[LossTerm, ...]:
+        """The terms that are the policy loss: one, or two under ``per_component``."""
+        return tuple(term for term in self.checked_terms if term.name.startswith("policy"))
+
     @property
     def policy(self) -> PolicyLoss:
         """The chosen policy loss."""

@@ -96,6 +96,8 @@ def checked_terms(listed: Any, owner: str) -> tuple[LossTerm, ...]:
 
 def weight_columns(terms: Sequence[LossTerm]) -> tuple[int, ...]:
     """Return the column of weights that each term reads: terms that count the same tokens the same way share one."""
+    if len(terms) == 1:
+        return (0,)
     kinds: list[tuple[Any, Any]] = []
     columns = []
     for term in terms:

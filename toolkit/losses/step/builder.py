@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from toolkit.distributed.sequence import SPMesh
@@ -129,15 +130,13 @@ class KwargsBuilder(Generic[ItemT]):
     @classmethod
     def fields_of(cls, row: StepRow) -> dict[str, Any]:
         """Return labels, weights and every field of `kwargs_cls` that the item has under the same name."""
-        fields: dict[str, Any] = {"shifted_labels": row.labels, "loss_weight": row.weights[..., 0]}
-        if row.weights.shape[-1] > 1:
-            fields["term_weights"] = row.weights
-        if "sequence_ids" in cls.kwargs_cls.model_fields and cls.reads_sequences(row.step.loss_cfg):
+        fields: dict[str, Any] = {"shifted_labels": row.labels, "loss_weight": row.weights[0]}
+        if len(row.weights) > 1:
+            fields["term_weights"] = torch.stack(row.weights, -1)
+        known = cls.kwargs_cls.field_names()
+        if "sequence_ids" in known and cls.reads_sequences(row.step.loss_cfg):
             fields["sequence_ids"] = row.sequence_ids
-        for name in cls.kwargs_cls.model_fields:
-            if name not in fields and (value := row.value(name)) is not None:
-                fields[name] = value
-        return fields
+        return {name: value for name, value in row.values().items() if name in known} | fields
 
     @classmethod
     def reads_sequences(cls, loss_cfg: Any) -> bool:

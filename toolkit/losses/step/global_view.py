@@ -106,13 +106,19 @@ def emptied(metrics: dict[str, Metric]) -> dict[str, Metric]:
 
 
 def with_global_views(
-    batches: list[GRPOLossKwargs], cfg: BaseRLLossConfig, sp_mesh: SPMesh | None, *, is_step_wide: bool
+    batches: list[GRPOLossKwargs],
+    cfg: BaseRLLossConfig,
+    sp_mesh: SPMesh | None,
+    *,
+    is_wide: bool,
+    is_step_wide: bool,
 ) -> list[GRPOLossKwargs]:
     """Return the kwargs of whole rows with a `GlobalView` each, if the tokens that their loss looks at are spread.
 
-    With `is_step_wide` the loss looks at all micro-batches and ranks; then all must call it together.
+    With `is_wide` the loss looks at other shards of `sp_mesh`; with `is_step_wide` at all micro-batches and ranks, and
+    then all must call it together.
     """
-    if cfg.scope == "token" or (sp_mesh is None and not is_step_wide):
+    if not (is_wide or is_step_wide):
         return [
             batch if batch.group_ids is None else batch.replace(group_ids=_from_zero(batch.group_ids))
             for batch in batches

@@ -63,11 +63,10 @@ def check_step(
             "a correction with between='current_...' and denominator='survivors' or normalize=True must know the "
             f"current policy before the first forward of the step; {remedy}, or use denominator='original'"
         )
-    scope, name = cfg.scope, cfg.policy.name
-    if scope == "batch" and num_scored > 1:
+    if num_scored > 1 and cfg.scope == "batch":
         raise DataError(
-            f"policy loss {name!r} takes statistics of the whole batch, but this step has {num_scored} micro-batches "
-            f"(over all ranks); {remedy}, or use one micro-batch"
+            f"policy loss {cfg.policy.name!r} takes statistics of the whole batch, but this step has {num_scored} "
+            f"micro-batches (over all ranks); {remedy}, or use one micro-batch"
         )
     split = min((group for group, number in pieces.items() if number > 1), default=None)
     if split is not None:
@@ -75,17 +74,17 @@ def check_step(
         indices = [i for i, ids in enumerate(groups) if ids is not None and bool((ids == split).any())]
         where = f"data_batches[{indices[-1]}].group_ids: " if indices else ""
         raise DataError(
-            f"{where}group {split} is in several micro-batches, but policy loss {name!r} needs all sequences of a "
-            f"group in one; split the batch between groups, or {remedy}"
+            f"{where}group {split} is in several micro-batches, but policy loss {cfg.policy.name!r} needs all "
+            f"sequences of a group in one; split the batch between groups, or {remedy}"
         )
 
 
-def tokens_of_prompts(labels: Sequence[Tensor], group_ids: Sequence[Tensor], *, ignore_idx: int) -> Table:
-    """Return the scored tokens of every prompt in the micro-batches of this rank, `labels` and `group_ids` [B, T]."""
+def tokens_of_prompts(is_counted: Sequence[Tensor], group_ids: Sequence[Tensor]) -> Table:
+    """Return the tokens of every prompt in the micro-batches of this rank; `is_counted` and `group_ids` are [B, T]."""
     tokens: Table = {}
-    for batch_labels, batch_groups in zip(labels, group_ids, strict=True):
+    for is_active, batch_groups in zip(is_counted, group_ids, strict=True):
         groups, index = batch_groups.reshape(-1).unique(return_inverse=True)
-        sizes = torch.bincount(index, (batch_labels.reshape(-1) != ignore_idx).double(), minlength=len(groups))
+        sizes = torch.bincount(index, is_active.reshape(-1).double(), minlength=len(groups))
         for group, size in zip(groups.tolist(), sizes.tolist(), strict=True):
             tokens[group] = tokens.get(group, 0.0) + size
     return tokens

@@ -57,6 +57,10 @@ def scored_labels(kwargs: Any, cfg: BaseRLLossConfig) -> Tensor:
 
 def finite_fields(cfg: BaseRLLossConfig) -> set[str]:
     """Return the fields that must be finite wherever a token is scored: those that the loss reads."""
+    return cfg.of_policy(_finite_fields)
+
+
+def _finite_fields(cfg: BaseRLLossConfig) -> set[str]:
     may_lack = {"rollout_logprobs"} if cfg.missing_rollout == "reject" else set()
     return {"advantages", "old_logprobs", "current_logprobs", *cfg.required_fields} - may_lack
 

@@ -6,13 +6,15 @@ Legend: B rows, T positions of a row, N scored tokens of a micro-batch, C correc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from toolkit.distributed import world_size
+from toolkit.functional.policy.registry import Scope
 from toolkit.functional.segments import turn_ids
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.kwargs import GRPOLossKwargs
@@ -26,48 +28,55 @@ from toolkit.losses.step.weights import counts_here
 from toolkit.metrics import Max, Mean, Metric
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
     """What is known about the items of this rank before the exchange."""
 
+    scope: Scope
+    """What the values of one token depend on."""
     corrections: EarlyCorrections
     turns: list[Tensor] | None
     """For each micro-batch the turn of each position, [B, T]; None: nothing looks at turns."""
     candidates: list[tuple[Tensor | None, Tensor | None]]
     """Ids and log-probabilities of this rank's shards."""
+    micro_batches: tuple[int, int, int]
+    """How many this rank has: all, those with `current_logprobs`, those with a scored token."""
     has_current: bool = False
     """Whether every item of all ranks has `current_logprobs`; known once all have counted."""
 
 
 def counted_besides(cfg: BaseRLLossConfig) -> dict[str, int | None]:
     """Return what `prepare` counts; see `KwargsBuilder`."""
+    micro_batches = {"micro_batches": 3} if world_size() > 1 else {}  # one rank knows its own without reading a tensor
     means = {"normalizers": 2 * len(cfg.correction)} if cfg.correction else {}
     tables = {"pieces": None} if cfg.scope == "group" else {}
-    return {"micro_batches": 3, **means, **tables}
+    return {**micro_batches, **means, **tables}
 
 
 def prepare(step: Step) -> Extra:
     """Check the items, apply the early corrections, and count; see `KwargsBuilder`."""
     cfg: BaseRLLossConfig = step.loss_cfg
+    scope = cfg.scope
     for index, item in enumerate(step.items):
         check_item(item, cfg, f"data_batches[{index}]")
     candidates = [candidates_of(item, cfg, f"data_batches[{index}]") for index, item in enumerate(step.pieces)]
     labels = step.labels
     turns = None
-    if cfg.scope != "token" or cfg.correction:
+    if scope != "token" or cfg.correction:
         turns = [turn_ids(each != cfg.ignore_idx, ids) for each, ids in zip(labels, step.sequence_ids, strict=True)]
     with_current = sum(item.current_logprobs is not None for item in step.items)
     corrections = EarlyCorrections(step, turns, cfg, has_current=with_current == len(step.items) > 0)
-    step.prepared = Prepared(corrections, turns, candidates)
     step.labels = corrections.labels()
     # Only losses that look at several tokens need the number of micro-batches with a scored token.
     with_tokens = 0
-    if cfg.scope != "token" and labels:
+    if scope != "token" and labels:
         with_tokens = int(torch.stack([(each != cfg.ignore_idx).any() for each in labels]).sum())
-    counted: dict[str, Any] = {"micro_batches": (len(step.items), with_current, with_tokens)}
+    micro_batches = (len(step.items), with_current, with_tokens)
+    step.prepared = Prepared(scope, corrections, turns, candidates, micro_batches)
+    counted: dict[str, Any] = {"micro_batches": micro_batches} if world_size() > 1 else {}
     if cfg.correction:
         counted["normalizers"] = corrections.normalizer_parts()
-    if cfg.scope == "group":
+    if scope == "group":
         groups = [item.group_ids for item in step.items]
         counted["pieces"] = pieces_of_groups(labels, groups, ignore_idx=cfg.ignore_idx)
     return counted
@@ -75,7 +84,8 @@ def prepare(step: Step) -> Extra:
 
 def check_totals(step: Step) -> None:
     """Raise if a loss of several tokens cannot see all of them; see `KwargsBuilder`."""
-    numbers = _totals(step).numbers["micro_batches"].tolist()  # waits for the device once
+    counted = _totals(step).numbers.get("micro_batches")
+    numbers = step.prepared.micro_batches if counted is None else counted.tolist()  # waits for the device once
     num_items, num_with_current, num_scored = map(int, numbers)
     check_step(
         step.items,
@@ -85,14 +95,14 @@ def check_totals(step: Step) -> None:
         num_with_current=num_with_current,
         num_scored=num_scored,
     )
-    step.prepared = replace(step.prepared, has_current=num_with_current == num_items > 0)
+    step.prepared.has_current = num_with_current == num_items > 0
 
 
 def fields_of(row: StepRow) -> dict[str, Any]:
     """Return the kwargs of a micro-batch that its item lacks, or whose value replaces that of the item."""
     cfg = row.step.loss_cfg
-    scope = cfg.scope
     prepared: Prepared = row.step.prepared
+    scope = prepared.scope
     sums = _totals(row.step).numbers["normalizers"].reshape(-1, 2) if cfg.correction else None
     batch = prepared.corrections.batch(row.index, sums)
     metrics = {**batch.metrics, **(_step_metrics(row.step) if row.index == 0 else {})}
@@ -111,25 +121,27 @@ def fields_of(row: StepRow) -> dict[str, Any]:
 
 def with_wider_views(batches: list[GRPOLossKwargs], step: Step) -> list[GRPOLossKwargs]:
     """Return kwargs of whole rows with the other tokens that their loss looks at."""
-    cfg = step.loss_cfg
-    is_step_wide = step.prepared.has_current and cfg.scope in ("group", "batch")
-    return with_global_views(batches, cfg, step.sp_mesh, is_step_wide=is_step_wide)
+    prepared: Prepared = step.prepared
+    is_wide = prepared.scope != "token" and step.sp_mesh is not None
+    is_step_wide = prepared.has_current and prepared.scope in ("group", "batch")
+    return with_global_views(batches, step.loss_cfg, step.sp_mesh, is_wide=is_wide, is_step_wide=is_step_wide)
 
 
 def with_local_candidates(batches: list[GRPOLossKwargs], step: Step) -> list[GRPOLossKwargs]:
     """Return this rank's kwargs with the candidates of its tokens, and how many tokens must stay together."""
     prepared: Prepared = step.prepared
-    if step.loss_cfg.candidates is None and step.loss_cfg.scope == "token":
+    if step.loss_cfg.candidates is None and prepared.scope == "token":
         return batches
     return [
-        batch.replace(candidate_ids=ids, candidate_logprobs=logprobs, num_scored=_num_scored(batch, step.loss_cfg))
+        batch.replace(candidate_ids=ids, candidate_logprobs=logprobs, num_scored=_num_scored(batch, step))
         for batch, (ids, logprobs) in zip(batches, prepared.candidates, strict=True)
     ]
 
 
-def _num_scored(kwargs: GRPOLossKwargs, cfg: BaseRLLossConfig) -> int | None:
-    may_be_cut = cfg.scope == "token" or (kwargs.global_view is not None and kwargs.global_view.sp_mesh is None)
-    return None if may_be_cut else int((kwargs.shifted_labels != cfg.ignore_idx).sum())
+def _num_scored(kwargs: GRPOLossKwargs, step: Step) -> int | None:
+    is_of_tokens = step.prepared.scope == "token"
+    may_be_cut = is_of_tokens or (kwargs.global_view is not None and kwargs.global_view.sp_mesh is None)
+    return None if may_be_cut else int((kwargs.shifted_labels != step.ignore_idx).sum())
 
 
 def _totals(step: Step) -> StepTotals:
@@ -140,16 +152,16 @@ def _totals(step: Step) -> StepTotals:
 def _step_metrics(step: Step) -> dict[str, Metric]:
     """Return the denominators, the share of tokens with advantage 0, and that of sequences with only such tokens."""
     tokens, sequences = [], []
-    for index, (item, labels) in enumerate(zip(step.items, step.labels, strict=True)):
-        is_scored = labels != step.ignore_idx
-        is_taught = is_scored & (item.advantages != 0)
-        tokens.append(Mean.share(is_scored & ~is_taught, is_scored))
+    for index, (item, is_scored) in enumerate(zip(step.items, step.is_scored, strict=True)):
+        is_idle = is_scored & (item.advantages == 0)
+        is_taught = is_scored ^ is_idle
+        tokens.append(Mean.share(is_idle, is_scored))
         if step.cu_seq_lens_list is None:  # a row is a sequence
             is_reached, is_there = is_taught.any(-1), is_scored.any(-1)
         else:
             ids = (step.sequence_ids[index] + 1).reshape(-1)  # 0: in no sequence
             is_reached, is_there = (ids.bincount(chosen.reshape(-1)) > 0 for chosen in (is_taught, is_scored))
-        sequences.append(Mean.share(is_there & ~is_reached, is_there))
+        sequences.append(Mean.share(is_there ^ is_reached, is_there))
     return {
         "zero_advantage_tokens": _merged(tokens),
         "zero_advantage_sequences": _merged(sequences),

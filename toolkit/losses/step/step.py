@@ -65,8 +65,8 @@ class StepRow:
     """The user's item, unchanged: under sequence parallelism this rank's shard."""
     labels: Tensor
     """[B, T], `ignore_idx` where a token counts nowhere."""
-    weights: Tensor
-    """[B, T, K] float64, one column for all terms that count alike; 0 where a term does not count a token."""
+    weights: tuple[Tensor, ...]
+    """K of [B, T] float64, one column for all terms that count alike; 0 where a term does not count a token."""
     step: Step
 
     @property
@@ -74,17 +74,15 @@ class StepRow:
         """[B, T] int64, the sequence of each position, negative for none."""
         return self.step.sequence_ids[self.index]
 
-    def value(self, name: str) -> Any:
-        """Return the item's field of that name, None if it has none.
+    def values(self) -> dict[str, Any]:
+        """Return the item's fields that have a value, by name.
 
         Fields with a trailing axis are not joined over shards: they are empty here and filled from the piece later.
         """
-        value = self.item.__dict__.get(name)  # `name` may not be a field: dozens of names are tried
-        if value is not None or self.piece is self.item:
-            return value
-        if isinstance(piece_value := self.piece.__dict__.get(name), Tensor):
-            return piece_value.new_zeros(*self.labels.shape, 0)
-        return value
+        values = {name: value for name, value in self.item.__dict__.items() if value is not None}
+        for name, value in self.piece.tensors() if self.piece is not self.item else ():
+            values.setdefault(name, value.new_zeros(*self.labels.shape, 0))
+        return values
 
 
 @dataclass
@@ -107,10 +105,12 @@ class Step:
     """Items of whole rows."""
     labels: list[Tensor] = field(default_factory=list)
     """[B, T], `ignore_idx` where a token counts nowhere; `prepare` may ignore more tokens."""
+    is_scored: list[Tensor] = field(default_factory=list)
+    """[B, T] bool, where the labels are not `ignore_idx`; known once `prepare` has run."""
     prepared: Any = None
     """What `prepare` stores for the kwargs of the step."""
-    weights: list[Tensor] = field(default_factory=list)
-    """[B, T, K] float64 of each micro-batch."""
+    weights: list[tuple[Tensor, ...]] = field(default_factory=list)
+    """K of [B, T] float64 for each micro-batch."""
     largest_labels: list[int | None] = field(default_factory=list)
     """Of each of `pieces`; None: it has a negative label besides `ignore_idx`."""
     totals: StepTotals | None = None
@@ -143,26 +143,25 @@ class Step:
             if self.cu_seq_lens_list is not None:
                 _ = self.sequence_ids  # raises here, so the other ranks know of boundaries that do not fit
             counted = dict(prepare(self)) if prepare is not None else {}
+            self.is_scored = [labels != self.ignore_idx for labels in self.labels]
             if counted.keys() != extra.keys():
                 raise ConfigError(f"prepare counted {sorted(counted)}, but {sorted(extra)} was announced")
             tables: dict[str, Table] = {name: counted[name] for name in extra if name not in numbers}  # type: ignore[misc]
             for index in by_prompt:
-                labels = self._counted(columns[index])
-                tables[f"tokens of {index}"] = tokens_of_prompts(labels, self._groups(), ignore_idx=self.ignore_idx)
+                tables[f"tokens of {index}"] = tokens_of_prompts(self._counted(columns[index]), self._groups())
             shares.extend([] if index in by_prompt else self._shares(term) for index, term in enumerate(columns))
             extras = [_as_numbers(counted[name], size, device) for name, size in numbers.items()]
-            counts = Counts(torch.cat([*extras, torch.stack([count_of(each, device) for each in shares])]), tables)
+            counts = Counts(torch.cat([*extras, *(count_of(each, device).reshape(1) for each in shares)]), tables)
             return counts if counts_here(self.sp_mesh) else counts.uncounted()
 
-        size = sum(numbers.values())
         total = exchange_counts(
             count_here,
-            num_numbers=size + len(columns),
+            num_numbers=sum(numbers.values()) + len(columns),
             has_tables=bool(by_prompt) or len(numbers) < len(extra),
             device=device,
             settings=self._settings,
         )
-        *extras, denominators = total.numbers.split([*numbers.values(), len(columns)])
+        *extras, denominators = total.numbers.split_with_sizes([*numbers.values(), len(columns)])
         of_columns = self._fix_weights(columns, shares, list(denominators.unbind()), total.tables)
         self.totals = StepTotals(
             {
@@ -193,8 +192,7 @@ class Step:
             calibrated(column_shares, denominator, gradient_reduction=self.gradient_reduction)
             for column_shares, denominator in zip(shares, denominators, strict=True)
         ]
-        by_batch = zip(*by_column, strict=True)
-        self.weights = [torch.stack(batch, -1) if batch[1:] else batch[0].unsqueeze(-1) for batch in by_batch]
+        self.weights = list(zip(*by_column, strict=True))
         return denominators
 
     @cached_property
@@ -235,11 +233,11 @@ class Step:
         return list(first_terms.values())
 
     def _counted(self, term: LossTerm) -> list[Tensor]:
-        """Return the labels of the tokens that a term counts."""
+        """Return which tokens a term counts."""
         if term.token_filter is None:
-            return self.labels
+            return self.is_scored
         counted = []
-        for index, (item, labels) in enumerate(zip(self.items, self.labels, strict=True)):
+        for index, (item, is_scored) in enumerate(zip(self.items, self.is_scored, strict=True)):
             try:
                 chosen = term.token_filter(item)
             except Exception as error:  # the user's function may raise anything
@@ -247,13 +245,13 @@ class Step:
                     f"the token_filter of term {term.name!r} failed on data_batches[{index}]: "
                     f"{described(error)}; do all items have the fields that it reads?"
                 ) from error
-            if not isinstance(chosen, Tensor) or chosen.shape != labels.shape or chosen.dtype != torch.bool:
+            if not isinstance(chosen, Tensor) or chosen.shape != is_scored.shape or chosen.dtype != torch.bool:
                 kind = f"{chosen.dtype} {list(chosen.shape)}" if isinstance(chosen, Tensor) else type(chosen).__name__
                 raise DataError(
                     f"the token_filter of term {term.name!r} returned {kind} for data_batches[{index}]; it must be "
-                    f"bool {list(labels.shape)}, True for each token that the term counts"
+                    f"bool {list(is_scored.shape)}, True for each token that the term counts"
                 )
-            counted.append(labels.masked_fill(~chosen, self.ignore_idx))
+            counted.append(is_scored & chosen)
         return counted
 
     def _groups(self) -> list[Tensor]:
@@ -276,7 +274,7 @@ class Step:
             ]
         counted = self._counted(term)
         ids = [None] * len(counted) if chosen.name in BY_TOKEN else self.sequence_ids
-        return aggregated(counted, ids, chosen.name, ignore_idx=self.ignore_idx, **options)
+        return aggregated(counted, ids, chosen.name, **options)
 
 
 def _by_prompt(columns: Sequence[LossTerm]) -> list[int]:
@@ -285,9 +283,10 @@ def _by_prompt(columns: Sequence[LossTerm]) -> list[int]:
 
 
 def _as_numbers(value: Any, size: int, device: torch.device) -> Tensor:
-    numbers = torch.as_tensor(value, dtype=torch.float64, device=device).reshape(-1)
-    if len(numbers) != size:
-        raise ConfigError(f"prepare counted {len(numbers)} numbers where {size} were announced")
+    make = torch.as_tensor if isinstance(value, Tensor) else torch.tensor  # of numbers in half the time
+    numbers = make(value, dtype=torch.float64, device=device).reshape(-1)
+    if numbers.numel() != size:
+        raise ConfigError(f"prepare counted {numbers.numel()} numbers where {size} were announced")
     return numbers
 
 
@@ -346,5 +345,5 @@ def step_weights(
     term = LossTerm(aggregation=aggregation, token_filter=token_filter)
     step = Step((term,), cu_seq_lens_list, sp_mesh, ignore_idx, gradient_reduction)
     step.count(checked, device_of(items_or_labels))
-    weights = [batch[..., 0] for batch in step.weights]
+    weights = [columns[0] for columns in step.weights]
     return weights if sp_mesh is None else [sp_split(batch, sp_mesh, dim=-1, pad=0.0) for batch in weights]

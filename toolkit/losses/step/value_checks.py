@@ -13,7 +13,7 @@ from torch import Tensor
 
 from toolkit.errors import DataError
 from toolkit.losses.items import LossContextInputItem
-from toolkit.metrics import wide_dtype
+from toolkit.metrics import wide_dtype, without_graph
 
 MAX_LOGPROB = math.log(1.01)
 """Largest log-probability in nats; above 0 because of rounding to bf16."""
@@ -36,18 +36,20 @@ def check_values(items: Sequence[LossContextInputItem], finite: Collection[str],
         DataError: names the first position with NaN or inf, or with a log-probability above 0.
     """
     checked = [_checked_fields(item, finite) for item in items]
-    vectors = [_numbers(item, fields, ignore_idx) for item, fields in zip(items, checked, strict=True)]
-    numbers = iter(torch.cat(vectors).tolist() if vectors else [])  # waits for the device once
+    vectors = [each for item, fields in zip(items, checked, strict=True) for each in _numbers(item, fields, ignore_idx)]
+    numbers = torch.cat(vectors).tolist() if vectors else []  # waits for the device once
     largest: list[int | None] = []
+    start = 0
     for index, (item, fields) in enumerate(zip(items, checked, strict=True)):
-        sums, highest = ([next(numbers) for _ in fields] for _ in range(2))
-        for name, total, high in zip(fields, sums, highest, strict=True):
-            must_be_finite, is_logprob = name in finite, _is_logprob(name)
-            # A finite sum has finite parts; any other may have overflowed, or hold NaN that a sampler may report.
-            if not math.isfinite(total) or (is_logprob and high > MAX_LOGPROB):
+        middle, end = start + len(fields) + 1, start + 2 * (len(fields) + 1)
+        *highest, highest_label = numbers[start:middle]
+        *lowest, lowest_label = numbers[middle:end]
+        start = end
+        for (name, values), high, low in zip(fields.items(), highest, lowest, strict=True):
+            # Both are NaN if any value is; a sampler may report NaN.
+            if not (math.isfinite(high) and math.isfinite(low)) or (high > MAX_LOGPROB and _is_logprob(name)):
                 is_scored = item.shifted_labels != ignore_idx
-                _check_field(f"data_batches[{index}]", name, fields[name], is_scored, must_be_finite)
-        lowest_label, highest_label = next(numbers), next(numbers)
+                _check_field(f"data_batches[{index}]", name, values, is_scored, name in finite)
         largest.append(int(highest_label) if lowest_label >= 0 else None)
     return largest
 
@@ -55,23 +57,22 @@ def check_values(items: Sequence[LossContextInputItem], finite: Collection[str],
 def _checked_fields(item: LossContextInputItem, finite: Collection[str]) -> dict[str, Tensor]:
     shape = item.shifted_labels.shape
     return {
-        name: values.detach()
+        name: without_graph(values)
         for name, values in item.tensors()
         if (name in finite or _is_logprob(name)) and values.shape == shape
     }
 
 
-def _numbers(item: LossContextInputItem, fields: Mapping[str, Tensor], ignore_idx: int) -> Tensor:
-    """Return the sum and the largest value of every field over scored positions, and the range of the labels."""
+def _numbers(item: LossContextInputItem, fields: Mapping[str, Tensor], ignore_idx: int) -> Sequence[Tensor]:
+    """Return the largest and the smallest values of every field, and last of the labels, over scored positions."""
     labels = item.shifted_labels
+    # Labels are exact in float64, as they would not be in fp32; they make the others as wide, too.
+    rows = torch.stack([*fields.values(), labels.to(wide_dtype(labels))])
     if not labels.numel():
-        return torch.tensor([0.0] * 2 * len(fields) + [0.0, -1.0], device=labels.device)
-    is_free = labels == ignore_idx
-    bounds = torch.stack(labels.masked_fill(is_free, 0).aminmax())
-    if not fields:
-        return bounds
-    rows = torch.stack([*fields.values()]).masked_fill(is_free, 0.0).flatten(1)
-    return torch.cat([rows.sum(1, dtype=wide_dtype(rows)), rows.amax(1), bounds])
+        nothing = rows.new_zeros(len(rows))
+        return nothing - 1, nothing
+    rows = rows.masked_fill_(labels == ignore_idx, 0.0).flatten(1)
+    return rows.amax(1), rows.amin(1)
 
 
 def _check_field(where: str, name: str, values: Tensor, is_scored: Tensor, must_be_finite: bool) -> None:

@@ -92,25 +92,24 @@ def sequence_ids_of_batches(
 
 
 def aggregated(
-    labels: Sequence[Tensor], ids: Sequence[Tensor | None], aggregation: str, *, ignore_idx: int, **options: Any
+    is_counted: Sequence[Tensor], ids: Sequence[Tensor | None], aggregation: str, **options: Any
 ) -> list[Share]:
     """Return the share of every micro-batch of this rank under `aggregation`.
 
     Args:
-        labels: shifted labels of each micro-batch, [1, T] or [B, T], whole rows.
+        is_counted: which positions of each micro-batch count, bool, [1, T] or [B, T], whole rows.
         ids: [1, T] or [B, T] each, from `sequence_ids_of_batches`; None if the aggregation does not need sequences.
         aggregation: see `functional.aggregation`.
-        ignore_idx: label of positions that are not scored.
         options: of `functional.aggregation.share`; a list has one entry for each micro-batch.
     """
     return [
         share(
-            batch_labels != ignore_idx,
+            is_active,
             batch_ids,
             aggregation,
             **{key: value[index] if isinstance(value, list) else value for key, value in options.items()},
         )
-        for index, (batch_labels, batch_ids) in enumerate(zip(labels, ids, strict=True))
+        for index, (is_active, batch_ids) in enumerate(zip(is_counted, ids, strict=True))
     ]
 
 

@@ -128,8 +128,8 @@ class PolicyTerms:
         self._differences[anchor] = difference.detach()
         return self.bounded(difference)
 
-    def difference(self, anchor: Anchor = "old") -> Tensor:
-        """Return log pi_theta - log pi_anchor without gradient, not bounded, [N]; not to be changed in place."""
+    def reported_difference(self, anchor: Anchor = "old") -> Tensor:
+        """Return log pi_theta - log pi_anchor for metrics, [N]: no gradient, no bound; not to be changed in place."""
         if anchor not in self._differences:
             self._differences[anchor] = without_graph(self.logprobs) - self.anchor_logprobs(anchor)
         return self._differences[anchor]

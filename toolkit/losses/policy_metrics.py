@@ -16,7 +16,7 @@ def policy_metrics(terms: PolicyTerms, rollout_logprobs: Tensor | None) -> dict[
     `rollout_logprobs` [N] are as the sampler gave them, NaN or infinite where it did not report a token.
     """
     logprobs = without_graph(terms.logprobs)
-    difference = terms.difference()
+    difference = terms.reported_difference()
     log_ratio, back = terms.bounded(difference), -difference
     ratio = log_ratio.exp()
     zero = logprobs - logprobs  # NaN, which is not equal to itself, where one is NaN or infinite

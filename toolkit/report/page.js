@@ -42,7 +42,7 @@ function results() {
     cell(choice.behind === null ? "" : `${fixed(choice.behind.value)} [${fixed(choice.behind.low)}, ${fixed(choice.behind.high)}]`, true),
     cell(choice.behind === null ? "" : choice.behind.clear ? "behind" : "may be noise", false, true),
     cell(choice.seconds === null ? "–" : `${choice.seconds.toFixed(0)} s`, true)));
-  part.append(element("h2", {}, "Result"), table([["choice"], ["seeds", true], [`${data.measure}, mean`, true], ["spread", true], ["worst run", true], ["best run", true],
+  part.append(element("h2", {}, `Result: ${data.measure}`), table([["choice"], ["seeds", true], ["mean", true], ["spread", true], ["worst run", true], ["best run", true],
     ["behind the best [95 %]", true], [""], ["time a run", true]], rows),
     element("p", { class: "soft" }, "spread: standard deviation over the seeds; [95 %]: where the difference lies with that confidence, may be noise if it includes 0"));
   const keys = data.differing.filter((key) => key !== "seed");

@@ -32,8 +32,8 @@ from toolkit.compose.tree import TRAIN, CommandLine, Folder, check_command_line,
 from toolkit.errors import ConfigError, ToolkitError, has_warned, print_text, say_warnings_plainly
 from toolkit.explain.lint import warnings_for
 from toolkit.training.config import AUTO
-from toolkit.training.elastic import check_named, continued
 from toolkit.training.output_dir import check_free, claim, new_dir, release
+from toolkit.training.resume import check_named, continued
 from toolkit.training.run_config import RunConfig
 from toolkit.training.startup import INTERRUPTED, check_environment, launched_rank
 

@@ -16,8 +16,8 @@ from tests.training.test_train import environment
 from toolkit import ConfigError
 from toolkit.compose.tree import compose_run
 from toolkit.training.config import TrainingConfig
-from toolkit.training.elastic import check_named, continued
 from toolkit.training.output_dir import check_free, claim, new_dir, release
+from toolkit.training.resume import check_named, continued
 
 ENV = environment(PYTHONPATH=str(Path(toolkit.__file__).parents[1]))
 PLAIN, REPLACING = TrainingConfig(), TrainingConfig(overwrite=True)

@@ -28,10 +28,10 @@ from toolkit.compose.overrides import parse
 from toolkit.compose.tree import compose_config
 from toolkit.errors import ConfigError, DataError
 from toolkit.tasks.base import Example
-from toolkit.training.continuing import command_to_continue
 from toolkit.training.dry_run import _quoted, show_dry_run
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.experience import IGNORED, rows_from_answers
+from toolkit.training.resume_command import command_to_continue
 from toolkit.training.startup import identity, read_state
 
 pytestmark = pytest.mark.usefixtures("_fresh_state")

@@ -21,7 +21,7 @@ from toolkit.bench.problem import Problem, Step, changed, device_of
 from toolkit.bench.variants import Variant, toolkit_step, variants
 from toolkit.compose.plugins import load_plugins
 from toolkit.errors import described
-from toolkit.head.memory import keep_freed_memory
+from toolkit.head.allocator import keep_freed_memory
 from toolkit.losses.config.base import BaseLossConfig
 
 SMALL = (256, 64, 2048)

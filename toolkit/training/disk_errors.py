@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from toolkit.errors import ToolkitError
-from toolkit.training.continuing import how_to_continue
 from toolkit.training.disk import free_in
+from toolkit.training.resume_command import how_to_continue
 from toolkit.training.saved import described, newest
 
 REMEDIES = {

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.tasks.base import Example
-from toolkit.training.continuing import how_to_continue
 from toolkit.training.disk import write_atomically
 from toolkit.training.evaluation import EVALUATION, Evaluation
 from toolkit.training.metrics_file import why_nothing_was_learnt
 from toolkit.training.output_dir import MODEL
+from toolkit.training.resume_command import how_to_continue
 from toolkit.training.sample_log import SAMPLES
 
 if TYPE_CHECKING:

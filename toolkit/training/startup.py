@@ -12,9 +12,9 @@ from typing import Any
 
 from toolkit.errors import ConfigError, LaunchError, warn_once
 from toolkit.training.config import AUTO
-from toolkit.training.continuing import command_to_continue
 from toolkit.training.disk import shown_size
 from toolkit.training.reference_path import reference_config
+from toolkit.training.resume_command import command_to_continue
 from toolkit.training.run_config import RunConfig
 from toolkit.training.saved import CHECKPOINT, PHASES, STATE, newest
 

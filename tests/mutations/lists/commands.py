@@ -189,7 +189,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="a-restart-begins-anew",
-        file="toolkit/training/elastic.py",
+        file="toolkit/training/resume.py",
         line="if config.resume != AUTO and not is_restart():",
         becomes="if config.resume != AUTO:",
         tests=("tests/training/test_output_dir.py::test_a_restart_by_torchrun_continues_its_run",),

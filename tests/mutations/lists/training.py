@@ -324,7 +324,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="auto-removes-a-model",
-        file="toolkit/training/elastic.py",
+        file="toolkit/training/resume.py",
         line="is_finished = any((Path(folder) / name).exists() for name in RESULTS)",
         becomes="is_finished = False",
         tests=("tests/training/test_output_dir.py::test_auto_continues_what_is_there_and_removes_no_result",),

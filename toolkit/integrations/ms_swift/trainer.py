@@ -19,15 +19,16 @@ from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
 from swift.rlhf_trainers.utils import _ForwardRedirection
 from torch import Tensor
 
-from toolkit.distributed import reduce_metrics, world_size
+from toolkit.distributed import world_size
 from toolkit.errors import ConfigError
 from toolkit.head.adapters import find_head
 from toolkit.integrations.forward import fitted_loss
 from toolkit.integrations.ms_swift import registered
 from toolkit.integrations.ms_swift.args import check_args
 from toolkit.integrations.trl.args import chosen_config
+from toolkit.integrations.window import named_metrics
 from toolkit.losses.items import RLLossContextInputItem
-from toolkit.metrics import Metric, merge_metrics, metrics_in, to_floats
+from toolkit.metrics import Metric, metrics_in
 
 THEIR_NAMES = {
     "kl_ref": "kl",
@@ -137,10 +138,6 @@ class ToolkitGRPOTrainer(GRPOTrainer):
 
     def _log_window(self, mode: str) -> None:
         """Log the metrics of an optimizer step, over all ranks, under ms-swift's names and under ours."""
-        metrics = to_floats(reduce_metrics(merge_metrics(self._window_metrics)))
-        self._window_metrics = []
-        theirs = {name: metrics[ours] for ours, name in THEIR_NAMES.items() if ours in metrics}
-        if {"clip_fraction_low", "clip_fraction_high"} <= metrics.keys():
-            theirs["clip_ratio/region_mean"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
-        for name, value in {**theirs, **{f"toolkit/{name}": value for name, value in metrics.items()}}.items():
+        for name, value in named_metrics(self._window_metrics, THEIR_NAMES).items():
             self._metrics[mode][name].append(value)
+        self._window_metrics = []

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from toolkit.distributed import reduce_metrics, world_size
+from toolkit.distributed import world_size
 from toolkit.errors import ConfigError, DataError
 from toolkit.integrations.forward import accept_loss, fitted_loss
 from toolkit.integrations.trl import TESTED
 from toolkit.integrations.trl.args import loss_from
 from toolkit.integrations.trl.batches import Inputs, ids_and_mask, item_of
 from toolkit.integrations.versions import check_version
+from toolkit.integrations.window import named_metrics
 from toolkit.losses.config.policy import BaseRLLossConfig
-from toolkit.metrics import Metric, merge_metrics, metrics_in, to_floats
+from toolkit.metrics import Metric, metrics_in
 
 THEIR_NAMES = {
     "kl_ref": "kl",
@@ -156,13 +157,9 @@ class ToolkitLossMixin(Base):
 
     def _log_window(self, mode: str) -> None:
         """Log the metrics of an optimizer step, over all ranks, under TRL's names and under ours."""
-        metrics = to_floats(reduce_metrics(merge_metrics(self._window_metrics)))
-        self._window_metrics = []
-        theirs = {name: metrics[ours] for ours, name in THEIR_NAMES.items() if ours in metrics}
-        if {"clip_fraction_low", "clip_fraction_high"} <= metrics.keys():
-            theirs["clip_ratio/region_mean"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
-        for name, value in {**theirs, **{f"toolkit/{name}": value for name, value in metrics.items()}}.items():
+        for name, value in named_metrics(self._window_metrics, THEIR_NAMES).items():
             self._metrics[mode][name].append(value)
+        self._window_metrics = []
 
 
 class ToolkitGRPOTrainer(ToolkitLossMixin, GRPOTrainer):

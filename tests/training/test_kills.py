@@ -1,7 +1,7 @@
 """Runs that are killed at random moments and continued: the end is that of a run that was not, bit for bit.
 
-``TOOLKIT_KILLS=20 pytest -m slow tests/training/test_kills.py`` kills more often than the usual 3 times (2 for two
-processes, of which a random one is killed), and ``TOOLKIT_KILL_SEED`` chooses other moments.
+``TOOLKIT_KILLS=20 TOOLKIT_KILLS_2=10 pytest -m slow tests/training/test_kills.py`` kills more often than the usual 3
+times, and 2 for two processes, of which a random one is killed; ``TOOLKIT_KILL_SEED`` chooses other moments.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "groups": ({"loss": "policy_loss=real"}, "the loss compares completions of a prompt"),
     "prompt mean": ({"loss": "policy_loss=cispo aggregation=prompt_mean"}, "the loss compares completions of a prompt"),
     "teacher": ({"loss": "policy_loss=sdar"}, "the loss reads teacher_logprobs, which is not computed here"),
-    "window": ({"gradient_accumulation_steps": 4}, "is not a multiple of gradient_accumulation_steps=4"),
+    "window": ({"gradient_accumulation_steps": 4}, "must be a multiple of gradient_accumulation_steps=4"),
 }
 
 

@@ -1,11 +1,31 @@
-"""The metrics of an optimizer step under the names of a trainer and under ours."""
+"""The micro-batches of an optimizer step in a trainer that generates for several steps: its arguments, its metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from toolkit.distributed import reduce_metrics
+from toolkit.errors import ConfigError
 from toolkit.metrics import Metric, merge_metrics, to_floats
+
+
+def check_accumulation(args: Any) -> None:
+    """Check that all micro-batches of an optimizer step are generated before it begins.
+
+    Args:
+        args: of the trainer, a ``GRPOConfig`` or ``RLOOConfig``.
+
+    Raises:
+        ConfigError: some would be generated later.
+    """
+    generated = args.steps_per_generation * args.num_iterations
+    if generated % args.gradient_accumulation_steps:
+        raise ConfigError(
+            f"steps_per_generation x num_iterations = {generated} must be a multiple of gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps}: the loss counts all tokens of an optimizer step before its first "
+            "forward"
+        )
 
 
 def named_metrics(window: Sequence[dict[str, Metric]], theirs: Mapping[str, str]) -> dict[str, float]:

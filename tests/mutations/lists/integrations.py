@@ -35,8 +35,8 @@ MUTATIONS = (
     ),
     Mutation(
         name="trl-window-beyond-the-completions",
-        file="toolkit/integrations/trl/args.py",
-        line="if generate_every % args.gradient_accumulation_steps:",
+        file="toolkit/integrations/window.py",
+        line="if generated % args.gradient_accumulation_steps:",
         becomes="if False:",
         tests=(f"{WITHOUT}::test_completions_of_the_whole_window_must_be_there",),
     ),

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from toolkit.errors import ConfigError
+from toolkit.integrations.window import check_accumulation
 from toolkit.losses.config.policy import BaseRLLossConfig
 
 OF_LOSS = (
@@ -59,10 +60,5 @@ def check_args(args: Any, cfg: BaseRLLossConfig, template: Any) -> None:
     if cfg.not_in_training is not None:
         raise ConfigError(f"the loss reads {cfg.not_in_training}, which is not computed here; choose another loss")
     if cfg.scope_of_terms == "group" or cfg.aggregation.name == "prompt_mean":
-        raise ConfigError("the loss compares completions of a prompt, which are not told apart here; choose another")
-    generated = args.steps_per_generation * args.num_iterations
-    if generated % args.gradient_accumulation_steps:
-        raise ConfigError(
-            f"steps_per_generation x num_iterations = {generated} is not a multiple of gradient_accumulation_steps="
-            f"{args.gradient_accumulation_steps}; the loss counts the tokens of a step before its first forward"
-        )
+        raise ConfigError("the loss compares completions of a prompt, and does not learn here which belong together")
+    check_accumulation(args)

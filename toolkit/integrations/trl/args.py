@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from toolkit.errors import ConfigError, listed, warn_once
+from toolkit.integrations.window import check_accumulation
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.peers import words_of
 from toolkit.runner import LossRunner
@@ -91,13 +92,7 @@ def check_args(args: Any) -> None:
     for name, off in UNSUPPORTED.items():
         if getattr(args, name, off) != off:
             raise ConfigError(f"{name}={getattr(args, name)!r} of TRL has no counterpart: {known[name].no}")
-    generate_every = args.steps_per_generation * args.num_iterations
-    if generate_every % args.gradient_accumulation_steps:
-        raise ConfigError(
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} needs completions that are generated "
-            f"later (steps_per_generation x num_iterations = {generate_every}); the loss counts all tokens of an "
-            "optimizer step before its first forward, so make that product a multiple of gradient_accumulation_steps"
-        )
+    check_accumulation(args)
 
 
 def check_beside(cfg: BaseRLLossConfig, args: Any) -> None:

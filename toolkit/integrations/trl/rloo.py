@@ -16,6 +16,7 @@ from trl import RLOOTrainer
 from toolkit.errors import ConfigError
 from toolkit.integrations.trl.args import chosen_config
 from toolkit.integrations.trl.trainer import ToolkitLossMixin
+from toolkit.integrations.window import check_accumulation
 from toolkit.losses.config.policy import BaseRLLossConfig
 
 if TYPE_CHECKING:
@@ -35,13 +36,7 @@ class ToolkitRLOOTrainer(ToolkitLossMixin, Base):
     def _chosen(loss: Any, args: Any) -> tuple[BaseRLLossConfig, Any]:
         if args.use_liger_kernel:
             raise ConfigError("use_liger_kernel=True replaces parts of the model that the loss reads; leave it out")
-        generate_every = args.steps_per_generation * args.num_iterations
-        if generate_every % args.gradient_accumulation_steps:
-            raise ConfigError(
-                f"steps_per_generation x num_iterations = {generate_every} must be a multiple of "
-                f"gradient_accumulation_steps={args.gradient_accumulation_steps}: the loss counts all tokens of an "
-                "optimizer step before its first forward"
-            )
+        check_accumulation(args)
         cfg = chosen_config(list(_of_rloo(args)) if loss is None else loss, args)
         if loss is not None and (args.epsilon, args.epsilon_high or args.epsilon) != (0.2, 0.2):
             raise ConfigError("epsilon has no effect beside loss; write it in loss: policy_loss.cliprange_low=...")

@@ -70,7 +70,7 @@ def _numbers(item: LossContextInputItem, fields: Mapping[str, Tensor], ignore_id
     rows = torch.stack([*fields.values(), labels.to(wide_dtype(labels))])
     if not labels.numel():
         nothing = rows.new_zeros(len(rows))
-        return nothing - 1, nothing
+        return nothing - 1, nothing  # no value is out of range, and the largest label is -1
     rows = rows.masked_fill_(labels == ignore_idx, 0.0).flatten(1)
     return rows.amax(1), rows.amin(1)
 

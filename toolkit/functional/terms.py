@@ -7,7 +7,7 @@ N: selected tokens (every scored position of a micro-batch, masked ones already 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -106,6 +106,12 @@ class PolicyTerms:
     def reports(self) -> dict[str, Metric]:
         """Return the metrics that the policy loss reported."""
         return {**Mean.of_each(self.reported_means), **self.reported}
+
+    def without_graph(self) -> PolicyTerms:
+        """Return the same tensors without gradient, and what was reported so far."""
+        copy = replace(self, logprobs=without_graph(self.logprobs))
+        copy._differences.update(self._differences)
+        return copy
 
     # ------------------------------------------------------------------ ratios
 

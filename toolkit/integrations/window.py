@@ -7,7 +7,7 @@ from typing import Any
 
 from toolkit.distributed import reduce_metrics
 from toolkit.errors import ConfigError
-from toolkit.metrics import Metric, merge_metrics, to_floats
+from toolkit.metrics import Metrics, merge_metrics, to_floats
 
 
 def check_accumulation(args: Any) -> None:
@@ -28,7 +28,7 @@ def check_accumulation(args: Any) -> None:
         )
 
 
-def named_metrics(window: Sequence[dict[str, Metric]], theirs: Mapping[str, str]) -> dict[str, float]:
+def named_metrics(window: Sequence[Metrics], theirs: Mapping[str, str]) -> dict[str, float]:
     """Return the metrics of all micro-batches and ranks, once as the trainer calls them and once as ``toolkit/<name>``.
 
     Args:

@@ -28,7 +28,7 @@ from toolkit.losses.kwargs import BaseLossKwargs
 from toolkit.losses.record import PerToken
 from toolkit.losses.step.builder import ItemT, KwargsBuilder
 from toolkit.losses.summation import has_weight, term_sums, total
-from toolkit.metrics import Metric, Sum, merge_metrics, metrics_in, wide_dtype
+from toolkit.metrics import DeferredMetrics, Metric, Sum, merge_metrics, metrics_in, wide_dtype
 
 
 class BaseLossContext(KwargsBuilder[ItemT]):
@@ -154,7 +154,7 @@ class BaseLossContext(KwargsBuilder[ItemT]):
 
         Returns:
             A scalar (fp32, float64 for float64 hidden states) with a live graph, and what else `loss_fn` returned: for
-            the losses of this package a dict of mergeable metrics.
+            the losses of this package mergeable metrics by name; those of policy losses are computed when one is read.
 
         Raises:
             DataError: shapes do not match, or a label is outside the vocabulary.
@@ -312,4 +312,6 @@ def check_counted_once(group: Any) -> None:
 
 def merge_extras(extras: list[Any]) -> Any:
     """Merge metrics by name; anything else a chunk returned (such as its logits) is dropped."""
+    if extras and all(isinstance(extra, DeferredMetrics) for extra in extras):
+        return DeferredMetrics(lambda: merge_metrics(extras))
     return merge_metrics(map(metrics_in, extras)) or None

@@ -27,7 +27,7 @@ from toolkit.losses.config.term import LossTerm
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.kl_term import sampled_kl
 from toolkit.losses.kwargs import GRPOLossKwargs
-from toolkit.losses.policy_metrics import policy_metrics
+from toolkit.losses.policy_metrics import all_metrics
 from toolkit.losses.scored import ScoredLossContext
 from toolkit.losses.step import policy_step
 from toolkit.losses.step.candidates import check_vocabulary
@@ -37,7 +37,7 @@ from toolkit.losses.step.item_checks import check_policy_loss, finite_fields, sc
 from toolkit.losses.step.step import Extra, Step, StepRow
 from toolkit.losses.step.weights import loss_metric
 from toolkit.losses.summation import as_loss_dtype, term_sums, total, weighted
-from toolkit.metrics import Mean, Metric, without_graph
+from toolkit.metrics import Metric, Metrics, deferred, without_graph
 from toolkit.schema import FrozenDict
 
 __all__ = ["GRPOLossContext", "GRPOLossKwargs"]
@@ -159,25 +159,26 @@ class GRPOLossContext(ScoredLossContext[RLLossContextInputItem]):
         `hidden_states` are [B, T, D], `head_weight` is [V, D], `head_bias` [V].
         """
         loss, extra = super().forward(hidden_states, head_weight, head_bias)
-        if extra is not None and not isinstance(extra, Mapping):
-            return loss, extra  # of a subclass
-        return loss, {**(extra or {}), **(self.loss_kwargs.step_metrics or {})}
+        of_step = self.loss_kwargs.step_metrics
+        if of_step is None or (extra is not None and not isinstance(extra, Mapping)):
+            return loss, extra
+        return loss, deferred(lambda: {**(extra or {}), **of_step}, loss)
 
-    def loss_from_scores(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor, dict[str, Metric]]:
+    def loss_from_scores(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[Tensor, Metrics]:
         """Return the sum of the terms, 0-dim, and the metrics of all."""
         terms, wide, values, sums = self._summed(scores, loss_kwargs)
         reduction = self.loss_cfg.gradient_reduction
         loss, reported = total(self.terms, sums, reduction)
-        metrics = {**terms.reported, **wide.metrics, **policy_metrics(terms, loss_kwargs.rollout_logprobs), **reported}
         policy = weighted(self.policy_terms, sums)
-        if loss_kwargs.current_logprobs is not None:  # they should be the same
-            metrics["current_mismatch"] = Mean.of((scores.logprobs - loss_kwargs.current_logprobs).abs())
-        metrics["policy_loss"] = reported["loss"] if policy is loss else loss_metric(policy, reduction)
-        if "kl" in values:
-            metrics["kl_ref"] = Mean.of(values["kl"])
-        if scores.entropy is not None and self.entropy:
-            metrics["entropy"] = Mean.of(scores.entropy)
-        return loss, metrics
+        measure = all_metrics(
+            terms.without_graph(),
+            {**reported, "policy_loss": reported["loss"] if policy is loss else loss_metric(policy, reduction)},
+            wide.metrics,
+            kl=values.get("kl"),
+            entropy=scores.entropy if self.entropy else None,
+            loss_kwargs=loss_kwargs,
+        )
+        return loss, deferred(measure, scores.logprobs)
 
     def sums_of(self, scores: TokenScores, loss_kwargs: GRPOLossKwargs) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the weighted sum of every term, 0-dim, without its coefficient, and the importance [N] or None."""

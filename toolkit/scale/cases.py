@@ -22,7 +22,7 @@ from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.grpo import GRPOLossConfig
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.losses.samples import sample_fields
-from toolkit.metrics import Metric, metrics_in
+from toolkit.metrics import metrics_in
 from toolkit.scale import step
 from toolkit.scale.collectives import Collective
 
@@ -71,7 +71,7 @@ def counting_cases(ranks: int) -> Iterator[Case]:
         yield Case(f"counts of a step with {prompts} prompts", formula, run)
     (kwargs,) = build(_items(1), cfg)
     hidden, weight = torch.randn(ROWS, POSITIONS, WIDTH), torch.randn(VOCABULARY, WIDTH)
-    measured: dict[str, Metric] = metrics_in(cfg.loss_ctx_cls(cfg, kwargs).forward(hidden, weight)[1])
+    measured = dict(metrics_in(cfg.loss_ctx_cls(cfg, kwargs).forward(hidden, weight)[1]))
     numbers = sum(len(metric.parts) for metric in measured.values())
     yield Case("metrics", step.metrics(ranks, numbers=numbers), partial(reduce_metrics, measured))
     wide = GRPOLossConfig(policy_loss_cfg={"loss_type": "kl_cov"})

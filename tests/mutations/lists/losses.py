@@ -232,6 +232,13 @@ MUTATIONS = (
         tests=("tests/losses/test_precision.py::test_fields_with_a_live_graph_are_constants",),
     ),
     Mutation(
+        name="unread-metrics-hold-the-graph",
+        file="toolkit/losses/grpo.py",
+        line="terms.without_graph(),",
+        becomes="terms,",
+        tests=("tests/losses/test_deferred_metrics.py::test_metrics_keep_no_graph",),
+    ),
+    Mutation(
         name="kl-metric-from-the-wrong-side",
         file="toolkit/losses/policy_metrics.py",
         line='"kl_old": k3(back.clamp(-MAX_LOG_DIFF, MAX_LOG_DIFF)).clamp(max=MAX_K3),  # as `kl_estimate` bounds it',

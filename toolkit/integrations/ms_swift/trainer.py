@@ -28,7 +28,7 @@ from toolkit.integrations.ms_swift.args import check_args
 from toolkit.integrations.trl.args import chosen_config
 from toolkit.integrations.window import named_metrics
 from toolkit.losses.items import RLLossContextInputItem
-from toolkit.metrics import Metric, metrics_in
+from toolkit.metrics import Metrics, metrics_in
 
 THEIR_NAMES = {
     "kl_ref": "kl",
@@ -60,7 +60,7 @@ class ToolkitGRPOTrainer(GRPOTrainer):
             raise ConfigError("the loss scores text alone, but the model takes images; use a text model")
         self.loss_cfg = fitted_loss(self.model, self.loss_cfg)
         self._window: list[Any] = []
-        self._window_metrics: list[dict[str, Metric]] = []
+        self._window_metrics: list[Metrics] = []
 
     def _prepare_liger_loss(self) -> None:
         """Ask for `compute_liger_loss`, without Liger."""

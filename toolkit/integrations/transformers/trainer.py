@@ -22,7 +22,7 @@ from toolkit.integrations.transformers.function import config_of
 from toolkit.integrations.versions import check_version
 from toolkit.losses.config.base import BaseLossConfig
 from toolkit.losses.items import LossContextInputItem
-from toolkit.metrics import Metric, merge_metrics, metrics_in, to_floats
+from toolkit.metrics import Metrics, merge_metrics, metrics_in, to_floats
 
 if TYPE_CHECKING:
     Base = Any
@@ -87,7 +87,7 @@ class ToolkitTrainerMixin(Base):
         accept_loss(inner)
         self.loss_cfg = fitted_loss(self.model, loss_cfg)
         self._window: list[Any] = []
-        self._window_metrics: list[dict[str, Metric]] = []
+        self._window_metrics: list[Metrics] = []
         self._is_first = True
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -122,7 +122,7 @@ class ToolkitTrainerMixin(Base):
             logs = {**logs, **{f"toolkit/{name}": value for name, value in metrics.items() if name not in steps}}
         super().log(logs, *others, **named)
 
-    def _warn_of_first(self, metrics: dict[str, Metric]) -> None:
+    def _warn_of_first(self, metrics: Metrics) -> None:
         """Warn, in the first forward, if log-probabilities of a batch are far from the policy's."""
         if self._is_first and "log_ratio_abs" in metrics:
             off = to_floats({"off": metrics["log_ratio_abs"]})["off"]

@@ -25,7 +25,7 @@ from toolkit.integrations.trl.batches import Inputs, ids_and_mask
 from toolkit.integrations.versions import check_version
 from toolkit.losses.config.opd import OPDLossConfig
 from toolkit.losses.items import RLLossContextInputItem
-from toolkit.metrics import Metric, merge_metrics, metrics_in, to_floats
+from toolkit.metrics import Metrics, merge_metrics, metrics_in, to_floats
 
 if TYPE_CHECKING:
     Base = Any
@@ -76,7 +76,7 @@ class ToolkitDistillationTrainer(Base):
         self.loss_cfg = fitted_loss(self.model, cfg)
         self.top_k = top_k
         self._window: list[Any] = []
-        self._window_metrics: list[dict[str, Metric]] = []
+        self._window_metrics: list[Metrics] = []
 
     def compute_loss(
         self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None

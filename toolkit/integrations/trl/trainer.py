@@ -22,7 +22,7 @@ from toolkit.integrations.trl.batches import Inputs, ids_and_mask, item_of
 from toolkit.integrations.versions import check_version
 from toolkit.integrations.window import named_metrics
 from toolkit.losses.config.policy import BaseRLLossConfig
-from toolkit.metrics import Metric, metrics_in
+from toolkit.metrics import Metrics, metrics_in
 
 THEIR_NAMES = {
     "kl_ref": "kl",
@@ -80,7 +80,7 @@ class ToolkitLossMixin(Base):
         accept_loss(self._inner_model())
         self.loss_cfg = fitted_loss(self.model, loss_cfg)
         self._window: list[Any] = []
-        self._window_metrics: list[dict[str, Metric]] = []
+        self._window_metrics: list[Metrics] = []
 
     @staticmethod
     def _chosen(loss: Any, args: Any) -> tuple[BaseRLLossConfig, Any]:

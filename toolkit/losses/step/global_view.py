@@ -29,7 +29,7 @@ from toolkit.head import TokenScores
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.losses.step.item_checks import scored_labels
 from toolkit.losses.step.weights import counts_here
-from toolkit.metrics import Metric, Sum
+from toolkit.metrics import Metric, Metrics, Sum
 
 if TYPE_CHECKING:
     from toolkit.losses.kwargs import GRPOLossKwargs
@@ -96,7 +96,7 @@ def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
     return _ValueAndGradient.apply(value, source)
 
 
-def emptied(metrics: dict[str, Metric]) -> dict[str, Metric]:
+def emptied(metrics: Metrics) -> dict[str, Metric]:
     """Return the same metrics with nothing measured, for a rank whose part another one reports."""
     nothing = torch.zeros(0, dtype=torch.float64)
     return {

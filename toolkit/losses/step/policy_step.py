@@ -5,7 +5,7 @@ Legend: B rows, T positions of a row, N scored tokens of a micro-batch, C correc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -25,7 +25,7 @@ from toolkit.losses.step.groups import check_step, pieces_of_groups
 from toolkit.losses.step.item_checks import check_item
 from toolkit.losses.step.step import Extra, Step, StepRow, StepTotals
 from toolkit.losses.step.weights import counts_here
-from toolkit.metrics import Max, Mean, Metric
+from toolkit.metrics import Max, Mean, Metric, Metrics, deferred
 
 
 @dataclass
@@ -105,7 +105,12 @@ def fields_of(row: StepRow) -> dict[str, Any]:
     scope = prepared.scope
     sums = _totals(row.step).numbers["normalizers"].reshape(-1, 2) if cfg.correction else None
     batch = prepared.corrections.batch(row.index, sums)
-    metrics = {**batch.metrics, **(_step_metrics(row.step) if row.index == 0 else {})}
+    metrics: Metrics = batch.metrics
+    if row.index == 0:
+        measure = _step_metrics(row.step)
+        metrics = deferred(lambda: {**batch.metrics, **measure()}, row.labels)
+    if not counts_here(row.step.sp_mesh):
+        metrics = emptied(metrics)
     is_wide = scope != "token"
     return {
         "importance": batch.importance,
@@ -114,7 +119,7 @@ def fields_of(row: StepRow) -> dict[str, Any]:
         "turn_ids": prepared.turns[row.index] if is_wide and prepared.turns is not None else None,
         "group_ids": row.item.group_ids if scope in ("group", "batch") else None,
         "positions": _positions(row.labels) if is_wide else None,
-        "step_metrics": metrics if counts_here(row.step.sp_mesh) else emptied(metrics),
+        "step_metrics": metrics,
         "has_current": prepared.has_current,
     }
 
@@ -149,28 +154,38 @@ def _totals(step: Step) -> StepTotals:
     return step.totals
 
 
-def _step_metrics(step: Step) -> dict[str, Metric]:
-    """Return the denominators, the share of tokens with advantage 0, and that of sequences with only such tokens."""
-    tokens, sequences = [], []
-    for index, (item, is_scored) in enumerate(zip(step.items, step.is_scored, strict=True)):
-        is_idle = is_scored & (item.advantages == 0)
-        is_taught = is_scored ^ is_idle
-        tokens.append(Mean.share(is_idle, is_scored))
-        if step.cu_seq_lens_list is None:  # a row is a sequence
-            is_reached, is_there = is_taught.any(-1), is_scored.any(-1)
-        else:
-            ids = (step.sequence_ids[index] + 1).reshape(-1)  # 0: in no sequence
-            is_reached, is_there = (ids.bincount(chosen.reshape(-1)) > 0 for chosen in (is_taught, is_scored))
-        sequences.append(Mean.share(is_there ^ is_reached, is_there))
-    return {
-        "zero_advantage_tokens": _merged(tokens),
-        "zero_advantage_sequences": _merged(sequences),
-        **{
-            name.replace("policy", "denominator", 1): Max(denominator)
-            for name, denominator in _totals(step).denominators.items()
-            if name.startswith("policy")
-        },
-    }
+def _step_metrics(step: Step) -> Callable[[], dict[str, Metric]]:
+    """Return a function that computes the denominators and the shares of what has only advantages of 0.
+
+    It reads no item, since the caller may fill the tensors of items anew.
+    """
+    scored = step.is_scored
+    idle = [is_scored & (item.advantages == 0) for item, is_scored in zip(step.items, scored, strict=True)]
+    sequence_ids = None if step.cu_seq_lens_list is None else step.sequence_ids  # None: a row is a sequence
+    denominators = _totals(step).denominators
+
+    def measured() -> dict[str, Metric]:
+        tokens, sequences = [], []
+        for index, (is_idle, is_scored) in enumerate(zip(idle, scored, strict=True)):
+            is_taught = is_scored ^ is_idle
+            tokens.append(Mean.share(is_idle, is_scored))
+            if sequence_ids is None:
+                is_reached, is_there = is_taught.any(-1), is_scored.any(-1)
+            else:
+                ids = (sequence_ids[index] + 1).reshape(-1)  # 0: in no sequence
+                is_reached, is_there = (ids.bincount(chosen.reshape(-1)) > 0 for chosen in (is_taught, is_scored))
+            sequences.append(Mean.share(is_there ^ is_reached, is_there))
+        return {
+            "zero_advantage_tokens": _merged(tokens),
+            "zero_advantage_sequences": _merged(sequences),
+            **{
+                name.replace("policy", "denominator", 1): Max(denominator)
+                for name, denominator in denominators.items()
+                if name.startswith("policy")
+            },
+        }
+
+    return measured
 
 
 def _merged(shares: Sequence[Mean]) -> Mean:

@@ -94,7 +94,7 @@ def test_corrections_of_vllm() -> None:
 
 def test_the_temperature_is_that_of_sampling() -> None:
     assert loss_from("policy_loss=gspo", Args(temperature=0.7)).temperature == 0.7
-    with pytest.raises(ConfigError, match="at temperature 1, but TRL samples them"):
+    with pytest.raises(ConfigError, match="at temperature 1, but the trainer samples them"):
         loss_from(GRPOLossConfig(), Args(temperature=0.7))
 
 

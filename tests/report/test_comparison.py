@@ -59,6 +59,11 @@ def test_a_sweep_is_compared_by_what_differs(tmp_path: Path) -> None:
     assert all(word in text for word in ("policy_loss", "vanilla", "mean ± spread", "noise", "time", " 41 s"))
 
 
+def test_a_sweep_over_seeds_alone_is_named_by_what_was_set(tmp_path: Path) -> None:
+    make_sweep(tmp_path, {"gspo": 0.93})
+    assert [choice.label for choice in compare(read_runs([tmp_path])).choices] == ["policy_loss=gspo"]
+
+
 def test_equal_choices_may_be_noise_and_one_seed_tells_nothing(tmp_path: Path) -> None:
     make_sweep(tmp_path / "a", {"vanilla": 0.95, "cispo": 0.951})
     assert "may be noise" in compare(read_runs([tmp_path / "a"])).verdict

@@ -133,7 +133,11 @@ def test_a_reward_at_the_bound_passes() -> None:
     """Rewards are rounded to float32, in which 0.7 is less than 0.7."""
     trainer = trainer_with(None, "task.num_heldout=2", "evaluation.passing_reward=0.7")
     with_rewards(trainer, [0.7, 0.69], [])
-    assert trainer.evaluate().accuracy == 0.5
+    evaluation = trainer.evaluate()
+    assert evaluation.accuracy == 0.5
+    assert evaluation.shown_reward().startswith("reward 0.695")
+    with_rewards(trainer, [1.0, 0.0], [])  # an accuracy and a reward of 0.5 are one number
+    assert trainer.evaluate().shown_reward() == ""
 
 
 @pytest.mark.slow

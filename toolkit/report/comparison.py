@@ -178,12 +178,12 @@ def _behind(best: Choice, other: Choice, sign: float, largest: float) -> Differe
 def _labels(runs: Sequence[Run], groups: Sequence[Sequence[int]], differing: dict[str, list[str]]) -> list[str]:
     """Return what tells each group from the others: its overrides, where they do, else its settings."""
     firsts = [group[0] for group in groups]
-    if len(groups) == 1:
-        return [_title(runs[firsts[0]])]
     chosen = [
         [each for each in runs[i].overrides if not NO_CHOICE.match(each) and not each.startswith(f"{SEED}=")]
         for i in firsts
     ]
+    if len(groups) == 1:
+        return [" ".join(map(_readable, chosen[0])) or "no override"]
     common = set.intersection(*map(set, chosen))
     overrides = [[each for each in of_choice if each not in common] for of_choice in chosen]
     for written in (map(_readable, each) for each in overrides), overrides:
@@ -201,10 +201,6 @@ def _readable(override: str) -> str:
     except ValueError:
         return override
     return f"{key}={short}" if len(short) < len(value) else override
-
-
-def _title(run: Run) -> str:
-    return str(run.summary.get("loss") or run.name)
 
 
 def _seeds(choice: Choice) -> str:

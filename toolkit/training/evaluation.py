@@ -77,6 +77,12 @@ class Evaluation(NamedTuple):
                 return f"{name}{after_name} {getattr(self, name):.3f}{interval}"
         return ""
 
+    def shown_reward(self) -> str:
+        """Return the mean reward in words where `shown` has an accuracy that is another number; else empty."""
+        if self.accuracy is None or self.reward is None or self.reward == self.accuracy:
+            return ""
+        return f"reward {self.reward:.3f}{self.shown_interval('reward')}"
+
     def shown_interval(self, name: str) -> str:
         """Return the interval of a number, after a space; empty if it has none."""
         if name not in self.intervals:

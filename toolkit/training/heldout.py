@@ -39,7 +39,9 @@ class Evaluations:
 
     def say(self, evaluation: Evaluation, when: str) -> None:
         """Print the results, `when` after the name of the first."""
-        results = ", ".join(filter(None, (evaluation.shown(when), evaluation.shown_samples())))
+        results = ", ".join(
+            filter(None, (evaluation.shown(when), evaluation.shown_reward(), evaluation.shown_samples()))
+        )
         if results:
             self._console.print(f"held-out {results}", soft_wrap=True, markup=False)
 

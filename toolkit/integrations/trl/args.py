@@ -61,7 +61,7 @@ def chosen_config(loss: Any, args: Any) -> BaseRLLossConfig:
         )
     if cfg.temperature != args.temperature:
         raise ConfigError(
-            f"the loss scores tokens at temperature {cfg.temperature:g}, but TRL samples them and computes "
+            f"the loss scores tokens at temperature {cfg.temperature:g}, but the trainer samples them and computes "
             f"old_per_token_logps at {args.temperature:g}; set temperature={args.temperature:g} in the loss"
         )
     if cfg.gradient_reduction != "mean":

@@ -12,9 +12,9 @@ import pytest
 from tests.integrations.loops import install, namespace
 from toolkit import ConfigError
 from toolkit.integrations import ms_swift, versions
+from toolkit.integrations.chosen import chosen_config, summary
 from toolkit.integrations.ms_swift import register, registered
-from toolkit.integrations.ms_swift.args import check_args
-from toolkit.integrations.trl.args import chosen_config
+from toolkit.integrations.ms_swift.args import MS_SWIFT, check_args
 
 
 @dataclass
@@ -31,6 +31,8 @@ class GRPOConfig:
     temperature: float = 0.9
     beta: float = 0.0
     kl_in_reward: bool = False
+    use_vllm: bool = False
+    max_completion_length: int = 12
     use_liger_kernel: bool = False
     log_entropy: bool = False
     multi_turn_scheduler: str | None = None
@@ -46,7 +48,7 @@ KL = "policy_loss=cispo kl=k3 loss.kl_loss_coef=0.04"
 
 def check(loss: str = "policy_loss=cispo", template: Any = TEMPLATE, **changes: Any) -> Any:
     args = replace(GRPOConfig(), **changes)
-    cfg = chosen_config(loss, args)
+    cfg = chosen_config(loss, args, MS_SWIFT)
     check_args(args, cfg, template)
     return cfg
 
@@ -70,9 +72,28 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no beta": ({"loss": KL}, "beta=0, and the loss has a KL term; set --beta 0.04"),
     "other beta": ({"loss": KL, "beta": 0.1}, "beta=0.1, but the loss has kl_loss_coef=0.04"),
     "both": ({"loss": KL, "beta": 0.04, "kl_in_reward": True}, "kl_in_reward=True subtracts the KL from the rewards"),
-    "groups": ({"loss": "policy_loss=real"}, "the loss compares completions of a prompt"),
-    "prompt mean": ({"loss": "policy_loss=cispo aggregation=prompt_mean"}, "the loss compares completions of a prompt"),
-    "teacher": ({"loss": "policy_loss=sdar"}, "the loss reads teacher_logprobs, which is not computed here"),
+    "groups": ({"loss": "policy_loss=real"}, "policy_loss=real compares the completions of a prompt"),
+    "prompt mean": (
+        {"loss": "policy_loss=cispo aggregation=prompt_mean"},
+        "aggregation=prompt_mean compares the",
+    ),
+    "teacher": (
+        {"loss": "policy_loss=sdar"},
+        "the loss reads teacher_logprobs, which ms-swift does",
+    ),
+    "full KL": (
+        {"loss": "kl=full loss.kl_loss_coef=0.04", "beta": 0.04},
+        "the loss reads ref_topk_logprobs",
+    ),
+    "sampler": (
+        {"loss": "policy_loss=gspo correction=tis"},
+        "a correction needs it, but ms-swift has them",
+    ),
+    "sampler's ratio": ({"loss": "policy_loss=rollout_is"}, "policy loss 'rollout_is' needs it, but ms-swift has them"),
+    "advantages": (
+        {"loss": "advantage=rloo"},
+        "ms-swift decides advantage, not the loss; leave it out, and set",
+    ),
     "window": ({"gradient_accumulation_steps": 4}, "must be a multiple of gradient_accumulation_steps=4"),
 }
 
@@ -87,8 +108,19 @@ def test_contradictions_are_refused_in_one_line(name: str) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_loss_in_one_line() -> None:
+    text = summary(check("loss=preset/ms_swift/dr_grpo kl=k3 loss.kl_loss_coef=0.04", beta=0.04))
+    assert text == (
+        "policy_loss=vanilla, aggregation=constant with length=12, kl=k3 with kl_loss_coef=0.04, temperature=0.9"
+    )
+    assert "1 correction, " in summary(check("correction=tis", use_vllm=True))
+
+
 def test_registering_puts_our_trainer_in_the_place_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    factory = namespace(TRAINER_MAPPING={"grpo": "swift.rlhf_trainers.GRPOTrainer"})
+    factory = namespace(
+        TRAINER_MAPPING={"grpo": "swift.rlhf_trainers.GRPOTrainer"},
+        TRAINING_ARGS_MAPPING={"grpo": "swift.rlhf_trainers.GRPOConfig"},
+    )
     install(monkeypatch, "swift.trainers", TrainerFactory=factory)
     monkeypatch.setattr(versions, "version", lambda _: "4.6.0")
     monkeypatch.setattr(ms_swift, "_registered", [])
@@ -96,7 +128,14 @@ def test_registering_puts_our_trainer_in_the_place_of_theirs(monkeypatch: pytest
         registered()
     register(KL)
     assert factory.TRAINER_MAPPING == {"grpo": "toolkit.integrations.ms_swift.ToolkitGRPOTrainer"}
+    assert factory.TRAINING_ARGS_MAPPING == {"grpo": "toolkit.integrations.ms_swift.ToolkitGRPOConfig"}
     assert registered() == KL
+    for wrong in ("policy_loss=cipso", "", "policy_loss.weight_mx=5", 3):
+        with pytest.raises(ConfigError):
+            register(wrong)
+    assert registered() == KL
+    with pytest.warns(UserWarning, match="register was called with 'policy_loss=cispo kl=k3.* takes its place"):
+        register("aggregation=constant")
     install(monkeypatch, "swift.trainers")
     with pytest.raises(ConfigError, match=r"no table of trainers .*; install 4\.6\.0"):
         register(KL)

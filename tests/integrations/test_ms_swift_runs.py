@@ -12,12 +12,14 @@ import pytest
 
 pytest.importorskip("swift.rlhf_trainers.grpo_trainer", exc_type=ImportError)
 
+import swift.utils
 from accelerate.state import PartialState
 from swift.trainers import TrainerFactory
 
 import toolkit
 from tests.integrations.swift_runs import prepare, run
 from tests.processes import run_processes
+from toolkit import ConfigError, GRPOLossConfig
 from toolkit.integrations.ms_swift import register
 
 FIVE_DIGITS = 2e-5
@@ -46,7 +48,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _their_trainer_afterwards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(TrainerFactory.TRAINER_MAPPING, "grpo", TrainerFactory.TRAINER_MAPPING["grpo"])
+        for mapping in (TrainerFactory.TRAINER_MAPPING, TrainerFactory.TRAINING_ARGS_MAPPING):
+            patched.setitem(mapping, "grpo", mapping["grpo"])
         yield
 
 
@@ -76,6 +79,53 @@ def check_equal_runs(prepared: dict[str, Any], name: str, **settings: Any) -> No
 
 
 MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "entropy/mean")
+
+
+def test_dr_grpo_divides_by_the_longest_completion(prepared: dict[str, Any]) -> None:
+    theirs = run(prepared, loss_type="dr_grpo", beta=0)
+    register("loss=preset/ms_swift/dr_grpo")
+    assert close(run(prepared, beta=0), theirs)
+
+
+def test_cispo_of_their_default_cap_and_its_metric(prepared: dict[str, Any]) -> None:
+    theirs = run(prepared, loss_type="cispo", beta=0)
+    register("loss=preset/ms_swift/cispo loss.policy_loss_cfg.weight_max=0.2")
+    ours = run(prepared, beta=0)
+    assert close(ours, theirs)
+    assert 0 < theirs[0]["cispo_clip_ratio"] < 1
+    # Theirs is the mean of two micro-batches' means, ours that over all tokens.
+    assert ours[0]["cispo_clip_ratio"] == pytest.approx(theirs[0]["cispo_clip_ratio"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "message"),
+    [
+        ("policy_loss=cipso", {"beta": 0}, "try: policy_loss=cispo"),
+        ("policy_loss=cispo", {}, "beta=0.04, and the loss has no KL term; set --beta 0"),
+        ("policy_loss=cispo", {"beta": 0, "epsilon": 0.1}, "epsilon=0.1 has no effect"),
+        ("policy_loss=rollout_is", {"beta": 0}, "set --use_vllm true"),
+    ],
+)
+def test_errors_come_before_the_model_is_loaded(
+    prepared: dict[str, Any], tmp_path: Path, loss: str, settings: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "my_loss.py"
+    path.write_text(f"from toolkit.integrations.ms_swift import register\n\nregister({loss!r})\n")
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # no weights: loading them would fail
+        (tmp_path / "model" / name).write_bytes((Path(prepared["model"]) / name).read_bytes())
+    with pytest.raises(ConfigError) as error:
+        run({**prepared, "model": str(tmp_path / "model")}, external_plugins=str(path), **settings)
+    assert message in str(error.value)
+
+
+def test_the_log_says_which_loss_trains(prepared: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    swift.utils.get_logger().propagate = True
+    register(GRPOLossConfig(aggregation="seq_mean_token_mean"))
+    (entry, *_) = run(prepared, beta=0, max_steps=1)
+    line = "The loss of toolkit: policy_loss=vanilla, aggregation=seq_mean_token_mean, temperature=0.9"
+    assert line in caplog.text
+    assert "entropy/mean" in entry  # a config does not ask for it
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ WRONG: dict[str, tuple[dict[str, Any], Any, str]] = {
     "beta": ({"beta": 0.1}, "policy_loss=gspo", "beta=0.1 has no effect beside a loss without KL term"),
     "two_betas": ({"beta": 0.1}, "kl=k3 loss.kl_loss_coef=0.2", "leave beta out"),
     "top_k": ({}, "kl=top_k", "ref_topk_logprobs, which TRL's trainer does not compute"),
-    "temperature": ({"temperature": 0.7}, GRPOLossConfig(), "set temperature=0.7 in the loss"),
+    "temperature": ({"temperature": 0.7}, GRPOLossConfig(temperature=1.0), "set temperature=0.7 in the config"),
     "reduction": ({}, GRPOLossConfig(gradient_reduction="sum"), "leave it at 'mean'"),
     "adaptive": ({"use_adaptive_entropy": True}, None, "use_adaptive_entropy=True of TRL has no counterpart"),
     "quantile": ({"top_entropy_quantile": 0.2}, None, "top_entropy_quantile=0.2 of TRL has no counterpart"),
@@ -51,6 +51,16 @@ def test_wrong_inputs_are_answered_in_one_line(folder: str, name: str) -> None:
         trainer(ToolkitGRPOTrainer, folder, extra={} if loss is None else {"loss": loss}, **settings)
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_sampler_that_reports_nothing_is_warned_of(folder: str) -> None:
+    with pytest.warns(UserWarning, match=r"a correction needs it, but TRL has them from vLLM.*set use_vllm=True"):
+        trainer(ToolkitGRPOTrainer, folder, extra={"loss": "policy_loss=gspo correction=tis"})
+
+
+def test_a_preset_divides_by_the_longest_completion_of_trl(folder: str) -> None:
+    made = trainer(ToolkitGRPOTrainer, folder, extra={"loss": "loss=preset/trl/dr_grpo"})
+    assert made.loss_cfg.aggregation.length == made.args.max_completion_length == 8
 
 
 def test_arguments_are_needed(folder: str) -> None:

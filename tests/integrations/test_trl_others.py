@@ -86,7 +86,10 @@ def test_accumulation_of_rloo_equals_one_big_batch(folder: str, loss: str) -> No
 RLOO: dict[str, tuple[dict[str, Any], str]] = {
     "policy_loss=gspo kl=k3": ({"epsilon": 0.2}, "RLOO has the KL in the reward, by beta"),
     "policy_loss=gspo": ({}, "epsilon has no effect beside loss"),
-    "policy_loss=gspo loss.temperature=0.5": ({"epsilon": 0.2}, "set temperature=1 in the loss"),
+    "policy_loss=gspo loss.temperature=0.5": (
+        {"epsilon": 0.2},
+        "leave it out of the loss, or give TRL that temperature",
+    ),
     "loss=ce": ({"epsilon": 0.2}, "CELossConfig has no policy loss"),
 }
 

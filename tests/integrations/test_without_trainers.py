@@ -94,8 +94,44 @@ def test_corrections_of_vllm() -> None:
 
 def test_the_temperature_is_that_of_sampling() -> None:
     assert loss_from("policy_loss=gspo", Args(temperature=0.7)).temperature == 0.7
-    with pytest.raises(ConfigError, match="at temperature 1, but the trainer samples them"):
-        loss_from(GRPOLossConfig(), Args(temperature=0.7))
+    assert loss_from(GRPOLossConfig(), Args(temperature=0.7)).temperature == 0.7
+    with pytest.raises(ConfigError, match=r"temperature 1, but TRL samples .*; set temperature=0\.7 in the config"):
+        loss_from(GRPOLossConfig(temperature=1.0), Args(temperature=0.7))
+    with pytest.raises(ConfigError, match=r"temperature 0\.5, but TRL samples .* at 0\.7; leave it out of the loss"):
+        loss_from("policy_loss=gspo rollout.temperature=0.5", Args(temperature=0.7))
+    with pytest.raises(ConfigError, match=r"^temperature=0\.7: the loss has the temperature of TRL, 1; leave it out"):
+        loss_from("temperature=0.7", Args())
+
+
+def test_entropies_are_measured_unless_a_config_says_no() -> None:
+    assert loss_from(GRPOLossConfig(), Args()).use_entropy_metric
+    assert not loss_from(GRPOLossConfig(use_entropy_metric=False), Args()).use_entropy_metric
+
+
+@pytest.mark.parametrize(
+    "chosen", ["loss=preset/trl/dr_grpo", "aggregation=constant", "loss.aggregation.name=constant"]
+)
+def test_a_constant_length_is_that_of_the_trainer(chosen: str) -> None:
+    assert loss_from(chosen, Args(max_completion_length=12)).aggregation.length == 12
+    assert loss_from(f"{chosen} ++loss.aggregation.length=1024", Args()).aggregation.length == 1024
+    assert loss_from("loss=preset/trl/dr_grpo aggregation=token_mean", Args()).aggregation.length is None
+
+
+OF_TRAINER = {
+    "advantage=rloo": "advantage=rloo: TRL decides advantage, not the loss; leave it out, and set scale_rewards",
+    "kl=k1_in_reward": "kl=k1_in_reward: TRL decides kl, not the loss; leave it out, and set beta of RLOOConfig",
+    "seed=3": "seed=3: TRL decides seed, not the loss; leave it out",
+    "polcy_loss=gspo": "did you mean 'policy_loss'",
+    "loss=ce": "CELossConfig has no policy loss; choose loss=grpo or a preset (loss=preset/trl/dapo)",
+    "": "the loss is empty; write one in loss=...",
+}
+
+
+@pytest.mark.parametrize("chosen", OF_TRAINER)
+def test_settings_of_the_trainer_are_not_those_of_the_loss(chosen: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        loss_from(chosen, Args())
+    assert OF_TRAINER[chosen] in str(error.value)
 
 
 def test_one_line_says_what_beside_a_loss_has_no_effect() -> None:

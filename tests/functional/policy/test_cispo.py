@@ -11,11 +11,11 @@ def test_cispo() -> None:
     # Floor 0.8, inside, ceiling 1.2; loss = -w A log pi = w A.
     terms = tokens(ratios(0.5, 1.1, 3), [-2, 1, 1])
     check("cispo", terms, [-1.6, 1.1, 1.2], [1.6, -1.1, -1.2])
-    assert reports(terms) == {"clip_fraction_low": 1 / 3, "clip_fraction_high": 1 / 3}
+    assert reports(terms) == {"clip_fraction_low": 1 / 3, "clip_fraction_high": 1 / 3, "soft_clip_fraction": 1 / 3}
     # The weight is at its bound whatever the sign of A.
     terms = tokens(ratios(0.5, 1.1, 3, 3), [1, 1, 1, -1])
     check("cispo", terms, [0.8, 1.1, 1.2, -1.2], [-0.8, -1.1, -1.2, 1.2])
-    assert reports(terms) == {"clip_fraction_low": 1 / 4, "clip_fraction_high": 1 / 2}
+    assert reports(terms) == {"clip_fraction_low": 1 / 4, "clip_fraction_high": 1 / 2, "soft_clip_fraction": 1 / 4}
 
 
 def test_cispo_bounds() -> None:
@@ -32,7 +32,7 @@ def test_cispo_unified_mask() -> None:
     # Below with A < 0 and above with A > 0 are left out, the other two stay at the bound.
     terms = tokens(ratios(0.5, 0.5, 3, 3), [1, -1, 1, -1])
     check("cispo", terms, [0.8, 0, 0, -1.2], [-0.8, 0, 0, 1.2], use_unified_mask=True)
-    assert reports(terms) == {"clip_fraction_low": 0.25, "clip_fraction_high": 0.25}
+    assert reports(terms) == {"clip_fraction_low": 0.25, "clip_fraction_high": 0.25, "soft_clip_fraction": 0.25}
 
 
 def test_cispo_anchors() -> None:

@@ -55,6 +55,7 @@ def cispo(
     """Weight REINFORCE by the clipped probability ratio: a clipped token still learns.
 
     Reports the fraction of tokens at each bound, of either sign of A; with `use_unified_mask` those that are skipped.
+    `soft_clip_fraction` are those at the ceiling with A > 0, which TRL and ms-swift call cispo_clip_ratio.
 
     Args:
         cliprange_low: 0.2 as in verl, None for no floor (as the paper's runs).
@@ -69,8 +70,10 @@ def cispo(
     floor = 1 - cliprange_low if weight_min is None and cliprange_low is not None else weight_min
     ceiling = 1 + cliprange_high if weight_max is None and cliprange_high is not None else weight_max
     weight, is_low, is_high = _clipped(t, anchor, floor, ceiling)
+    is_above = is_high & (t.advantages > 0)
+    t.report("soft_clip_fraction", is_above)
     if use_unified_mask:
-        is_low, is_high = is_low & (t.advantages < 0), is_high & (t.advantages > 0)
+        is_low, is_high = is_low & (t.advantages < 0), is_above
     t.report("clip_fraction_low", is_low)
     t.report("clip_fraction_high", is_high)
     losses = -weight * t.advantages * t.logprobs

@@ -10,13 +10,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, warn_once
+from toolkit.integrations.chosen import check_loss
+from toolkit.integrations.ms_swift.args import MS_SWIFT
 from toolkit.integrations.versions import check_version
 
 if TYPE_CHECKING:
+    from toolkit.integrations.ms_swift.config import ToolkitGRPOConfig as ToolkitGRPOConfig
     from toolkit.integrations.ms_swift.trainer import ToolkitGRPOTrainer as ToolkitGRPOTrainer
 
-__all__ = ["ToolkitGRPOTrainer", "register"]
+__all__ = ["ToolkitGRPOConfig", "ToolkitGRPOTrainer", "register"]
 TESTED = "4.6.0"
 """The version of ms-swift that the tests ran with."""
 _registered: list[Any] = []
@@ -31,14 +34,18 @@ def register(loss: Any) -> None:
             ``GRPOLossConfig``.
 
     Raises:
-        ConfigError: ms-swift is not installed, or has no table of trainers.
+        ConfigError: there is no such loss; or ms-swift is not installed, or has no table of trainers.
     """
     check_version("ms-swift", TESTED)
     try:
         from swift.trainers import TrainerFactory
     except ImportError as error:
         raise ConfigError(f"this ms-swift has no table of trainers ({error}); install {TESTED}") from None
+    check_loss(loss, MS_SWIFT)
+    if _registered and _registered[0] != loss:
+        warn_once(f"register was called with {_registered[0]!r} before; {loss!r} takes its place")
     TrainerFactory.TRAINER_MAPPING["grpo"] = f"{__name__}.ToolkitGRPOTrainer"
+    TrainerFactory.TRAINING_ARGS_MAPPING["grpo"] = f"{__name__}.ToolkitGRPOConfig"
     _registered[:] = [loss]
 
 
@@ -54,6 +61,7 @@ def registered() -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name != "ToolkitGRPOTrainer":
+    modules = {"ToolkitGRPOTrainer": "trainer", "ToolkitGRPOConfig": "config"}
+    if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.trainer").ToolkitGRPOTrainer
+    return getattr(importlib.import_module(f"{__name__}.{modules[name]}"), name)

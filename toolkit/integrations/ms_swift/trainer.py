@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
 from swift.rlhf_trainers.utils import _ForwardRedirection
+from swift.utils import get_logger
 from torch import Tensor
 
 from toolkit.distributed import world_size
 from toolkit.errors import ConfigError
 from toolkit.head.adapters import find_head
+from toolkit.integrations.chosen import chosen_config, summary
 from toolkit.integrations.forward import fitted_loss
 from toolkit.integrations.ms_swift import registered
-from toolkit.integrations.ms_swift.args import check_args
-from toolkit.integrations.trl.args import chosen_config
+from toolkit.integrations.ms_swift.args import MS_SWIFT, check_args
 from toolkit.integrations.window import named_metrics
 from toolkit.losses.items import RLLossContextInputItem
 from toolkit.metrics import Metrics, metrics_in
@@ -53,12 +54,13 @@ class ToolkitGRPOTrainer(GRPOTrainer):
         Raises:
             ConfigError: the loss is wrong, or ms-swift's arguments contradict it.
         """
-        self.loss_cfg = chosen_config(registered(), named["args"])
+        self.loss_cfg = chosen_config(registered(), named["args"], MS_SWIFT)
         check_args(named["args"], self.loss_cfg, named["template"])
         super().__init__(*by_position, **named)
         if self.is_multimodal:
             raise ConfigError("the loss scores text alone, but the model takes images; use a text model")
         self.loss_cfg = fitted_loss(self.model, self.loss_cfg)
+        get_logger().info(f"The loss of toolkit: {summary(self.loss_cfg)}")
         self._window: list[Any] = []
         self._window_metrics: list[Metrics] = []
 

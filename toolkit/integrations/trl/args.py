@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 from toolkit.errors import ConfigError, listed, warn_once
+from toolkit.integrations.chosen import Trainer, chosen_config, counterpart, from_overrides
 from toolkit.integrations.window import check_accumulation
 from toolkit.losses.config.policy import BaseRLLossConfig
 from toolkit.peers import words_of
-from toolkit.runner import LossRunner
 
+TRL = Trainer(
+    "TRL",
+    project="trl",
+    asked_in="loss=...",
+    advantages="scale_rewards and num_generations in its config",
+    kl_in_reward="beta of RLOOConfig, with ToolkitRLOOTrainer",
+)
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """Values of ``loss_type`` with PPO's clipped ratio, of a token or of a sequence."""
 OF_LOSS = (
@@ -38,46 +44,9 @@ def loss_from(loss: Any, args: Any) -> BaseRLLossConfig:
     """
     check_args(args)
     if loss is None:
-        return from_overrides(list(overrides_of(args)), args)
-    cfg = chosen_config(loss, args)
+        return from_overrides(list(overrides_of(args)), args, TRL)
+    cfg = chosen_config(loss, args, TRL)
     check_beside(cfg, args)
-    return cfg
-
-
-def chosen_config(loss: Any, args: Any) -> BaseRLLossConfig:
-    """Return the config of a loss that TRL's trainers can run, from overrides in one string or a list, or a config.
-
-    Raises:
-        ConfigError: the loss does not exist, or has another temperature than TRL's `args`.
-    """
-    if isinstance(loss, BaseRLLossConfig):
-        cfg = loss
-    elif isinstance(loss, str) or (isinstance(loss, Sequence) and all(isinstance(each, str) for each in loss)):
-        cfg = from_overrides(shlex.split(loss) if isinstance(loss, str) else list(loss), args)
-    else:
-        raise ConfigError(
-            f"loss={type(loss).__name__} is not a loss; give overrides, loss='policy_loss=gspo kl=k3', or a "
-            "GRPOLossConfig"
-        )
-    if cfg.temperature != args.temperature:
-        raise ConfigError(
-            f"the loss scores tokens at temperature {cfg.temperature:g}, but the trainer samples them and computes "
-            f"old_per_token_logps at {args.temperature:g}; set temperature={args.temperature:g} in the loss"
-        )
-    if cfg.gradient_reduction != "mean":
-        raise ConfigError("gradient_reduction='sum': TRL's processes average their gradients; leave it at 'mean'")
-    return cfg
-
-
-def from_overrides(overrides: list[str], args: Any) -> BaseRLLossConfig:
-    """Return the loss that `overrides` choose, at the temperature that TRL samples at unless they name one."""
-    if not any(each.startswith(("rollout.temperature=", "loss.temperature=")) for each in overrides):
-        overrides = [*overrides, f"rollout.temperature={args.temperature}"]
-    cfg = LossRunner.from_overrides(overrides).loss_cfg
-    if not isinstance(cfg, BaseRLLossConfig):
-        raise ConfigError(
-            f"{type(cfg).__name__} has no policy loss; choose loss=grpo or a preset (loss=preset/trl/dapo)"
-        )
     return cfg
 
 
@@ -102,14 +71,10 @@ def check_beside(cfg: BaseRLLossConfig, args: Any) -> None:
         ConfigError: `args` describe another loss, which would have no effect; or the loss needs what TRL does not have.
     """
     defaults = {field.name: field.default for field in fields(args)}
-    known = {word.name: word for word in words_of("trl").words}
     for name in OF_LOSS:
         value = getattr(args, name, None)
         if name in defaults and value != defaults[name]:
-            answer = known[name].answer_to(str(value)) if name in known else None
-            ways = [way.replace("{}", str(value)) for way in answer.ways] if answer else []
-            remedy = f"say it in loss: {' or '.join(ways)}" if ways else "say it in loss"
-            raise ConfigError(f"{name}={value!r} has no effect beside loss=...; leave it out, or {remedy}")
+            raise ConfigError(f"{name}={value!r} has no effect beside loss=...; {counterpart(TRL, name, value)}")
     if args.beta and not cfg.needs_reference:
         raise ConfigError(
             f"beta={args.beta} has no effect beside a loss without KL term; add to loss: kl=k3 "

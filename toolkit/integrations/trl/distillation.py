@@ -18,9 +18,10 @@ from trl import DistillationTrainer
 
 from toolkit.distributed import reduce_metrics, world_size
 from toolkit.errors import ConfigError, DataError
+from toolkit.integrations.chosen import chosen_config
 from toolkit.integrations.forward import accept_loss, fitted_loss
 from toolkit.integrations.trl import TESTED
-from toolkit.integrations.trl.args import chosen_config
+from toolkit.integrations.trl.args import TRL
 from toolkit.integrations.trl.batches import Inputs, ids_and_mask
 from toolkit.integrations.versions import check_version
 from toolkit.losses.config.opd import OPDLossConfig
@@ -67,7 +68,7 @@ class ToolkitDistillationTrainer(Base):
         check_version("trl", TESTED)
         if args is None:
             raise ConfigError("args is missing; give a trl.DistillationConfig")
-        cfg = _checked(chosen_config(loss, args), args, top_k)
+        cfg = _checked(chosen_config(loss, args, TRL), args, top_k)
         super().__init__(model, teacher_model, args, *by_position, **others)
         if self.teacher_model is None:
             raise ConfigError("teacher_model is missing; give the teacher's name, or the model")

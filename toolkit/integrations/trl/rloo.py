@@ -14,7 +14,8 @@ from torch import Tensor
 from trl import RLOOTrainer
 
 from toolkit.errors import ConfigError
-from toolkit.integrations.trl.args import chosen_config
+from toolkit.integrations.chosen import chosen_config
+from toolkit.integrations.trl.args import TRL
 from toolkit.integrations.trl.trainer import ToolkitLossMixin
 from toolkit.integrations.window import check_accumulation
 from toolkit.losses.config.policy import BaseRLLossConfig
@@ -37,7 +38,7 @@ class ToolkitRLOOTrainer(ToolkitLossMixin, Base):
         if args.use_liger_kernel:
             raise ConfigError("use_liger_kernel=True replaces parts of the model that the loss reads; leave it out")
         check_accumulation(args)
-        cfg = chosen_config(list(_of_rloo(args)) if loss is None else loss, args)
+        cfg = chosen_config(list(_of_rloo(args)) if loss is None else loss, args, TRL)
         if loss is not None and (args.epsilon, args.epsilon_high or args.epsilon) != (0.2, 0.2):
             raise ConfigError("epsilon has no effect beside loss; write it in loss: policy_loss.cliprange_low=...")
         if cfg.needs_reference:

@@ -14,7 +14,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from toolkit.distributed import world_size
-from toolkit.errors import ConfigError, DataError
+from toolkit.errors import ConfigError, DataError, warn_once
 from toolkit.integrations.forward import accept_loss, fitted_loss
 from toolkit.integrations.trl import TESTED
 from toolkit.integrations.trl.args import loss_from
@@ -70,6 +70,13 @@ class ToolkitLossMixin(Base):
         if args is None:
             raise ConfigError("args is missing; give a trl.GRPOConfig (GRPOConfig(output_dir=...) has TRL's defaults)")
         loss_cfg, args = self._chosen(loss, args)
+        sampler = loss_cfg.required_fields.get("rollout_logprobs")
+        if sampler is not None and not args.use_vllm and others.get("rollout_func") is None:
+            warn_once(
+                f"rollout_logprobs, the sampler's log-probabilities: {sampler.why}, but TRL has them from vLLM or a "
+                "rollout_func; set use_vllm=True, or leave out what needs them, unless your trainer returns "
+                "sampling_per_token_logps"
+            )
         super().__init__(model, reward_funcs, args, *by_position, **others)
         self.is_of_args = loss is None
         if getattr(self, "aux_loss_enabled", False):

@@ -62,6 +62,8 @@ def test_a_clipped_weight_still_learns() -> None:
     assert below.high == pytest.approx(0.8, rel=1e-4)
     assert above.low == pytest.approx(1.2, rel=1e-4)
     assert below.label == "still learns (metric clip_fraction_low)"
+    assert above.label == "still learns (metric clip_fraction_high, soft_clip_fraction)"
+    _, above = curves("cispo").negative.bands
     assert above.label == "still learns (metric clip_fraction_high)"
 
 

@@ -7,7 +7,8 @@ N: selected tokens (every scored position of a micro-batch, masked ones already 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -67,8 +68,8 @@ class PolicyTerms:
     """Bounds of every log ratio in nats, before exp; the gradient is 0 outside. None: no bound."""
     reported: dict[str, Metric] = field(default_factory=dict)
     """Metrics that the policy loss reported, except means over all N tokens; `reports` has all of them."""
-    reported_means: dict[str, Tensor] = field(default_factory=dict)
-    """[N] each, without gradient: reported with their mean over all N tokens, and summed together."""
+    reported_means: dict[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
+    """[N] each, without gradient: reported with their mean over all N tokens, and summed together; see `means`."""
     _differences: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """[N] log pi_theta - log pi_anchor by anchor, without gradient and bound; only read, never handed to a loss."""
 
@@ -94,8 +95,18 @@ class PolicyTerms:
     if not TYPE_CHECKING:  # type checkers report unknown fields themselves
         __getattr__ = _missing
 
-    def report(self, name: str, values: Tensor | float, kind: Literal["mean", "min", "max"] = "mean") -> None:
-        """Report the mean (or smallest, or largest) of `values` [n] (or a number) over the step as metric `name`."""
+    def report(
+        self, name: str, values: Tensor | float | Callable[[], Tensor], kind: Literal["mean", "min", "max"] = "mean"
+    ) -> None:
+        """Report the mean (or smallest, or largest) of `values` [n] (or a number) over the step as metric `name`.
+
+        A function that returns `values` [N] is called when the mean is read; what it uses must have no graph.
+        """
+        if callable(values) and kind == "mean":
+            self.reported_means[name] = values
+            return
+        if callable(values):
+            values = values()
         if not isinstance(values, Tensor):
             values = torch.as_tensor(values, dtype=self.logprobs.dtype, device=self.logprobs.device)
         if kind == "mean" and values.shape == self.logprobs.shape:
@@ -103,14 +114,18 @@ class PolicyTerms:
         else:
             self.reported[name] = KINDS[kind].of(values)
 
+    def means(self) -> dict[str, Tensor]:
+        """Return the values [N] that are reported with their mean over all N tokens, by name."""
+        return {name: values() if callable(values) else values for name, values in self.reported_means.items()}
+
     def reports(self) -> dict[str, Metric]:
         """Return the metrics that the policy loss reported."""
-        return {**Mean.of_each(self.reported_means), **self.reported}
+        return {**Mean.of_each(self.means()), **self.reported}
 
     def without_graph(self) -> PolicyTerms:
         """Return the same tensors without gradient, and what was reported so far."""
-        copy = replace(self, logprobs=without_graph(self.logprobs))
-        copy._differences.update(self._differences)
+        copy = object.__new__(type(self))  # as `replace` does in a tenth of the time
+        copy.__dict__.update(self.__dict__, logprobs=without_graph(self.logprobs))
         return copy
 
     # ------------------------------------------------------------------ ratios

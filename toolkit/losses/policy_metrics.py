@@ -25,7 +25,7 @@ def policy_metrics(terms: PolicyTerms, rollout_logprobs: Tensor | None) -> dict[
     zero = logprobs - logprobs  # NaN, which is not equal to itself, where one is NaN or infinite
     means = Mean.of_each(
         {
-            **terms.reported_means,
+            **terms.means(),
             "ratio": ratio,
             "log_ratio_clamped": difference != log_ratio,
             "kl_old": k3(back.clamp(-MAX_LOG_DIFF, MAX_LOG_DIFF)).clamp(max=MAX_K3),  # as `kl_estimate` bounds it

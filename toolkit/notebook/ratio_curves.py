@@ -139,7 +139,7 @@ def _evaluated(
         slopes = torch.autograd.grad(losses.sum(), terms.logprobs, allow_unused=True)
     gradients = torch.zeros_like(terms.logprobs) if slopes[0] is None else slopes[0]
     count = 2 * len(log_ratios)
-    reports = {name: each[:count].reshape(2, -1) for name, each in terms.reported_means.items()}
+    reports = {name: each[:count].reshape(2, -1) for name, each in terms.means().items()}
     return losses.detach()[:count].reshape(2, -1), gradients[:count].reshape(2, -1), reports
 
 
@@ -196,8 +196,11 @@ def _side(
     is_zero = gradients[index].abs() <= TINY * largest.clamp(min=TINY)
     counted = {name: values[index] > 0 for name, values in reports.items() if _is_count(values)}
     bands = [_band(ratios, run, counted, is_strong=True) for run in _runs(is_zero)]
+    soft: dict[tuple[int, int], dict[str, Tensor]] = {}  # metrics that count the same tokens share a band
     for name, is_counted in counted.items():
-        bands += [_band(ratios, run, {name: is_counted}, is_strong=False) for run in _runs(is_counted & ~is_zero)]
+        for run in _runs(is_counted & ~is_zero):
+            soft.setdefault(run, {})[name] = is_counted
+    bands += [_band(ratios, run, names, is_strong=False) for run, names in soft.items()]
     return SideCurve(
         advantage=advantage, losses=_finite(losses[index]), gradients=_finite(gradients[index]), bands=tuple(bands)
     )

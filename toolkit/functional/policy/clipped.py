@@ -185,12 +185,12 @@ def clipped_surrogate(
     is_negative, fixed = advantages < 0, ratio.detach()
     # The larger loss is -A times the larger of the two ratios where A < 0, and times the smaller elsewhere.
     clipped = fixed.clamp(floor, held).where(is_negative, fixed.clamp(max=cap))
-    t.report("clip_fraction_low", clipped > fixed)  # where A < 0: nothing else raises a ratio
-    t.report("clip_fraction_high", (fixed > ceiling) & (advantages > 0))
+    t.report("clip_fraction_low", lambda: clipped > fixed)  # where A < 0: nothing else raises a ratio
+    t.report("clip_fraction_high", lambda: (fixed > ceiling) & (advantages > 0))
     if delta is not None:
-        t.report("delta_clip_fraction", (fixed > largest) & is_negative)
+        t.report("delta_clip_fraction", lambda: (fixed > largest) & is_negative)
     if clip_ratio_c is not None:
-        t.report("dual_clip_fraction", (fixed > clip_ratio_c) & is_negative)
+        t.report("dual_clip_fraction", lambda: (fixed > clip_ratio_c) & is_negative)
     return -advantages * with_gradient_where_equal(clipped, ratio)
 
 

@@ -71,11 +71,11 @@ def cispo(
     ceiling = 1 + cliprange_high if weight_max is None and cliprange_high is not None else weight_max
     weight, is_low, is_high = _clipped(t, anchor, floor, ceiling)
     is_above = is_high & (t.advantages > 0)
-    t.report("soft_clip_fraction", is_above)
     if use_unified_mask:
         is_low, is_high = is_low & (t.advantages < 0), is_above
     t.report("clip_fraction_low", is_low)
     t.report("clip_fraction_high", is_high)
+    t.report("soft_clip_fraction", is_above)
     losses = -weight * t.advantages * t.logprobs
     return losses.where(~(is_low | is_high), 0.0) if use_unified_mask else losses
 

@@ -76,8 +76,8 @@ MUTATIONS = (
     Mutation(
         name="clip-fraction-of-either-sign",
         file=f"{POLICY}/clipped.py",
-        line='t.report("clip_fraction_high", (fixed > ceiling) & (advantages > 0))',
-        becomes='t.report("clip_fraction_high", fixed > ceiling)',
+        line='t.report("clip_fraction_high", lambda: (fixed > ceiling) & (advantages > 0))',
+        becomes='t.report("clip_fraction_high", lambda: fixed > ceiling)',
         tests=(f"{TESTS}/policy/test_vanilla.py::test_clip_fractions_count_only_where_the_bound_binds",),
     ),
     Mutation(

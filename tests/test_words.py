@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import toolkit
 from toolkit import ConfigError, DataError, GRPOLossConfig, LossRunner, OPDLossConfig, OrealLossConfig
 from toolkit.compose.diagnosis import diagnose, unknown_choice
 from toolkit.compose.overrides import parse
+from toolkit.compose.schemas import conf_dir
 from toolkit.compose.tree import TRAIN, check_command_line, compose_config, groups_of
 from toolkit.explain.__main__ import main
 from toolkit.explain.words import COMMAND, markdown
@@ -86,16 +87,16 @@ def diagnosis_of(override: str) -> str:
         ),
         ("beta=0.1", f"beta is not a setting; try: {KL}, or kl=k1_in_reward kl_control.reward_coef=0.1 (beta of TRL;"),
         ("loss.beta=0.1", f"loss.beta is not a setting; try: {KL}, or "),
-        ("epsilon=0.2", f"epsilon is not a setting; {CLIP} (epsilon of TRL)"),
+        ("epsilon=0.2", f"epsilon is not a setting; {CLIP} (epsilon of TRL and ms-swift)"),
         ("epsilon_high=0.28", "try: policy_loss.cliprange_high=0.28, or policy_loss=cispo policy_loss.weight_max=0.28"),
         ("clip_ratio=0.2", f"clip_ratio is not a setting; {CLIP} (clip_ratio of verl)"),
         ("actor_rollout_ref.actor.clip_ratio=0.2", f"{CLIP} (clip_ratio of verl)"),
         ("eps_clip=0.2", f"eps_clip is not a setting; {CLIP} (actor.eps_clip of OpenRLHF)"),
         ("policy_loss.eps=0.2", f"policy_loss.eps is not a setting; {CLIP} (eps of papers)"),
-        ("num_generations=8", "try: rollout.group_size=8 (num_generations of TRL)"),
+        ("num_generations=8", "try: rollout.group_size=8 (num_generations of TRL and ms-swift)"),
         ("n=8", "n is not a setting; try: rollout.group_size=8 (rollout.n of verl)"),
         ("group_size=8", "try: rollout.group_size=8 (group_size of papers and prime-rl)"),
-        ("max_completion_length=100", "try: rollout.max_new_tokens=100 (max_completion_length of TRL)"),
+        ("max_completion_length=100", "try: rollout.max_new_tokens=100 (max_completion_length of TRL and ms-swift)"),
         ("model=Qwen/Qwen3-0.6B", "try: model=pretrained model.path=Qwen/Qwen3-0.6B"),
         ("model_name_or_path=Qwen/Qwen3-0.6B", "try: model=pretrained model.path=Qwen/Qwen3-0.6B (model_name_or_path"),
         ("lora_r=8", "lora_r is not a setting; try: model=pretrained model.lora.r=8 (lora_r of TRL)"),
@@ -110,6 +111,22 @@ def diagnosis_of(override: str) -> str:
         ("kl=k3+", "kl=k3+ is not a choice of kl; try: kl=k3_straight_through (k3+ of verl)"),
         ("advantage=group_norm", "try: advantage=grpo (group_norm of OpenRLHF)"),
         ("sync_ref_model=true", "try: kl=k3 training.refresh_reference_every=512 training.reference_mixup=0.6"),
+        ("loss_type=fipo", "try: loss=preset/ms_swift/fipo, or policy_loss=fipo (loss_type of ms-swift)"),
+        ("loss_type=dr_grpo", "or loss=preset/ms_swift/dr_grpo loss.aggregation.length=512 (loss_type of ms-swift;"),
+        ("loss_type=cispo", "or loss=preset/ms_swift/cispo loss.policy_loss_cfg.weight_max=... (loss_type of ms-"),
+        ("importance_sampling_level=sequence_token", "try: loss=preset/ms_swift/gspo_token, or policy_loss=gspo_token"),
+        ("rollout_importance_sampling_mode=token_truncate", "try: correction=tis (rollout_importance_sampling_mode of"),
+        ("rollout_importance_sampling_mode=unheard_of", "its value: python -m toolkit.explain --from ms_swift"),
+        ("correction=sequence_truncate", "; or loss=preset/ms_swift/grpo_seq_is (sequence_truncate of ms-swift"),
+        ("fipo_clip_range=null", "try: policy_loss=fipo policy_loss.weight_range=null (fipo_clip_range of ms-swift)"),
+        ("sdar_loss_coef=0.1", "sdar_loss_coef of ms-swift has no counterpart: SDAR is a loss by itself"),
+        ("overlong_filter=true", "try: rollout.truncated=mask (overlong_filter of ms-swift"),
+        ("loss=preset/ms-swift/gspo", "is not a choice of loss; try: loss=preset/ms_swift/gspo"),
+        ("loss=preset/swift/gspo", "is not a choice of loss; try: loss=preset/ms_swift/gspo"),
+        ("loss=Prime-RL/ipo", "is not a choice of loss; try: loss=preset/prime_rl/ipo"),
+        ("loss=preset/ms-swift/ppo", "is not a choice of loss; try: loss=preset/ms_swift/grpo"),
+        ("loss=preset/OpenRLHF/gspoo", "'preset/openrlhf/ppo_tis'; try: loss=preset/openrlhf/gspo"),
+        ("loss=preset/mine/gspo", "is not a choice of loss: choose 'ce', 'grpo', 'opd', 'oreal', 'preset/areal/...'"),
         ("loss_type=unheard_of", "it depends on its value: python -m toolkit.explain --from trl"),
     ],
 )
@@ -121,8 +138,8 @@ def test_what_the_command_line_says(override: str, sentence: str) -> None:
     ("override", "sentence"),
     [
         ("policy_loss=dapo", f"policy_loss=dapo is not a choice of policy_loss; try: {DAPO}"),
-        ("epsilon=0.2", f"epsilon is not a setting; {CLIP} (epsilon of TRL)"),
-        ("+epsilon=0.2", f"epsilon is not a setting; {CLIP} (epsilon of TRL)"),
+        ("epsilon=0.2", f"epsilon is not a setting; {CLIP} (epsilon of TRL and ms-swift)"),
+        ("+epsilon=0.2", f"epsilon is not a setting; {CLIP} (epsilon of TRL and ms-swift)"),
         ("+loss.beta=0.1", f"loss.beta is not a setting of loss; try: {KL}"),
         ("correction=tis,geo_rs", "names several values; write correction=[tis,geo_rs] to apply all, or add -m"),
     ],
@@ -154,7 +171,7 @@ def test_an_option_that_the_chosen_loss_lacks_is_not_suggested() -> None:
         (
             {"epsilon": 0.2},
             "epsilon is not a setting of GRPOLossConfig; try: policy_loss_cfg=dict(loss_type='vanilla', "
-            "cliprange_low=0.2, cliprange_high=0.2) (epsilon of TRL)",
+            "cliprange_low=0.2, cliprange_high=0.2) (epsilon of TRL and ms-swift)",
         ),
         ({"beta": 0.1}, "try: use_kl_loss=True, kl_loss_type='k3', kl_gradient='is_corrected', kl_loss_coef=0.1"),
         ({"lr": 1e-5}, "try: on the command line optimizer.lr=1e-05"),
@@ -163,7 +180,7 @@ def test_an_option_that_the_chosen_loss_lacks_is_not_suggested() -> None:
         ({"loss_type": "dapo"}, "try: LossRunner.from_overrides(['loss=preset/trl/dapo']).loss_cfg, or aggregation="),
         (
             {"top_p": 0.9},
-            "top_p of TRL, verl and OpenRLHF has no counterpart: completions are drawn from the whole distribution",
+            "top_p of TRL, verl, OpenRLHF and ms-swift has no counterpart: completions are drawn from the whole",
         ),
         (
             {"policy_loss_cfg": {"loss_type": "gspo", "epsilon": 0.2}},
@@ -188,9 +205,9 @@ def test_what_a_config_class_says(fields: dict[str, Any], sentence: str) -> None
 
 
 def test_other_config_classes_and_runner_calls_say_it_too() -> None:
-    with pytest.raises(ConfigError, match=r"try: group_size=8 \(num_generations of TRL\)"):
+    with pytest.raises(ConfigError, match=r"try: group_size=8 \(num_generations of TRL and ms-swift\)"):
         RolloutConfig(num_generations=8)
-    with pytest.raises(ConfigError, match=r"try: lr=1e-05 \(learning_rate of papers and TRL\)"):
+    with pytest.raises(ConfigError, match=r"try: lr=1e-05 \(learning_rate of papers, TRL and ms-swift\)"):
         OptimizerConfig(learning_rate=1e-5)
     with pytest.raises(DataError, match=r"'epsilon' is not a field of a batch but a setting .*cliprange_low=0\.2"):
         LossRunner(GRPOLossConfig())(torch.zeros(1, 2, 3), torch.zeros(4, 3), epsilon=0.2)
@@ -246,6 +263,9 @@ def assert_exists(way: str, groups: dict[str, list[str]]) -> None:
             assert {*fields} <= {*CorrectionConfig.model_fields}, way
         elif key.startswith("model.lora."):
             assert key.rpartition(".")[2] in LoraConfig.model_fields, way
+        elif key.startswith("loss.policy_loss_cfg."):
+            name = OmegaConf.load(f"{conf_dir()}/loss/{chosen['loss']}.yaml").policy_loss_cfg.loss_type
+            assert key.rpartition(".")[2] in policy_loss(name).options_model.model_fields, way
         elif key.startswith("loss.aggregation."):
             assert key.rpartition(".")[2] in AggregationConfig.model_fields, way
         else:
@@ -262,7 +282,8 @@ def test_every_counterpart_exists() -> None:
 
 def test_a_wrong_counterpart_is_noticed() -> None:
     groups = groups_of(TRAIN)
-    for wrong in ("policy_loss.cliprange=1", "policy_loss=gspo policy_loss.tau=1", "loss=preset/trl/ppo", "kl=k9"):
+    options = ("policy_loss=gspo policy_loss.tau=1", "loss=preset/ms_swift/cispo loss.policy_loss_cfg.tau=1")
+    for wrong in ("policy_loss.cliprange=1", *options, "loss=preset/trl/ppo", "kl=k9"):
         with pytest.raises(AssertionError):
             assert_exists(wrong, groups)
 
@@ -365,6 +386,7 @@ def test_the_words_of_a_project_are_printed(
     assert re.search(r"^  loss_type=dapo +loss=preset/trl/dapo\n +or aggregation=token_mean$", text, re.MULTILINE)
     assert "(no counterpart: the entropy bonus is a fixed loss.entropy_coef)" in text
     assert printed("--from", "prime-rl", capsys=capsys, monkeypatch=monkeypatch).startswith("prime-rl main")
+    assert printed("--from", "ms-swift", capsys=capsys, monkeypatch=monkeypatch).startswith("ms-swift 4.6.0: swift/")
     some = printed("--from", "trl", "epsilon", capsys=capsys, monkeypatch=monkeypatch).splitlines()
     assert [line for line in some if line.startswith("  epsilon ")]
     assert all("epsilon" in line for line in some[1:] if not line.startswith("   "))
@@ -380,8 +402,8 @@ def test_an_unknown_project_lists_the_known_ones(
     with pytest.raises(SystemExit):
         main()
     assert (
-        "--from trk: no such project; choose 'papers', 'trl', 'verl', 'openrlhf', 'prime_rl', 'xtuner' or 'all' "
-        "(did you mean 'trl'?)"
+        "--from trk: no such project; choose 'papers', 'trl', 'verl', 'openrlhf', 'prime_rl', 'xtuner', 'ms_swift' "
+        "or 'all' (did you mean 'trl'?)"
     ) in capsys.readouterr().err
 
 
@@ -410,7 +432,7 @@ def test_a_configuration_without_a_mistake_does_not_load_the_table() -> None:
 
 @pytest.mark.parametrize("value", ["it's", "a b", 'a"', "\\", "x" * 100])
 def test_a_value_that_a_shell_would_cut_is_not_repeated(value: str) -> None:
-    assert counterpart("num_generations", value) == "try: rollout.group_size=... (num_generations of TRL)"
+    assert counterpart("num_generations", value) == "try: rollout.group_size=... (num_generations of TRL and ms-swift)"
     with pytest.raises(ConfigError, match=r"try: on the command line rollout\.group_size=\.\.\. "):
         GRPOLossConfig(num_generations=value)
 

@@ -71,17 +71,26 @@ def unknown_choice(parsed: list[Override], groups: dict[str, list[str]]) -> str 
             if function and key in ("policy_loss", "advantage"):
                 instead = f"plugins=[{file}.py] {key}={function}"
                 return f"{override.input_line}: a file is read as a plugin, and then it is a choice; try: {instead}"
-            if f"preset/{unknown[0]}" in groups[key]:
-                return f"{override.input_line} is not a choice of {key}; try: {key}=preset/{unknown[0]}"
-            elsewhere = counterpart_choice(key, unknown[0], groups)
+            choice = _of_project(unknown[0], groups[key])
+            if choice in groups[key]:
+                return f"{override.input_line} is not a choice of {key}; try: {key}={choice}"
+            elsewhere = counterpart_choice(key, choice, groups)
             if elsewhere is not None:
                 return f"{override.input_line} is not a choice of {key}; {elsewhere}"
-            best = None if _is_known(unknown[0], groups) else nearest(unknown[0], groups[key], cutoff=ALIKE)
+            best = None if _is_known(choice, groups) else nearest(choice, groups[key], cutoff=ALIKE)
             hint = f"; try: {key}={best}" if best else ""
-            likely = choices_shown(groups[key], unknown[0])
-            custom = "" if best else _otherwise(key, unknown[0], groups[key], parsed)
+            likely = choices_shown(groups[key], choice)
+            custom = "" if best else _otherwise(key, choice, groups[key], parsed)
             return f"{override.input_line} is not a choice of {key}: choose {listed(likely)}{hint}{custom}"
     return None
+
+
+def _of_project(choice: str, choices: Collection[str]) -> str:
+    """Return ``preset/ms_swift/gspo`` for ``preset/ms-swift/gspo``; the choice as it is if it names no project."""
+    projects = {preset.split("/")[1] for preset in choices if preset.startswith("preset/")}
+    project, _, name = choice.removeprefix("preset/").partition("/")
+    meant = nearest(project.lower().replace("-", "_"), projects, cutoff=ALIKE)
+    return f"preset/{meant}/{name}" if name and meant else choice
 
 
 def _is_known(choice: str, groups: dict[str, list[str]]) -> bool:

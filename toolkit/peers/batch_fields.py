@@ -1,7 +1,7 @@
 """What other projects call the fields of a batch, and what to write here instead: ``completion_mask`` is ``loss_mask``.
 
 Read from TRL 1.16.0 (``GRPOTrainer._compute_loss``), verl 0.9.1 (``DataProto`` of the actor), OpenRLHF
-(``Experience``) and transformers (arguments of ``forward``).
+(``Experience``), ms-swift 4.6.0 (``GRPOBatch``) and transformers (arguments of ``forward``).
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ NAMES: dict[str, Counterpart] = {
     **dict.fromkeys(("ref_log_prob", "ref_log_probs"), Counterpart(("ref_logprobs",), "", "verl")),
     "base_action_log_probs": Counterpart(("ref_logprobs",), "", "OpenRLHF"),
     "rollout_log_probs": Counterpart(("rollout_logprobs",), "", "verl"),
+    "rollout_per_token_logps": Counterpart(("rollout_logprobs",), "", "ms-swift"),
+    "teacher_per_token_logps": Counterpart(("teacher_logprobs",), "", "ms-swift"),
     **dict.fromkeys(
         ("sampler_logprobs", "vllm_logprobs", "inference_logprobs"), Counterpart(("rollout_logprobs",), "")
     ),

@@ -61,9 +61,12 @@ def test_a_loss_has_the_temperature_of_ms_swift() -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "loss_type": ({"loss_type": "dapo"}, "loss_type='dapo' has no effect beside a loss of this toolkit"),
-    "epsilon": ({"epsilon_high": 0.28}, "epsilon_high=0.28 has no effect"),
-    "correction": ({"rollout_importance_sampling_mode": "token_mask"}, "rollout_importance_sampling_mode='token_mask'"),
-    "sdar": ({"sdar_loss_coef": 0.1}, "sdar_loss_coef=0.1 has no effect"),
+    "epsilon": ({"epsilon": 0.1}, "leave it out, or say it in register(...): policy_loss.cliprange_low=0.1"),
+    "correction": ({"rollout_importance_sampling_mode": "token_truncate"}, "say it in register(...): correction=tis"),
+    "sdar": (
+        {"sdar_loss_coef": 0.1},
+        "sdar_loss_coef=0.1 has no effect beside a loss of this toolkit; leave it out: it",
+    ),
     "liger": ({"use_liger_kernel": True}, "use_liger_kernel=True is not supported"),
     "packed": ({"template": namespace(padding_free=True)}, "padding_free=True is not supported"),
     "ulysses": ({"template": namespace(sequence_parallel_size=2)}, "sequence_parallel_size=2 is not supported"),
@@ -106,6 +109,11 @@ def test_contradictions_are_refused_in_one_line(name: str) -> None:
         check(**changes)
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_length_of_dr_grpo_need_not_be_said() -> None:
+    with pytest.raises(ConfigError, match=r"say it in register\(\.\.\.\): loss=preset/ms_swift/dr_grpo$"):
+        check(loss_type="dr_grpo")
 
 
 def test_a_loss_in_one_line() -> None:

@@ -114,10 +114,15 @@ def counterpart(trainer: Trainer, name: str, value: Any) -> str:
     """Return what to do instead of setting an argument of the trainer that describes a loss."""
     known = {word.name: word for word in words_of(trainer.project).words}
     answer = known[name].answer_to(str(value)) if name in known else None
-    ways = [way.replace("{}", str(value)) for way in answer.ways] if answer else []
+    ways = [_without_length(way).replace("{}", str(value)) for way in answer.ways] if answer else []
     if answer is not None and not ways and answer.no:
         return f"leave it out: it has no counterpart here ({answer.no})"
     return f"leave it out, or say it in {trainer.asked_in}" + (f": {' or '.join(ways)}" if ways else "")
+
+
+def _without_length(way: str) -> str:
+    """Return overrides without the length of ``aggregation=constant``, which is the trainer's here."""
+    return " ".join(each for each in way.split() if each.lstrip("+").partition("=")[0] not in LENGTH)
 
 
 def _parts(cfg: BaseRLLossConfig) -> Iterator[str]:

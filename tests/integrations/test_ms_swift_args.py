@@ -49,7 +49,7 @@ KL = "policy_loss=cispo kl=k3 loss.kl_loss_coef=0.04"
 def check(loss: str = "policy_loss=cispo", template: Any = TEMPLATE, **changes: Any) -> Any:
     args = replace(GRPOConfig(), **changes)
     cfg = chosen_config(loss, args, MS_SWIFT)
-    check_args(args, cfg, template)
+    check_args(args, cfg, loss, template)
     return cfg
 
 
@@ -61,7 +61,28 @@ def test_a_loss_has_the_temperature_of_ms_swift() -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "loss_type": ({"loss_type": "dapo"}, "loss_type='dapo' has no effect beside a loss of this toolkit"),
-    "epsilon": ({"epsilon": 0.1}, "leave it out, or say it in register(...): policy_loss.cliprange_low=0.1"),
+    "epsilon": (
+        {"loss": "policy_loss=gspo", "epsilon": 0.1},
+        "leave it out, or say it in register(...): policy_loss.cliprange_low=0.1 policy_loss.cliprange_high=0.1",
+    ),
+    "epsilon of a preset": (
+        {"loss": "loss=preset/ms_swift/dapo", "epsilon": 0.1},
+        "say it in register(...): loss.policy_loss_cfg.cliprange_low=0.1 loss.policy_loss_cfg.cliprange_high=0.1",
+    ),
+    "cap": ({"epsilon_high": 0.3}, "say it in register(...): policy_loss.weight_max=0.3"),
+    "real": (
+        {"loss_type": "real"},
+        "leave it out; it has no counterpart in a run, because it compares the completions",
+    ),
+    "level": (
+        {"importance_sampling_level": "sequence"},
+        "say in register(...) in the place of your loss: loss=preset/ms_swift/gspo or policy_loss=gspo",
+    ),
+    "temperature": (
+        {"loss": "temperature=0.7"},
+        "the loss has the temperature of ms-swift; leave it out, and set temp",
+    ),
+    "no KL": ({"beta": 0.04}, "set --beta 0, or add kl=k3 loss.kl_loss_coef=0.04 to the loss"),
     "correction": ({"rollout_importance_sampling_mode": "token_truncate"}, "say it in register(...): correction=tis"),
     "sdar": (
         {"sdar_loss_coef": 0.1},
@@ -71,7 +92,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "packed": ({"template": namespace(padding_free=True)}, "padding_free=True is not supported"),
     "ulysses": ({"template": namespace(sequence_parallel_size=2)}, "sequence_parallel_size=2 is not supported"),
     "chord": ({"chord_sft_dataset": ["data"]}, "chord_sft_dataset=['data'] is not supported"),
-    "beta alone": ({"beta": 0.04}, "beta=0.04, and the loss has no KL term; set --beta 0, or add kl=k3"),
+    "beta alone": ({"beta": 0.04}, "beta=0.04, and the loss has no KL term; set --beta 0, or"),
     "no beta": ({"loss": KL}, "beta=0, and the loss has a KL term; set --beta 0.04"),
     "other beta": ({"loss": KL, "beta": 0.1}, "beta=0.1, but the loss has kl_loss_coef=0.04"),
     "both": ({"loss": KL, "beta": 0.04, "kl_in_reward": True}, "kl_in_reward=True subtracts the KL from the rewards"),
@@ -82,11 +103,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "teacher": (
         {"loss": "policy_loss=sdar"},
-        "the loss reads teacher_logprobs, which ms-swift does",
+        "the loss reads a teacher (teacher_logprobs), which ms-swif",
     ),
     "full KL": (
         {"loss": "kl=full loss.kl_loss_coef=0.04", "beta": 0.04},
-        "the loss reads ref_topk_logprobs",
+        "kl=full compares whole distributions",
     ),
     "sampler": (
         {"loss": "policy_loss=gspo correction=tis"},
@@ -112,14 +133,15 @@ def test_contradictions_are_refused_in_one_line(name: str) -> None:
 
 
 def test_the_length_of_dr_grpo_need_not_be_said() -> None:
-    with pytest.raises(ConfigError, match=r"say it in register\(\.\.\.\): loss=preset/ms_swift/dr_grpo$"):
+    with pytest.raises(ConfigError, match=r"in the place of your loss: loss=preset/ms_swift/dr_grpo$"):
         check(loss_type="dr_grpo")
 
 
 def test_a_loss_in_one_line() -> None:
     text = summary(check("loss=preset/ms_swift/dr_grpo kl=k3 loss.kl_loss_coef=0.04", beta=0.04))
     assert text == (
-        "policy_loss=vanilla, aggregation=constant with length=12, kl=k3 with kl_loss_coef=0.04, temperature=0.9"
+        "policy_loss=vanilla (cliprange_low=0.2, cliprange_high=0.2, anchor=old), aggregation=constant with length=12, "
+        "kl=k3 with kl_loss_coef=0.04, temperature=0.9"
     )
     assert "1 correction, " in summary(check("correction=tis", use_vllm=True))
 

@@ -123,7 +123,7 @@ def test_the_log_says_which_loss_trains(prepared: dict[str, Any], caplog: pytest
     swift.utils.get_logger().propagate = True
     register(GRPOLossConfig(aggregation="seq_mean_token_mean"))
     (entry, *_) = run(prepared, beta=0, max_steps=1)
-    line = "The loss of toolkit: policy_loss=vanilla, aggregation=seq_mean_token_mean, temperature=0.9"
+    line = "The loss of toolkit: policy_loss=vanilla (cliprange_low=0.2, cliprange_high=0.2, clip_ratio_c=3.0, anc"
     assert line in caplog.text
     assert "entropy/mean" in entry  # a config does not ask for it
 

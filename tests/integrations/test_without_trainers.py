@@ -99,7 +99,7 @@ def test_the_temperature_is_that_of_sampling() -> None:
         loss_from(GRPOLossConfig(temperature=1.0), Args(temperature=0.7))
     with pytest.raises(ConfigError, match=r"temperature 0\.5, but TRL samples .* at 0\.7; leave it out of the loss"):
         loss_from("policy_loss=gspo rollout.temperature=0.5", Args(temperature=0.7))
-    with pytest.raises(ConfigError, match=r"^temperature=0\.7: the loss has the temperature of TRL, 1; leave it out"):
+    with pytest.raises(ConfigError, match=r"^temperature=0\.7: the loss has the temperature of TRL; leave it out"):
         loss_from("temperature=0.7", Args())
 
 
@@ -119,7 +119,7 @@ def test_a_constant_length_is_that_of_the_trainer(chosen: str) -> None:
 
 OF_TRAINER = {
     "advantage=rloo": "advantage=rloo: TRL decides advantage, not the loss; leave it out, and set scale_rewards",
-    "kl=k1_in_reward": "kl=k1_in_reward: TRL decides kl, not the loss; leave it out, and set beta of RLOOConfig",
+    "kl=k1_in_reward": "kl=k1_in_reward: TRL decides a KL in the reward, not the loss; leave it out",
     "seed=3": "seed=3: TRL decides seed, not the loss; leave it out",
     "polcy_loss=gspo": "did you mean 'policy_loss'",
     "loss=ce": "CELossConfig has no policy loss; choose loss=grpo or a preset (loss=preset/trl/dapo)",

@@ -36,6 +36,8 @@ class Trainer:
     """Its arguments that choose the advantages."""
     kl_in_reward: str
     """Its arguments that put a KL into the rewards."""
+    cispo_cap: tuple[str, ...]
+    """Its arguments that cap the weight of CISPO itself, where other losses read them as a range."""
 
 
 def chosen_config(loss: Any, args: Any, trainer: Trainer) -> BaseRLLossConfig:
@@ -86,7 +88,7 @@ def from_overrides(overrides: list[str], args: Any, trainer: Trainer) -> BaseRLL
             f"the loss is empty; write one in {trainer.asked_in}, such as 'policy_loss=gspo "
             "aggregation=seq_mean_token_mean'"
         )
-    _check_owner(overrides, args, trainer)
+    _check_owner(overrides, trainer)
     values = {key: value.strip() for key, _, value in (each.lstrip("+").partition("=") for each in overrides)}
     if not values.keys() & {*TEMPERATURE}:
         overrides = [*overrides, f"rollout.temperature={args.temperature}"]
@@ -110,14 +112,36 @@ def summary(cfg: BaseRLLossConfig) -> str:
     return ", ".join(_parts(cfg))
 
 
-def counterpart(trainer: Trainer, name: str, value: Any) -> str:
-    """Return what to do instead of setting an argument of the trainer that describes a loss."""
+def counterpart(trainer: Trainer, name: str, value: Any, cfg: BaseRLLossConfig, loss: Any) -> str:
+    """Return what to do instead of setting an argument of the trainer that describes a loss.
+
+    Args:
+        trainer: it.
+        name: of the argument.
+        value: of the argument.
+        cfg: the loss.
+        loss: as the user wrote it.
+    """
     known = {word.name: word for word in words_of(trainer.project).words}
     answer = known[name].answer_to(str(value)) if name in known else None
     ways = [_without_length(way).replace("{}", str(value)) for way in answer.ways] if answer else []
     if answer is not None and not ways and answer.no:
         return f"leave it out: it has no counterpart here ({answer.no})"
-    return f"leave it out, or say it in {trainer.asked_in}" + (f": {' or '.join(ways)}" if ways else "")
+    if cfg.policy.name == "cispo" and name in trainer.cispo_cap:
+        ways = [f"policy_loss.weight_max={value}"]
+    options = [way for way in ways if name != "loss_type" and not way.startswith(("loss=", "policy_loss="))]
+    if _is_preset(loss):
+        options = [way.replace("policy_loss.", "loss.policy_loss_cfg.") for way in options]
+    if options:
+        return f"leave it out, or say it in {trainer.asked_in}: {' or '.join(options)}"
+    if ways:
+        return f"leave it out, or say in {trainer.asked_in} in the place of your loss: {' or '.join(ways)}"
+    return f"leave it out, or say it in {trainer.asked_in}"
+
+
+def _is_preset(loss: Any) -> bool:
+    """Whether a loss is written as a preset, whose options have another path."""
+    return not isinstance(loss, BaseRLLossConfig) and any(each.startswith("loss=preset/") for each in _listed(loss))
 
 
 def _without_length(way: str) -> str:
@@ -127,7 +151,8 @@ def _without_length(way: str) -> str:
 
 def _parts(cfg: BaseRLLossConfig) -> Iterator[str]:
     average = cfg.aggregation
-    yield f"policy_loss={cfg.policy.name}"
+    options = ", ".join(f"{name}={value}" for name, value in cfg.policy_options.items() if value is not None)
+    yield f"policy_loss={cfg.policy.name}" + (f" ({options})" if options else "")
     yield f"aggregation={average.name}" + (f" with length={average.length:g}" if average.length is not None else "")
     if cfg.use_kl_loss:
         yield f"kl={cfg.kl_loss_type} with kl_loss_coef={cfg.kl_loss_coef:g}"
@@ -155,7 +180,7 @@ def _completed(cfg: BaseRLLossConfig, args: Any) -> BaseRLLossConfig:
     return cfg.model_copy(update=missing) if missing else cfg
 
 
-def _check_owner(overrides: list[str], args: Any, trainer: Trainer) -> None:
+def _check_owner(overrides: list[str], trainer: Trainer) -> None:
     """Raise for settings of the training command that the trainer has itself."""
     others = [each for each in parse(overrides) if not is_of_loss(each)]
     if not others:
@@ -163,13 +188,14 @@ def _check_owner(overrides: list[str], args: Any, trainer: Trainer) -> None:
     key, line = str(others[0].key_or_group), others[0].input_line
     if key == "temperature":
         raise ConfigError(
-            f"{line}: the loss has the temperature of {trainer.name}, {args.temperature:g}; leave it out, and set "
-            f"{trainer.name}'s temperature"
+            f"{line}: the loss has the temperature of {trainer.name}; leave it out, and set temperature among "
+            f"{trainer.name}'s arguments"
         )
     compose_config(overrides)  # raises if something is mistyped
     group = key.partition(".")[0]
     owned = {"advantage": trainer.advantages, "kl": trainer.kl_in_reward, "kl_control": trainer.kl_in_reward}
+    what = "a KL in the reward" if group == "kl" else group
     raise ConfigError(
-        f"{line}: {trainer.name} decides {group}, not the loss; leave it out"
+        f"{line}: {trainer.name} decides {what}, not the loss; leave it out"
         + (f", and set {owned[group]}" if group in owned else "")
     )

@@ -16,6 +16,7 @@ MS_SWIFT = Trainer(
     asked_in="register(...)",
     advantages="--advantage_estimator and --scale_rewards",
     kl_in_reward="--kl_in_reward true and --beta",
+    cispo_cap=("epsilon", "epsilon_high"),
 )
 OF_LOSS = (
     *("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "tau_pos", "tau_neg", "real_tau"),
@@ -33,13 +34,16 @@ OFF: dict[str, tuple[Any, str]] = {
 }
 """Arguments that a loss here cannot follow, the value that switches them off, and why."""
 
+BY_PROMPT = "compares the completions of a prompt, and ms-swift's micro-batches do not say which belong together"
 
-def check_args(args: Any, cfg: BaseRLLossConfig, template: Any = None) -> None:
+
+def check_args(args: Any, cfg: BaseRLLossConfig, loss: Any, template: Any = None) -> None:
     """Check ms-swift's arguments beside a loss.
 
     Args:
         args: its ``GRPOConfig``.
         cfg: the loss.
+        loss: as the user wrote it.
         template: its template, which has some of the arguments; None: not made yet.
 
     Raises:
@@ -51,9 +55,10 @@ def check_args(args: Any, cfg: BaseRLLossConfig, template: Any = None) -> None:
         value = getattr(args, name, None)
         plain = "grpo" if name == "loss_type" else defaults.get(name)
         if name in defaults and value != plain:
-            raise ConfigError(
-                f"{name}={value!r} has no effect beside a loss of this toolkit; {counterpart(MS_SWIFT, name, value)}"
-            )
+            remedy = counterpart(MS_SWIFT, name, value, cfg, loss)
+            if value == "real":
+                remedy = f"leave it out; it has no counterpart in a run, because it {BY_PROMPT}"
+            raise ConfigError(f"{name}={value!r} has no effect beside a loss of this toolkit; {remedy}")
     for name, (off, reason) in OFF.items():
         value = getattr(args, name, getattr(template, name, off))
         if value != off and value:
@@ -65,21 +70,20 @@ def check_args(args: Any, cfg: BaseRLLossConfig, template: Any = None) -> None:
 
 def _check_fields(args: Any, cfg: BaseRLLossConfig) -> None:
     """Raise if the loss reads what ms-swift does not compute."""
+    if cfg.candidates == "ref":
+        raise ConfigError(
+            f"kl={cfg.kl_loss_type} compares whole distributions, and ms-swift gives a loss those of sampled tokens "
+            "alone; choose kl=k3"
+        )
     if cfg.not_in_training is not None:
         raise ConfigError(
-            f"the loss reads {cfg.not_in_training}, which ms-swift does not give to a loss; choose a KL of sampled "
-            "tokens (kl=k3), or a policy loss without a teacher"
+            f"the loss reads a teacher ({cfg.not_in_training}), which ms-swift does not give to a loss; choose another "
+            "policy loss"
         )
-    by_prompt = {
-        f"policy_loss={cfg.policy.name}": cfg.scope_of_terms == "group",
-        "aggregation=prompt_mean": cfg.aggregation.name == "prompt_mean",
-    }
-    for setting, is_chosen in by_prompt.items():
-        if is_chosen:
-            raise ConfigError(
-                f"{setting} compares the completions of a prompt, and ms-swift's micro-batches do not say which belong "
-                "together; choose another one, such as policy_loss=vanilla aggregation=seq_mean_token_mean"
-            )
+    if cfg.scope_of_terms == "group":
+        raise ConfigError(f"policy_loss={cfg.policy.name} {BY_PROMPT}; choose another policy_loss")
+    if cfg.aggregation.name == "prompt_mean":
+        raise ConfigError(f"aggregation=prompt_mean {BY_PROMPT}; choose another aggregation, such as token_mean")
     sampler = cfg.required_fields.get("rollout_logprobs")
     if sampler is not None and not args.use_vllm:
         raise ConfigError(
@@ -92,12 +96,19 @@ def _check_kl(args: Any, cfg: BaseRLLossConfig) -> None:
     """Raise if the KL term of the loss is not that of ``beta``, which makes ms-swift load a reference."""
     if args.kl_in_reward:
         if cfg.use_kl_loss:
-            raise ConfigError("kl_in_reward=True subtracts the KL from the rewards; leave out the KL term of the loss")
+            raise ConfigError(
+                "kl_in_reward=True subtracts the KL from the rewards (--advantage_estimator rloo and "
+                "reinforce_plus_plus ask for it); leave out the KL term of the loss, or set --kl_in_reward false"
+            )
         return
     if cfg.needs_reference != bool(args.beta):
         raise ConfigError(
             f"beta={args.beta:g}, and the loss has {'a' if cfg.needs_reference else 'no'} KL term; "
-            + (f"set --beta {cfg.kl_loss_coef:g}" if cfg.needs_reference else "set --beta 0, or add kl=k3 to the loss")
+            + (
+                f"set --beta {cfg.kl_loss_coef:g} (its loss.kl_loss_coef), or leave out the KL term"
+                if cfg.needs_reference
+                else f"set --beta 0, or add kl=k3 loss.kl_loss_coef={args.beta:g} to the loss"
+            )
         )
     if cfg.use_kl_loss and args.beta != cfg.kl_loss_coef:
         raise ConfigError(

@@ -17,4 +17,5 @@ class ToolkitGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_args(self, chosen_config(registered(), self, MS_SWIFT))
+        loss = registered()
+        check_args(self, chosen_config(loss, self, MS_SWIFT), loss)

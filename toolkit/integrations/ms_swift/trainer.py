@@ -55,7 +55,7 @@ class ToolkitGRPOTrainer(GRPOTrainer):
             ConfigError: the loss is wrong, or ms-swift's arguments contradict it.
         """
         self.loss_cfg = chosen_config(registered(), named["args"], MS_SWIFT)
-        check_args(named["args"], self.loss_cfg, named["template"])
+        check_args(named["args"], self.loss_cfg, registered(), named["template"])
         super().__init__(*by_position, **named)
         if self.is_multimodal:
             raise ConfigError("the loss scores text alone, but the model takes images; use a text model")

@@ -18,6 +18,7 @@ TRL = Trainer(
     asked_in="loss=...",
     advantages="scale_rewards and num_generations in its config",
     kl_in_reward="beta of RLOOConfig, with ToolkitRLOOTrainer",
+    cispo_cap=("epsilon_high",),
 )
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """Values of ``loss_type`` with PPO's clipped ratio, of a token or of a sequence."""
@@ -46,7 +47,7 @@ def loss_from(loss: Any, args: Any) -> BaseRLLossConfig:
     if loss is None:
         return from_overrides(list(overrides_of(args)), args, TRL)
     cfg = chosen_config(loss, args, TRL)
-    check_beside(cfg, args)
+    check_beside(cfg, args, loss)
     return cfg
 
 
@@ -64,8 +65,8 @@ def check_args(args: Any) -> None:
     check_accumulation(args)
 
 
-def check_beside(cfg: BaseRLLossConfig, args: Any) -> None:
-    """Check a loss that the user chose against TRL's `args`.
+def check_beside(cfg: BaseRLLossConfig, args: Any, loss: Any) -> None:
+    """Check a loss that the user chose, written as `loss`, against TRL's `args`.
 
     Raises:
         ConfigError: `args` describe another loss, which would have no effect; or the loss needs what TRL does not have.
@@ -74,7 +75,8 @@ def check_beside(cfg: BaseRLLossConfig, args: Any) -> None:
     for name in OF_LOSS:
         value = getattr(args, name, None)
         if name in defaults and value != defaults[name]:
-            raise ConfigError(f"{name}={value!r} has no effect beside loss=...; {counterpart(TRL, name, value)}")
+            remedy = counterpart(TRL, name, value, cfg, loss)
+            raise ConfigError(f"{name}={value!r} has no effect beside loss=...; {remedy}")
     if args.beta and not cfg.needs_reference:
         raise ConfigError(
             f"beta={args.beta} has no effect beside a loss without KL term; add to loss: kl=k3 "

@@ -102,6 +102,23 @@ def test_numbers_by_hand() -> None:
     assert to_floats({}) == {}
 
 
+def test_values_are_computed_when_their_mean_is_read() -> None:
+    calls: list[int] = []
+    values = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    terms = PolicyTerms(logprobs=values, old_logprobs=values.detach(), advantages=values.detach())
+
+    def squares() -> torch.Tensor:
+        calls.append(1)
+        return values.square()
+
+    terms.report("squares", squares)
+    terms.report("largest", squares, "max")
+    assert len(calls) == 1  # a maximum keeps no values, so it is taken at once
+    assert not terms.means()["squares"].requires_grad
+    assert to_floats(terms.without_graph().reports()) == {"squares": 41 / 3, "largest": 36.0}
+    assert not terms.without_graph().logprobs.requires_grad
+
+
 def test_nothing_measured_is_nan() -> None:
     empty = torch.tensor([])
     kinds: dict[str, Metric] = {kind.__name__: kind.of(empty) for kind in (Mean, Min, Max, EffectiveSampleSize)}

@@ -100,7 +100,8 @@ class PolicyTerms:
     ) -> None:
         """Report the mean (or smallest, or largest) of `values` [n] (or a number) over the step as metric `name`.
 
-        A function that returns `values` [N] is called when the mean is read; what it uses must have no graph.
+        A function that returns `values` [N] is called when the mean is read; until then what it uses is kept, with its
+        graph if it has one.
         """
         if callable(values) and kind == "mean":
             self.reported_means[name] = values
@@ -116,7 +117,10 @@ class PolicyTerms:
 
     def means(self) -> dict[str, Tensor]:
         """Return the values [N] that are reported with their mean over all N tokens, by name."""
-        return {name: values() if callable(values) else values for name, values in self.reported_means.items()}
+        return {
+            name: without_graph(values()) if callable(values) else values
+            for name, values in self.reported_means.items()
+        }
 
     def reports(self) -> dict[str, Metric]:
         """Return the metrics that the policy loss reported."""

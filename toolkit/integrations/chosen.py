@@ -73,8 +73,7 @@ def chosen_config(loss: Any, args: Any, trainer: Trainer) -> BaseRLLossConfig:
 def check_loss(loss: Any, trainer: Trainer) -> None:
     """Raise `ConfigError` if a loss is none, whatever the trainer's arguments are."""
     if not isinstance(loss, BaseRLLossConfig):
-        words = [each for each in _listed(loss) if each.partition("=")[0] not in TEMPERATURE[1:]]
-        from_overrides(words, SimpleNamespace(temperature=1.0, max_completion_length=1), trainer)
+        from_overrides(_listed(loss), SimpleNamespace(temperature=1.0, max_completion_length=1), trainer)
 
 
 def from_overrides(overrides: list[str], args: Any, trainer: Trainer) -> BaseRLLossConfig:
@@ -88,7 +87,7 @@ def from_overrides(overrides: list[str], args: Any, trainer: Trainer) -> BaseRLL
             f"the loss is empty; write one in {trainer.asked_in}, such as 'policy_loss=gspo "
             "aggregation=seq_mean_token_mean'"
         )
-    _check_owner(overrides, trainer)
+    _check_not_of_trainer(overrides, trainer)
     values = {key: value.strip() for key, _, value in (each.lstrip("+").partition("=") for each in overrides)}
     if not values.keys() & {*TEMPERATURE}:
         overrides = [*overrides, f"rollout.temperature={args.temperature}"]
@@ -180,7 +179,7 @@ def _completed(cfg: BaseRLLossConfig, args: Any) -> BaseRLLossConfig:
     return cfg.model_copy(update=missing) if missing else cfg
 
 
-def _check_owner(overrides: list[str], trainer: Trainer) -> None:
+def _check_not_of_trainer(overrides: list[str], trainer: Trainer) -> None:
     """Raise for settings of the training command that the trainer has itself."""
     others = [each for each in parse(overrides) if not is_of_loss(each)]
     if not others:
@@ -193,9 +192,9 @@ def _check_owner(overrides: list[str], trainer: Trainer) -> None:
         )
     compose_config(overrides)  # raises if something is mistyped
     group = key.partition(".")[0]
-    owned = {"advantage": trainer.advantages, "kl": trainer.kl_in_reward, "kl_control": trainer.kl_in_reward}
+    arguments = {"advantage": trainer.advantages, "kl": trainer.kl_in_reward, "kl_control": trainer.kl_in_reward}
     what = "a KL in the reward" if group == "kl" else group
     raise ConfigError(
         f"{line}: {trainer.name} decides {what}, not the loss; leave it out"
-        + (f", and set {owned[group]}" if group in owned else "")
+        + (f", and set {arguments[group]}" if group in arguments else "")
     )
